@@ -1,0 +1,125 @@
+"""Configurations: plain dataclasses, YAML overlays, dotted overrides, and a refusal of typos.
+
+A config dataclass stands beside the class it configures; a recipe composes them into its own ``Config``.
+OmegaConf checks types and interpolates; no ``DictConfig`` leaves this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration the user can mend; the message names the key."""
+
+
+def resolve(default: T, argv: Sequence[str] | None = None) -> T:
+    """``default`` (a dataclass instance) + YAML files + ``dotted.key=value`` overrides, as plain dataclasses.
+
+    Arguments that contain ``=`` are overrides; others are YAML files, applied in order before them.
+    Raises :class:`ConfigError` for an unknown key, with the nearest known name, or a value of a wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = OmegaConf.structured(default)
+    for path in (a for a in argv if "=" not in a):
+        if not Path(path).is_file():
+            raise ConfigError(f"{path!r} is neither a YAML file nor an override of the form key=value")
+        config = _merge(default, config, OmegaConf.load(path), path)
+    overrides = [a for a in argv if "=" in a]
+    if overrides:
+        config = _merge(default, config, OmegaConf.from_dotlist(overrides), "the command line")
+    try:
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _merge(default: Any, config: DictConfig, overlay: Any, origin: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(config, overlay)  # type: ignore[return-value]
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        near = difflib.get_close_matches(key, known_keys(default), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known_keys(default)[:12])}, ..."
+        raise ConfigError(f"unknown config key {key!r} in {origin}{hint}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or error.key}: {_first_line(error)} (in {origin})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def known_keys(default: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a config dataclass, leaves and branches."""
+    keys: list[str] = []
+    for f in dataclasses.fields(default):
+        value = getattr(default, f.name)
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(value):
+            keys += known_keys(value, f"{prefix}{f.name}.")
+    return keys
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML, in the order of its fields."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def load_yaml(default: T, path: Path) -> T:
+    """Read back what :func:`to_yaml` wrote into the same dataclass."""
+    return resolve(default, [str(path)])
+
+
+def parse_cli(presets: dict[str, Callable[[], T]], description: str, argv: Sequence[str] | None = None) -> T:
+    """The one command line of every recipe: ``[--preset NAME] [--print-config] [FILE.yaml ...] [key=value ...]``.
+
+    A test keeps it from growing: everything else is a config key.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any config key can be overridden: data.path=shards steps=200. See them all with --print-config.",
+    )
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=list(presets), default=first, help=f"starting point (default: {first})")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="FILE.yaml|key=value", help="overlays, applied in order")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        config = resolve(presets[args.preset](), args.overrides)
+    except (ConfigError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if args.print_config:
+        print(to_yaml(config), end="")
+        parser.exit(0)
+    return config
+
+
+def locate(path: str) -> Any:
+    """The object at ``package.module:name`` (or ``package.module.name``): how configs name a user's class."""
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module or not name:
+        raise ConfigError(f"{path!r} is not an import path of the form package.module:name")
+    try:
+        target: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"cannot import {module!r} named by {path!r}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(target, part):
+            near = difflib.get_close_matches(part, dir(target), n=1)
+            raise ConfigError(f"{module!r} has no {part!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        target = getattr(target, part)
+    return target

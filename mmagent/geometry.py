@@ -1,0 +1,228 @@
+"""Sizes, patches and coordinates of images: the one place that decides how many tokens an image costs.
+
+Data, packer, encoder, rollouts and evaluation all call :func:`fit` and :func:`patchify`, so an image has
+one size everywhere. Coordinates of actions and boxes live in one frame, thousandths of the image
+(integers 0..999), and :class:`ImageView` owns every conversion between it and pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmagent.types import PatchedImage
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FRAME = 1000
+"""Coordinates of actions and boxes are integers in ``[0, FRAME)``, relative to the image."""
+
+
+@dataclass
+class GeometryConfig:
+    """How images become patches. Defaults are those of the GLM-4.5V / GLM-OCR family."""
+
+    patch_size: int = 14
+    temporal_patch: int = 2
+    merge_size: int = 2
+    min_tokens: int = 16
+    max_tokens: int = 8000
+    max_aspect: float = 200.0
+
+    def __post_init__(self) -> None:
+        if min(self.patch_size, self.temporal_patch, self.merge_size, self.min_tokens) < 1:
+            raise ValueError(f"geometry: every size must be at least 1, got {self}")
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(f"geometry: max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
+
+    @property
+    def unit(self) -> int:
+        """Pixels on a side of one visual token."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_values(self) -> int:
+        """C, the values of one patch."""
+        return 3 * self.temporal_patch * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """An image as it was (``original``) and as the model sees it (``seen``), both ``(height, width)`` pixels.
+
+    Points are ``(x, y)``. A point of the model's frame is two integers in 0..999.
+    """
+
+    original: tuple[int, int]
+    seen: tuple[int, int]
+
+    def to_frame(self, x: float, y: float) -> tuple[int, int]:
+        """Original pixels to thousandths, clamped to the image: the cell that holds the point."""
+        height, width = self.original
+        return _clamp(math.floor(x / width * FRAME)), _clamp(math.floor(y / height * FRAME))
+
+    def from_frame(self, x: int, y: int) -> tuple[float, float]:
+        """Thousandths to original pixels: the centre of the cell, so that the round trip is exact."""
+        if not (0 <= x < FRAME and 0 <= y < FRAME):
+            raise ValueError(f"point ({x}, {y}) is outside the frame 0..{FRAME - 1}")
+        height, width = self.original
+        return (x + 0.5) / FRAME * width, (y + 0.5) / FRAME * height
+
+    def box_to_frame(self, box: Sequence[float]) -> tuple[int, int, int, int]:
+        """``(x1, y1, x2, y2)`` in original pixels to thousandths."""
+        x1, y1, x2, y2 = box
+        return (*self.to_frame(x1, y1), *self.to_frame(x2, y2))
+
+    def to_seen(self, x: float, y: float) -> tuple[float, float]:
+        """Original pixels to pixels of the resized image."""
+        return x / self.original[1] * self.seen[1], y / self.original[0] * self.seen[0]
+
+    def from_seen(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels of the resized image to original pixels (for foreign models that answer in them)."""
+        return x / self.seen[1] * self.original[1], y / self.seen[0] * self.original[0]
+
+
+def _clamp(value: int) -> int:
+    return min(max(value, 0), FRAME - 1)
+
+
+def fit(height: int, width: int, config: GeometryConfig) -> tuple[int, int]:
+    """The size an image is resized to: sides multiples of ``config.unit``, aspect kept, token count within
+    ``[min_tokens, max_tokens]``, enlarged only to reach the minimum.
+
+    Raises ``ValueError`` for an empty image or an aspect ratio above ``config.max_aspect``.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"image of {width}x{height} pixels is empty")
+    aspect = max(height, width) / min(height, width)
+    if aspect > config.max_aspect:
+        raise ValueError(f"image of {width}x{height} pixels: aspect ratio {aspect:.0f} exceeds {config.max_aspect:.0f}")
+    unit = config.unit
+    rows, cols = max(round(height / unit), 1), max(round(width / unit), 1)
+    if rows * cols > config.max_tokens:
+        shrink = math.sqrt(config.max_tokens * unit * unit / (height * width))
+        rows, cols = max(math.floor(height * shrink / unit), 1), max(math.floor(width * shrink / unit), 1)
+        rows, cols = min(rows, config.max_tokens), min(cols, config.max_tokens)  # a side was lifted to one token
+    elif rows * cols < config.min_tokens:
+        grow = math.sqrt(config.min_tokens * unit * unit / (height * width))
+        rows, cols = max(math.ceil(height * grow / unit), 1), max(math.ceil(width * grow / unit), 1)
+    while rows * cols > config.max_tokens:  # lifting one side to a token can leave the product too large
+        rows, cols = (rows - 1, cols) if rows >= cols else (rows, cols - 1)
+    return rows * unit, cols * unit
+
+
+def visual_tokens(grid: Sequence[int], merge_size: int) -> int:
+    """Tokens that the language model sees for one image of ``grid (frames, rows, cols)`` patches."""
+    frames, rows, cols = grid
+    if rows % merge_size or cols % merge_size:
+        raise ValueError(f"grid {tuple(grid)} is not a multiple of merge size {merge_size}")
+    return frames * (rows // merge_size) * (cols // merge_size)
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic, antialiased resize of one ``(h, w, 3)`` uint8 image, the resampling of the released family."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    from PIL import Image  # the rest of geometry needs no image library
+
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def patchify(image: np.ndarray | Sequence[np.ndarray], config: GeometryConfig) -> PatchedImage:
+    """Resize, normalise and cut one image, or a clip of frames of equal size, into patches.
+
+    ``image`` is ``(height, width, 3)`` uint8, or a sequence of such frames. A still image is repeated in
+    time to fill ``temporal_patch``; so is the last frame of a clip whose length is no multiple of it.
+    Values inside a patch are ordered (channel, time, row, column), rows of patches merge-block-major.
+    """
+    from mmagent.types import PatchedImage  # types.py names ImageView; importing it at the top would be a cycle
+
+    frames = [image] if isinstance(image, np.ndarray) else list(image)
+    if not frames:
+        raise ValueError("image: a clip must have at least one frame")
+    for frame in frames:
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or frame.shape != frames[0].shape:
+            raise ValueError(f"image must be (height, width, 3) uint8, all frames alike; got {frame.shape} {frame.dtype}")
+    original = (frames[0].shape[0], frames[0].shape[1])
+    seen = fit(*original, config)
+    frames = [resize(frame, *seen) for frame in frames]
+    frames += [frames[-1]] * (-len(frames) % config.temporal_patch)
+    pixels = normalise(torch.from_numpy(np.stack(frames)))
+    patches, grid = to_patches(pixels, config)
+    return PatchedImage(patches, grid, ImageView(original, seen))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """``(F, height, width, 3)`` uint8 to ``(F, 3, height, width)`` float32 with CLIP's mean and deviation."""
+    scaled = pixels.permute(0, 3, 1, 2).float() / 255.0
+    return (scaled - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
+
+
+def to_patches(pixels: Tensor, config: GeometryConfig) -> tuple[Tensor, tuple[int, int, int]]:
+    """``(F, 3, height, width)`` with F a multiple of ``temporal_patch`` to ``(p, C)`` and the grid."""
+    count, channels, height, width = pixels.shape
+    t, p, m = config.temporal_patch, config.patch_size, config.merge_size
+    grid = (count // t, height // p, width // p)
+    blocks = pixels.reshape(grid[0], t, channels, grid[1] // m, m, p, grid[2] // m, m, p)
+    #        frames t c block-rows m p block-cols m p  ->  frames block-rows block-cols m m | c t p p
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return blocks.reshape(math.prod(grid), channels * t * p * p).contiguous(), grid
+
+
+def from_patches(patches: Tensor, grid: tuple[int, int, int], config: GeometryConfig) -> Tensor:
+    """Inverse of :func:`to_patches`: ``(p, C)`` back to ``(F, 3, height, width)``."""
+    t, p, m = config.temporal_patch, config.patch_size, config.merge_size
+    frames, rows, cols = grid
+    blocks = patches.reshape(frames, rows // m, cols // m, m, m, 3, t, p, p).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return blocks.reshape(frames * t, 3, rows * p, cols * p)
+
+
+def patch_coordinates(grid: Sequence[int], merge_size: int) -> Tensor:
+    """``(p, 2)`` int64: row and column of every patch of one image, in the stream's merge-block-major order."""
+    frames, rows, cols = (int(n) for n in grid)
+    m = merge_size
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    both = torch.stack([row, col], dim=-1).reshape(rows // m, m, cols // m, m, 2).permute(0, 2, 1, 3, 4)
+    return both.reshape(-1, 2).repeat(frames, 1)
+
+
+def document_positions(is_image: Tensor, grids: Sequence[Sequence[int]], merge_size: int) -> Tensor:
+    """``(3, L)`` int64 rotary positions (time, row, column) of one document, as the GLM-4.5V family counts them.
+
+    Text advances all three by one; an image starts at the next position, spans ``(frame, row, col)``
+    offsets of its merged grid, and text goes on after the largest of them.
+
+    ``is_image (L,)`` bool marks visual slots; ``grids`` are the images' patch grids in order.
+    """
+    flags = is_image.tolist()
+    out = torch.empty(3, len(flags), dtype=torch.int64)
+    at = position = image = 0
+    while at < len(flags):
+        if not flags[at]:
+            end = at
+            while end < len(flags) and not flags[end]:
+                end += 1
+            out[:, at:end] = torch.arange(position, position + end - at)
+            position += end - at
+        else:
+            if image >= len(grids):
+                raise ValueError(f"visual slots for more images than the {len(grids)} given")
+            frames, rows, cols = grids[image][0], grids[image][1] // merge_size, grids[image][2] // merge_size
+            end = at + frames * rows * cols
+            if end > len(flags) or not all(flags[at:end]):
+                raise ValueError(f"image {image} needs {frames * rows * cols} visual slots from token {at}, found fewer")
+            index = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).view(-1, 3)
+            out[:, at:end] = index.T + position
+            position += max(frames, rows, cols)
+            image += 1
+        at = end
+    if image != len(grids):
+        raise ValueError(f"{len(grids)} images, but visual slots for {image}")
+    return out

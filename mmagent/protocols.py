@@ -1,0 +1,126 @@
+"""What a user implements. Each protocol is small; `mmagent.testing` has a check for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from mmagent.types import (
+    Completion,
+    Item,
+    Limits,
+    Observation,
+    PackedVision,
+    ParamRole,
+    Score,
+    StepOutput,
+    Trajectory,
+    VisionFeatures,
+)
+
+
+@runtime_checkable
+class VisionEncoder(Protocol):
+    """An ``nn.Module`` that turns packed patches into features.
+
+    ``patch_size`` and ``merge_size`` in pixels and patches; ``width`` is W of the returned tokens.
+    Images of a pack must not see each other; `mmagent.testing.check_encoder` proves it.
+    """
+
+    patch_size: int
+    merge_size: int
+    width: int
+
+    def __call__(self, vision: PackedVision, layers: Sequence[int] = ()) -> VisionFeatures: ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What engines and optimizers ask of a model, instead of matching its parameters' names."""
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        """Every parameter's name to what it is."""
+        ...
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Modules to shard or recompute as one unit, inner ones first."""
+        ...
+
+    def leaves(self) -> Iterable[nn.Module]:
+        """Modules whose parameters must be gathered as a whole (mixture-of-experts blocks under ZeRO-3)."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """An ``nn.Module`` around a model and its losses. Returns *sums*: only ``train_step`` divides."""
+
+    weights: Mapping[str, float]
+
+    def counts(self, batch: Any) -> dict[str, Tensor]:
+        """``{term: ()}``: how many items each sum runs over, from labels and masks alone, before any forward."""
+        ...
+
+    def __call__(self, batch: Any) -> StepOutput: ...
+
+    def after_step(self) -> None:
+        """Non-gradient updates once a step: router bias, EMA, temperature clamp."""
+        ...
+
+
+class Engine(Protocol):
+    """Sharding, precision, clipping and the optimizer behind four calls."""
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of one micro-batch; gradients are reduced over ranks when ``last``."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def step(self) -> float:
+        """Clip, step, zero. Returns the global gradient norm before clipping."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None: ...
+
+
+class Policy(Protocol):
+    """Something that completes a trajectory: the local generator or a server behind HTTP."""
+
+    version: int
+
+    async def complete(self, prompt: Trajectory, limits: Limits) -> Completion: ...
+
+
+class Environment(Protocol):
+    async def reset(self) -> Observation: ...
+
+    async def step(self, action: str) -> Observation: ...
+
+    async def close(self) -> None: ...
+
+
+class Task(Protocol):
+    """One object for the RL reward, the evaluation score and the SFT gold."""
+
+    name: str
+    category: str
+
+    def items(self, split: str, seed: int) -> Iterable[Item]:
+        """Items of ``split`` ("train" or "test"); the two never share a scene."""
+        ...
+
+    def environment(self, item: Item) -> Environment: ...
+
+    async def score(self, item: Item, trajectory: Trajectory) -> Score:
+        """A value in [0, 1]; an error is not a zero."""
+        ...
+
+    def gold(self, item: Item) -> Iterator[str]:
+        """Actions that must score 1."""
+        ...

@@ -1,0 +1,535 @@
+"""The types that cross a room's wall, with documented shapes.
+
+One legend for the whole project; letters are logical dimensions, never shards:
+
+====== ===============================================================
+**T**  tokens of a packed stream
+**P**  patches of a packed stream
+**V**  visual tokens after merging (``P / merge_size**2``)
+**I**  images (a still image or a clip of frames)
+**N**  documents of a pack
+**L**  tokens of one document
+**D**  decoder width
+**W**  encoder width
+**C**  values of a patch (``channels * temporal * patch * patch``)
+**E**  experts; **K** experts per token; **M** MoE layers
+**B**  MTP depths
+====== ===============================================================
+
+Tensor names may carry the letters as a suffix (``hidden_TD``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmagent.geometry import ImageView
+
+IGNORE = -100
+"""Label of a token that no loss may see (the value torch's cross-entropy ignores)."""
+
+
+class Segments:
+    """Where the documents (or frames) of one packed stream begin and end.
+
+    ``lengths`` stay on the host, so that no kernel launch waits for the device; ``cu_seqlens`` is the
+    same fact as an ``(N + 1,)`` int32 tensor on the device, for kernels that read it there.
+    """
+
+    __slots__ = ("lengths", "cu_seqlens")
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = tuple(int(n) for n in lengths)
+        if any(n <= 0 for n in self.lengths):
+            raise ValueError(f"segment lengths must be positive, got {self.lengths}")
+        borders = torch.tensor((0, *self.lengths), dtype=torch.int32)
+        self.cu_seqlens = borders.cumsum(0, dtype=torch.int32).to(device)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def offsets(self) -> tuple[int, ...]:
+        """Start of every segment and, last, the total: ``cu_seqlens`` on the host."""
+        out = [0]
+        for n in self.lengths:
+            out.append(out[-1] + n)
+        return tuple(out)
+
+    def ids(self) -> Tensor:
+        """``(T,)`` int64: the segment every position belongs to, on the device of ``cu_seqlens``."""
+        device = self.cu_seqlens.device
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=device), torch.tensor(self.lengths, device=device), output_size=self.total
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+        moved = object.__new__(Segments)
+        moved.lengths = self.lengths
+        moved.cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return moved
+
+
+@dataclass(frozen=True)
+class PatchedImage:
+    """One image (or clip) as the encoder sees it.
+
+    ``patches (p, C)`` float32, normalised, in merge-block-major order: ``merge_size**2`` consecutive
+    rows form one visual token. ``grid (frames, rows, cols)`` in patches; ``view`` owns every
+    coordinate conversion.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int, int]
+    view: ImageView
+
+    def __post_init__(self) -> None:
+        frames, rows, cols = self.grid
+        if self.patches.ndim != 2 or self.patches.shape[0] != frames * rows * cols:
+            raise ValueError(f"patches {tuple(self.patches.shape)} do not fill grid {self.grid}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One training text with its images, before packing.
+
+    ``input_ids (L,)`` int64 with the image id at every visual slot; ``trainable (L,)`` bool, true where
+    a loss may supervise the token; ``images`` in order of appearance; ``key`` names the sample in every
+    error; ``source`` names the mixture component in every metric.
+    """
+
+    input_ids: Tensor
+    trainable: Tensor
+    images: tuple[PatchedImage, ...]
+    key: str
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 1 or self.input_ids.shape != self.trainable.shape:
+            raise ValueError(
+                f"{self.key}: input_ids {tuple(self.input_ids.shape)} and trainable "
+                f"{tuple(self.trainable.shape)} must be equal one-dimensional shapes"
+            )
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        return sum(image.patches.shape[0] for image in self.images)
+
+
+@dataclass(frozen=True)
+class PackedVision:
+    """All images of a pack in one stream: ``patches (P, C)`` and, on the host, ``grids (I, 3)`` int64."""
+
+    patches: Tensor
+    grids: Tensor
+
+    def __post_init__(self) -> None:
+        if self.grids.ndim != 2 or self.grids.shape[1] != 3 or self.grids.device.type != "cpu":
+            raise ValueError(f"grids must be an (I, 3) tensor on the host, got {tuple(self.grids.shape)}")
+        expected = int(self.grids.prod(dim=1).sum())
+        if self.patches.ndim != 2 or self.patches.shape[0] != expected:
+            raise ValueError(f"{self.patches.shape[0]} patches, but the grids hold {expected}")
+
+    @staticmethod
+    def pack(images: Sequence[PatchedImage]) -> PackedVision:
+        if not images:
+            raise ValueError("images: cannot pack an empty list; use None for a text-only pack")
+        return PackedVision(
+            torch.cat([image.patches for image in images]),
+            torch.tensor([image.grid for image in images], dtype=torch.int64),
+        )
+
+    @cached_property
+    def segments(self) -> Segments:
+        """One segment a *frame*: attention never crosses frames."""
+        return Segments([r * c for t, r, c in self.grids.tolist() for _ in range(t)], self.patches.device)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return self.segments.cu_seqlens
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedVision:
+        return PackedVision(self.patches.to(device, non_blocking=non_blocking), self.grids)
+
+    def pin(self) -> PackedVision:
+        return PackedVision(self.patches.pin_memory(), self.grids)
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What an encoder returns: ``tokens (P, W)``, chosen ``layers {i: (P, W)}``, ``pooled (I, W)``."""
+
+    tokens: Tensor
+    layers: Mapping[int, Tensor]
+    pooled: Tensor
+
+
+class Cost(NamedTuple):
+    """The four terms of a pack's cost: ``patches**2`` per frame, ``patches``, ``tokens**2`` per document, ``tokens``."""
+
+    patches_squared: int
+    patches: int
+    tokens_squared: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Many documents in one stream, nothing padded but (where a kernel wants it) the tail.
+
+    ``input_ids (T,)`` int64; ``labels (T,)`` int64, ``labels[t]`` belongs to the token *at* ``t`` and is
+    :data:`IGNORE` where nothing is supervised; ``positions (3, T)`` int64 (time, row, column) or
+    ``(T,)``; ``segments`` of N documents; ``visual_slots (V,)`` int64, the positions of visual tokens in
+    the stream; ``vision`` or None for text only; ``visual_index (V,)`` int64 or None: which merged
+    visual token fills each slot, None meaning the identity. Documents that share an image (a group of
+    rollouts) point at the same tokens, so the image is encoded once. ``sources``, ``keys`` of N names;
+    ``tail`` counts padding tokens, which form the last segment and are no document.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    segments: Segments
+    visual_slots: Tensor
+    vision: PackedVision | None
+    sources: tuple[str, ...]
+    keys: tuple[str, ...]
+    visual_index: Tensor | None = None
+    tail: int = 0
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return self.segments.cu_seqlens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.input_ids.shape[0] - self.tail
+
+    @property
+    def num_patches(self) -> int:
+        return 0 if self.vision is None else self.vision.patches.shape[0]
+
+    def validate(self, image_id: int, merge_size: int) -> PackedBatch:
+        """Check every count against every other and return self.
+
+        Raises ``ValueError`` naming the first document whose visual slots and image ids disagree.
+        """
+        total = self.input_ids.shape[0]
+        if self.labels.shape != (total,) or self.positions.shape[-1] != total or self.segments.total != total:
+            raise ValueError(
+                f"pack of {self.keys[:3]}...: {total} ids, {self.labels.shape[0]} labels, "
+                f"{self.positions.shape[-1]} positions, segments of {self.segments.total}"
+            )
+        documents = len(self.segments) - (1 if self.tail else 0)
+        if len(self.sources) != documents or len(self.keys) != documents:
+            raise ValueError(f"{documents} documents, {len(self.sources)} sources, {len(self.keys)} keys")
+        is_image = self.input_ids == image_id
+        slots = torch.zeros_like(is_image)
+        slots[self.visual_slots] = True
+        wrong = (is_image != slots).nonzero()
+        if wrong.numel():
+            at = int(wrong[0])
+            borders = self.segments.offsets()
+            document = next(n for n in range(len(self.segments)) if borders[n + 1] > at)
+            name = self.keys[document] if document < documents else "the padded tail"
+            raise ValueError(
+                f"document {name!r}: image ids and visual slots disagree at token {at} "
+                f"({int(is_image.sum())} image ids, {self.visual_slots.numel()} visual slots in the pack)"
+            )
+        have = self.num_patches // merge_size**2
+        if self.visual_index is None:
+            if have != self.visual_slots.numel():
+                raise ValueError(f"pack of {self.keys[:3]}...: {self.visual_slots.numel()} slots, {have} visual tokens")
+        elif self.visual_index.shape != self.visual_slots.shape or (
+            self.visual_index.numel() and int(self.visual_index.max()) >= have
+        ):
+            raise ValueError(f"visual_index does not fit {self.visual_slots.numel()} slots and {have} visual tokens")
+        if bool((self.labels[self.visual_slots] != IGNORE).any()):
+            raise ValueError(f"pack of {self.keys[:3]}...: a label stands on a visual slot")
+        return self
+
+    def cost(self) -> Cost:
+        frames = () if self.vision is None else self.vision.segments.lengths
+        tokens = self.segments.lengths[:-1] if self.tail else self.segments.lengths
+        return Cost(sum(n * n for n in frames), sum(frames), sum(n * n for n in tokens), sum(tokens))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            positions=move(self.positions),
+            segments=self.segments.to(device, non_blocking),
+            visual_slots=move(self.visual_slots),
+            vision=None if self.vision is None else self.vision.to(device, non_blocking),
+            visual_index=None if self.visual_index is None else move(self.visual_index),
+        )
+
+    def pin(self) -> PackedBatch:
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            positions=self.positions.pin_memory(),
+            visual_slots=self.visual_slots.pin_memory(),
+            vision=None if self.vision is None else self.vision.pin(),
+        )
+
+
+@dataclass(frozen=True)
+class PairedBatch:
+    """Images with their texts, for contrastive training: image ``i`` belongs to text segment ``i``.
+
+    ``vision`` holds I images; ``text_ids (T,)`` int64 is their captions in one stream with I segments.
+    """
+
+    vision: PackedVision
+    text_ids: Tensor
+    segments: Segments
+    keys: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images = self.vision.grids.shape[0]
+        if len(self.segments) != images or len(self.keys) != images or self.segments.total != self.text_ids.shape[0]:
+            raise ValueError(f"{images} images, {len(self.segments)} texts, {len(self.keys)} keys")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairedBatch:
+        return PairedBatch(
+            self.vision.to(device, non_blocking),
+            self.text_ids.to(device, non_blocking=non_blocking),
+            self.segments.to(device, non_blocking),
+            self.keys,
+        )
+
+
+@dataclass(frozen=True)
+class MaskedVision:
+    """Images for distillation: ``vision``, ``masked (P,)`` bool (true where the student is blind), and the
+    untouched RGB ``pixels`` (I of ``(3, height, width)`` float32 in [0, 1]) that the teachers look at."""
+
+    vision: PackedVision
+    masked: Tensor
+    pixels: tuple[Tensor, ...]
+    keys: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images = self.vision.grids.shape[0]
+        if self.masked.shape != (self.vision.patches.shape[0],):
+            raise ValueError(f"masked {tuple(self.masked.shape)} for {self.vision.patches.shape[0]} patches")
+        if len(self.pixels) != images or len(self.keys) != images:
+            raise ValueError(f"{images} images, {len(self.pixels)} pixel arrays, {len(self.keys)} keys")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedVision:
+        return MaskedVision(
+            self.vision.to(device, non_blocking),
+            self.masked.to(device, non_blocking=non_blocking),
+            tuple(p.to(device, non_blocking=non_blocking) for p in self.pixels),
+            self.keys,
+        )
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """``hidden (T, D)`` after the final norm; ``mtp_hidden`` B of ``(T, D)``; ``router_load (M, E)`` float32
+    token counts without padding; ``balance ()`` the summed sequence-wise auxiliary loss."""
+
+    hidden: Tensor
+    mtp_hidden: tuple[Tensor, ...]
+    router_load: Tensor
+    balance: Tensor
+
+
+class Ratio(NamedTuple):
+    """A metric that reduces correctly over micro-batches and ranks: both halves are summed, then divided."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Local *sums* ``{term: ()}`` that carry gradient, and detached ``metrics {name: Ratio}``."""
+
+    sums: Mapping[str, Tensor]
+    metrics: Mapping[str, Ratio] = field(default_factory=dict)
+
+
+class ParamRole(NamedTuple):
+    """What the optimizer needs to know of one parameter, said by the model and never guessed from its name.
+
+    ``role``: "encoder", "projector", "decoder", "mtp", "text", "head", ... (learning rates go by it).
+    ``matrix``: a hidden weight matrix that Muon may orthogonalise. ``splits``: sizes along the row
+    dimension when several logical matrices are stacked in one (qkv, gate_up); a 3-D parameter is a batch
+    of matrices. ``decay``: whether weight decay applies.
+    """
+
+    role: str
+    matrix: bool
+    splits: tuple[int, ...] = ()
+    decay: bool = True
+
+
+class Status(Enum):
+    """How a trajectory ended."""
+
+    RUNNING = "running"
+    FINISHED = "finished"  # the policy ended its turn and the environment said done
+    TRUNCATED = "truncated"  # a limit on tokens or steps was reached
+    FAILED = "failed"  # the environment broke: an error is not a zero, such a trajectory is not trained on
+    ABORTED = "aborted"  # stopped early by the scheduler; kept and resumed later
+
+
+class Trajectory:
+    """Token in, token out: the ids, log-probs and pixels that the policy really used. Append-only.
+
+    ``input_ids``, ``trainable`` and ``logprobs`` are parallel lists; ``logprobs`` is 0.0 where a token was
+    not sampled. ``routed_experts`` is empty, or holds per token the ``(M, K)`` experts that served it.
+    """
+
+    def __init__(self, key: str, source: str, group: str = "", policy_version: int = 0):
+        self.key, self.source, self.group, self.policy_version = key, source, group, policy_version
+        self.input_ids: list[int] = []
+        self.trainable: list[bool] = []
+        self.logprobs: list[float] = []
+        self.images: list[PatchedImage] = []
+        self.routed_experts: list[Tensor] = []
+        self.reward: float = 0.0
+        self.parts: dict[str, float] = {}
+        self.status = Status.RUNNING
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def extend(
+        self,
+        ids: Sequence[int],
+        *,
+        trainable: bool,
+        logprobs: Sequence[float] | None = None,
+        images: Sequence[PatchedImage] = (),
+        routed_experts: Sequence[Tensor] = (),
+    ) -> None:
+        """Append one span. Sampled spans (``trainable``) must bring one log-prob a token; others none."""
+        if trainable and (logprobs is None or len(logprobs) != len(ids)):
+            raise ValueError(f"{self.key}: {len(ids)} sampled ids with {0 if logprobs is None else len(logprobs)} logprobs")
+        if not trainable and logprobs is not None:
+            raise ValueError(f"{self.key}: log-probs given for a span that was not sampled")
+        if routed_experts and len(routed_experts) != len(ids):
+            raise ValueError(f"{self.key}: {len(ids)} ids with {len(routed_experts)} routed experts")
+        if self.status is not Status.RUNNING:
+            raise ValueError(f"{self.key}: cannot extend a trajectory that is {self.status.value}")
+        self.input_ids.extend(int(i) for i in ids)
+        self.trainable.extend([trainable] * len(ids))
+        self.logprobs.extend(logprobs if logprobs is not None else [0.0] * len(ids))
+        self.images.extend(images)
+        self.routed_experts.extend(routed_experts)
+
+    def document(self) -> Document:
+        """The trajectory as a training document (same ids, same pixels)."""
+        return Document(
+            torch.tensor(self.input_ids), torch.tensor(self.trainable), tuple(self.images), self.key, self.source
+        )
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """A pack of trajectories with what the policy-gradient losses need, all ``(T,)`` float32 and aligned like
+    ``stream.labels``: the value at ``t`` belongs to the token at ``t``."""
+
+    stream: PackedBatch
+    advantages: Tensor
+    behavior_logprobs: Tensor
+    reference_logprobs: Tensor | None = None
+    routed_experts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        total = self.stream.input_ids.shape
+        for name in ("advantages", "behavior_logprobs", "reference_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value.shape != total:
+                raise ValueError(f"{name} {tuple(value.shape)} for a stream of {tuple(total)} tokens")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PolicyBatch:
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return PolicyBatch(
+            self.stream.to(device, non_blocking),
+            self.advantages.to(device, non_blocking=non_blocking),
+            self.behavior_logprobs.to(device, non_blocking=non_blocking),
+            move(self.reference_logprobs),
+            move(self.routed_experts),
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long and how a completion is sampled. ``temperature`` 0 is greedy; ``stop_ids`` end it, included."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a policy sampled: ``ids`` (stop token included), one log-prob an id, and whether it stopped by itself."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stopped: bool
+    routed_experts: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an environment shows: text, at most a few images as ``(height, width, 3)`` uint8 arrays, and whether
+    the episode is over. ``reward`` is the environment's own, None where only the task can judge."""
+
+    text: str
+    images: tuple["object", ...] = ()
+    done: bool = False
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One seeded instance of a task. ``key`` is unique within the task and stable between runs; ``payload`` is
+    the task's own frozen description of the scene."""
+
+    task: str
+    key: str
+    seed: int
+    payload: object = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """``value`` in [0, 1] and its named parts. ``error`` is set when nothing could be judged: it is no zero."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None

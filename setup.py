@@ -1,0 +1,33 @@
+"""Install mmagent, its data pipelines, evaluation harness and recipes."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mmagent",
+    version="0.1.0",
+    description="Train multimodal agent foundation models, from two vision teachers to a clicking agent",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mmagent", "mmagent.*", "data_pipelines", "data_pipelines.*", "evals", "evals.*", "recipes", "recipes.*"]),
+    package_data={"": ["*.html", "*.css", "*.js", "*.jinja", "*.yaml"]},
+    install_requires=[
+        "torch>=2.11,<2.14",  # the upper bound keeps timm -> torchvision from pulling a newer CUDA build
+        "torchvision>=0.26,<0.29",
+        "timm>=1.0.31,<1.1",
+        "transformers>=5.17,<5.24",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "omegaconf>=2.3,<2.5",
+        "webdataset>=1.0.2,<1.1",
+        "numpy>=2.0",
+        "pillow>=11",
+        "tqdm>=4.66",
+        "miniwob>=1.1,<1.2",
+        "scikit-image>=0.25",
+        "scikit-learn>=1.6",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
+        "tensorboard": ["tensorboard>=2.20"],
+        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff==0.17.6", "tensorboard>=2.20", "pytest-timeout>=2.3"],
+    },
+)
