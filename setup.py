@@ -7,7 +7,18 @@ setup(
     version="0.1.0",
     description="Train multimodal agent foundation models, from two vision teachers to a clicking agent",
     python_requires=">=3.11",
-    packages=find_packages(include=["mmagent", "mmagent.*", "data_pipelines", "data_pipelines.*", "evals", "evals.*", "recipes", "recipes.*"]),
+    packages=find_packages(
+        include=[
+            "mmagent",
+            "mmagent.*",
+            "data_pipelines",
+            "data_pipelines.*",
+            "evals",
+            "evals.*",
+            "recipes",
+            "recipes.*",
+        ]
+    ),
     package_data={"": ["*.html", "*.css", "*.js", "*.jinja", "*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",  # the upper bound keeps timm -> torchvision from pulling a newer CUDA build

@@ -149,7 +149,9 @@ def patchify(image: np.ndarray | Sequence[np.ndarray], config: GeometryConfig) -
         raise ValueError("image: a clip must have at least one frame")
     for frame in frames:
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or frame.shape != frames[0].shape:
-            raise ValueError(f"image must be (height, width, 3) uint8, all frames alike; got {frame.shape} {frame.dtype}")
+            raise ValueError(
+                f"image must be (height, width, 3) uint8, all frames alike; got {frame.shape} {frame.dtype}"
+            )
     original = (frames[0].shape[0], frames[0].shape[1])
     seen = fit(*original, config)
     frames = [resize(frame, *seen) for frame in frames]
@@ -217,7 +219,9 @@ def document_positions(is_image: Tensor, grids: Sequence[Sequence[int]], merge_s
             frames, rows, cols = grids[image][0], grids[image][1] // merge_size, grids[image][2] // merge_size
             end = at + frames * rows * cols
             if end > len(flags) or not all(flags[at:end]):
-                raise ValueError(f"image {image} needs {frames * rows * cols} visual slots from token {at}, found fewer")
+                raise ValueError(
+                    f"image {image} needs {frames * rows * cols} visual slots from token {at}, found fewer"
+                )
             index = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(cols)).view(-1, 3)
             out[:, at:end] = index.T + position
             position += max(frames, rows, cols)

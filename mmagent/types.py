@@ -432,7 +432,9 @@ class Trajectory:
     ) -> None:
         """Append one span. Sampled spans (``trainable``) must bring one log-prob a token; others none."""
         if trainable and (logprobs is None or len(logprobs) != len(ids)):
-            raise ValueError(f"{self.key}: {len(ids)} sampled ids with {0 if logprobs is None else len(logprobs)} logprobs")
+            raise ValueError(
+                f"{self.key}: {len(ids)} sampled ids with {0 if logprobs is None else len(logprobs)} logprobs"
+            )
         if not trainable and logprobs is not None:
             raise ValueError(f"{self.key}: log-probs given for a span that was not sampled")
         if routed_experts and len(routed_experts) != len(ids):

@@ -1,0 +1,310 @@
+"""Conversations to token ids and, in the same pass, the mask of what is trained on.
+
+One renderer writes both; no mask comes from searching in text. Only the renderer writes control ids, and
+rendering is append-only: turns ``1..n+1`` extend the ids of turns ``1..n`` (thinking of turns before the
+last user turn, which the template collapses, is the documented exception).
+
+The signal that ends an assistant turn is the *next role token*, and it is supervised: masking it teaches
+a model never to stop. Formats after the released GLM-4.5 and GLM-4.7 chat templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from mmagent.vocab import Vocab
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; control tokens spelled inside it stay text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """A place for the next image of the conversation."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A place for the next clip: one entry of ``timestamps`` (seconds) a temporal group of frames."""
+
+    timestamps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Reasoning of an assistant turn."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function call of an assistant turn; argument values are text already."""
+
+    name: str
+    arguments: Mapping[str, str]
+
+
+Part = Text | Image | Video | Thinking | ToolCall
+ROLES = ("system", "user", "assistant", "observation")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``role`` is one of system, user, assistant, observation (a tool's answer).
+
+    ``trainable`` false keeps an assistant turn out of the loss (a bad turn left in as context).
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+    trainable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} is none of {', '.join(ROLES)}")
+        spoken = [type(p).__name__ for p in self.parts if isinstance(p, Thinking | ToolCall)]
+        if spoken and self.role != "assistant":
+            raise ValueError(f"{spoken[0]} in a {self.role} message: only the assistant thinks and calls")
+        seen = [type(p).__name__ for p in self.parts if isinstance(p, Image | Video)]
+        if seen and self.role in ("assistant", "system"):
+            raise ValueError(f"{seen[0]} in a {self.role} message")
+
+    @property
+    def calls_tool(self) -> bool:
+        return any(isinstance(part, ToolCall) for part in self.parts)
+
+
+def user(*parts: Part | str) -> Message:
+    """A user turn from text and images."""
+    return Message("user", _parts(parts))
+
+
+def assistant(*parts: Part | str, trainable: bool = True) -> Message:
+    """An assistant turn from text, thinking and tool calls."""
+    return Message("assistant", _parts(parts), trainable)
+
+
+def observation(*parts: Part | str) -> Message:
+    """A tool's answer; consecutive text parts are joined with a newline, as the big servers do."""
+    return Message("observation", _parts(parts))
+
+
+def _parts(parts: Sequence[Part | str]) -> tuple[Part, ...]:
+    return tuple(Text(part) if isinstance(part, str) else part for part in parts)
+
+
+class Generation(Enum):
+    """Which released template is followed: they differ in newlines and in how thinking is switched off."""
+
+    GLM45 = "glm45"
+    GLM47 = "glm47"
+
+
+@dataclass
+class ChatConfig:
+    """``thinking`` false renders the direct-answer mode. ``preserve_thinking`` keeps all earlier thoughts."""
+
+    generation: Generation = Generation.GLM45
+    thinking: bool = False
+    preserve_thinking: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """``ids`` and ``trainable`` of equal length."""
+
+    ids: list[int]
+    trainable: list[bool]
+
+
+class _Writer:
+    """Collects ids and mask; adjacent text of one kind is encoded together, as a template's string would be."""
+
+    def __init__(self, vocab: Vocab):
+        self.vocab = vocab
+        self.ids: list[int] = []
+        self.trainable: list[bool] = []
+        self._text = ""
+        self._text_trainable = False
+
+    def text(self, text: str, trainable: bool = False) -> None:
+        if trainable != self._text_trainable:
+            self.flush()
+            self._text_trainable = trainable
+        self._text += text
+
+    def control(self, token: str, trainable: bool = False) -> None:
+        self.flush()
+        self._put([self.vocab.id(token)], trainable)
+
+    def image(self, tokens: int) -> None:
+        self.control("<|begin_of_image|>")
+        self._put([self.vocab.image_id] * tokens, False)
+        self.control("<|end_of_image|>")
+
+    def flush(self) -> None:
+        if self._text:
+            self._put(self.vocab.encode(self._text), self._text_trainable)
+            self._text = ""
+
+    def _put(self, ids: Sequence[int], trainable: bool) -> None:
+        self.ids.extend(ids)
+        self.trainable.extend([trainable] * len(ids))
+
+
+def render(
+    messages: Sequence[Message],
+    vocab: Vocab,
+    image_tokens: Sequence[int] = (),
+    config: ChatConfig | None = None,
+    *,
+    generate: bool = False,
+) -> Rendered:
+    """A conversation as ids and mask.
+
+    ``image_tokens[i]`` is the number of visual tokens of the i-th image; a clip takes one entry a
+    timestamp. ``generate`` ends with the assistant's opening, ready for a completion; otherwise a
+    conversation that ends with the assistant closes with the supervised role token of whoever comes next.
+
+    Raises ``ValueError`` when roles cannot follow each other, or images and ``image_tokens`` disagree.
+    """
+    config = config or ChatConfig()
+    _check_order(messages, generate)
+    writer = _Writer(vocab)
+    writer.control("[gMASK]")
+    writer.control("<sop>")
+    remaining = list(image_tokens)
+    last_user = max((n for n, m in enumerate(messages) if m.role == "user"), default=-1)
+    previous: Message | None = None
+    for n, message in enumerate(messages):
+        if not (message.role == "observation" and previous is not None and previous.role == "observation"):
+            supervised = previous is not None and previous.role == "assistant" and previous.trainable
+            writer.control(f"<|{message.role}|>", supervised)
+        if message.role == "assistant":
+            keep = config.preserve_thinking or n > last_user
+            _assistant(writer, message, config, keep_thinking=keep)
+        else:
+            _listener(writer, message, config, remaining)
+        previous = message
+    if generate:
+        writer.control("<|assistant|>")
+        _open_thinking(writer, config)
+    elif previous is not None and previous.role == "assistant":
+        writer.control("<|observation|>" if previous.calls_tool else "<|user|>", previous.trainable)
+    writer.flush()
+    if remaining:
+        raise ValueError(
+            f"image_tokens: {len(image_tokens)} given, {len(image_tokens) - len(remaining)} images in the text"
+        )
+    return Rendered(writer.ids, writer.trainable)
+
+
+def turn_opening(vocab: Vocab, config: ChatConfig | None = None) -> list[int]:
+    """Ids that open an assistant turn after a closed user turn; what `generate` appends."""
+    writer = _Writer(vocab)
+    writer.control("<|assistant|>")
+    _open_thinking(writer, config or ChatConfig())
+    writer.flush()
+    return writer.ids
+
+
+def completion_text(ids: Sequence[int], vocab: Vocab) -> str:
+    """The visible answer of a sampled completion: what follows the thinking, without control tokens."""
+    closing = vocab.id("</think>")
+    ids = list(ids)
+    if closing in ids:
+        ids = ids[ids.index(closing) + 1 :]
+    return vocab.decode(ids, control=False).strip()
+
+
+def _check_order(messages: Sequence[Message], generate: bool) -> None:
+    for n, message in enumerate(messages):
+        before = messages[n - 1] if n else None
+        if message.role == "system" and n:
+            raise ValueError(f"message {n}: a system message must come first")
+        if message.role == "observation" and not (before and (before.role == "observation" or before.calls_tool)):
+            raise ValueError(f"message {n}: an observation must follow a tool call")
+        if message.role == "user" and before is not None and before.calls_tool:
+            raise ValueError(f"message {n}: a tool call must be answered by an observation")
+        if message.role == "assistant" and (before is None or before.role == "assistant"):
+            raise ValueError(f"message {n}: an assistant turn must follow a user or an observation")
+    if generate and (not messages or messages[-1].role in ("assistant", "system")):
+        raise ValueError("generate: the conversation must end with a user turn or an observation")
+
+
+def _newline(config: ChatConfig) -> str:
+    return "\n" if config.generation is Generation.GLM45 else ""
+
+
+def _open_thinking(writer: _Writer, config: ChatConfig) -> None:
+    writer.text(_newline(config))
+    writer.control("<think>")
+    if not config.thinking:
+        writer.control("</think>")
+
+
+def _assistant(writer: _Writer, message: Message, config: ChatConfig, *, keep_thinking: bool) -> None:
+    trainable = message.trainable
+    thought = "\n".join(part.text.strip() for part in message.parts if isinstance(part, Thinking))
+    writer.text(_newline(config))
+    writer.control("<think>")
+    if config.thinking and keep_thinking:
+        writer.text(thought, trainable)
+        writer.control("</think>", trainable)
+    else:
+        writer.control("</think>")
+    content = "\n".join(part.text.strip() for part in message.parts if isinstance(part, Text))
+    if content:
+        writer.text(_newline(config) + content, trainable)
+    for part in message.parts:
+        if isinstance(part, ToolCall):
+            writer.text(_newline(config), trainable)
+            writer.control("<tool_call>", trainable)
+            writer.text(part.name + _newline(config), trainable)
+            for key, value in part.arguments.items():
+                for tag, text in (("arg_key", key), ("arg_value", value)):
+                    writer.control(f"<{tag}>", trainable)
+                    writer.text(text, trainable)
+                    writer.control(f"</{tag}>", trainable)
+                    writer.text(_newline(config), trainable)
+            writer.control("</tool_call>", trainable)
+
+
+def _listener(writer: _Writer, message: Message, config: ChatConfig, remaining: list[int]) -> None:
+    """A turn the model only reads: system, user or a tool's answer."""
+    newline = _newline(config)
+    writer.text(newline)
+    if message.role == "observation":
+        writer.control("<tool_response>")
+        writer.text(newline)
+    before: Part | None = None
+    for part in message.parts:
+        if isinstance(part, Text):
+            writer.text(("\n" if isinstance(before, Text) else "") + part.text)
+        elif isinstance(part, Image):
+            writer.image(_take(remaining))
+        elif isinstance(part, Video):
+            writer.control("<|begin_of_video|>")
+            for seconds in part.timestamps:
+                writer.image(_take(remaining))
+                writer.text(f"{seconds:.1f} seconds")
+            writer.control("<|end_of_video|>")
+        before = part
+    if message.role == "observation":
+        writer.text(newline)
+        writer.control("</tool_response>")
+    if message.role == "user" and not config.thinking and config.generation is Generation.GLM45:
+        writer.control("/nothink")
+
+
+def _take(remaining: list[int]) -> int:
+    if not remaining:
+        raise ValueError("image_tokens: more images in the conversation than counts given")
+    return remaining.pop(0)

@@ -1,0 +1,275 @@
+"""The record on disk: one webdataset sample, its validator, and the guard that decodes its images.
+
+A sample is ``KEY.json`` with images ``KEY.0.png``, ``KEY.1.jpg``, ... in order of appearance. The JSON holds
+
+``source``   the mixture component (required)
+``messages`` a conversation, ``[{"role": ..., "content": [part, ...]}, ...]``, or
+``parts``    an interleaved document, ``[part, ...]`` (exactly one of the two)
+``task``, ``answer``   what was asked, and the answer a verifier needs (optional)
+``boxes``    ``[{"image": 0, "box": [x1, y1, x2, y2], "label": "..."}]`` in pixels of the image (optional)
+``points``   ``[{"image": 0, "point": [x, y], "label": "..."}]`` (optional)
+
+A part is ``{"type": "text", "text": ...}``, ``{"type": "image"}``, ``{"type": "video", "timestamps": [...]}``,
+``{"type": "thinking", "text": ...}`` or ``{"type": "tool_call", "name": ..., "arguments": {...}}``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from mmagent.chat import Image, Message, Part, Text, Thinking, ToolCall, Video
+
+MAX_PIXELS = 64_000_000
+"""Images above this are refused before they are decoded (a decompression bomb costs memory, not disk)."""
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif")
+
+
+class RecordError(ValueError):
+    """A sample that cannot be used. The message starts with its key and names the field."""
+
+    def __init__(self, key: str, field: str, problem: str):
+        super().__init__(f"{key}: {field}: {problem}")
+        self.key, self.field, self.problem = key, field, problem
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it lies on disk: ``data`` and its file ``extension``."""
+
+    data: bytes
+    extension: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A labelled box ``(x1, y1, x2, y2)`` or point ``(x, y)`` in pixels of image number ``image``."""
+
+    image: int
+    coordinates: tuple[float, ...]
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training sample. Exactly one of ``messages`` and ``parts`` is filled."""
+
+    key: str
+    source: str
+    messages: tuple[Message, ...] = ()
+    parts: tuple[Part, ...] = ()
+    images: tuple[EncodedImage, ...] = ()
+    task: str = ""
+    answer: str = ""
+    boxes: tuple[Region, ...] = ()
+    points: tuple[Region, ...] = ()
+
+
+def decode_image(data: bytes, key: str, field: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """``(height, width, 3)`` uint8 from encoded bytes: EXIF rotation applied, alpha laid over white.
+
+    Raises :class:`RecordError` for what is no image, is truncated, or has more than ``max_pixels``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides below
+            image = PILImage.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise RecordError(key, field, f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
+        return np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(key, field, f"cannot decode image: {error}") from error
+
+
+def encode_image(pixels: np.ndarray) -> EncodedImage:
+    """``(height, width, 3)`` uint8 to PNG, compressed lightly: shards are written once and read often."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return EncodedImage(buffer.getvalue(), "png")
+
+
+def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int, int]:
+    """``(height, width)`` after EXIF rotation, from the header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
+            opened = PILImage.open(io.BytesIO(image.data))
+        sideways = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        raise RecordError(key, field, f"cannot read image header: {error}") from error
+    return (opened.width, opened.height) if sideways else (opened.height, opened.width)
+
+
+def validate(record: Record) -> Record:
+    """Check everything that can be known without decoding pixels, and return the record.
+
+    Raises :class:`RecordError` naming key and field.
+    """
+    key = record.key
+    if not key or any(c in key for c in "./\\\0\n"):
+        raise RecordError(key or "<no key>", "key", "must be non-empty, without dots, slashes and newlines")
+    if not record.source:
+        raise RecordError(key, "source", "is empty")
+    if bool(record.messages) == bool(record.parts):
+        raise RecordError(key, "messages", "exactly one of messages and parts must be filled")
+    parts = record.parts or tuple(part for message in record.messages for part in message.parts)
+    if record.parts and (odd := [type(p).__name__ for p in parts if isinstance(p, Thinking | ToolCall)]):
+        raise RecordError(key, "parts", f"{odd[0]} belongs in messages")
+    wanted = sum(1 for part in parts if isinstance(part, Image | Video))
+    wanted += sum(len(part.timestamps) - 1 for part in parts if isinstance(part, Video))
+    if wanted != len(record.images):
+        raise RecordError(key, "images", f"{wanted} places for images, {len(record.images)} images")
+    sizes = [image_size(image, key, f"images[{n}]") for n, image in enumerate(record.images)]
+    for name, regions, numbers in (("boxes", record.boxes, 4), ("points", record.points, 2)):
+        for n, region in enumerate(regions):
+            _check_region(key, f"{name}[{n}]", region, numbers, sizes)
+    return record
+
+
+def _check_region(key: str, field: str, region: Region, numbers: int, sizes: list[tuple[int, int]]) -> None:
+    if not 0 <= region.image < len(sizes):
+        raise RecordError(key, field, f"image {region.image} of {len(sizes)}")
+    if len(region.coordinates) != numbers or not all(np.isfinite(region.coordinates)):
+        raise RecordError(key, field, f"needs {numbers} finite numbers, got {region.coordinates}")
+    height, width = sizes[region.image]
+    xs, ys = region.coordinates[0::2], region.coordinates[1::2]
+    if min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height:
+        raise RecordError(key, field, f"{region.coordinates} lies outside the {width}x{height} image")
+    if numbers == 4 and (xs[0] >= xs[1] or ys[0] >= ys[1]):
+        raise RecordError(key, field, f"{region.coordinates} is empty or inverted")
+
+
+def to_sample(record: Record) -> dict[str, Any]:
+    """A webdataset sample: ``__key__``, ``json`` and ``N.extension`` entries. Validates first."""
+    validate(record)
+    body: dict[str, Any] = {"source": record.source}
+    if record.messages:
+        body["messages"] = [
+            {"role": m.role, "content": [_part_to_json(p) for p in m.parts]}
+            | ({} if m.trainable else {"trainable": False})
+            for m in record.messages
+        ]
+    else:
+        body["parts"] = [_part_to_json(p) for p in record.parts]
+    for name in ("task", "answer"):
+        if getattr(record, name):
+            body[name] = getattr(record, name)
+    for name, noun in (("boxes", "box"), ("points", "point")):
+        if getattr(record, name):
+            body[name] = [
+                {"image": r.image, noun: list(r.coordinates), "label": r.label} for r in getattr(record, name)
+            ]
+    sample: dict[str, Any] = {"__key__": record.key, "json": json.dumps(body, ensure_ascii=False).encode()}
+    for n, image in enumerate(record.images):
+        sample[f"{n}.{image.extension}"] = image.data
+    return sample
+
+
+def from_sample(sample: Mapping[str, Any]) -> Record:
+    """Parse and validate one webdataset sample. Raises :class:`RecordError`."""
+    key = str(sample.get("__key__", ""))
+    if "json" not in sample:
+        raise RecordError(key, "json", "is missing")
+    try:
+        body = json.loads(sample["json"])
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RecordError(key, "json", f"does not parse: {error}") from error
+    if not isinstance(body, dict):
+        raise RecordError(key, "json", f"must be an object, got {type(body).__name__}")
+    unknown = set(body) - {"source", "messages", "parts", "task", "answer", "boxes", "points"}
+    if unknown:
+        raise RecordError(key, sorted(unknown)[0], "is no field of a record")
+    try:
+        messages = tuple(
+            Message(m["role"], tuple(_part_from_json(p) for p in _content(m["content"])), m.get("trainable", True))
+            for m in body.get("messages", ())
+        )
+        parts = tuple(_part_from_json(p) for p in body.get("parts", ()))
+        boxes = tuple(
+            Region(int(r["image"]), tuple(map(float, r["box"])), r.get("label", "")) for r in body.get("boxes", ())
+        )
+        points = tuple(
+            Region(int(r["image"]), tuple(map(float, r["point"])), r.get("label", "")) for r in body.get("points", ())
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecordError(key, "json", f"{type(error).__name__}: {error}") from error
+    return validate(
+        Record(
+            key,
+            str(body.get("source", "")),
+            messages,
+            parts,
+            _images(sample, key),
+            str(body.get("task", "")),
+            str(body.get("answer", "")),
+            boxes,
+            points,
+        )
+    )
+
+
+def _images(sample: Mapping[str, Any], key: str) -> tuple[EncodedImage, ...]:
+    found: dict[int, EncodedImage] = {}
+    for name, data in sample.items():
+        number, _, extension = name.partition(".")
+        if number.isdigit() and extension.lower() in IMAGE_EXTENSIONS:
+            found[int(number)] = EncodedImage(data, extension.lower())
+    if sorted(found) != list(range(len(found))):
+        raise RecordError(key, "images", f"numbered {sorted(found)}, expected 0..{len(found) - 1}")
+    return tuple(found[n] for n in range(len(found)))
+
+
+def _content(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    match part:
+        case Text(text):
+            return {"type": "text", "text": text}
+        case Image():
+            return {"type": "image"}
+        case Video(timestamps):
+            return {"type": "video", "timestamps": list(timestamps)}
+        case Thinking(text):
+            return {"type": "thinking", "text": text}
+        case ToolCall(name, arguments):
+            return {"type": "tool_call", "name": name, "arguments": dict(arguments)}
+
+
+def _part_from_json(part: Any) -> Part:
+    if not isinstance(part, dict):
+        raise ValueError(f"a part must be an object, got {type(part).__name__}")
+    match part.get("type"):
+        case "text":
+            return Text(_text(part, "text"))
+        case "image":
+            return Image()
+        case "video":
+            return Video(tuple(float(t) for t in part["timestamps"]))
+        case "thinking":
+            return Thinking(_text(part, "text"))
+        case "tool_call":
+            return ToolCall(_text(part, "name"), {str(k): str(v) for k, v in part["arguments"].items()})
+    raise ValueError(f"part type {part.get('type')!r} is none of text, image, video, thinking, tool_call")
+
+
+def _text(part: Mapping[str, Any], name: str) -> str:
+    if not isinstance(part.get(name), str):
+        raise ValueError(f"part {part.get('type')!r}: {name} must be text, got {type(part.get(name)).__name__}")
+    return part[name]

@@ -1,0 +1,136 @@
+"""Token ids: plain text, and the control tokens that only the chat renderer may write.
+
+A :class:`Vocab` reads any byte-level ``tokenizer.json`` of the GLM family, or trains a small one. Text is
+always encoded by a tokenizer from which every control token has been removed, so no string a user or a
+tool supplies can become control.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "[MASK]",
+    "[gMASK]",
+    "[sMASK]",
+    "<sop>",
+    "<eop>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|observation|>",
+    "<|begin_of_image|>",
+    "<|end_of_image|>",
+    "<|begin_of_video|>",
+    "<|end_of_video|>",
+    "<|image|>",
+    "<|video|>",
+    "<|begin_of_box|>",
+    "<|end_of_box|>",
+    "/nothink",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+)
+"""Control tokens of the GLM-4.5 family that the renderer or the losses rely on."""
+
+STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+NEVER_SAMPLED = ("<|image|>", "<|video|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>")
+"""What the policy can never produce: placeholders would crash the trainer, prefixes make no sense mid-turn."""
+
+
+class Vocab:
+    """Text and control tokens as ids.
+
+    ``size`` is one more than the largest id; a model may round its table up.
+    """
+
+    def __init__(self, definition: str):
+        """``definition`` is the text of a ``tokenizer.json``. Raises ``ValueError`` naming missing control tokens."""
+        parsed = json.loads(definition)
+        self._definition = definition
+        self._special = {token["content"]: int(token["id"]) for token in parsed.get("added_tokens", [])}
+        missing = [token for token in SPECIAL_TOKENS if token not in self._special]
+        if missing:
+            raise ValueError(f"tokenizer lacks the control tokens {missing}")
+        self._names = {index: name for name, index in self._special.items()}
+        self._plain = Tokenizer.from_str(json.dumps({**parsed, "added_tokens": [], "post_processor": None}))
+        self.size = max(max(self._special.values()), max(self._plain.get_vocab().values())) + 1
+        self.image_id = self._special["<|image|>"]
+        self.pad_id = self._special["<|endoftext|>"]
+        self.stop_ids = tuple(self._special[token] for token in STOP_TOKENS)
+        self.never_sampled = tuple(self._special[token] for token in NEVER_SAMPLED)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Vocab:
+        """Read ``tokenizer.json`` itself or the folder that holds it."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"no tokenizer at {path}")
+        return cls(path.read_text(encoding="utf-8"))
+
+    def save(self, path: Path | str) -> None:
+        path = Path(path)
+        (path / "tokenizer.json" if path.is_dir() else path).write_text(self._definition, encoding="utf-8")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> Vocab:
+        """Train a byte-level BPE of at most ``size`` ids, single digits kept apart so that coordinates are spelled alike."""
+        floor = 256 + len(SPECIAL_TOKENS)
+        if size < floor:
+            raise ValueError(f"size {size} is below the {floor} ids that bytes and control tokens need")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - len(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        parsed = json.loads(tokenizer.to_str())
+        first = tokenizer.get_vocab_size()
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        parsed["added_tokens"] = [
+            {"id": first + n, "content": token, **flags} for n, token in enumerate(SPECIAL_TOKENS)
+        ]
+        return cls(json.dumps(parsed, ensure_ascii=False, indent=1))
+
+    def id(self, token: str) -> int:
+        """The id of a control token."""
+        if token not in self._special:
+            raise ValueError(f"{token!r} is not a control token")
+        return self._special[token]
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids; never a control id, whatever the text says."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, control: bool = True) -> str:
+        """Ids to text; control tokens by name, or left out when ``control`` is false."""
+        out: list[str] = []
+        run: list[int] = []
+        for index in ids:
+            if index in self._names:
+                out.append(self._plain.decode(run))
+                run = []
+                if control:
+                    out.append(self._names[index])
+            else:
+                run.append(index)
+        return "".join(out) + self._plain.decode(run)
