@@ -43,7 +43,7 @@ class Segments:
     same fact as an ``(N + 1,)`` int32 tensor on the device, for kernels that read it there.
     """
 
-    __slots__ = ("lengths", "cu_seqlens")
+    __slots__ = ("cu_seqlens", "lengths")
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.lengths = tuple(int(n) for n in lengths)
@@ -512,7 +512,7 @@ class Observation:
     the episode is over. ``reward`` is the environment's own, None where only the task can judge."""
 
     text: str
-    images: tuple["object", ...] = ()
+    images: tuple[object, ...] = ()
     done: bool = False
     reward: float | None = None
 
