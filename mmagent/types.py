@@ -182,7 +182,7 @@ class VisionFeatures:
 
 
 class Cost(NamedTuple):
-    """The four terms of a pack's cost: ``patches**2`` per frame, ``patches``, ``tokens**2`` per document, ``tokens``."""
+    """A pack's cost: ``patches**2`` per frame, ``patches``, ``tokens**2`` per document, ``tokens``."""
 
     patches_squared: int
     patches: int

@@ -88,7 +88,7 @@ class Vocab:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Vocab:
-        """Train a byte-level BPE of at most ``size`` ids, single digits kept apart so that coordinates are spelled alike."""
+        """Train a byte-level BPE of at most ``size`` ids; digits stay single, so that coordinates are spelled alike."""
         floor = 256 + len(SPECIAL_TOKENS)
         if size < floor:
             raise ValueError(f"size {size} is below the {floor} ids that bytes and control tokens need")
