@@ -1,0 +1,251 @@
+"""Process groups, reductions and seeds: the only module that talks to ``torch.distributed`` directly.
+
+Everything works without ``torchrun`` as well: a lone process is a world of size one, and no collective runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+_HEADER = 5  # of the vector that World.sum reduces: two checksums, their squares, and a flag
+
+
+@dataclass(frozen=True)
+class World:
+    """Who I am among how many, and on which device my tensors live."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    _names: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mesh(self, name: str = "dp") -> DeviceMesh:
+        """A one-dimensional mesh over all ranks; a lone process gets a group of its own for it."""
+        if not torch_dist.is_initialized():
+            torch_dist.init_process_group(_backend(self.device), store=torch_dist.HashStore(), rank=0, world_size=1)
+            atexit.register(shutdown)
+        return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=(name,))
+
+    def all_reduce(self, vector: Tensor) -> Tensor:
+        """Sum ``vector`` over ranks, in place, and return it. Shapes must agree; see :meth:`sum` for named scalars."""
+        return all_reduce(vector)
+
+    def sum(self, values: Mapping[str, Tensor | float], layout: str = "") -> dict[str, float]:
+        """Sum named scalars over ranks, in float64, in one collective.
+
+        Ranks may bring different names: a missing one counts as zero. Whether they do is found out in the same
+        collective (the checksums ``h`` of all ranks are equal iff ``size * sum(h**2) == sum(h)**2``); only then do
+        names travel, and the union is remembered under ``layout``, so that the next call needs one collective again.
+        """
+        if self.size == 1:
+            return {name: float(value) for name, value in values.items()}
+        known = self._names.setdefault(layout, [])  # the same on every rank, and so is the length of the vector
+        while True:
+            names = sorted({*known, *values})
+            vector = torch.zeros(_HEADER + 128 + 2 * len(known), dtype=torch.float64)
+            fits = len(names) <= vector.numel() - _HEADER
+            low, high = divmod(zlib.crc32("\n".join(names).encode()), 1 << 16)
+            vector[:_HEADER] = torch.tensor([low, low * low, high, high * high, 0 if fits else 1])
+            if fits:
+                for i, name in enumerate(names):
+                    vector[_HEADER + i] = float(values.get(name, 0.0))
+            total = self.all_reduce(vector.to(self.device)).tolist()
+            if total[4] == 0 and all(self.size * total[i + 1] == total[i] ** 2 for i in (0, 2)):
+                known[:] = names
+                return dict(zip(names, total[_HEADER:], strict=False))
+            known[:] = sorted({name for some in self.gather_objects(names) for name in some})
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """``value`` (anything JSON can hold) of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [json.loads(json.dumps(value))]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        torch_dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        longest = max(int(n) for n in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        everyone = [torch.empty_like(padded) for _ in range(self.size)]
+        torch_dist.all_gather(everyone, padded)
+        return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(everyone, sizes, strict=True)]
+
+
+def init(timeout: float = 600.0, threads: int | None = None) -> World:
+    """Join the world that ``torchrun`` describes in the environment, or be alone.
+
+    NCCL carries GPU tensors and gloo CPU tensors. ``timeout`` (seconds) bounds every collective, so that a lost rank
+    is an error and not a wait for ever. ``threads`` of each rank default to its share of the processors this process
+    may use; torchrun's own default is one, which leaves most of a CPU machine idle.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    torch.set_num_threads(threads or default_threads(local_size))
+    if size > 1 and not torch_dist.is_initialized():
+        torch_dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout))
+        atexit.register(shutdown)
+    return World(rank, size, local_rank, device)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def default_threads(local_size: int) -> int:
+    """This rank's share of the processors, unless the user set ``OMP_NUM_THREADS`` (torchrun sets it to 1 unasked)."""
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked and not ("TORCHELASTIC_RUN_ID" in os.environ and asked == "1"):
+        return int(asked)
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum ``tensor`` over ranks, in place, and return it: for buffers such as router loads. Alone: unchanged."""
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def is_main() -> bool:
+    """Whether this process writes logs and shared files."""
+    return not torch_dist.is_initialized() or torch_dist.get_rank() == 0
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main rank runs the block before the others do: for caches that one process should fill."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed python, numpy and torch. Build models under one seed on every rank; pass ``rank`` for what differs."""
+    mixed = rank_seed(seed, rank)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed of 63 bits that differs for every ``(seed, rank)``; rank 0 keeps ``seed`` itself."""
+    return seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run ``fn(world, *args)`` in ``world_size`` fresh gloo processes and return what they return, in rank order.
+
+    ``fn`` must be importable (no lambda). A child's error is raised here with the child's traceback, and its peers are
+    stopped; after ``timeout`` seconds all are, with their stacks printed, and ``TimeoutError`` is raised.
+    """
+    context = multiprocessing.get_context("forkserver")  # one import of torch serves all children
+    context.set_forkserver_preload([__name__, "torch.distributed.tensor", "torch.distributed.fsdp"])
+    folder = Path(tempfile.mkdtemp(prefix="mmagent-ranks-"))
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    children = [
+        context.Process(
+            target=_rank_main, args=(pipes[r][1], r, world_size, str(folder / "store"), timeout, fn, args), daemon=False
+        )
+        for r in range(world_size)
+    ]
+    try:
+        for child, (_, sender) in zip(children, pipes, strict=True):
+            child.start()
+            sender.close()
+        return _collect([receiver for receiver, _ in pipes], timeout)
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.kill()
+            child.join()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < len(receivers):
+        waiting = [r for i, r in enumerate(receivers) if i not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [i for i in range(len(receivers)) if i not in results]
+            raise TimeoutError(f"ranks {late} did not finish within {timeout:.0f} s")
+        failures = []
+        for receiver in ready:
+            rank = receivers.index(receiver)
+            try:
+                results[rank], error = receiver.recv()
+            except EOFError:
+                results[rank], error = None, "the process died without a word (killed, or out of memory)"
+            if error is not None:
+                failures.append(f"rank {rank} of {len(receivers)}: {error}")
+        if failures:
+            raise RuntimeError("\n".join(failures))
+    return [results[rank] for rank in range(len(receivers))]
+
+
+def _rank_main(
+    sender: Connection, rank: int, size: int, store: str, timeout: float, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    faulthandler.dump_traceback_later(max(1.0, timeout - 2.0), exit=False, file=sys.__stderr__)
+    torch.set_num_threads(1)
+    try:
+        torch_dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
+        result = fn(World(rank, size, rank, torch.device("cpu")), *args)
+        barrier()
+        sender.send((result, None))
+    except BaseException:  # the parent raises it again, so nothing is swallowed
+        sender.send((None, traceback.format_exc()))
+    finally:
+        shutdown()
+        faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,143 @@
+"""Collectives on gloo, and the launcher that every distributed test stands on."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mmagent import dist
+from mmagent.dist import World, run_ranks
+
+
+def named_sum(world: World) -> list[dict[str, float]]:
+    mine = {"both": 1.0 + world.rank, f"only_{world.rank}": torch.tensor(2.0)}
+    return [world.sum(mine), world.sum({"both": 1.0}), world.sum({f"n{i}": 1.0 for i in range(400)})]
+
+
+def test_sum_agrees_on_names_that_only_some_ranks_bring():
+    for ragged, even, many in run_ranks(named_sum, 3):
+        assert ragged == {"both": 6.0, "only_0": 2.0, "only_1": 2.0, "only_2": 2.0}
+        assert even["both"] == 3.0  # names once known stay in the layout
+        assert even["only_0"] == 0.0
+        assert all(many[f"n{i}"] == 3.0 for i in range(400))
+
+
+def count_collectives(world: World) -> list[int]:
+    calls = 0
+    reduce, gather = torch.distributed.all_reduce, torch.distributed.all_gather
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    torch.distributed.all_reduce, torch.distributed.all_gather = counted(reduce), counted(gather)
+    seen = []
+    for names in (("a", "b"), ("a", "b"), ("a", f"only_{world.rank}"), ("a", f"only_{world.rank}")):
+        calls = 0
+        world.sum(dict.fromkeys(names, 1.0))
+        seen.append(calls)
+    return seen
+
+
+def test_sum_is_one_collective_once_the_names_are_known():
+    assert run_ranks(count_collectives, 2) == [[1, 1, 4, 1]] * 2
+
+
+def objects(world: World) -> list[object]:
+    return world.gather_objects({"rank": world.rank, "text": "x" * (10 ** (world.rank + 1))})
+
+
+def test_gather_objects_keeps_rank_order_and_uneven_sizes():
+    (first, second) = run_ranks(objects, 2)
+    assert first == second == [{"rank": 0, "text": "x" * 10}, {"rank": 1, "text": "x" * 100}]
+
+
+def fails_on_one(world: World) -> None:
+    if world.rank == 1:
+        raise KeyError("the reason")
+    dist.barrier()
+
+
+def test_run_ranks_raises_the_childs_error_and_stops_its_peers():
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2(.|\n)*fails_on_one(.|\n)*the reason"):
+        run_ranks(fails_on_one, 2, timeout=60)
+    assert time.monotonic() - started < 50
+
+
+def dies(world: World) -> None:
+    if world.rank == 0:
+        os._exit(9)
+    dist.barrier()
+
+
+def test_run_ranks_notices_a_killed_child():
+    with pytest.raises(RuntimeError, match="rank"):
+        run_ranks(dies, 2, timeout=60)
+
+
+def hangs(world: World) -> None:
+    time.sleep(60)
+
+
+def test_run_ranks_never_hangs():
+    with pytest.raises(TimeoutError, match=r"\[0, 1\]"):
+        run_ranks(hangs, 2, timeout=3)
+
+
+def order(world: World) -> list[float]:
+    marks = []
+    with dist.main_first():
+        marks.append(time.monotonic())
+        time.sleep(0.05)
+    return marks
+
+
+def test_main_first():
+    (first,), (second,) = run_ranks(order, 2)
+    assert second >= first + 0.05
+
+
+def test_a_lone_process_needs_no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    world = dist.init(threads=torch.get_num_threads())
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.sum({"x": torch.tensor(2.0)}) == {"x": 2.0}
+    assert world.gather_objects({"a": [1]}) == [{"a": [1]}]
+    tensor = torch.ones(2)
+    assert dist.all_reduce(tensor) is tensor
+    assert dist.is_main()
+
+
+def test_default_threads_share_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert dist.default_threads(2) == 4
+    assert dist.default_threads(100) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert dist.default_threads(2) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert dist.default_threads(2) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun's own default, not the user's word
+    assert dist.default_threads(2) == 4
+
+
+def test_seeds_repeat_and_differ_between_ranks():
+    def draw(rank: int) -> tuple[float, float, float]:
+        dist.seed_everything(7, rank)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert draw(0) == draw(0)
+    assert draw(1) == draw(1)
+    assert len({draw(r) for r in range(4)}) == 4
+    assert dist.rank_seed(7, 0) == 7
