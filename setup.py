@@ -32,6 +32,7 @@ setup(
         "numpy>=2.0",
         "pillow>=11",
         "tqdm>=4.66",
+        "markupsafe>=2.1",
         "miniwob>=1.1,<1.2",
         "scikit-image>=0.25",
         "scikit-learn>=1.6",

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The test suite: `bash tools/test.sh [--all] [pytest arguments]`.
+#
+# Default: offline, CPU, minutes. --all adds the slow tests, those marked gpu where torch sees one, and those
+# marked network where MMAGENT_TEST_NETWORK=1 says that there is one.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$MMAGENT_ROOT"
+
+all=no
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --all ]; then all=yes; else arguments+=("$argument"); fi
+done
+
+mmagent_environment test
+mmagent_browser
+
+cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)))')"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 8 ? 8 : cores))}"
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" TRANSFORMERS_OFFLINE="${TRANSFORMERS_OFFLINE:-1}"
+
+if [ "$all" = yes ]; then
+    markers=()
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || markers+=("not gpu")
+    if [ "${MMAGENT_TEST_NETWORK:-0}" = 1 ]; then
+        unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE
+    else
+        markers+=("not network")
+    fi
+    expression="$(printf ' and %s' "${markers[@]:-}")"
+    arguments=(-m "${expression# and }" "${arguments[@]}")  # the last -m wins over pyproject's
+fi
+exec python -m pytest "${arguments[@]}"
