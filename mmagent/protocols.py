@@ -72,16 +72,23 @@ class Objective(Protocol):
 
 
 class Engine(Protocol):
-    """Sharding, precision, clipping and the optimizer behind four calls."""
+    """Sharding, precision, clipping and the optimizer behind five calls."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are reduced over ranks when ``last``."""
         ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def forward(self, batch: Any) -> StepOutput:
+        """The objective's forward, through whatever wraps it and in the engine's precision."""
+        ...
 
-    def step(self) -> float:
-        """Clip, step, zero. Returns the global gradient norm before clipping."""
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate; over all micro-batches and ranks the gradient is the *sum*."""
+        ...
+
+    def step(self, lr_scale: float = 1.0) -> float:
+        """Clip, step with every learning rate times ``lr_scale``, zero. Returns the global gradient norm before
+        clipping."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

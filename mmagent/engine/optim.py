@@ -1,0 +1,235 @@
+"""Muon for hidden matrices and AdamW for everything else, in one optimizer.
+
+The model says which parameter is what (:class:`mmagent.types.ParamRole`); nothing is read off a name. All arithmetic
+runs on local shards; Muon gathers a sharded matrix, orthogonalises it as a whole and keeps its shard.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from mmagent.protocols import Trainable
+from mmagent.types import ParamRole
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Keller Jordan, https://kellerjordan.github.io/posts/muon)."""
+
+_BATCH_ELEMENTS = 1 << 24  # matrices of one shape are orthogonalised together up to this many elements
+
+
+@dataclass
+class OptimConfig:
+    """``lr`` is that of AdamW; Muon's updates are scaled to the same root mean square, so both share it.
+
+    ``role_lr`` multiplies it per role, e.g. ``{encoder: 0.1}``; roles not named keep 1. ``muon=False`` trains the
+    matrices with AdamW, too. ``newton_schulz_dtype`` is "bfloat16" or, for tests and doubts, "float32".
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 0.1
+    role_lr: dict[str, float] = field(default_factory=dict)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    muon: bool = True
+    momentum: float = 0.95
+    newton_schulz_steps: int = 5
+    newton_schulz_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.newton_schulz_dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"newton_schulz_dtype {self.newton_schulz_dtype!r} is neither bfloat16 nor float32")
+        if self.lr <= 0 or self.weight_decay < 0 or any(m < 0 for m in self.role_lr.values()):
+            raise ValueError(f"optim: lr must be positive, weight_decay and role_lr not negative; got {self}")
+
+
+def build_optimizer(model: Trainable, config: OptimConfig) -> MuonAdamW:
+    """An optimizer over *all* parameters of ``model``, frozen ones included, so that they can be unfrozen later.
+
+    Raises ``ValueError`` for parameters without a role, roles without a parameter, and unknown roles in ``role_lr``.
+    """
+    assert isinstance(model, nn.Module)
+    roles = model.roles()
+    _check_roles(model, roles, config.role_lr)
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        muon = role.matrix and config.muon
+        if muon:
+            _check_matrix(name, parameter, role.splits)
+        decay = config.weight_decay if role.decay else 0.0
+        groups.setdefault((role.role, muon, decay, role.splits if muon else ()), []).append(parameter)
+    return MuonAdamW(
+        [
+            {
+                "params": sorted(parameters, key=lambda p: tuple(p.shape)),  # equal shapes are batched together
+                "lr": config.lr * config.role_lr.get(role, 1.0),
+                "role": role,
+                "muon": muon,
+                "weight_decay": decay,
+                "splits": splits,
+            }
+            for (role, muon, decay, splits), parameters in groups.items()
+        ],
+        config,
+    )
+
+
+def _check_roles(model: nn.Module, roles: Mapping[str, ParamRole], role_lr: Mapping[str, float]) -> None:
+    names = {name for name, _ in model.named_parameters()}
+    if missing := sorted(names - set(roles)):
+        raise ValueError(f"{type(model).__name__}.roles() says nothing of {_few(missing)}")
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if unknown := sorted(set(roles) - every):
+        raise ValueError(f"{type(model).__name__}.roles() names what is no parameter: {_few(unknown)}")
+    known = sorted({role.role for role in roles.values()})
+    for role in role_lr:
+        if role not in known:
+            near = difflib.get_close_matches(role, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the model has {', '.join(known)}"
+            raise ValueError(f"role_lr names the unknown role {role!r}; {hint}")
+
+
+def _check_matrix(name: str, parameter: Tensor, splits: tuple[int, ...]) -> None:
+    if parameter.ndim not in (2, 3):
+        raise ValueError(f"{name} of shape {tuple(parameter.shape)} is no matrix, nor a batch of matrices, for Muon")
+    if splits and sum(splits) != parameter.shape[-2]:
+        raise ValueError(f"{name}: splits {splits} do not add up to its {parameter.shape[-2]} rows")
+
+
+def _few(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+class MuonAdamW(Optimizer):
+    """Each group is either Muon's (``group["muon"]``) or AdamW's; state holds plain tensors, local under FSDP2."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
+        self.config = config
+        for group in groups:
+            group.setdefault("initial_lr", group["lr"])
+        super().__init__(groups, {"muon": False, "splits": (), "weight_decay": config.weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        assert closure is None, "closures re-evaluate the loss, which train_step owns"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                for batch in _batches(parameters):
+                    self._muon(batch, group)
+            else:
+                self._adamw(parameters, group)
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        parameters = [p for p in parameters if _local(p).numel()]
+        if not parameters:
+            return
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(_local(p))
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(_local(p))
+        states = [self.state[p] for p in parameters]
+        adamw(
+            [_local(p) for p in parameters],
+            [_local(p.grad) for p in parameters],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.config.eps,
+            maximize=False,
+        )
+
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """One batch of parameters of one shape: momentum, gather, orthogonalise by logical matrix, keep the shard."""
+        gathered = []
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(_local(p))
+            gradient, momentum = _local(p.grad), self.state[p]["momentum"]
+            momentum.lerp_(gradient, 1 - self.config.momentum)
+            nesterov = gradient.lerp(momentum, self.config.momentum)
+            gathered.append(_gather(nesterov.to(getattr(torch, self.config.newton_schulz_dtype)), p))
+        stacked = torch.stack(gathered)
+        pieces = stacked.split(list(group["splits"] or (stacked.shape[-2],)), dim=-2)
+        scaled = []
+        for piece in pieces:
+            scale = 0.2 * math.sqrt(max(piece.shape[-2:]))  # root mean square of an AdamW update: arXiv 2502.16982
+            scaled.append(orthogonalise(piece, self.config.newton_schulz_steps) * scale)
+        for p, update in zip(parameters, torch.cat(scaled, dim=-2), strict=True):
+            local = _local(p)
+            local.mul_(1 - group["lr"] * group["weight_decay"])
+            local.add_(_keep(update, p).to(local.dtype), alpha=-group["lr"])
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for ``(..., A, B)``, in the dtype given.
+
+    Singular values end between about 0.7 and 1.2, not at 1: the coefficients trade exactness for speed.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).reshape(-1, *sorted(matrices.shape[-2:]))
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of equal shape (and sharding) together, as long as a batch stays small."""
+    batch: list[Tensor] = []
+    for p in parameters:
+        full = batch and (len(batch) + 1) * p.numel() > _BATCH_ELEMENTS
+        if batch and (full or p.shape != batch[0].shape):
+            yield batch
+            batch = []
+        batch.append(p)
+    if batch:
+        yield batch
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole_matrices(parameter: DTensor) -> bool:
+    """Whether each rank holds whole matrices (experts sharded along their own dimension), so nothing need travel."""
+    rows_kept = all(isinstance(p, Replicate) or p == Shard(0) for p in parameter.placements)
+    return parameter.ndim == 3 and rows_kept
+
+
+def _gather(local: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor) or _whole_matrices(parameter):
+        return local
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    ).full_tensor()
+
+
+def _keep(full: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor) or _whole_matrices(parameter):
+        return full
+    # every rank holds the same matrix already: no data need come from rank 0
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
