@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -142,6 +142,36 @@ def all_reduce(tensor: Tensor) -> Tensor:
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+def exchange(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+    """Send each tensor to its rank while filling each buffer from its rank; returns when all have arrived.
+
+    Pairs of ``(tensor, rank)``. Two ranks that exchange several tensors must list them in matching order.
+    """
+    operations = [torch_dist.P2POp(torch_dist.isend, tensor.contiguous(), rank) for tensor, rank in sends]
+    operations += [torch_dist.P2POp(torch_dist.irecv, buffer, rank) for buffer, rank in receives]
+    for work in torch_dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+def gather_ints(value: int, device: torch.device | str = "cpu") -> list[int]:
+    """``value`` of every rank, in rank order, on every rank. ``device`` is where this world's tensors live."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size() == 1:
+        return [value]
+    everyone = torch.zeros(torch_dist.get_world_size(), dtype=torch.int64, device=device)
+    everyone[torch_dist.get_rank()] = value
+    return [int(n) for n in all_reduce(everyone).tolist()]
+
+
+def rank() -> int:
+    """This process's rank; 0 when alone."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many ranks there are; 1 when alone."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
 def barrier() -> None:
