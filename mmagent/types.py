@@ -294,6 +294,7 @@ class PackedBatch:
             positions=self.positions.pin_memory(),
             visual_slots=self.visual_slots.pin_memory(),
             vision=None if self.vision is None else self.vision.pin(),
+            visual_index=None if self.visual_index is None else self.visual_index.pin_memory(),
         )
 
 
