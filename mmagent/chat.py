@@ -215,6 +215,33 @@ def turn_opening(vocab: Vocab, config: ChatConfig | None = None) -> list[int]:
     return writer.ids
 
 
+def next_turn(
+    message: Message,
+    vocab: Vocab,
+    image_tokens: Sequence[int] = (),
+    config: ChatConfig | None = None,
+    *,
+    role_sampled: bool = True,
+) -> list[int]:
+    """Ids that follow a sampled completion: a turn the model reads, then the assistant's opening.
+
+    A completion that stopped by itself ends with the role token of this turn (``role_sampled``); one that was
+    cut by a limit, or ended otherwise, does not, and the token is written here.
+    """
+    if message.role not in ("user", "observation"):
+        raise ValueError(f"next_turn: a {message.role} message cannot follow a completion")
+    config = config or ChatConfig()
+    writer = _Writer(vocab)
+    if not role_sampled:
+        writer.control(f"<|{message.role}|>")
+    remaining = list(image_tokens)
+    _listener(writer, message, config, remaining)
+    writer.flush()
+    if remaining:
+        raise ValueError(f"image_tokens: {len(image_tokens)} given, {len(remaining)} without an image in the text")
+    return [*writer.ids, *turn_opening(vocab, config)]
+
+
 def completion_text(ids: Sequence[int], vocab: Vocab) -> str:
     """The visible answer of a sampled completion: what follows the thinking, without control tokens."""
     closing = vocab.id("</think>")
