@@ -1,0 +1,216 @@
+"""The model that every stage after the encoder trains: encoder, projector, decoder, MTP, embedding and head.
+
+Everything is one flat stream. ``forward`` takes a :class:`~mmagent.types.PackedBatch`; generation calls
+``encode``, ``embed_tokens`` and ``hidden`` with its own attention over a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmagent.models.cogvit import CogViT, CogViTConfig
+from mmagent.models.decoder import Attend, Decoder, DecoderConfig, DecoderOutput, PackedAttention
+from mmagent.models.layers import Embedding, Head, Recomputed, collect_roles
+from mmagent.models.moe import Documents, MoE, Routing
+from mmagent.models.mtp import MTP, MTPConfig
+from mmagent.models.projector import Projector, ProjectorConfig
+from mmagent.protocols import VisionEncoder
+from mmagent.types import ModelOutput, PackedBatch, PackedVision, ParamRole
+
+ROLES = ("encoder", "projector", "embedding", "decoder", "mtp", "head")
+
+
+@dataclass
+class AgentModelConfig:
+    """``image_id`` stands in the stream at every visual slot; ``vocab_size`` counts it."""
+
+    vocab_size: int = 151552
+    image_id: int = 151363
+    vision: CogViTConfig = field(default_factory=CogViTConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_id < self.vocab_size:
+            raise ValueError(f"image_id {self.image_id} is outside the vocabulary of {self.vocab_size}")
+
+
+class AgentModel(nn.Module):
+    """``encoder`` defaults to the CogViT of the config; any :class:`VisionEncoder` that is a module will do."""
+
+    def __init__(self, config: AgentModelConfig, encoder: VisionEncoder | None = None):
+        super().__init__()
+        width = config.decoder.width
+        self.config = config
+        self.encoder = CogViT(config.vision) if encoder is None else encoder
+        if not isinstance(self.encoder, nn.Module):
+            raise ValueError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
+        self.projector = Projector(config.projector, self.encoder.width, self.encoder.merge_size, width)
+        self.embedding = Embedding(config.vocab_size, width)
+        self.decoder = Decoder(config.decoder)
+        self.mtp = MTP(config.mtp, config.decoder) if config.mtp.depths else None
+        self.head = None if config.decoder.tied_head else Head(width, config.vocab_size)
+        self._patch_values = config.vision.patch_values if encoder is None else _patch_values(self.encoder)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``(V_ocab, D)``: multiplied inside the losses, so that whole logits never exist."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def encode(self, vision: PackedVision) -> Tensor:
+        """``(V, D)`` merged visual embeddings, in the order of the images."""
+        features = self.encoder(vision)
+        tokens = features.tokens
+        if features.pooled.requires_grad:  # a pooling head of earlier stages must not be left without gradient
+            tokens = tokens + 0.0 * features.pooled.sum().to(tokens.dtype)
+        return self.projector(tokens)
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        return self.embedding(input_ids)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """``(T, D)``: token embeddings with visual embeddings in their slots.
+
+        A pack without images still runs the encoder, on one merge block of zeros with weight zero: every
+        rank of a sharded encoder takes part in every gather, and every parameter gets a (zero) gradient.
+        """
+        text = self.embed_tokens(batch.input_ids)
+        if batch.vision is None:
+            return text + 0.0 * self.encode(self._null_vision(text.device)).sum().to(text.dtype)
+        visual = self.encode(batch.vision)
+        if batch.visual_index is not None:
+            visual = visual.index_select(0, batch.visual_index)
+        if visual.shape[0] != batch.visual_slots.shape[0]:
+            raise ValueError(
+                f"pack of {batch.keys[:3]}...: {visual.shape[0]} visual tokens for {batch.visual_slots.shape[0]} slots"
+            )
+        return text.index_copy(0, batch.visual_slots, visual.to(text.dtype))
+
+    def hidden(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final-normed hidden states ``(T, D)`` for generation."""
+        return self.decoder(embeddings, positions, attend).hidden
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        mtp: bool = True,
+        *,
+        routed: Tensor | None = None,
+        detach_mtp: bool = False,
+    ) -> ModelOutput:
+        """Hidden states of decoder and MTP, and router statistics.
+
+        ``routed (T, M, K)`` replays recorded experts in the decoder. ``detach_mtp`` keeps the MTP loss from the
+        trunk and the embedding table (detach :attr:`head_weight` in that loss, too): only MTP parameters learn.
+        """
+        embeddings = self.embed(batch)
+        attend = PackedAttention(batch.segments)
+        documents = Documents(batch.segments, batch.tail) if self.config.decoder.moe_layers else None
+        out: DecoderOutput = self.decoder(embeddings, batch.positions, attend, routed, documents)
+        routings, mtp_hidden = list(out.routings), ()
+        mtp_routings: list[Routing] = []
+        if mtp and self.mtp is not None:
+            trunk = (out.hidden, self.embedding.weight, embeddings)
+            hidden, table, fused = (x.detach() for x in trunk) if detach_mtp else trunk
+            mtp_hidden, mtp_routings = self.mtp(
+                hidden, batch.input_ids, batch.positions, batch.segments, attend, table, batch.visual_slots, fused,
+                documents,
+            )  # fmt: skip
+        balance = sum(
+            (r.balance for r in (*routings, *mtp_routings)), start=out.hidden.new_zeros((), dtype=torch.float32)
+        )
+        return ModelOutput(out.hidden, mtp_hidden, self._load(routings, mtp_routings), balance)
+
+    def _load(self, routings: list[Routing], mtp_routings: list[Routing]) -> Tensor:
+        """``(M, E)``: decoder layers, then MTP modules; a tied module's depths add up in one row."""
+        rows = [r.load for r in routings]
+        if len(rows) < len(self._routers()):
+            modules = len(self._routers()) - len(rows)
+            zero = torch.zeros(self.config.decoder.moe.experts, device=self.embedding.weight.device)
+            extra = [zero.clone() for _ in range(modules)]
+            for depth, routing in enumerate(mtp_routings):
+                extra[min(depth, modules - 1)] += routing.load
+            rows += extra
+        return torch.stack(rows).detach() if rows else torch.zeros(0, 0, device=self.embedding.weight.device)
+
+    def _null_vision(self, device: torch.device) -> PackedVision:
+        side = self.encoder.merge_size
+        return PackedVision(
+            torch.zeros(side * side, self._patch_values, device=device), torch.tensor([[1, side, side]])
+        )
+
+    def _routers(self) -> list[MoE]:
+        blocks = [*self.decoder.blocks, *(head.block for head in (self.mtp.heads if self.mtp is not None else ()))]
+        return [block.moe for block in blocks if block.moe is not None]
+
+    @torch.no_grad()
+    def update_router_bias(self, load_ME: Tensor, rate: float) -> None:
+        """One loss-free balancing step by the *global* load; rows as in ``ModelOutput.router_load``."""
+        routers = self._routers()
+        if load_ME.shape[0] != len(routers):
+            raise ValueError(f"load of {load_ME.shape[0]} MoE layers for a model with {len(routers)}")
+        for moe, load_E in zip(routers, load_ME, strict=True):
+            moe.router.update_bias(load_E, rate)
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        """Every parameter's role; the names are those of ``named_parameters()``."""
+        roles: dict[str, ParamRole] = {}
+        for role in ROLES:
+            part = getattr(self, role)
+            if part is not None:
+                declared = getattr(part, "roles", None)
+                own = {f"{role}.{k}": v for k, v in declared().items()} if declared else None
+                roles.update(own or collect_roles(part, role, prefix=f"{role}."))
+        return roles
+
+    def freeze(self, roles: Collection[str]) -> None:
+        """Freeze exactly these roles and train all others; callable at any time. Frozen parts build no graph."""
+        unknown = set(roles) - set(ROLES)
+        if unknown:
+            raise ValueError(f"cannot freeze {sorted(unknown)}; roles are {', '.join(ROLES)}")
+        for role in ROLES:
+            part = getattr(self, role)
+            if part is not None:
+                part.requires_grad_(role not in roles)
+
+    def set_recompute(self, roles: Collection[str]) -> None:
+        """Recompute activations of the blocks of these roles (encoder, decoder, mtp) in the backward; () for none."""
+        unknown = set(roles) - {"encoder", "decoder", "mtp"}
+        if unknown:
+            raise ValueError(f"cannot recompute {sorted(unknown)}; roles with blocks are encoder, decoder, mtp")
+        for role in ("encoder", "decoder", "mtp"):
+            part = getattr(self, role)
+            for module in part.modules() if part is not None else ():
+                if isinstance(module, Recomputed):
+                    module.recompute = role in roles
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Units to shard, inner ones first: each block's experts before the block."""
+        declared = getattr(self.encoder, "blocks", ())
+        yield from declared() if callable(declared) and not isinstance(declared, nn.Module) else declared
+        heads = self.mtp.heads if self.mtp is not None else ()
+        for block in (*self.decoder.blocks, *(head.block for head in heads)):
+            if block.moe is not None:
+                yield block.moe
+            yield block
+
+    def leaves(self) -> Iterator[nn.Module]:
+        """MoE blocks: which experts run depends on the data, so their parameters are gathered as a whole."""
+        yield from self._routers()
+
+
+def _patch_values(encoder: nn.Module) -> int:
+    """C of a foreign encoder: what it says, or RGB patches of two frames as everywhere in this library."""
+    declared = getattr(encoder, "patch_values", None)
+    return int(declared) if declared is not None else 3 * 2 * int(encoder.patch_size) ** 2
+
+
+def logits(model: AgentModel, hidden_TD: Tensor) -> Tensor:
+    """``(T, V_ocab)`` fp32 logits of a few rows: for decoding and tests, never for a whole pack."""
+    return F.linear(hidden_TD, model.head_weight.to(hidden_TD.dtype)).float()

@@ -1,0 +1,162 @@
+"""Pieces that the encoder, the projector and the decoder share, and how their parameters start and train.
+
+Initialisation: every matrix is normal with standard deviation ``fan_in ** -0.5``, which is the usual 0.02
+near width 2500 and stays right for small models; matrices that write to the residual stream are divided by
+``sqrt(2 * depth)``; biases are 0, norm gains 1, embeddings and the output head 0.02. :func:`initialise`
+fills everything with NaN first, so that nothing stays unwritten unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmagent.ops.norm import rms_norm
+from mmagent.types import ParamRole
+
+EMBEDDING_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """``splits``: rows of each logical matrix when several are stacked. ``depth``: layers of the residual stream
+    that this matrix writes to, 0 if it does not write to one."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, splits: Sequence[int] = (), depth: int = 0):
+        self.depth = depth
+        self.splits = tuple(splits)
+        super().__init__(inputs, outputs, bias=bias)
+        if self.splits and sum(self.splits) != outputs:
+            raise ValueError(f"splits {self.splits} do not sum to {outputs} rows")
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=matrix_std(self.in_features, self.depth))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def matrix_std(fan_in: int, depth: int) -> float:
+    return fan_in**-0.5 / (2 * depth) ** 0.5 if depth else fan_in**-0.5
+
+
+class InputLinear(Linear):
+    """The matrix that reads raw values: not a hidden matrix, so not one that Muon orthogonalises."""
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    """``(V, D)`` table. The row of the image id is a learned vector like any other here: with MTP in `shared`
+    mode it is the one embedding of every visual token, and gets gradient from there alone; weight decay
+    would erase it between visits, so the table has none."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=EMBEDDING_STD)
+
+
+class Head(nn.Module):
+    """The output matrix ``(V, D)``. It is multiplied inside the losses, chunk by chunk, never here."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=EMBEDDING_STD)
+
+
+def swiglu(gate_up: Tensor, limit: float = 0.0) -> Tensor:
+    """``silu(gate) * up`` of two halves (arXiv 2002.05202); ``limit`` clamps gate from above and up on both sides."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, ffn: int, bias: bool = False, depth: int = 0, limit: float = 0.0):
+        super().__init__()
+        self.limit = limit
+        self.gate_up = Linear(width, 2 * ffn, bias=bias, splits=(ffn, ffn))
+        self.down = Linear(ffn, width, bias=bias, depth=depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x), self.limit))
+
+
+class Recomputed(nn.Module):
+    """A block that can forget its activations and compute them again in the backward.
+
+    The switch lives inside the block, below any wrapper that gathers its parameters. What a block returns
+    besides hidden states (router statistics) is returned once and never accumulated on the way, so that
+    the second pass cannot count twice.
+    """
+
+    recompute: bool = False
+
+    def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+
+def initialise(module: nn.Module) -> None:
+    """Write every parameter and buffer of ``module``, and prove it: the way to materialise a meta model.
+
+    Raises ``ValueError`` naming a parameter that no ``reset_parameters`` wrote.
+    """
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+        for owner in module.modules():
+            reset = getattr(owner, "reset_parameters", None)
+            if reset is not None:
+                reset()
+        unwritten = [name for name, p in (*module.named_parameters(), *module.named_buffers()) if p.isnan().any()]
+    if unwritten:
+        raise ValueError(f"never initialised: {', '.join(unwritten[:5])} ({len(unwritten)} in all)")
+
+
+def collect_roles(module: nn.Module, role: str, prefix: str = "") -> dict[str, ParamRole]:
+    """What each parameter under ``module`` is, by the type of its owner.
+
+    An owner with a ``parameter_roles(role)`` method answers for itself. Otherwise weights of linear layers
+    are matrices; biases, norms, embeddings and single vectors take no weight decay.
+    """
+    roles: dict[str, ParamRole] = {}
+    for name, owner in module.named_modules():
+        path = f"{prefix}{name}." if name else prefix
+        own = dict(owner.named_parameters(recurse=False))
+        declared = owner.parameter_roles(role) if hasattr(owner, "parameter_roles") else {}
+        for key, parameter in own.items():
+            roles[path + key] = declared.get(key) or _role_of(owner, key, parameter, role)
+    return roles
+
+
+def _role_of(owner: nn.Module, key: str, parameter: nn.Parameter, role: str) -> ParamRole:
+    if isinstance(owner, InputLinear | Head):
+        return ParamRole(role, matrix=False, decay=parameter.ndim > 1)
+    if isinstance(owner, nn.Linear):
+        return ParamRole(role, matrix=parameter.ndim == 2, splits=getattr(owner, "splits", ()) if parameter.ndim == 2 else (),
+                         decay=parameter.ndim == 2)  # fmt: skip
+    if isinstance(owner, nn.Embedding):
+        return ParamRole(role, matrix=False, decay=False)
+    return ParamRole(role, matrix=False, decay=parameter.squeeze().ndim > 1)

@@ -1,0 +1,187 @@
+"""Mixture of experts with a sigmoid router that balances itself without an auxiliary gradient.
+
+Router (DeepSeek-V3, arXiv 2412.19437; GLM-4.5, arXiv 2508.06471), in fp32: affinity ``s = sigmoid(W x)``; experts
+are *chosen* by ``s + bias`` (optionally only within the best groups) and *weighted* by the unbiased ``s``,
+normalised over the chosen and scaled. The bias follows the load between steps and gets no gradient.
+
+Statistics are per document and skip padding, so they do not depend on how documents are packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmagent.models.layers import SwiGLU, matrix_std, swiglu
+from mmagent.ops.grouped import collect_from_experts, grouped_linear, plan_dispatch, scatter_to_experts
+from mmagent.types import ParamRole, Segments
+
+
+@dataclass
+class MoEConfig:
+    """``experts`` 0 makes the whole decoder dense."""
+
+    experts: int = 0
+    top_k: int = 8
+    shared: int = 1  # experts that serve every token, as one wide SwiGLU
+    ffn: int = 1408
+    scale: float = 1.0  # factor on the normalised gates: 2.5 in GLM-4.5 355B
+    normalise: bool = True
+    groups: int = 1  # experts are chosen within the best `kept_groups` of this many groups
+    kept_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.experts and self.experts % self.groups:
+            raise ValueError(f"moe: {self.experts} experts do not divide into {self.groups} groups")
+        if self.experts and not 0 < self.top_k <= self.experts // self.groups * self.kept_groups:
+            raise ValueError(f"moe: cannot choose {self.top_k} of {self.experts} experts in {self.kept_groups} groups")
+
+
+class Documents:
+    """Which document every token is in, for router statistics; built once a forward.
+
+    ``tail`` padding tokens form the last segment and count for nothing.
+    """
+
+    def __init__(self, segments: Segments, tail: int = 0):
+        self.count = len(segments) - (1 if tail else 0)
+        self.ids_T = segments.ids()
+        lengths = torch.tensor(segments.lengths, dtype=torch.float32, device=self.ids_T.device)
+        lengths[self.count :] = float("inf")  # the weight of a padding token is then zero
+        self.inverse_lengths_N = 1.0 / lengths
+
+    def tally(self, chosen_TK: Tensor, experts: int) -> Tensor:
+        """``(N, E)`` float32: how often each document chose each expert; the tail's row is left out."""
+        flat = (self.ids_T.unsqueeze(1) * experts + chosen_TK).flatten()
+        counts = torch.bincount(flat, minlength=self.inverse_lengths_N.shape[0] * experts)
+        return counts.view(-1, experts)[: self.count].float()
+
+
+class Routing(NamedTuple):
+    """What a router did: ``load (E,)`` tokens without padding, ``balance ()`` sum of the documents' auxiliary losses,
+    ``chosen (T, K)`` experts, ``agreement ()`` share of replayed choices it would have made itself."""
+
+    load: Tensor
+    balance: Tensor
+    chosen: Tensor
+    agreement: Tensor
+
+
+class Router(nn.Module):
+    def __init__(self, config: MoEConfig, width: int):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.experts, width))
+        self.bias: Tensor
+        self.register_buffer("bias", torch.zeros(config.experts, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=matrix_std(self.weight.shape[1], 0))
+        self.bias.zero_()
+
+    def parameter_roles(self, role: str) -> dict[str, ParamRole]:
+        return {"weight": ParamRole(role, matrix=True)}
+
+    def forward(
+        self, x_TD: Tensor, documents: Documents | None, replay_TK: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """Gates ``(T, K)`` fp32 and the routing. ``replay (T, K)`` int64 prescribes experts where it is not negative."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores = F.linear(x_TD.float(), self.weight.float()).sigmoid()
+            chosen = self._choose(scores.detach())
+            agreement = scores.new_ones(())
+            if replay_TK is not None:
+                chosen, agreement = _replay(chosen, replay_TK)
+            gates = scores.gather(1, chosen)
+            if self.config.normalise:
+                gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+            load, balance = self._statistics(scores, chosen, documents)
+        return gates * self.config.scale, Routing(load, balance, chosen, agreement)
+
+    @torch.no_grad()
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        biased = scores_TE + self.bias
+        groups, kept = self.config.groups, self.config.kept_groups
+        if kept < groups:
+            grouped = biased.unflatten(1, (groups, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1).topk(kept, dim=-1).indices
+            allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=biased.device).scatter_(1, best, True)
+            biased = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
+        return biased.topk(self.config.top_k, dim=-1).indices
+
+    def _statistics(self, scores: Tensor, chosen: Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """Sequence-wise auxiliary loss of DeepSeek-V3, summed over documents: ``sum_e f_e P_e`` with
+        ``f_e = E / (K L) * tokens that chose e`` and ``P_e`` the mean normalised affinity."""
+        if documents is None:
+            return scores.new_zeros(scores.shape[1]), scores.new_zeros(())
+        tally = documents.tally(chosen, scores.shape[1])
+        inverse = documents.inverse_lengths_N
+        slope = scores.new_zeros(inverse.shape[0], scores.shape[1])
+        slope[: documents.count] = tally * inverse[: documents.count, None] ** 2
+        shares = scores / scores.sum(-1, keepdim=True)
+        balance = (shares * slope[documents.ids_T]).sum() * (scores.shape[1] / chosen.shape[1])
+        return tally.sum(0), balance
+
+    @torch.no_grad()
+    def update_bias(self, load_E: Tensor, rate: float) -> None:
+        """``bias += rate * sign(mean load - load)``, zero-centred, by the *global* load of the last step."""
+        step = torch.sign(load_E.mean() - load_E) * rate
+        self.bias += step - step.mean()
+
+
+def _replay(chosen_TK: Tensor, replay_TK: Tensor) -> tuple[Tensor, Tensor]:
+    if replay_TK.shape != chosen_TK.shape:
+        raise ValueError(f"replayed experts {tuple(replay_TK.shape)} do not fit {tuple(chosen_TK.shape)} choices")
+    recorded = replay_TK >= 0
+    same = (replay_TK.unsqueeze(2) == chosen_TK.unsqueeze(1)).any(-1) & recorded
+    agreement = same.sum() / recorded.sum().clamp(min=1)
+    return torch.where(recorded, replay_TK, chosen_TK), agreement.float()
+
+
+class Experts(nn.Module):
+    """All experts' SwiGLUs as two 3-D parameters: ``gate_up (E, 2F, D)`` and ``down (E, D, F)``."""
+
+    def __init__(self, experts: int, width: int, ffn: int, depth: int):
+        super().__init__()
+        self.depth = depth
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, width))
+        self.down = nn.Parameter(torch.empty(experts, width, ffn))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.gate_up, std=matrix_std(self.gate_up.shape[2], 0))
+        nn.init.normal_(self.down, std=matrix_std(self.down.shape[2], self.depth))
+
+    def parameter_roles(self, role: str) -> dict[str, ParamRole]:
+        ffn = self.down.shape[2]
+        return {"gate_up": ParamRole(role, matrix=True, splits=(ffn, ffn)), "down": ParamRole(role, matrix=True)}
+
+    def forward(self, x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        dispatch = plan_dispatch(chosen_TK, self.gate_up.shape[0])
+        x_ND = scatter_to_experts(x_TD, dispatch, chosen_TK.shape[1])
+        inner = swiglu(grouped_linear(x_ND, self.gate_up, dispatch.counts))
+        return collect_from_experts(grouped_linear(inner, self.down, dispatch.counts), gates_TK, dispatch)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts."""
+
+    def __init__(self, config: MoEConfig, width: int, depth: int):
+        super().__init__()
+        self.router = Router(config, width)
+        self.experts = Experts(config.experts, width, config.ffn, depth)
+        self.shared = SwiGLU(width, config.shared * config.ffn, depth=depth) if config.shared else None
+
+    def forward(
+        self, x_TD: Tensor, documents: Documents | None, replay_TK: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        gates, routing = self.router(x_TD, documents, replay_TK)
+        if torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))  # once, for all experts
+        out = self.experts(x_TD, routing.chosen, gates)
+        return out if self.shared is None else out + self.shared(x_TD), routing

@@ -1,0 +1,120 @@
+"""Multi-token prediction beside images.
+
+Depth ``k`` predicts the token ``k + 1`` places on (arXiv 2404.19737, as a chain in arXiv 2412.19437):
+``h_k = block(W [norm(e_{t+k}); norm(h_{k-1,t})])`` with ``h_0`` the decoder's final hidden state, ``e`` the token
+embedding table and, after an RMSNorm of its own, the decoder's output head. Positions are those of token ``t + k``.
+
+What stands at a visual position in ``e`` is the ``mode``:
+
+- ``fused``: the visual embedding that the decoder saw;
+- ``masked``: nothing (a zero vector);
+- ``shared``: the one learned embedding of the image token. The head then needs ``(hidden, input_ids,
+  positions, segments)`` alone and never sees vision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmagent.models.decoder import Attend, DecoderBlock, DecoderConfig
+from mmagent.models.layers import Linear, RMSNorm
+from mmagent.models.moe import Documents, Routing
+from mmagent.ops.rotary import Rotation
+from mmagent.ops.shift import shift
+from mmagent.types import Segments
+
+MODES = ("shared", "fused", "masked")
+
+
+@dataclass
+class MTPConfig:
+    depths: int = 1  # 0 for no multi-token prediction
+    tied: bool = True  # all depths share one module's parameters
+    mode: str = "shared"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mtp: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.depths < 0:
+            raise ValueError(f"mtp: depths must not be negative, got {self.depths}")
+
+    @property
+    def modules(self) -> int:
+        return min(self.depths, 1) if self.tied else self.depths
+
+
+class MTPModule(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.width, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.width, config.norm_eps)
+        self.project = Linear(2 * config.width, config.width)
+        self.block = DecoderBlock(config, sparse=config.moe_layers > 0)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        embeddings_TD: Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        layer: int,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """One depth: the previous depth's hidden states (normed) and the embeddings of the tokens ``k`` places on."""
+        joined = torch.cat([self.embedding_norm(embeddings_TD), self.hidden_norm(hidden_TD)], dim=-1)
+        x, routing = self.block(self.project(joined), rotation, attend, layer, documents)
+        return self.norm(x), routing
+
+
+class MTP(nn.Module):
+    def __init__(self, config: MTPConfig, decoder: DecoderConfig):
+        super().__init__()
+        self.config, self.decoder_config = config, decoder
+        self.heads = nn.ModuleList(MTPModule(decoder) for _ in range(config.modules))
+
+    def module_for(self, depth: int) -> MTPModule:
+        """The module that serves ``depth`` (from 1)."""
+        module = self.heads[0 if self.config.tied else depth - 1]
+        assert isinstance(module, MTPModule)
+        return module
+
+    def forward(
+        self,
+        hidden_TD: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        segments: Segments,
+        attend: Attend,
+        table_VD: Tensor,
+        visual_slots: Tensor,
+        fused_TD: Tensor | None,
+        documents: Documents | None,
+    ) -> tuple[tuple[Tensor, ...], list[Routing]]:
+        """All depths over a pack: B of ``(T, D)`` hidden states ready for the head, and the routings.
+
+        ``fused (T, D)``: the decoder's input embeddings, read in ``fused`` mode alone. Where token ``t + k`` lies
+        beyond the document, there is no target either, and nothing later attends to it.
+        """
+        if self.config.mode == "fused":
+            assert fused_TD is not None, "fused mode needs the decoder's input embeddings"
+            embeddings = fused_TD
+        else:
+            embeddings = F.embedding(input_ids, table_VD)
+            if self.config.mode == "masked":
+                embeddings = embeddings.index_fill(0, visual_slots, 0.0)
+        hidden, outputs, routings = hidden_TD, [], []
+        for depth in range(1, self.config.depths + 1):
+            ahead = shift(embeddings, depth, segments, fill=0)
+            places = shift(positions.T, depth, segments, fill=0).T
+            layer = self.decoder_config.layers + depth - 1
+            rotation = self.decoder_config.rotation(places)
+            hidden, routing = self.module_for(depth)(hidden, ahead, rotation, attend, layer, documents)
+            outputs.append(hidden)
+            if routing is not None:
+                routings.append(routing)
+        return tuple(outputs), routings

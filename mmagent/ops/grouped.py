@@ -1,0 +1,95 @@
+"""Mixture-of-experts plumbing: one gather in, grouped matrix products, one weighted sum out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Dispatch(NamedTuple):
+    """Where ``T * K`` (token, expert) pairs stand once sorted by expert.
+
+    ``order (T*K,)``: the pair at every sorted place (pair ``p`` is token ``p // K``); ``inverse`` the place of
+    every pair; ``counts (E,)`` int64 rows of every expert.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    counts: Tensor
+
+
+def plan_dispatch(chosen_TK: Tensor, experts: int) -> Dispatch:
+    """Sort pairs by expert, stably, so that the result is deterministic."""
+    flat = chosen_TK.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    return Dispatch(order, inverse, torch.bincount(flat, minlength=experts))
+
+
+class _Scatter(torch.autograd.Function):
+    """Copy each token once for each of its experts, sorted. Its transpose is a gather and a sum over K."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order: Tensor, inverse: Tensor, fan: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.fan = fan
+        return x_TD.index_select(0, order // fan)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse).unflatten(0, (-1, ctx.fan)).sum(1), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """``out[t] = sum_k gates[t, k] * y[place of (t, k)]``, kept in sorted order for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, gates_TK: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, gates_TK, order, inverse)
+        pairs = y_ND.index_select(0, inverse).unflatten(0, gates_TK.shape)
+        return torch.bmm(gates_TK.to(y_ND.dtype).unsqueeze(1), pairs).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_ND, gates_TK, order, inverse = ctx.saved_tensors
+        tokens = order // gates_TK.shape[1]
+        spread = grad_TD.index_select(0, tokens)
+        grad_gates = (spread * y_ND).sum(-1).index_select(0, inverse).view_as(gates_TK)
+        spread *= gates_TK.reshape(-1).index_select(0, order).to(spread.dtype).unsqueeze(1)
+        return spread.to(y_ND.dtype), grad_gates.to(gates_TK.dtype), None, None
+
+
+def scatter_to_experts(x_TD: Tensor, dispatch: Dispatch, fan: int) -> Tensor:
+    """``(T, D)`` to ``(T*K, D)`` sorted by expert; ``fan`` is K."""
+    return _Scatter.apply(x_TD, dispatch.order, dispatch.inverse, fan)
+
+
+def collect_from_experts(y_ND: Tensor, gates_TK: Tensor, dispatch: Dispatch) -> Tensor:
+    """``(T*K, D)`` sorted by expert back to ``(T, D)``, weighted by the gates."""
+    return _Collect.apply(y_ND, gates_TK, dispatch.order, dispatch.inverse)
+
+
+def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows sorted by expert times their expert's matrix: ``(N, D) x (E, O, D) -> (N, O)``.
+
+    ``counts (E,)`` int64 rows of every expert, summing to N; experts may be empty. Under autocast the
+    product runs in the autocast dtype.
+    """
+    if torch.is_autocast_enabled(x_ND.device.type):
+        dtype = torch.get_autocast_dtype(x_ND.device.type)
+        x_ND, weight_EOD = x_ND.to(dtype), weight_EOD.to(dtype)
+    if x_ND.device.type == "cpu" and weight_EOD.shape[0] <= 32:
+        return grouped_linear_reference(x_ND, weight_EOD, counts_E)
+    offsets = counts_E.cumsum(0).to(torch.int32)
+    return F.grouped_mm(x_ND, weight_EOD.transpose(1, 2), offs=offsets)
+
+
+def grouped_linear_reference(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """The loop. ``unbind``, not indexing: each index into a 3-D parameter costs a full-size gradient."""
+    rows = x_ND.split(counts_E.tolist())
+    return torch.cat([F.linear(x, w) for x, w in zip(rows, weight_EOD.unbind(0), strict=True)])
