@@ -122,9 +122,8 @@ class AgentModel(nn.Module):
                 hidden, batch.input_ids, batch.positions, batch.segments, attend, table, batch.visual_slots, fused,
                 documents,
             )  # fmt: skip
-        balance = sum(
-            (r.balance for r in (*routings, *mtp_routings)), start=out.hidden.new_zeros((), dtype=torch.float32)
-        )
+        nothing = out.hidden.new_zeros((), dtype=torch.float32)
+        balance = sum((r.balance for r in (*routings, *mtp_routings)), start=nothing)
         return ModelOutput(out.hidden, mtp_hidden, self._load(routings, mtp_routings), balance)
 
     def _load(self, routings: list[Routing], mtp_routings: list[Routing]) -> Tensor:

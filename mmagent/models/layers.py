@@ -155,8 +155,9 @@ def _role_of(owner: nn.Module, key: str, parameter: nn.Parameter, role: str) -> 
     if isinstance(owner, InputLinear | Head):
         return ParamRole(role, matrix=False, decay=parameter.ndim > 1)
     if isinstance(owner, nn.Linear):
-        return ParamRole(role, matrix=parameter.ndim == 2, splits=getattr(owner, "splits", ()) if parameter.ndim == 2 else (),
-                         decay=parameter.ndim == 2)  # fmt: skip
+        if parameter.ndim < 2:
+            return ParamRole(role, matrix=False, decay=False)
+        return ParamRole(role, matrix=True, splits=getattr(owner, "splits", ()))
     if isinstance(owner, nn.Embedding):
         return ParamRole(role, matrix=False, decay=False)
     return ParamRole(role, matrix=False, decay=parameter.squeeze().ndim > 1)

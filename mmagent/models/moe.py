@@ -90,7 +90,7 @@ class Router(nn.Module):
     def forward(
         self, x_TD: Tensor, documents: Documents | None, replay_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        """Gates ``(T, K)`` fp32 and the routing. ``replay (T, K)`` int64 prescribes experts where it is not negative."""
+        """Gates ``(T, K)`` fp32 and the routing. ``replay (T, K)`` int64 prescribes experts where not negative."""
         with torch.autocast(x_TD.device.type, enabled=False):
             scores = F.linear(x_TD.float(), self.weight.float()).sigmoid()
             chosen = self._choose(scores.detach())

@@ -69,7 +69,8 @@ def glm_ocr() -> AgentModelConfig:
         projector=ProjectorConfig(ffn=4608),
         decoder=DecoderConfig(
             width=1536, layers=16, dense_layers=16, heads=16, kv_heads=8, head_dim=128, ffn=4608, qkv_bias=False,
-            rope_base=1e4, rotary_fraction=1.0, rotary_sections=(16, 24, 24), interleaved_rotary=True, sandwich_norm=True,
+            rope_base=1e4, rotary_fraction=1.0, rotary_sections=(16, 24, 24), interleaved_rotary=True,
+            sandwich_norm=True,
         ),
         mtp=MTPConfig(depths=1),
     )  # fmt: skip

@@ -22,8 +22,8 @@ CHUNK = 2048
 
 
 class TokenLoss(NamedTuple):
-    """``total ()`` fp32, the summed loss with gradient; ``count ()`` supervised rows; per row, detached and in
-    the order of the input, ``losses (T,)`` (0 where ignored) and ``predictions (T,)`` (argmax, IGNORE where ignored)."""
+    """``total ()`` fp32, the summed loss with gradient; ``count ()`` supervised rows; per row of the
+    input, detached, ``losses (T,)`` (0 where ignored) and ``predictions (T,)`` (argmax, IGNORE where ignored)."""
 
     total: Tensor
     count: Tensor
