@@ -1,0 +1,82 @@
+"""Next-token and multi-token prediction losses, as sums, each depth with its own count.
+
+Depth 0 is the decoder itself (target one place on); MTP depth ``k`` predicts ``k + 1`` places on. Targets come
+from :func:`mmagent.ops.shift.shift` alone, so none crosses a document or stands on a visual slot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmagent.ops.cross_entropy import CHUNK, TokenLoss, linear_cross_entropy
+from mmagent.ops.shift import shift
+from mmagent.types import IGNORE, ModelOutput, Segments
+
+
+@dataclass(frozen=True)
+class LanguageLoss:
+    """``next_token`` and one loss an MTP depth; each row ``t`` of a loss is the prediction made *at* ``t``."""
+
+    next_token: TokenLoss
+    mtp: tuple[TokenLoss, ...]
+
+
+def language_loss(
+    output: ModelOutput,
+    labels: Tensor,
+    segments: Segments,
+    head_weight: Tensor,
+    *,
+    detach_mtp: bool = False,
+    chunk: int = CHUNK,
+) -> LanguageLoss:
+    """Sums over ``labels (T,)`` with the head ``(V, D)``. ``detach_mtp`` keeps the MTP terms from the head."""
+    head = head_weight.detach() if detach_mtp else head_weight
+    return LanguageLoss(
+        linear_cross_entropy(output.hidden, head_weight, shift(labels, 1, segments), chunk),
+        tuple(
+            linear_cross_entropy(hidden, head, shift(labels, depth + 1, segments), chunk)
+            for depth, hidden in enumerate(output.mtp_hidden, start=1)
+        ),
+    )
+
+
+def language_counts(labels: Tensor, segments: Segments, depths: int) -> list[Tensor]:
+    """Targets of the decoder and of each MTP depth: what :func:`language_loss` sums over, from labels alone."""
+    return [(shift(labels, depth, segments) != IGNORE).sum() for depth in range(1, depths + 2)]
+
+
+def acceptance(loss: LanguageLoss, segments: Segments) -> list[tuple[Tensor, Tensor]]:
+    """Per MTP depth ``(accepted (T,), tried (T,))`` bool: whether drafts 1..k made at ``t`` all equal what the decoder
+    itself would greedily say. Means over ``tried``, summed over depths: the expected number of accepted drafts."""
+    out: list[tuple[Tensor, Tensor]] = []
+    own = loss.next_token.predictions
+    so_far = torch.ones_like(own, dtype=torch.bool)
+    for depth, draft in enumerate(loss.mtp, start=1):
+        greedy = shift(own, depth, segments)
+        tried = (greedy != IGNORE) & (draft.predictions != IGNORE)
+        so_far = so_far & (draft.predictions == greedy)
+        out.append((so_far & tried, tried))
+    return out
+
+
+def after_image(visual_slots: Tensor, segments: Segments) -> Tensor:
+    """``(T,)`` bool: tokens with a visual token before them in their document."""
+    seen = torch.zeros(segments.total, dtype=torch.int64, device=visual_slots.device)
+    seen[visual_slots] = 1
+    total = seen.cumsum(0)
+    before = (total - seen)[segments.cu_seqlens[:-1].long()]
+    return total - before[segments.ids()] - seen > 0
+
+
+def by_source(losses: Tensor, counted: Tensor, segments: Segments, sources: tuple[str, ...]) -> dict[str, Tensor]:
+    """Per mixture component ``(2,)``: summed ``losses (T,)`` and number of ``counted (T,)`` tokens."""
+    names = sorted(set(sources))
+    places = [names.index(s) for s in sources] + [len(names)] * (len(segments) - len(sources))  # the tail is no source
+    owner = torch.tensor(places, device=losses.device)[segments.ids()]
+    sums = torch.bincount(owner, weights=losses, minlength=len(names))
+    numbers = torch.bincount(owner, weights=counted.to(losses.dtype), minlength=len(names))
+    return {name: torch.stack([sums[i], numbers[i]]) for i, name in enumerate(names)}

@@ -1,0 +1,97 @@
+"""Pretraining and supervised fine-tuning: next token, multi-token prediction, router balance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmagent import dist
+from mmagent.losses.balance import max_violation
+from mmagent.losses.language import LanguageLoss, acceptance, after_image, by_source, language_counts, language_loss
+from mmagent.models.agent_model import AgentModel
+from mmagent.ops.cross_entropy import CHUNK
+from mmagent.types import IGNORE, PackedBatch, Ratio, StepOutput
+
+
+@dataclass
+class LanguageModelingConfig:
+    mtp_weight: float = 0.3  # divided by the number of depths; GLM-4.5 lowers it to 0.1 late in pretraining
+    detach_mtp: bool = False  # the MTP loss then reaches MTP parameters alone
+    balance_weight: float = 1e-4  # of the sequence-wise auxiliary loss
+    bias_rate: float = 1e-3  # step of the loss-free router bias; 0 leaves it alone
+    chunk: int = CHUNK  # rows whose logits exist at one time
+
+
+class LanguageModeling(nn.Module):
+    """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.PackedBatch`."""
+
+    def __init__(self, model: AgentModel, config: LanguageModelingConfig):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.depths = model.config.mtp.depths
+        # Not a buffer: data-parallel wrappers overwrite buffers with those of rank 0, and this one is a local sum.
+        self._load: Tensor | None = None
+        self._max_violation: Tensor | None = None
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        weights = {"lm": 1.0, "balance": self.config.balance_weight}
+        return weights | {f"mtp_{k}": self.config.mtp_weight / self.depths for k in range(1, self.depths + 1)}
+
+    def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
+        next_token, *mtp = language_counts(batch.labels, batch.segments, self.depths)
+        counts = {"lm": next_token, "balance": torch.tensor(len(batch.keys), device=batch.labels.device)}
+        return counts | {f"mtp_{k}": count for k, count in enumerate(mtp, start=1)}
+
+    def forward(self, batch: PackedBatch) -> StepOutput:
+        output = self.model(batch, detach_mtp=self.config.detach_mtp)
+        loss = language_loss(
+            output,
+            batch.labels,
+            batch.segments,
+            self.model.head_weight,
+            detach_mtp=self.config.detach_mtp,
+            chunk=self.config.chunk,
+        )
+        if self.training and torch.is_grad_enabled():
+            self._load = output.router_load if self._load is None else self._load + output.router_load
+        sums = {"lm": loss.next_token.total, "balance": output.balance}
+        sums |= {f"mtp_{k}": depth.total for k, depth in enumerate(loss.mtp, start=1)}
+        with torch.no_grad():
+            return StepOutput(sums, self._metrics(batch, loss))
+
+    def _metrics(self, batch: PackedBatch, loss: LanguageLoss) -> dict[str, Ratio]:
+        one = torch.ones((), device=batch.labels.device)
+        metrics = {
+            "loss": Ratio(loss.next_token.total.detach(), loss.next_token.count),
+            "visual_share": Ratio(one * batch.visual_slots.shape[0], one * batch.num_tokens),
+        }
+        for k, depth in enumerate(loss.mtp, start=1):
+            metrics[f"mtp_{k}/loss"] = Ratio(depth.total.detach(), depth.count)
+        sees = after_image(batch.visual_slots, batch.segments)
+        for k, (accepted, tried) in enumerate(acceptance(loss, batch.segments), start=1):
+            metrics[f"mtp_{k}/accept"] = Ratio(accepted.sum(), tried.sum())
+            metrics[f"mtp_{k}/accept_after_image"] = Ratio((accepted & sees).sum(), (tried & sees).sum())
+            metrics[f"mtp_{k}/accept_text_only"] = Ratio((accepted & ~sees).sum(), (tried & ~sees).sum())
+        counted = loss.next_token.predictions != IGNORE
+        for source, pair in by_source(loss.next_token.losses, counted, batch.segments, batch.sources).items():
+            metrics[f"loss/{source}"] = Ratio(*pair.unbind())
+        if self._max_violation is not None:  # of the step before: only a whole step has a global load
+            for layer, violation in enumerate(self._max_violation.unbind()):
+                metrics[f"router/max_vio_{layer}"] = Ratio(violation, one)
+            metrics["router/max_vio"] = Ratio(self._max_violation.mean(), one)
+        return metrics
+
+    def after_step(self) -> None:
+        """Move the router bias by the load of the whole step over all ranks, and forget that load."""
+        if self._load is None or not self._load.numel():
+            return
+        load = dist.all_reduce(self._load)
+        self._max_violation = max_violation(load)
+        if self.config.bias_rate:
+            self.model.update_router_bias(load, self.config.bias_rate)
+        self._load = None
