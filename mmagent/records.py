@@ -1,6 +1,7 @@
 """The record on disk: one webdataset sample, its validator, and the guard that decodes its images.
 
-A sample is ``KEY.json`` with images ``KEY.0.png``, ``KEY.1.jpg``, ... in order of appearance. The JSON holds
+A sample is ``KEY.json`` with images ``KEY.0.png``, ``KEY.1.jpg``, ... in order of appearance; a key may have
+folders, as webdataset allows. The JSON holds
 
 ``source``   the mixture component (required)
 ``messages`` a conversation, ``[{"role": ..., "content": [part, ...]}, ...]``, or
@@ -17,7 +18,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +35,22 @@ from mmagent.chat import Image, Message, Part, Text, Thinking, ToolCall, Video
 MAX_PIXELS = 64_000_000
 """Images above this are refused before they are decoded (a decompression bomb costs memory, not disk)."""
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif")
+_KEY = re.compile(r"(?:[^/\\\0\n]+/)*[^./\\\0\n]+")
+_UNREADABLE = (  # what Pillow raises for bytes that are no image, or no longer one
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    PILImage.DecompressionBombError,
+)
 
 
 class RecordError(ValueError):
@@ -86,13 +106,15 @@ def decode_image(data: bytes, key: str, field: str = "image", max_pixels: int = 
             raise RecordError(key, field, f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
         image.load()
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white instead of scaling them
+            image = PILImage.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
         return np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        if isinstance(error, RecordError):
-            raise
+    except RecordError:
+        raise
+    except _UNREADABLE as error:
         raise RecordError(key, field, f"cannot decode image: {error}") from error
 
 
@@ -110,7 +132,7 @@ def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
             opened = PILImage.open(io.BytesIO(image.data))
         sideways = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise RecordError(key, field, f"cannot read image header: {error}") from error
     return (opened.width, opened.height) if sideways else (opened.height, opened.width)
 
@@ -121,8 +143,8 @@ def validate(record: Record) -> Record:
     Raises :class:`RecordError` naming key and field.
     """
     key = record.key
-    if not key or any(c in key for c in "./\\\0\n"):
-        raise RecordError(key or "<no key>", "key", "must be non-empty, without dots, slashes and newlines")
+    if not _KEY.fullmatch(key) or ".." in key.split("/"):
+        raise RecordError(key or "<no key>", "key", "must be a name without dots and newlines, at most below folders")
     if not record.source:
         raise RecordError(key, "source", "is empty")
     if bool(record.messages) == bool(record.parts):
@@ -130,6 +152,9 @@ def validate(record: Record) -> Record:
     parts = record.parts or tuple(part for message in record.messages for part in message.parts)
     if record.parts and (odd := [type(p).__name__ for p in parts if isinstance(p, Thinking | ToolCall)]):
         raise RecordError(key, "parts", f"{odd[0]} belongs in messages")
+    clips = [part.timestamps for part in parts if isinstance(part, Video)]
+    if any(not clip or not all(np.isfinite(clip)) for clip in clips):
+        raise RecordError(key, "timestamps", "a video needs at least one, and all finite")
     wanted = sum(1 for part in parts if isinstance(part, Image | Video))
     wanted += sum(len(part.timestamps) - 1 for part in parts if isinstance(part, Video))
     if wanted != len(record.images):
@@ -174,7 +199,7 @@ def to_sample(record: Record) -> dict[str, Any]:
             body[name] = [
                 {"image": r.image, noun: list(r.coordinates), "label": r.label} for r in getattr(record, name)
             ]
-    sample: dict[str, Any] = {"__key__": record.key, "json": json.dumps(body, ensure_ascii=False).encode()}
+    sample: dict[str, Any] = {"__key__": record.key, "json": _encode_json(body, record.key)}
     for n, image in enumerate(record.images):
         sample[f"{n}.{image.extension}"] = image.data
     return sample
@@ -191,20 +216,23 @@ def from_sample(sample: Mapping[str, Any]) -> Record:
         raise RecordError(key, "json", f"does not parse: {error}") from error
     if not isinstance(body, dict):
         raise RecordError(key, "json", f"must be an object, got {type(body).__name__}")
+    _encode_json(body, key)
     unknown = set(body) - {"source", "messages", "parts", "task", "answer", "boxes", "points"}
     if unknown:
         raise RecordError(key, sorted(unknown)[0], "is no field of a record")
     try:
         messages = tuple(
-            Message(m["role"], tuple(_part_from_json(p) for p in _content(m["content"])), m.get("trainable", True))
+            Message(m["role"], tuple(_part_from_json(p) for p in _content(m["content"])), _flag(m, "trainable"))
             for m in body.get("messages", ())
         )
         parts = tuple(_part_from_json(p) for p in body.get("parts", ()))
         boxes = tuple(
-            Region(int(r["image"]), tuple(map(float, r["box"])), r.get("label", "")) for r in body.get("boxes", ())
+            Region(_integer(r["image"]), tuple(map(float, r["box"])), str(r.get("label", "")))
+            for r in body.get("boxes", ())
         )
         points = tuple(
-            Region(int(r["image"]), tuple(map(float, r["point"])), r.get("label", "")) for r in body.get("points", ())
+            Region(_integer(r["image"]), tuple(map(float, r["point"])), str(r.get("label", "")))
+            for r in body.get("points", ())
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RecordError(key, "json", f"{type(error).__name__}: {error}") from error
@@ -227,11 +255,32 @@ def _images(sample: Mapping[str, Any], key: str) -> tuple[EncodedImage, ...]:
     found: dict[int, EncodedImage] = {}
     for name, data in sample.items():
         number, _, extension = name.partition(".")
-        if number.isdigit() and extension.lower() in IMAGE_EXTENSIONS:
+        if number.isascii() and number.isdigit() and extension.lower() in IMAGE_EXTENSIONS:
+            if int(number) in found:
+                raise RecordError(key, "images", f"two images have the number {int(number)}")
             found[int(number)] = EncodedImage(data, extension.lower())
     if sorted(found) != list(range(len(found))):
         raise RecordError(key, "images", f"numbered {sorted(found)}, expected 0..{len(found) - 1}")
     return tuple(found[n] for n in range(len(found)))
+
+
+def _encode_json(body: Any, key: str) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(key, "json", f"holds half of a surrogate pair: {error}") from error
+
+
+def _flag(message: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(message.get(name, True), bool):
+        raise ValueError(f"{name} must be true or false, got {message[name]!r}")
+    return message.get(name, True)
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"image must be an integer, got {value!r}")
+    return value
 
 
 def _content(content: Any) -> list[Any]:
