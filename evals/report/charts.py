@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines with linear or logarithmic axes, grouped bars with intervals. No library, no script needed."""
+"""Charts as inline SVG: lines with linear or logarithmic axes, grouped bars with intervals. No library needed."""
 
 from __future__ import annotations
 

@@ -118,8 +118,9 @@ def table(
     caption: str = "",
     totals: Sequence[Mapping[str, object]] = (),
 ) -> Markup:
-    """A table whose headings sort it. Cells may be text, numbers, :class:`Estimate` (drawn with its interval), Markup or None.
+    """A table whose headings sort it.
 
+    Cells may be text, numbers, :class:`Estimate` (drawn with its interval), Markup or None.
     Without ``columns`` the keys of the first row are used. ``totals`` are rows that stay at the bottom.
     """
     if columns is None:

@@ -1,0 +1,90 @@
+"""Weights to and from safetensors, so that nothing is ever left at random by a mismatch.
+
+Loading compares every name and shape first, fills everything that will be loaded with NaN, then copies, so that a
+tensor which the loader forgot cannot pass for a trained one. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit a model; the message names file and tensors."""
+
+
+def save_weights(module: nn.Module, path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write parameters and persistent buffers to one safetensors file, whole or not at all.
+
+    Tensors that share memory (a tied head) are written once, under their first name.
+    """
+    path = Path(path)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _unshared(module.state_dict()).items()}
+    temporary = path.with_name(path.name + ".new")
+    save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_weights(module: nn.Module, path: Path | str) -> None:
+    """Fill ``module`` in place from a file of :func:`save_weights`, casting to the module's dtypes.
+
+    Raises :class:`WeightsError` that names every missing, unexpected or misshapen tensor; the module is then
+    untouched.
+    """
+    path = Path(path)
+    wanted = _unshared(module.state_dict())
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            check_weights({name: tuple(t.shape) for name, t in wanted.items()}, shapes, str(path))
+            with torch.no_grad():
+                for tensor in wanted.values():
+                    if tensor.is_floating_point():
+                        tensor.fill_(float("nan"))
+                for name, tensor in wanted.items():
+                    tensor.copy_(file.get_tensor(name))
+    except FileNotFoundError as error:
+        raise WeightsError(f"no weights at {path}") from error
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def check_weights(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str, show: int = 8
+) -> None:
+    """Compare names and shapes. Raises :class:`WeightsError` with what is missing, unexpected or misshapen."""
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    wrong = [f"{n} {found[n]}, expected {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:show])}{', ...' if len(names) > show else ''}"
+        for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", wrong))
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"{where} does not fit the model: " + "; ".join(problems))
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the later names of tensors that share all their memory."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...], torch.device]] = set()
+    out = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise WeightsError(f"{name} is {type(tensor).__name__}, no tensor: it cannot be stored as a weight")
+        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.device)
+        if tensor.numel() and tensor.device.type != "meta":
+            if place in seen:
+                continue
+            seen.add(place)
+        out[name] = tensor
+    return out
