@@ -1,0 +1,22 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from mmagent.browser import BrowserPool, find_chromium, run_sync
+
+
+@pytest.fixture(scope="session")
+def browser_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserPool]:
+    """One pool on the loop of ``run_sync`` for the whole session; its pages may read pytest's folder and MiniWoB++."""
+    if find_chromium() is None:
+        pytest.skip("no Chromium on this machine; `apt-get install chromium-headless-shell`")
+    from mmagent.worlds.miniwob import html_folder
+
+    pool = BrowserPool(roots=[tmp_path_factory.getbasetemp(), html_folder()])
+    run_sync(pool.start())
+    yield pool
+    run_sync(pool.close())
