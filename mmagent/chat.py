@@ -198,6 +198,28 @@ def render(
         _open_thinking(writer, config)
     elif previous is not None and previous.role == "assistant":
         writer.control("<|observation|>" if previous.calls_tool else "<|user|>", previous.trainable)
+    return _finish(writer, image_tokens, remaining)
+
+
+def render_parts(parts: Sequence[Part], vocab: Vocab, image_tokens: Sequence[int] = ()) -> Rendered:
+    """An interleaved document, ``[gMASK]<sop>`` parts ``<|endoftext|>``: all text and the end are supervised.
+
+    Texts stand as they are, with nothing between them; ``image_tokens`` as in :func:`render`.
+    """
+    writer = _Writer(vocab)
+    writer.control("[gMASK]")
+    writer.control("<sop>")
+    remaining = list(image_tokens)
+    for part in parts:
+        if isinstance(part, Text):
+            writer.text(part.text, trainable=True)
+        else:
+            _see(writer, part, remaining)
+    writer.control("<|endoftext|>", trainable=True)
+    return _finish(writer, image_tokens, remaining)
+
+
+def _finish(writer: _Writer, image_tokens: Sequence[int], remaining: Sequence[int]) -> Rendered:
     writer.flush()
     if remaining:
         raise ValueError(
@@ -315,20 +337,27 @@ def _listener(writer: _Writer, message: Message, config: ChatConfig, remaining: 
     for part in message.parts:
         if isinstance(part, Text):
             writer.text(("\n" if isinstance(before, Text) else "") + part.text)
-        elif isinstance(part, Image):
-            writer.image(_take(remaining))
-        elif isinstance(part, Video):
-            writer.control("<|begin_of_video|>")
-            for seconds in part.timestamps:
-                writer.image(_take(remaining))
-                writer.text(f"{seconds:.1f} seconds")
-            writer.control("<|end_of_video|>")
+        else:
+            _see(writer, part, remaining)
         before = part
     if message.role == "observation":
         writer.text(newline)
         writer.control("</tool_response>")
     if message.role == "user" and not config.thinking and config.generation is Generation.GLM45:
         writer.control("/nothink")
+
+
+def _see(writer: _Writer, part: Part, remaining: list[int]) -> None:
+    if isinstance(part, Image):
+        writer.image(_take(remaining))
+    elif isinstance(part, Video):
+        writer.control("<|begin_of_video|>")
+        for seconds in part.timestamps:
+            writer.image(_take(remaining))
+            writer.text(f"{seconds:.1f} seconds")
+        writer.control("<|end_of_video|>")
+    else:
+        raise ValueError(f"{type(part).__name__} can only stand in an assistant turn")
 
 
 def _take(remaining: list[int]) -> int:

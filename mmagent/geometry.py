@@ -118,6 +118,13 @@ def fit(height: int, width: int, config: GeometryConfig) -> tuple[int, int]:
     return rows * unit, cols * unit
 
 
+def image_grid(height: int, width: int, config: GeometryConfig, frames: int = 1) -> tuple[int, int, int]:
+    """The ``(frames, rows, cols)`` of patches that :func:`patchify` makes of an image of this size, known from its
+    header alone. ``frames`` counts the frames of a clip; a still image is one."""
+    seen_height, seen_width = fit(height, width, config)
+    return -(-frames // config.temporal_patch), seen_height // config.patch_size, seen_width // config.patch_size
+
+
 def visual_tokens(grid: Sequence[int], merge_size: int) -> int:
     """Tokens that the language model sees for one image of ``grid (frames, rows, cols)`` patches."""
     frames, rows, cols = grid

@@ -131,7 +131,9 @@ def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
             opened = PILImage.open(io.BytesIO(image.data))
-        sideways = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Of a PNG Pillow would decode all pixels to find an orientation that may follow them: only where one can be.
+        orientable = opened.format != "PNG" or b"eXIf" in image.data or b"Raw profile type" in image.data
+        sideways = orientable and opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except _UNREADABLE as error:
         raise RecordError(key, field, f"cannot read image header: {error}") from error
     return (opened.width, opened.height) if sideways else (opened.height, opened.width)

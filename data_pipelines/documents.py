@@ -1,0 +1,188 @@
+"""Records to documents in two strides, and the quarantine for those that cannot be used.
+
+A :class:`Draft` is a document whose pixels are still encoded: ids, mask and both sizes are known from the text
+and the image headers, so that mixing, packing and balancing cost no decoding and a waiting document little
+memory. :meth:`DocumentBuilder.finish` decodes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmagent.chat import ChatConfig, render, render_parts
+from mmagent.geometry import GeometryConfig, image_grid, patchify, visual_tokens
+from mmagent.packing import Size
+from mmagent.records import Record, RecordError, decode_image, image_size
+from mmagent.types import Document
+from mmagent.vocab import Vocab
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A document before its pixels are decoded.
+
+    ``input_ids (L,)`` int64, ``trainable (L,)`` bool, ``grids`` of its images, ``size`` in tokens and patches.
+    """
+
+    record: Record
+    input_ids: Tensor
+    trainable: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    size: Size
+
+
+class DocumentBuilder:
+    """How records become documents: one vocabulary, one geometry, one chat format, one size limit."""
+
+    def __init__(
+        self, vocab: Vocab, geometry: GeometryConfig, chat: ChatConfig | None = None, limit: Size | None = None
+    ):
+        """``limit``: the tokens and patches no document may exceed; None for no limit."""
+        self.vocab, self.geometry = vocab, geometry
+        self.chat = chat or ChatConfig()
+        self.limit = limit
+
+    def draft(self, record: Record) -> Draft:
+        """Render text and mask; read image headers only.
+
+        A document over the limit is refused whole, for cutting it would cut an image or a tool call. Raises
+        :class:`~mmagent.records.RecordError` naming key and field.
+        """
+        grids = tuple(self._grid(record, n) for n in range(len(record.images)))
+        counts = [visual_tokens(grid, self.geometry.merge_size) for grid in grids]
+        field = "messages" if record.messages else "parts"
+        try:
+            if record.messages:
+                rendered = render(record.messages, self.vocab, counts, self.chat)
+            else:
+                rendered = render_parts(record.parts, self.vocab, counts)
+        except ValueError as error:
+            raise RecordError(record.key, field, str(error)) from error
+        if not any(rendered.trainable):
+            raise RecordError(record.key, field, "nothing to train on: no assistant turn, or none that is trainable")
+        size = Size(len(rendered.ids), sum(frames * rows * cols for frames, rows, cols in grids))
+        for name, need, have in zip(size._fields, size, self.limit or size, strict=True):
+            if need > have:
+                raise RecordError(record.key, name, f"{need} exceed the limit of {have}")
+        return Draft(record, torch.tensor(rendered.ids), torch.tensor(rendered.trainable), grids, size)
+
+    def finish(self, draft: Draft) -> Document:
+        """Decode the images. Raises :class:`~mmagent.records.RecordError` naming key and image."""
+        record = draft.record
+        images = []
+        for n, (image, grid) in enumerate(zip(record.images, draft.grids, strict=True)):
+            patched = patchify(decode_image(image.data, record.key, f"images[{n}]"), self.geometry)
+            if patched.grid != grid:
+                raise RecordError(record.key, f"images[{n}]", f"decodes to grid {patched.grid}, its header said {grid}")
+            images.append(patched)
+        return Document(draft.input_ids, draft.trainable, tuple(images), record.key, record.source)
+
+    def document(self, record: Record) -> Document:
+        """Both strides at once."""
+        return self.finish(self.draft(record))
+
+    def _grid(self, record: Record, n: int) -> tuple[int, int, int]:
+        """Frames of a video are still images here: each is named by a timestamp of its own."""
+        field = f"images[{n}]"
+        try:
+            return image_grid(*image_size(record.images[n], record.key, field), self.geometry)
+        except RecordError:
+            raise
+        except ValueError as error:
+            raise RecordError(record.key, field, str(error)) from error
+
+
+class QuarantineError(RuntimeError):
+    """Too large a share of a source is unusable to go on."""
+
+
+@dataclass
+class QuarantineConfig:
+    """``folder`` of the log ("" keeps none). The run stops when more than ``max_share`` of the samples of one source
+    are bad, judged once ``min_seen`` were read."""
+
+    folder: str = ""
+    max_share: float = 0.01
+    min_seen: int = 200
+
+
+class Quarantine:
+    """Counts samples that cannot be used and writes each once to ``quarantine-RANK.jsonl``.
+
+    A line holds ``source``, ``shard`` (with offset), ``key``, ``reason`` (the field) and ``problem``. Samples met
+    again, in a later epoch or by a resumed run, are counted but not written again.
+    """
+
+    def __init__(self, config: QuarantineConfig, rank: int = 0):
+        if not 0 <= config.max_share <= 1:
+            raise ValueError(f"max_share {config.max_share} must lie in [0, 1]")
+        self.config = config
+        self.seen: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self._known: set[tuple[str, str]] = set()
+        self._path: Path | None = None
+        if config.folder:
+            self._path = Path(config.folder) / f"quarantine-{rank}.jsonl"
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self._path)
+            for path in self._path.parent.glob("quarantine-*.jsonl"):
+                self._known |= {(line["source"], line["shard"]) for line in read_quarantine(path)}
+
+    @property
+    def total(self) -> int:
+        return self.bad.total()
+
+    def good(self, source: str) -> None:
+        """Count a sample that could be used."""
+        self.seen[source] += 1
+
+    def add(self, source: str, shard: str, error: RecordError) -> None:
+        """Count and log a sample that could not. Raises :class:`QuarantineError` past the share."""
+        reason = re.sub(r"\[\d+\]", "", error.field)
+        self.seen[source] += 1
+        self.bad[source] += 1
+        self._log(source, shard, error.key, reason, error.problem)
+        seen, bad, allowed = self.seen[source], self.bad[source], self.config.max_share
+        if seen >= self.config.min_seen and bad > allowed * seen:
+            log = f"; see {self._path}" if self._path else ""
+            raise QuarantineError(
+                f"source {source!r}: {bad} of {seen} samples are unusable, more than the allowed {allowed:.2%} "
+                f"({', '.join(f'{name}: {count}' for name, count in self.reasons.most_common())}); "
+                f"the last is {error}{log}"
+            )
+
+    def torn(self, source: str, shard: str, offset: int, problem: str) -> None:
+        """Log the tail of a shard that was cut short."""
+        self._log(source, f"{shard}@{offset}", "", "torn shard", problem)
+
+    def _log(self, source: str, shard: str, key: str, reason: str, problem: str) -> None:
+        self.reasons[reason] += 1
+        if (source, shard) in self._known:
+            return
+        self._known.add((source, shard))
+        if self._path is not None:
+            line = {"source": source, "shard": shard, "key": key, "reason": reason, "problem": problem}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A run killed while writing leaves half a line; the next line must not be appended to it."""
+    if path.is_file():
+        whole = path.read_bytes().rpartition(b"\n")
+        with path.open("r+b") as file:
+            file.truncate(len(whole[0]) + len(whole[1]))
+
+
+def read_quarantine(path: Path) -> list[dict[str, str]]:
+    """The lines of a log; a last line torn by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
