@@ -110,7 +110,7 @@ class MTP(nn.Module):
         hidden, outputs, routings = hidden_TD, [], []
         for depth in range(1, self.config.depths + 1):
             ahead = shift(embeddings, depth, segments, fill=0)
-            places = shift(positions.T, depth, segments, fill=0).T
+            places = shift(positions.movedim(-1, 0), depth, segments, fill=0).movedim(0, -1)
             layer = self.decoder_config.layers + depth - 1
             rotation = self.decoder_config.rotation(places)
             hidden, routing = self.module_for(depth)(hidden, ahead, rotation, attend, layer, documents)

@@ -1,0 +1,126 @@
+"""The encoder: counts, layers, masks, pooling, and images that do not see each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_403m, cogvit_debug
+from mmagent.models.layers import collect_roles
+from mmagent.types import PackedVision
+from tests.model_kit import gradients, image_patches
+
+GRIDS = [(1, 4, 6), (1, 2, 2), (2, 2, 4)]
+
+
+def vision(grids=GRIDS) -> PackedVision:
+    return PackedVision(torch.cat([image_patches(g, i) for i, g in enumerate(grids)]), torch.tensor(grids))
+
+
+def build(**changes) -> CogViT:
+    torch.manual_seed(0)
+    config = cogvit_debug()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return CogViT(config)
+
+
+def test_published_count():
+    """24 blocks hold 403,024,896 parameters; patch embedding and final norm come on top."""
+    with torch.device("meta"):
+        model = CogViT(cogvit_403m())
+    assert sum(p.numel() for p in model.blocks.parameters()) == 403_024_896
+    assert sum(p.numel() for p in model.parameters()) == 403_024_896 + 1176 * 1024 + 1024 + 1024
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_images_of_a_pack_equal_images_alone(pooling):
+    model, pack = build(pooling=pooling, position_table=3), vision()
+    together = model(pack, layers=(0, -1))
+    at = 0
+    for index, grid in enumerate(GRIDS):
+        size = grid[0] * grid[1] * grid[2]
+        alone = model(PackedVision(pack.patches[at : at + size], torch.tensor([grid])), layers=(0,))
+        torch.testing.assert_close(together.tokens[at : at + size], alone.tokens, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.layers[0][at : at + size], alone.layers[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together.pooled[index], alone.pooled[0], atol=1e-5, rtol=1e-4)
+        at += size
+
+
+def test_frames_do_not_see_each_other():
+    model, pack = build(), vision([(2, 2, 4)])
+    with torch.no_grad():
+        before = model(pack).tokens[:8]
+        pack.patches[8:] *= -5
+        assert torch.equal(before, model(pack).tokens[:8])
+
+
+def test_layers_are_outputs_of_blocks():
+    model, pack = build(), vision()
+    features = model(pack, layers=(0, 1, -1))
+    assert set(features.layers) == {0, 1, -1}
+    assert features.layers[1] is features.layers[-1]
+    torch.testing.assert_close(model.norm(features.layers[1]), features.tokens)
+    with pytest.raises(ValueError, match="layer 2 asked of an encoder with 2 blocks"):
+        model(pack, layers=(2,))
+
+
+def test_masked_patches_are_not_seen():
+    model, pack = build(mask_token=True), vision()
+    masked = torch.zeros(pack.patches.shape[0], dtype=torch.bool)
+    masked[[0, 5, 30]] = True
+    with torch.no_grad():
+        before = model(pack, masked=masked).tokens
+        pack.patches[masked] = 99.0
+        assert torch.equal(before, model(pack, masked=masked).tokens)
+    with pytest.raises(ValueError, match="mask_token=True"):
+        build()(pack, masked=masked)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_every_parameter_gets_a_gradient(masks):
+    model, pack = build(mask_token=True, pooling="attention", position_table=4, embedding_norm=True), vision()
+    features = model(pack, masked=torch.rand(pack.patches.shape[0]) < 0.3 if masks else None)
+    (features.tokens.sum() + features.pooled.sum()).backward()
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+    assert bool(model.mask_token.grad.abs().sum() > 0) is masks
+
+
+def test_attention_pooling_equals_a_loop():
+    model, pack = build(pooling="attention"), vision()
+    features = model(pack)
+    pool, at = model.pool, 0
+    for index, grid in enumerate(GRIDS):
+        size = grid[0] * grid[1] * grid[2]
+        keys, values = pool.kv(features.tokens[at : at + size]).unflatten(-1, (2, 2, 16)).unbind(1)
+        weights = torch.softmax(torch.einsum("phd,hd->ph", keys, pool.query.view(2, 16)) / 4, dim=0)
+        pooled = pool.out(torch.einsum("ph,phd->hd", weights, values).flatten())
+        torch.testing.assert_close(features.pooled[index], pooled + pool.ffn(pool.norm(pooled)), atol=1e-5, rtol=1e-4)
+        at += size
+
+
+def test_recomputation_gives_the_same_gradients():
+    model, pack = build(), vision()
+    model(pack).tokens.square().sum().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    for block in model.blocks:
+        block.recompute = True
+    model(pack).tokens.square().sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_roles_of_a_lone_encoder():
+    roles = collect_roles(build(pooling="attention", mask_token=True, position_table=2), "encoder")
+    assert roles["blocks.0.attention.qkv.weight"] == ("encoder", True, (32, 32, 32), True)
+    assert roles["blocks.0.ffn.gate_up.weight"].splits == (64, 64)
+    assert not roles["mask_token"].decay
+    assert not roles["pool.query"].decay
+
+
+def test_impossible_configs_are_refused():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        CogViTConfig(width=36, heads=6)
+    with pytest.raises(ValueError, match="pooling"):
+        CogViTConfig(pooling="max")

@@ -1,0 +1,136 @@
+"""Norm, rotation and expert plumbing equal their references, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmagent.ops.grouped import (
+    collect_from_experts,
+    grouped_linear,
+    grouped_linear_reference,
+    plan_dispatch,
+    scatter_to_experts,
+)
+from mmagent.ops.norm import rms_norm, rms_norm_reference
+from mmagent.ops.rotary import Rotation, angles_1d, angles_2d, angles_3d, default_sections, rotate, rotate_reference
+
+
+def equal_with_gradients(ours, theirs, inputs, atol=1e-5):
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+    pairs = [torch.autograd.grad((x * direction).sum(), inputs, retain_graph=True) for x in (ours, theirs)]
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b, atol=10 * atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(7, 16), (5, 3, 8), (1, 4)])
+def test_rms_norm(shape):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 3).requires_grad_()
+    weight = torch.randn(shape[-1]).requires_grad_()
+    equal_with_gradients(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5), (x, weight))
+
+
+def test_rms_norm_of_zeros_is_zero_with_finite_gradient():
+    x = torch.zeros(2, 4, requires_grad=True)
+    out = rms_norm(x, torch.ones(4), 1e-5)
+    out.sum().backward()
+    assert float(out.detach().abs().sum()) == 0
+    assert x.grad.isfinite().all()
+
+
+def test_rms_norm_keeps_the_dtype_and_works_in_fp32():
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = rms_norm(x, torch.ones(64), 1e-5)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, rms_norm_reference(x, torch.ones(64), 1e-5))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [2, 4])
+def test_rotation_equals_complex_multiplication(interleaved, pairs):
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 8, requires_grad=True)
+    rotation = Rotation.from_angles(angles_1d(torch.arange(5), pairs, 100.0), interleaved)
+    equal_with_gradients(rotate(x, rotation), rotate_reference(x, rotation), (x,))
+
+
+def test_rotation_depends_on_differences_of_positions_only():
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+
+    def score(a: int, b: int) -> torch.Tensor:
+        turn = [Rotation.from_angles(angles_1d(torch.tensor([n]), 4, 100.0)) for n in (a, b)]
+        return (rotate(q, turn[0]) * rotate(k, turn[1])).sum()
+
+    torch.testing.assert_close(score(3, 1), score(103, 101), atol=1e-4, rtol=1e-4)  # fp32 angles of about 100
+
+
+def test_three_equal_axes_are_one_axis_exactly():
+    positions = torch.tensor([0, 1, 5, 900])
+    sections = default_sections(8)
+    assert sum(sections) == 8
+    assert torch.equal(angles_3d(positions.expand(3, -1), 8, 1e4, sections), angles_1d(positions, 8, 1e4))
+
+
+def test_sections_turn_with_their_own_axis():
+    positions = torch.tensor([[3], [5], [7]])
+    angles = angles_3d(positions, 4, 1.0, (1, 1, 2))  # base 1: every frequency is 1
+    assert angles.tolist() == [[3.0, 5.0, 7.0, 7.0]]
+    with pytest.raises(ValueError, match="sum to 3"):
+        angles_3d(positions, 4, 1.0, (1, 1, 1))
+
+
+def test_vision_angles_hold_rows_then_columns():
+    angles = angles_2d(torch.tensor([[2, 9]]), head_dim=8, base=1.0)
+    assert angles.tolist() == [[2.0, 2.0, 9.0, 9.0]]
+
+
+@settings(max_examples=15, deadline=None)
+@given(counts=st.lists(st.integers(0, 6), min_size=2, max_size=6), seed=st.integers(0, 50))
+def test_grouped_linear_equals_a_plain_loop(counts, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(counts), 8, generator=generator, requires_grad=True)
+    weight = torch.randn(len(counts), 12, 8, generator=generator, requires_grad=True)
+    borders = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    plain = torch.cat([x[borders[e] : borders[e + 1]] @ weight[e].T for e in range(len(counts))])
+    equal_with_gradients(grouped_linear(x, weight, torch.tensor(counts)), plain, (x, weight))
+
+
+def test_many_experts_take_the_grouped_kernel():
+    torch.manual_seed(0)
+    counts = torch.tensor([0, 3, 1] * 16)
+    x = torch.randn(64, 8, requires_grad=True)
+    weight = torch.randn(48, 16, 8, requires_grad=True)
+    equal_with_gradients(
+        grouped_linear(x, weight, counts), grouped_linear_reference(x, weight, counts), (x, weight), atol=2e-5
+    )
+
+
+def test_dispatch_and_collect_equal_indexing():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, requires_grad=True)
+    gates = torch.rand(6, 2, requires_grad=True)
+    chosen = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0], [1, 2], [0, 2]])
+    dispatch = plan_dispatch(chosen, 4)
+    assert dispatch.counts.tolist() == [4, 3, 5, 0]
+    experts = torch.repeat_interleave(torch.arange(4), dispatch.counts)
+    scale = torch.tensor([1.0, -2.0, 3.0, 0.0])
+    rows = scatter_to_experts(x, dispatch, 2) * scale[experts].unsqueeze(1)
+    ours = collect_from_experts(rows, gates, dispatch)
+    theirs = sum(x * scale[chosen[:, k]].unsqueeze(1) * gates[:, k : k + 1] for k in range(2))
+    equal_with_gradients(ours, theirs, (x, gates))
+
+
+@pytest.mark.gpu
+def test_grouped_kernel_on_the_accelerator_equals_the_loop():
+    torch.manual_seed(0)
+    counts = torch.tensor([16, 0, 48, 64], device="cuda")
+    x = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(4, 32, 64, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(
+        grouped_linear(x, weight, counts), grouped_linear_reference(x, weight, counts), atol=0.1, rtol=2e-2
+    )  # bf16 sums of 64 terms of size 1
