@@ -3,6 +3,7 @@
 from mmagent.browser.errors import BrowserCrashed, BrowserError, BrowserMissing, BrowserTimeout, ScriptError
 from mmagent.browser.find import find_chromium, require_chromium
 from mmagent.browser.page import Page
+from mmagent.browser.perform import perform
 from mmagent.browser.pool import BrowserPool, PoolStats
 from mmagent.browser.sync import run_sync
 
@@ -16,6 +17,7 @@ __all__ = [
     "PoolStats",
     "ScriptError",
     "find_chromium",
+    "perform",
     "require_chromium",
     "run_sync",
 ]

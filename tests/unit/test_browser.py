@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from mmagent.actions import KEYS, MODIFIERS
 from mmagent.browser import BrowserError, BrowserMissing, BrowserPool, ScriptError, find_chromium, run_sync
 from mmagent.browser.find import require_chromium
 from mmagent.browser.keys import character, parse_keys
@@ -221,6 +222,13 @@ def test_a_pool_refuses_foreign_loops_and_use_before_start(browser_pool):
         asyncio.run(use(BrowserPool()))
     with pytest.raises(ValueError, match="at least 1"):
         BrowserPool(processes=0)
+
+
+def test_the_keyboard_has_every_key_of_the_action_space():
+    for key in (*KEYS, *(chr(code) for code in range(33, 127))):
+        assert parse_keys(key).events()
+        for modifier in MODIFIERS:
+            assert parse_keys(f"{modifier}+{key}").modifiers
 
 
 def test_key_names():
