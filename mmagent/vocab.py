@@ -117,6 +117,14 @@ class Vocab:
             raise ValueError(f"{token!r} is not a control token")
         return self._special[token]
 
+    def barred(self, rows: int) -> tuple[int, ...]:
+        """Ids that a policy can never sample: :data:`NEVER_SAMPLED` and the rows of a table of ``rows`` that name
+        nothing. The generator and the policy loss both take them from here, so that their log-probs agree."""
+        if rows < self.size:
+            raise ValueError(f"a table of {rows} rows cannot hold a vocabulary of {self.size} ids")
+        known = {*self._special.values(), *self._plain.get_vocab().values()}
+        return tuple(n for n in range(rows) if n in self.never_sampled or n not in known)
+
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; never a control id, whatever the text says."""
         return self._plain.encode(text, add_special_tokens=False).ids

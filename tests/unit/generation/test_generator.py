@@ -1,0 +1,240 @@
+"""The generator against full recomputation: tokens, log-probs, batches, turns."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.local import LocalPolicy
+from mmagent.models.agent_model import logits
+from mmagent.models.decoder import PackedAttention
+from mmagent.packing import pack
+from mmagent.types import Completion, Limits, Status, Trajectory
+from tests.agent_kit import GEOMETRY, picture, prompt, recompute, tiny_model, tiny_vocab
+
+STOPS = tiny_vocab().stop_ids
+
+
+def prompts() -> list[Trajectory]:
+    shared = picture(1)
+    return [
+        prompt("click the red button", (shared,)),
+        prompt("click the blue one", (shared,)),
+        prompt("", (picture(2, 56, 56), picture(3, 84, 56))),
+        prompt("words alone"),
+        prompt("a much longer request about the field " * 3, (picture(4),)),
+    ]
+
+
+def extended(before: Trajectory, completion: Completion) -> Trajectory:
+    before.extend(completion.ids, trainable=True, logprobs=completion.logprobs)
+    return before
+
+
+def naive_greedy(model, trajectory: Trajectory, tokens: int) -> list[int]:
+    """One full forward a token, without any cache."""
+    barred = list(tiny_vocab().barred(model.config.vocab_size))
+    copy = Trajectory("copy", "toy")
+    copy.extend(trajectory.input_ids, trainable=False, images=trajectory.images)
+    out: list[int] = []
+    while len(out) < tokens and (not out or out[-1] not in STOPS):
+        batch = pack([copy.document()], image_id=tiny_vocab().image_id, merge_size=GEOMETRY.merge_size)
+        with torch.no_grad():
+            scores = logits(model, model(batch, mtp=False).hidden[-1:])[0]
+        scores[barred] = float("-inf")
+        out.append(int(scores.argmax()))
+        copy.extend(out[-1:], trainable=False)
+    return out
+
+
+def test_greedy_equals_full_recomputation():
+    model = tiny_model()
+    texts = prompts()
+    done = Generator(model, tiny_vocab()).generate([(p, Limits(7, 0.0, stop_ids=STOPS)) for p in texts])
+    for before, completion in zip(texts, done, strict=True):
+        assert list(completion.ids) == naive_greedy(model, before, 7), before.key
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_equal_a_full_forward(temperature):
+    model = tiny_model()
+    texts = prompts()
+    generator = Generator(model, tiny_vocab())
+    done = generator.generate([(p, Limits(12, temperature, stop_ids=STOPS, seed=n)) for n, p in enumerate(texts)])
+    assert generator.tokens_sampled == sum(len(c.ids) for c in done)
+    for before, completion in zip(texts, done, strict=True):
+        expected = recompute(model, extended(before, completion), temperature)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_a_result_does_not_depend_on_its_batch():
+    model, config = tiny_model(), GeneratorConfig(max_sequences=3)
+    limits = [Limits(4 + 3 * n, 1.0, stop_ids=STOPS, seed=n) for n in range(5)]
+    together = Generator(model, tiny_vocab()).generate(list(zip(prompts(), limits, strict=True)))
+    queued = Generator(model, tiny_vocab(), config).generate(list(zip(prompts(), limits, strict=True)))
+    alone = [Generator(model, tiny_vocab()).generate([pair])[0] for pair in zip(prompts(), limits, strict=True)]
+    backwards = Generator(model, tiny_vocab()).generate(list(zip(prompts(), limits, strict=True))[::-1])[::-1]
+    for other in (queued, alone, backwards):
+        assert [c.ids for c in other] == [c.ids for c in together]
+        for a, b in zip(other, together, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_group_shares_one_prefill_and_one_encoding():
+    model, calls = tiny_model(), []
+    hidden, encode = model.hidden, model.encode
+    model.hidden = lambda embeddings, *rest: (calls.append(embeddings.shape[0]), hidden(embeddings, *rest))[1]
+    model.encode = lambda vision: (calls.append(-vision.patches.shape[0]), encode(vision))[1]
+    image = picture(5)
+    group = [prompt("click it", (image,), key=f"p{n}") for n in range(6)]
+    generator = Generator(model, tiny_vocab())
+    done = generator.generate([(p, Limits(5, 1.0, seed=n)) for n, p in enumerate(group)])
+    assert calls == [-image.patches.shape[0], len(group[0])]
+    assert len({c.ids for c in done}) > 1
+    single = Generator(tiny_model(), tiny_vocab()).generate([(group[4], Limits(5, 1.0, seed=4))])
+    assert single[0].ids == done[4].ids
+
+
+@pytest.mark.parametrize("parked", [1 << 19, 0])
+def test_later_turns_go_on_from_the_cache(parked):
+    model = tiny_model()
+    generator = Generator(model, tiny_vocab(), GeneratorConfig(parked_tokens=parked))
+    fed: list[int] = []
+    hidden = model.hidden
+    model.hidden = lambda embeddings, *rest: (fed.append(embeddings.shape[0]), hidden(embeddings, *rest))[1]
+    episodes = prompts()
+    for turn in range(3):
+        limits = [Limits(3 + n, 1.0, seed=100 + n) for n in range(len(episodes))]
+        fed.clear()
+        for n, done in enumerate(generator.generate(list(zip(episodes, limits, strict=True)))):
+            extended(episodes[n], done)
+            image = picture(50 + 10 * turn + n, 56, 56)
+            ids = [*tiny_vocab().encode("next"), *[tiny_vocab().image_id] * 4, *tiny_vocab().encode(" " * n + "go")]
+            episodes[n].extend(ids, trainable=False, images=[image])
+    for episode in episodes:
+        expected = recompute(model, episode)
+        sampled = torch.tensor(episode.logprobs)[torch.tensor(episode.trainable)]
+        torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
+    assert (sum(fed) < 100) if parked else (sum(fed) > 200)
+
+
+def test_a_changed_past_is_never_resumed():
+    model = tiny_model()
+    generator = Generator(model, tiny_vocab())
+    episode = prompt("click", (picture(1),))
+    (first,) = generator.generate([(episode, Limits(4, 1.0, seed=1))])
+    forged = [tiny_vocab().encode("x")[0]] * 4
+    assert forged != list(first.ids)
+    episode.extend([*forged, *tiny_vocab().encode("more")], trainable=False)
+    (second,) = generator.generate([(episode, Limits(4, 1.0, seed=2))])
+    expected = recompute(model, extended(episode, second))
+    torch.testing.assert_close(torch.tensor(second.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_new_weights_are_noticed():
+    model = tiny_model()
+    generator = Generator(model, tiny_vocab())
+    episode = prompt("click", (picture(1),))
+    (first,) = generator.generate([(episode, Limits(4, 1.0, seed=1))])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    (second,) = generator.generate([(extended(episode, first), Limits(4, 1.0, seed=2))])
+    expected = recompute(model, extended(episode, second))[-4:]
+    torch.testing.assert_close(torch.tensor(second.logprobs), expected, rtol=0, atol=1e-5)
+
+
+def test_barred_ids_are_never_sampled():
+    model, vocab = tiny_model(), tiny_vocab()
+    with torch.no_grad():
+        model.head_weight.zero_()  # every id is equally likely
+    done = Generator(model, vocab).generate([(prompt("x"), Limits(40, 1.0, seed=n)) for n in range(40)])
+    seen = {i for c in done for i in c.ids}
+    barred = set(vocab.barred(model.config.vocab_size))
+    assert {vocab.image_id, vocab.id("<sop>"), vocab.size} <= barred
+    assert not seen & barred
+    assert len(seen) > 0.9 * (model.config.vocab_size - len(barred))
+    with pytest.raises(ValueError, match="cannot hold"):
+        vocab.barred(vocab.size - 1)
+
+
+def test_stop_ids_end_and_limits_cut():
+    model = tiny_model()
+    with torch.no_grad():
+        model.head_weight.zero_()
+    stops = tuple(range(200))
+    limits = [Limits(6, 1.0, stop_ids=stops, seed=n) for n in range(64)]
+    done = Generator(model, tiny_vocab()).generate([(prompt("x"), limit) for limit in limits])
+    for completion in done:
+        assert completion.stopped == (completion.ids[-1] in stops)
+        assert not set(completion.ids[:-1]) & set(stops)
+        assert completion.stopped or len(completion.ids) == 6
+    assert {c.stopped for c in done} == {True, False}
+
+
+def test_routing_is_recorded_as_it_happened():
+    model = tiny_model()
+    generator = Generator(model, tiny_vocab(), GeneratorConfig(record_routing=True))
+    episode = prompt("click", (picture(1),))
+    (done,) = generator.generate([(episode, Limits(6, 1.0, seed=3))])
+    before = len(episode)
+    batch = pack([extended(episode, done).document()], image_id=tiny_vocab().image_id, merge_size=2)
+    with torch.no_grad():
+        out = model.decoder(model.embed(batch), batch.positions, PackedAttention(batch.segments))
+    recorded = torch.stack(done.routed_experts)
+    assert recorded.shape == (6, 2, 2)
+    torch.testing.assert_close(recorded[:-1].sort(-1).values, out.routed()[before:-1].sort(-1).values)
+    assert (recorded[-1] == -1).all()
+
+
+def test_bad_requests_name_the_prompt():
+    generator = Generator(tiny_model(), tiny_vocab())
+    ended = prompt("over")
+    ended.status = Status.FAILED
+    with pytest.raises(ValueError, match=r"over: .*failed"):
+        generator.submit(ended, Limits(3))
+    with pytest.raises(ValueError, match=r"fine: .*cannot be sampled"):
+        generator.submit(prompt("fine"), Limits(0))
+    broken = prompt("broken", (picture(1),))
+    broken.images.clear()
+    with pytest.raises(ValueError, match="broken: "):
+        generator.generate([(broken, Limits(3))])
+    with pytest.raises(ValueError, match="dtype"):
+        GeneratorConfig(dtype="int8")
+
+
+def test_the_policy_gathers_concurrent_callers():
+    generator = Generator(tiny_model(), tiny_vocab())
+    policy = LocalPolicy(generator)
+    sizes: list[int] = []
+    admit = generator._admit
+    generator._admit = lambda requests: (sizes.append(len(requests)), admit(requests))[1]
+    limits = [Limits(5, 1.0, stop_ids=STOPS, seed=n) for n in range(5)]
+
+    async def ask():
+        return await asyncio.gather(*(policy.complete(p, li) for p, li in zip(prompts(), limits, strict=True)))
+
+    first = asyncio.run(ask())
+    assert sizes == [5]
+    assert [c.ids for c in asyncio.run(ask())] == [c.ids for c in first]
+    plain = Generator(tiny_model(), tiny_vocab()).generate(list(zip(prompts(), limits, strict=True)))
+    assert [c.ids for c in plain] == [c.ids for c in first]
+
+
+def test_a_bad_prompt_fails_its_caller_alone_and_a_broken_step_fails_all():
+    policy = LocalPolicy(Generator(tiny_model(), tiny_vocab()))
+    empty = Trajectory("empty", "toy")
+
+    async def ask(*texts):
+        return await asyncio.gather(*(policy.complete(t, Limits(3)) for t in texts), return_exceptions=True)
+
+    bad, good = asyncio.run(ask(empty, prompt("fine")))
+    assert isinstance(bad, ValueError)
+    assert len(good.ids) == 3
+    broken = prompt("broken", (picture(1),))
+    broken.images.clear()
+    assert all(isinstance(r, ValueError) for r in asyncio.run(ask(broken, prompt("fine"))))
+    assert len(asyncio.run(ask(prompt("fine")))[0].ids) == 3
