@@ -1,0 +1,299 @@
+"""Runs a suite against an agent: concurrently, resumably, with everything kept that a person may want to look at.
+
+An item ends in exactly one line of the run folder: a score, or an error. Transport errors are tried again; any other
+exception is a fault of task or agent and is recorded at once, with its traceback among the item's files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from evals.store import Row, Run, StepRecord, Store, read_run
+from evals.suite import Agent, Episode, Suite, code_version, item_key, stable_seed
+from mmagent.protocols import Environment, Task
+from mmagent.records import encode_image
+from mmagent.types import Item, Observation, Score, Status, Trajectory
+
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (ConnectionError,)
+"""What is worth another try: nothing was judged, and the fault lay on the way."""
+
+
+class EvaluationBroken(RuntimeError):
+    """Nothing but errors from the start: going on would waste hours."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """``limit`` items at most, ``samples`` tries of each, ``concurrency`` at once.
+
+    A transport error is retried ``retries`` times after ``backoff`` seconds, doubling. An item may take
+    ``item_seconds``. ``give_up_after`` errors with nothing judged end the run. ``retry_errors`` runs the items
+    again that ended in an error before.
+    """
+
+    limit: int | None = None
+    samples: int = 1
+    concurrency: int = 8
+    retries: int = 3
+    backoff: float = 1.0
+    item_seconds: float = 600.0
+    give_up_after: int = 8
+    retry_errors: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.concurrency < 1 or self.retries < 0 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"limit, samples and concurrency must be at least 1, retries at least 0: {self}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    task: Task
+    item: Item
+    sample: int
+
+    @property
+    def key(self) -> str:
+        return item_key(self.task, self.item, self.sample)
+
+
+async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | None = None) -> Run:
+    """Run what is not judged yet and return the whole run.
+
+    Raises :class:`~evals.store.PinsDiffer` when ``folder`` holds a run made otherwise, and
+    :class:`EvaluationBroken` when every item fails. Whatever was judged before an exception or a kill is kept.
+    """
+    options = options or Options()
+    pins = {**suite.pins(), **agent.pins(), "samples": str(options.samples), "code": code_version()}
+    facts = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
+    with Store(folder, pins, facts) as store:
+        if options.retry_errors:
+            store.forget_errors()
+        async with suite.open() as tasks:
+            jobs = [
+                _Job(task, item, sample)
+                for sample in range(options.samples)
+                for task, item in suite.items(tasks, options.limit)
+            ]
+            missing = [job for job in jobs if job.key not in store.rows]
+            with _Progress(suite.name, len(jobs), list(store.rows.values()), options.progress) as progress:
+                await _run_all(missing, _Judge(suite, agent, store, options), progress, options)
+    return read_run(folder)
+
+
+def evaluate_now(suite: Suite, agent: Agent, folder: Path, options: Options | None = None) -> Run:
+    """:func:`evaluate` for callers without an event loop."""
+    return asyncio.run(evaluate(suite, agent, folder, options))
+
+
+async def _run_all(jobs: Sequence[_Job], judge: _Judge, progress: _Progress, options: Options) -> None:
+    waiting = iter(jobs)
+    errors: list[Row] = []
+    judged = 0
+
+    async def work() -> None:
+        nonlocal judged
+        for job in waiting:  # one shared iterator: each job is taken by exactly one worker
+            row = await judge(job)
+            judge.store.append(row)
+            progress.show(row)
+            if row.error is None:
+                judged += 1
+            else:
+                errors.append(row)
+                if not judged and len(errors) >= options.give_up_after:
+                    raise EvaluationBroken(
+                        f"the first {len(errors)} items all failed; the last one, {row.key}: {row.error}"
+                    )
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(options.concurrency, len(jobs))):
+                group.create_task(work())
+    except* EvaluationBroken as broken:
+        raise broken.exceptions[0] from None
+
+
+class _Judge:
+    """Plays and scores one job, with retries, and lays down its files."""
+
+    def __init__(self, suite: Suite, agent: Agent, store: Store, options: Options):
+        self.suite, self.agent, self.store, self.options = suite, agent, store, options
+
+    async def __call__(self, job: _Job) -> Row:
+        started, wait = time.monotonic(), self.options.backoff
+        for attempt in range(1, self.options.retries + 2):
+            try:
+                row = await self._attempt(job)
+                break
+            except TRANSPORT_ERRORS as error:
+                if attempt > self.options.retries:
+                    row = self._failed(job, error)
+                    break
+                await asyncio.sleep(wait)
+                wait *= 2
+            except Exception as error:  # recorded with its traceback; one bad item must not take the run with it
+                row = self._failed(job, error)
+                break
+        return replace(row, seconds=round(time.monotonic() - started, 3), attempts=attempt)
+
+    async def _attempt(self, job: _Job) -> Row:
+        recorded = _RecordedTask(job.task)
+        seed = stable_seed(self.suite.seed, job.key)
+        clock = asyncio.timeout(self.options.item_seconds)
+        try:
+            async with clock:
+                trajectory = await self.agent.play(recorded, job.item, replace(self.suite.play, seed=seed))
+                score = await self._score(job, trajectory)
+                episode = Episode(tuple(recorded.observations), tuple(recorded.actions), trajectory)
+                extra = {} if self.suite.pictures is None else await self.suite.pictures(job.item, episode)
+        except TimeoutError as error:
+            if clock.expired():
+                raise ItemTimeout(f"not done after {self.options.item_seconds:g} s") from error
+            raise
+        boxes = () if self.suite.boxes is None else self.suite.boxes(job.item)
+        row = _row(job, score, trajectory, boxes)
+        steps, pictures = await asyncio.to_thread(
+            _lay_down, self.store.item_folder(job.key), self.store, episode, extra
+        )
+        return replace(row, steps=steps, pictures=pictures)
+
+    async def _score(self, job: _Job, trajectory: Trajectory) -> Score:
+        if trajectory.status in (Status.FAILED, Status.ABORTED, Status.RUNNING):
+            return Score(0.0, error=f"the episode ended as {trajectory.status.value}")
+        score = await job.task.score(job.item, trajectory)
+        if score.error is None and not 0.0 <= score.value <= 1.0:
+            raise ValueError(f"task {job.task.name} scored {score.value}, which is outside [0, 1]")
+        return score
+
+    def _failed(self, job: _Job, error: Exception) -> Row:
+        folder = self.store.item_folder(job.key)
+        (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
+        return Row(job.key, job.task.name, job.item.key, job.sample, None, error=text, status=Status.FAILED.value)
+
+
+class ItemTimeout(Exception):
+    """An item took longer than the harness allows; a harness limit, so an error and no zero."""
+
+
+def _row(job: _Job, score: Score, trajectory: Trajectory, boxes: Sequence[Sequence[float]]) -> Row:
+    sampled = sum(trajectory.trainable)
+    return Row(
+        key=job.key,
+        task=job.task.name,
+        item=job.item.key,
+        sample=job.sample,
+        value=float(score.value) if score.error is None else None,
+        parts={name: float(value) for name, value in score.parts.items()},
+        error=score.error,
+        status=trajectory.status.value,
+        boxes=tuple(tuple(map(float, box)) for box in boxes),
+        prompt_tokens=len(trajectory) - sampled,
+        completion_tokens=sampled,
+    )
+
+
+def _lay_down(
+    folder: Path, store: Store, episode: Episode, extra: Mapping[str, np.ndarray]
+) -> tuple[tuple[StepRecord, ...], dict[str, str]]:
+    """Write the pictures of an episode; every path is relative to the run folder."""
+
+    def save(name: str, pixels: np.ndarray) -> str:
+        path = folder / name
+        path.write_bytes(encode_image(pixels).data)
+        return path.relative_to(store.folder).as_posix()
+
+    steps = []
+    for n, seen in enumerate(episode.observations):
+        action = episode.actions[n] if n < len(episode.actions) else ""
+        after = episode.observations[n + 1].text if n + 1 < len(episode.observations) else ""
+        if not action and n:
+            continue  # what was shown after the last action is kept as that step's note
+        picture = save(f"step-{n:02d}.png", seen.images[-1]) if seen.images else None
+        steps.append(StepRecord(picture, seen.text, action, after))
+    return tuple(steps), {name: save(f"{name}.png", pixels) for name, pixels in extra.items()}
+
+
+class _RecordedTask:
+    """A task whose environments remember what they showed and were told."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self.name, self.category = task.name, task.category
+        self.observations: list[Observation] = []
+        self.actions: list[str] = []
+        self.items, self.score, self.gold = task.items, task.score, task.gold
+
+    def environment(self, item: Item) -> Environment:
+        self.observations.clear()
+        self.actions.clear()
+        return _RecordedEnvironment(self._task.environment(item), self)
+
+
+class _RecordedEnvironment:
+    def __init__(self, inner: Environment, log: _RecordedTask):
+        self._inner, self._log = inner, log
+
+    async def reset(self) -> Observation:
+        seen = await self._inner.reset()
+        self._log.observations.append(seen)
+        return seen
+
+    async def step(self, action: str) -> Observation:
+        self._log.actions.append(action)
+        seen = await self._inner.step(action)
+        self._log.observations.append(seen)
+        return seen
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+
+class _Progress:
+    """A bar with time left and the running score; errors are counted beside it, never inside it."""
+
+    def __init__(self, name: str, total: int, rows: Sequence[Row], visible: bool):
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._errors = 0
+        self._bar = tqdm(
+            total=total, initial=min(len(rows), total), desc=name, unit="item", disable=not visible, file=sys.stderr,
+            dynamic_ncols=True, smoothing=0.1,
+        )  # fmt: skip
+        for row in rows:
+            self._count(row)
+        self._tell()
+
+    def show(self, row: Row) -> None:
+        self._count(row)
+        self._bar.update(1)
+        self._tell()
+
+    def _count(self, row: Row) -> None:
+        if row.value is None:
+            self._errors += 1
+        else:
+            total, count = self._sums.get(row.task, (0.0, 0))
+            self._sums[row.task] = total + row.value, count + 1
+
+    def _tell(self) -> None:
+        shares = [total / count for total, count in self._sums.values()]
+        score = f"{100 * sum(shares) / len(shares):.1f} %" if shares else "–"
+        self._bar.set_postfix_str(f"score {score}" + (f", {self._errors} errors" if self._errors else ""))
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

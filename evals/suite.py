@@ -1,0 +1,123 @@
+"""A suite: tasks of `mmagent.tasks`, how many items of each, how they are asked and who judges."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+import mmagent
+from mmagent.geometry import FRAME
+from mmagent.protocols import Task
+from mmagent.types import Item, Observation, Trajectory
+
+Boxes = tuple[tuple[float, ...], ...]
+
+
+class Agent(Protocol):
+    """Whoever is judged: a local checkpoint, an endpoint, a scripted double.
+
+    ``play`` runs one episode of ``task``, taking its environment from ``task.environment(item)`` and sampling with
+    ``seed``; it returns what was sampled. A transport error must be raised as a ``ConnectionError``.
+    """
+
+    def pins(self) -> Mapping[str, str]:
+        """Who it is (names that begin with ``policy.``) and how it is asked (image geometry, chat)."""
+        ...
+
+    async def play(self, task: Task, item: Item, play: Play) -> Trajectory: ...
+
+
+@dataclass(frozen=True)
+class Play:
+    """Limits of one episode: ``max_steps`` actions of at most ``max_tokens`` each, sampled at ``temperature``."""
+
+    max_steps: int
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What was seen and done: ``observations[0]`` precedes ``actions[0]``."""
+
+    observations: tuple[Observation, ...]
+    actions: tuple[str, ...]
+    trajectory: Trajectory
+
+
+@dataclass(frozen=True)
+class Suite:
+    """``open()`` gives the tasks for as long as they are needed (it may start a browser).
+
+    ``prompt``, ``judge`` and ``version`` are pinned: raise ``version`` whenever items or scoring change.
+    ``pictures`` adds pictures worth keeping (a rendered page), ``boxes`` the right regions in pixels of the first
+    screen, both for the report alone.
+    """
+
+    name: str
+    version: int
+    summary: str
+    prompt: str
+    judge: str
+    open: Callable[[], AbstractAsyncContextManager[Sequence[Task]]]
+    per_task: int
+    play: Play
+    seed: int = 0
+    needs_browser: bool = True
+    pictures: Callable[[Item, Episode], Awaitable[Mapping[str, np.ndarray]]] | None = None
+    boxes: Callable[[Item], Boxes] | None = None
+
+    def pins(self) -> dict[str, str]:
+        play = self.play
+        return {
+            "suite.name": self.name,
+            "suite.version": str(self.version),
+            "suite.seed": str(self.seed),
+            "prompt": self.prompt,
+            "judge": self.judge,
+            "action_frame": f"integers 0..{FRAME - 1} of the image",
+            "limits": f"{play.max_steps} steps of {play.max_tokens} tokens, temperature {play.temperature:g}, "
+            f"top_p {play.top_p:g}",
+        }
+
+    def items(self, tasks: Sequence[Task], limit: int | None = None) -> list[tuple[Task, Item]]:
+        """The first items of every task in turn, so that any ``limit`` leaves the tasks balanced."""
+        columns = [[(task, i) for i in islice(task.items("test", self.seed), self.per_task)] for task in tasks]
+        rows: Iterator = (entry for row in zip_longest(*columns) for entry in row if entry is not None)
+        chosen = list(islice(rows, limit))
+        keys = [item_key(task, item) for task, item in chosen]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"suite {self.name}: item {twice} occurs twice")
+        return chosen
+
+
+def item_key(task: Task, item: Item, sample: int = 0) -> str:
+    return f"{task.name}/{item.key}" + (f"#{sample}" if sample else "")
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed that is the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:6], "big")
+
+
+@functools.cache
+def code_version() -> str:
+    """Version and a digest of the sources that decide a score: all of `mmagent` and `evals`, report excepted."""
+    digest = hashlib.sha256()
+    for package in (Path(mmagent.__file__).parent, Path(__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            name = path.relative_to(package.parent).as_posix()
+            if not name.startswith("evals/report/"):
+                digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{mmagent.__version__}+{digest.hexdigest()[:12]}"
