@@ -15,7 +15,7 @@ RIGHT = 1.0 - 1e-9
 
 @dataclass(frozen=True)
 class Summary:
-    """``score`` is the mean over tasks of their means; ``errors`` items are in no mean; ``pass_at`` maps k to pass@k."""
+    """``score`` is the mean over tasks of their means; ``errors`` items are in no mean; ``pass_at``: k to pass@k."""
 
     score: Estimate
     by_task: Mapping[str, Estimate]

@@ -1,0 +1,255 @@
+"""The report of evaluation runs: scores, tasks, screens, trajectories, pairs of pages, errors, and what was pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from evals.report.charts import bar_chart
+from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, trajectory
+from evals.report.html import (
+    Column,
+    Section,
+    code,
+    details,
+    facts,
+    heading,
+    image_pair,
+    join,
+    number,
+    page,
+    paragraph,
+    percent,
+    picture_size,
+    table,
+    tag,
+    tiles,
+)
+from evals.store import POLICY, Row, Run, StepRecord
+from evals.summary import RIGHT, Summary, summarise
+from mmagent.geometry import ImageView
+
+SCREENS, EPISODES, PAIRS, ERRORS = 12, 8, 6, 30
+TARGET, RENDERING = "target", "rendering"
+"""Names of a row's pictures that are shown side by side."""
+
+
+def write_report(runs: Sequence[Run], path: Path, title: str = "Evaluation") -> Path:
+    """Write the page of ``runs`` (one suite each) to ``path`` and return it."""
+    path = Path(path)
+    path.write_text(render_report(runs, title), encoding="utf-8")
+    return path
+
+
+def render_report(runs: Sequence[Run], title: str = "Evaluation") -> str:
+    if not runs:
+        raise ValueError("runs: nothing to report")
+    summaries = [summarise(run.rows) for run in runs]
+    sections = [Section("Scores", _overview(runs, summaries), "Mean over tasks with its 95 % bootstrap interval.")]
+    for run, summary in zip(runs, summaries, strict=True):
+        sections.append(Section(_name(run), suite_body(run, summary), _intro(run, summary)))
+    sections.append(Section("Pins", _pins(runs), "Runs compare only where all but the policy is pinned alike."))
+    policies = dict.fromkeys(_policy(run) for run in runs)
+    return page(title, sections, subtitle=" · ".join(policies), footer=f"mmagent {runs[0].pins.get('code', '')}")
+
+
+def suite_body(run: Run, summary: Summary | None = None) -> Markup:
+    """Everything about one run, for a section of its own: figures, tasks, screens, episodes, pairs, errors."""
+    summary = summary or summarise(run.rows)
+    parts = [
+        tiles(
+            {
+                "score": percent(summary.score.mean),
+                "judged": f"{summary.judged:,}",
+                "errors (in no mean)": f"{summary.errors:,}",
+                **{f"pass@{k}": percent(v) for k, v in summary.pass_at.items()},
+                "tokens an item": number(round(summary.tokens_per_item)),
+                "seconds an item": number(summary.seconds_per_item),
+            }
+        )
+    ]
+    if len(summary.by_task) > 1:
+        parts.append(bar_chart({task: {"score": e} for task, e in summary.by_task.items()}, "By task"))
+    parts.append(_task_table(run, summary))
+    for title, body in (
+        ("Screens", screens(run)),
+        ("Target beside rendering", pairs(run)),
+        ("Trajectories", episodes(run)),
+        ("Errors", _errors(run)),
+    ):
+        if body:
+            parts += [heading(title), body]
+    return join(parts)
+
+
+def screens(run: Run, limit: int = SCREENS) -> Markup:
+    """First screens with the first action that has a place on them; half successes, half failures where there are."""
+    rows = [r for r in run.judged if any(s.picture and s.points for s in r.steps) and RENDERING not in r.pictures]
+    figures = []
+    for row in _mixed(rows, limit):
+        step = next(s for s in row.steps if s.picture and s.points)
+        data = _read(run, step.picture)
+        if data is None:
+            continue
+        figures.append(
+            ClickFigure(
+                picture=data,
+                marks=(_mark(step, data),),
+                boxes=tuple(tuple(box) for box in row.boxes) if step is row.steps[0] else (),
+                success=_right(row),
+                caption=_cut(step.text, 140) or row.key,
+                says=step.action,
+            )
+        )
+    return figure_clicks(figures) if figures else Markup("")
+
+
+def episodes(run: Run, limit: int = EPISODES) -> Markup:
+    """Whole trajectories, folded; the longest are the most telling."""
+    rows = [row for row in run.judged if len(row.steps) > 1]
+    rows.sort(key=lambda row: -len(row.steps))
+    out = []
+    for row in _mixed(rows, limit):
+        steps = []
+        for step in row.steps:
+            data = _read(run, step.picture)
+            marks = (_mark(step, data),) if data is not None and step.points else ()
+            steps.append(StepFigure(data, step.action, step.action, step.note or step.text, marks))
+        out.append(trajectory(steps, f"{row.key}: {_cut(row.steps[0].text, 90)}", _right(row)))
+    return join(out)
+
+
+def pairs(run: Run, limit: int = PAIRS) -> Markup:
+    """Target and rendering of the worst, middle and best pages, with the parts of their scores and the source."""
+    rows = sorted((row for row in run.judged if TARGET in row.pictures), key=lambda row: -(row.value or 0.0))
+    if len(rows) > limit:
+        rows = [rows[round(n * (len(rows) - 1) / (limit - 1))] for n in range(limit)]
+    out = []
+    for row in rows:
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in row.parts.items())
+        source = "\n".join(step.action for step in row.steps if step.action)
+        about = Markup("<b>{:.2f}</b> {}{}{}").format(
+            row.value or 0.0, row.key, f" ({parts})" if parts else "", details("What the model wrote", code(source))
+        )
+        out.append(image_pair(_read(run, row.pictures[TARGET]), _read(run, row.pictures.get(RENDERING)), about=about))
+    return join(out)
+
+
+def _overview(runs: Sequence[Run], summaries: Sequence[Summary]) -> Markup:
+    rows = [
+        {
+            "suite": _name(run),
+            "policy": _policy(run),
+            "score": summary.score,
+            "items": summary.judged,
+            "errors": summary.errors,
+            "cut short": summary.truncated,
+        }
+        for run, summary in zip(runs, summaries, strict=True)
+    ]
+    return table(rows)
+
+
+def _task_table(run: Run, summary: Summary) -> Markup:
+    errors: dict[str, int] = {}
+    names: dict[str, dict[str, list[float]]] = {}
+    for row in run.rows:
+        if row.value is None:
+            errors[row.task] = errors.get(row.task, 0) + 1
+        else:
+            for name, value in row.parts.items():
+                names.setdefault(row.task, {}).setdefault(name, []).append(value)
+    extra = list(dict.fromkeys(name for parts in names.values() for name in parts))[:6]
+    rows = [
+        {"task": task, "score": summary.by_task.get(task), "errors": errors.get(task, 0)}
+        | {name: _mean(names.get(task, {}).get(name)) for name in extra}
+        | {"items": summary.by_task[task].n if task in summary.by_task else 0}
+        for task in sorted(summary.by_task.keys() | errors.keys())
+    ]
+    columns = [Column("task", "task"), Column("score", "score"), Column("items", "items"), Column("errors", "errors")]
+    totals = [{"task": "mean over tasks", "score": summary.score, "items": summary.judged, "errors": summary.errors}]
+    return table(rows, columns + [Column(n, n) for n in extra], totals=totals if len(rows) > 1 else ())
+
+
+def _mean(values: Sequence[float] | None) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _errors(run: Run) -> Markup:
+    rows = [{"item": row.key, "error": row.error, "attempts": row.attempts} for row in run.errors[:ERRORS]]
+    more = len(run.errors) - len(rows)
+    return table(rows) + (paragraph(f"and {more} more", quiet=True) if more > 0 else Markup("")) if rows else Markup("")
+
+
+def _pins(runs: Sequence[Run]) -> Markup:
+    names = sorted({name for run in runs for name in run.pins}, key=lambda n: (not n.startswith(POLICY), n))
+    parts = []
+    for run in runs:
+        shown = {name: run.pins.get(name) for name in names}
+        shown["started"] = run.facts.get("started")
+        parts.append(details(Markup("{} {}").format(_name(run), tag(_policy(run))), facts(shown)))
+    return join(parts)
+
+
+def _intro(run: Run, summary: Summary) -> str:
+    low, high = percent(summary.score.low), percent(summary.score.high)
+    return f"Judge: {run.pins.get('judge', '?')}. Score {percent(summary.score.mean)}, interval {low} to {high}."
+
+
+def _name(run: Run) -> str:
+    return run.suite.replace("_", " ")
+
+
+def _policy(run: Run) -> str:
+    return ", ".join(v for k, v in sorted(run.pins.items()) if k.startswith(POLICY) and v) or "?"
+
+
+def _mixed(rows: Iterable[Row], limit: int) -> list[Row]:
+    """Failures and successes in turn, different tasks first."""
+
+    def spread(some: list[Row]) -> list[Row]:
+        seen: dict[str, int] = {}
+        ranked = []
+        for row in some:
+            seen[row.task] = seen.get(row.task, 0) + 1
+            ranked.append((seen[row.task], row))
+        return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
+
+    rows = list(rows)
+    good = spread([row for row in rows if _right(row)])
+    bad = spread([row for row in rows if not _right(row)])
+    half = limit // 2
+    take_good = min(len(good), max(half, limit - len(bad)))
+    return good[:take_good] + bad[: limit - take_good]
+
+
+def _right(row: Row) -> bool:
+    return row.value is not None and row.value >= RIGHT
+
+
+def _mark(step: StepRecord, data: bytes) -> Mark:
+    width, height = picture_size(data)
+    view = ImageView((height, width), (height, width))
+    return Mark(tuple(view.from_frame(x, y) for x, y in step.points), step.action)
+
+
+def _read(run: Run, relative: str | None) -> bytes | None:
+    """The bytes of a PNG inside the run folder; None when absent: a lost picture must not lose the report."""
+    if relative is None:
+        return None
+    path = (run.folder / relative).resolve()
+    if not path.is_relative_to(run.folder.resolve()) or not path.is_file():
+        return None
+    data = path.read_bytes()
+    try:
+        picture_size(data)
+    except ValueError:
+        return None
+    return data
+
+
+def _cut(text: str, limit: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

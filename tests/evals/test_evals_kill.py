@@ -1,0 +1,66 @@
+"""A real evaluation process, killed with SIGKILL at random moments, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from evals_kit import killable, lines
+
+import evals
+from evals.report.runs import write_report
+from evals.store import Store, read_run
+
+HERE = Path(__file__).parent
+
+
+def start(folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(evals.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "evals_kit.py"), str(folder)], env=environment, start_new_session=True
+    )
+
+
+def facts(folder: Path) -> list[dict]:
+    """Every row but its time, in order of key."""
+    rows = [{**json.loads(line), "seconds": 0} for line in lines(folder)]
+    return sorted(rows, key=lambda row: row["key"])
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_kill_minus_nine_then_resume_equals_uninterrupted(tmp_path: Path, kills: int):
+    chance = random.Random(kills)
+    folder, path = tmp_path / "killed", tmp_path / "killed" / "items.jsonl"
+    for _ in range(kills):
+        process = start(folder)
+        before = path.stat().st_size if path.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and (not path.exists() or path.stat().st_size <= before):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0.0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    killed_at = len(read_run(folder).rows)
+    with open(path, "ab") as file:  # a kill within write(2) itself is too rare to wait for: tear a line by hand
+        file.write(b'{"key":"bright/test-')
+    assert killed_at > 0
+
+    killable(folder, pause=0.0)
+    killable(tmp_path / "whole", pause=0.0)
+    assert facts(folder) == facts(tmp_path / "whole")
+    assert len(lines(folder)) == 120
+    pictures = [step["picture"] for row in facts(folder) for step in row["steps"]]
+    for picture in pictures:
+        assert (folder / picture).read_bytes() == (tmp_path / "whole" / picture).read_bytes()
+    run = read_run(folder)
+    with Store(folder, run.pins, {}):  # the lock died with its process
+        pass
+    write_report([run], tmp_path / "report.html")

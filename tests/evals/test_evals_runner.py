@@ -1,0 +1,249 @@
+"""The runner: every item judged exactly once, errors apart from zeros, retries for transport alone, pins."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+
+import pytest
+from evals_kit import RuleAgent, gold, guess_suite, lines
+
+from evals.runner import EvaluationBroken, Options, evaluate, evaluate_now
+from evals.store import PinsDiffer, Row, RunError, Store, differing, read_run
+from evals.summary import compare_runs, summarise
+
+QUIET = Options(progress=False, backoff=0.001)
+
+
+def options(**changes) -> Options:
+    return Options(**{**vars(QUIET), **changes})
+
+
+def test_gold_scores_one_and_null_zero(tmp_path):
+    run = evaluate_now(guess_suite(), RuleAgent(gold), tmp_path / "gold", QUIET)
+    assert summarise(run.rows).score.mean == 1.0
+    null = evaluate_now(guess_suite(), RuleAgent(lambda *_: ""), tmp_path / "null", QUIET)
+    assert summarise(null.rows).score.mean == 0.0
+    assert len(null.judged) == 12
+
+
+def test_rows_carry_what_happened(tmp_path):
+    run = evaluate_now(guess_suite(2), RuleAgent(gold), tmp_path, QUIET)
+    row = next(r for r in run.rows if r.key == "bright/test-1")
+    step = row.steps[0]
+    assert (step.text, step.action, step.note) == ("How bright is test-1?", "1", "right")
+    assert (tmp_path / step.picture).read_bytes().startswith(b"\x89PNG")
+    assert (row.prompt_tokens, row.completion_tokens, row.attempts) == (3, 2, 1)
+    assert run.pins["prompt"] == "How bright?"
+    assert run.pins["code"].startswith("0.")
+    assert run.facts["started"]
+
+
+def test_limit_keeps_tasks_balanced_and_can_be_raised(tmp_path):
+    agent = RuleAgent(gold)
+    run = evaluate_now(guess_suite(), agent, tmp_path, options(limit=4))
+    assert Counter(row.task for row in run.rows) == {"dim": 2, "bright": 2}
+    run = evaluate_now(guess_suite(), agent, tmp_path, options(limit=7))
+    assert len(run.rows) == 7
+    assert Counter(agent.played).most_common(1)[0][1] == 1
+
+
+def test_concurrency_is_bounded(tmp_path):
+    agent = RuleAgent(gold, pause=0.01)
+    evaluate_now(guess_suite(), agent, tmp_path, options(concurrency=3))
+    assert agent.most == 3
+
+
+def test_samples_get_their_own_seeds_and_pass_at_k(tmp_path):
+    seeds = []
+
+    def sometimes(task, item, seed):
+        seeds.append(seed)
+        return gold(task, item, seed) if seed % 2 else ""
+
+    run = evaluate_now(guess_suite(5), RuleAgent(sometimes), tmp_path, options(samples=4))
+    assert len(run.rows) == 40
+    assert len(set(seeds)) == 40
+    summary = summarise(run.rows)
+    assert list(summary.pass_at) == [1, 2, 4]
+    assert summary.pass_at[1] == pytest.approx(summary.score.mean)
+    assert summary.pass_at[1] < summary.pass_at[2] < summary.pass_at[4]
+
+
+def test_an_error_is_no_zero_and_is_not_retried(tmp_path):
+    def rule(task, item, seed):
+        if item.key == "test-2":
+            raise KeyError("no such thing")
+        return gold(task, item, seed)
+
+    agent = RuleAgent(rule)
+    run = evaluate_now(guess_suite(), agent, tmp_path, QUIET)
+    summary = summarise(run.rows)
+    assert (summary.score.mean, summary.judged, summary.errors) == (1.0, 10, 2)
+    failed = run.errors[0]
+    assert failed.value is None
+    assert "KeyError" in failed.error
+    assert failed.attempts == 1
+    assert agent.played.count("dim/test-2") == 1
+    assert "no such thing" in next(tmp_path.glob("items/dim-test-2-*/error.txt")).read_text()
+
+
+def test_transport_errors_are_retried_and_then_recorded(tmp_path):
+    tries = Counter()
+
+    def flaky(task, item, seed):
+        tries[item.key] += 1
+        if item.key == "test-0" or (item.key == "test-1" and tries[item.key] < 3):
+            raise ConnectionResetError("peer went away")
+        return gold(task, item, seed)
+
+    run = evaluate_now(guess_suite(3, ["dim"]), RuleAgent(flaky), tmp_path, options(retries=2))
+    rows = {row.item: row for row in run.rows}
+    assert tries == {"test-0": 3, "test-1": 3, "test-2": 1}
+    assert (rows["test-1"].value, rows["test-1"].attempts) == (1.0, 3)
+    assert "ConnectionResetError" in rows["test-0"].error
+
+    tries["test-0"] = -99
+    again = evaluate_now(guess_suite(3, ["dim"]), RuleAgent(gold), tmp_path, options(retry_errors=True))
+    assert [row.error for row in again.rows] == [None] * 3
+
+
+def test_an_item_that_hangs_is_an_error(tmp_path):
+    agent = RuleAgent(gold, pause=30)
+    run = evaluate_now(guess_suite(1, ["dim"]), agent, tmp_path, options(item_seconds=0.05))
+    assert run.rows[0].error == "ItemTimeout: not done after 0.05 s"
+    assert agent.running == 0
+
+
+def test_gives_up_when_nothing_works(tmp_path):
+    def broken(task, item, seed):
+        raise RuntimeError("wrong model name")
+
+    with pytest.raises(EvaluationBroken, match=r"first 3 items all failed.*wrong model name"):
+        evaluate_now(guess_suite(), RuleAgent(broken), tmp_path, options(give_up_after=3, concurrency=1))
+    assert len(lines(tmp_path)) == 3
+
+
+def test_cancelling_keeps_what_was_judged(tmp_path):
+    agent = RuleAgent(gold, pause=0.02)
+
+    async def interrupted():
+        task = asyncio.create_task(evaluate(guess_suite(50), agent, tmp_path, options(concurrency=2)))
+        await asyncio.sleep(0.15)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(interrupted())
+    done = len(lines(tmp_path))
+    assert 0 < done < 100
+    assert len(evaluate_now(guess_suite(50), RuleAgent(gold), tmp_path, QUIET).rows) == 100
+    assert agent.running == 0
+
+
+def test_a_torn_last_line_is_repaired(tmp_path):
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, QUIET)
+    path = tmp_path / "items.jsonl"
+    whole = sorted(lines(tmp_path))
+    path.write_bytes(path.read_bytes()[:-17])
+    assert len(read_run(tmp_path).rows) == 11
+    agent = RuleAgent(gold)
+    run = evaluate_now(guess_suite(), agent, tmp_path, QUIET)
+    assert len(agent.played) == 1
+    assert len(run.rows) == 12
+
+    def timeless(text):
+        return {**json.loads(text), "seconds": 0}
+
+    assert [timeless(a) for a in sorted(lines(tmp_path))] == [timeless(b) for b in whole]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, QUIET)
+    path = tmp_path / "items.jsonl"
+    text = path.read_text().splitlines()
+    text[4] = text[4][:30]
+    path.write_text("\n".join(text) + "\n")
+    with pytest.raises(RunError, match=r"items\.jsonl, line 5"):
+        read_run(tmp_path)
+    text[4] = text[3]
+    path.write_text("\n".join(text) + "\n")
+    with pytest.raises(RunError, match=r"line 5: .* twice"):
+        evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, QUIET)
+
+
+def test_resume_with_other_pins_is_refused_by_name(tmp_path):
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, options(limit=2))
+    with pytest.raises(PinsDiffer) as error:
+        evaluate_now(
+            guess_suite(prompt="How dark?"), RuleAgent(gold, pins={"image_geometry": "halved"}), tmp_path, QUIET
+        )
+    assert error.value.names == ("image_geometry", "prompt")
+    assert "'How bright?' against 'How dark?'" in str(error.value)
+    assert len(lines(tmp_path)) == 2
+
+
+def test_compare_refuses_other_pins_but_not_another_policy(tmp_path):
+    a = evaluate_now(guess_suite(), RuleAgent(lambda *_: "", "before"), tmp_path / "a", QUIET)
+    b = evaluate_now(guess_suite(), RuleAgent(gold, "after"), tmp_path / "b", QUIET)
+    c = evaluate_now(guess_suite(judge="a guess"), RuleAgent(gold), tmp_path / "c", QUIET)
+    result = compare_runs(a, b)
+    assert (result.a, result.b, result.wins) == (0.0, 1.0, 12)
+    assert result.p_value == pytest.approx(2 / 2**12)
+    with pytest.raises(PinsDiffer, match="judge: 'equality' against 'a guess'"):
+        compare_runs(a, c)
+    assert compare_runs(a, c, allow=["judge"]).wins == 12
+
+
+def test_two_writers_are_refused(tmp_path):
+    with Store(tmp_path, {"suite.name": "x"}, {}), pytest.raises(RunError, match="another process"):
+        Store(tmp_path, {"suite.name": "x"}, {})
+
+
+def test_results_without_pins_are_refused(tmp_path):
+    evaluate_now(guess_suite(1), RuleAgent(gold), tmp_path, QUIET)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(RunError, match=r"run\.json is missing"):
+        evaluate_now(guess_suite(1), RuleAgent(gold), tmp_path, QUIET)
+
+
+def test_foreign_text_survives_the_line(tmp_path):
+    said = 'two\nlines\r\u2028 "quotes" \ud800 </script>'
+    run = evaluate_now(guess_suite(1, ["dim"]), RuleAgent(lambda *_: said), tmp_path, QUIET)
+    assert run.rows[0].steps[0].action == said
+    assert len(lines(tmp_path)) >= 1
+
+
+def test_a_row_has_a_score_or_an_error():
+    with pytest.raises(ValueError, match="exactly one"):
+        Row("t/i", "t", "i", 0, 0.0, error="x")
+    with pytest.raises(ValueError, match="exactly one"):
+        Row("t/i", "t", "i", 0, None)
+
+
+def test_scores_outside_the_range_are_a_fault_of_the_task(tmp_path):
+    agent = RuleAgent(gold)
+    suite = guess_suite(1, ["dim"])
+
+    async def run():
+        async with suite.open() as tasks:
+
+            async def score(item, trajectory):
+                from mmagent.types import Score
+
+                return Score(1.5)
+
+            tasks[0].score = score
+        return await evaluate(suite, agent, tmp_path, QUIET)
+
+    assert "outside [0, 1]" in asyncio.run(run()).rows[0].error
+
+
+def test_duplicate_items_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="occurs twice"):
+        evaluate_now(guess_suite(2, ["same", "same"]), RuleAgent(gold), tmp_path, QUIET)
+
+
+def test_differing_names_both_sides():
+    assert differing({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == ["a", "b", "c"]
