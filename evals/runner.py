@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from evals.store import Row, Run, StepRecord, Store, read_run
 from evals.suite import Agent, Episode, Suite, code_version, item_key, stable_seed
+from mmagent.actions import ActionError, Click, Drag, Scroll, parse_action
 from mmagent.protocols import Environment, Task
 from mmagent.records import encode_image
 from mmagent.types import Item, Observation, Score, Status, Trajectory
@@ -222,8 +223,21 @@ def _lay_down(
         if not action and n:
             continue  # what was shown after the last action is kept as that step's note
         picture = save(f"step-{n:02d}.png", seen.images[-1]) if seen.images else None
-        steps.append(StepRecord(picture, seen.text, action, after))
+        steps.append(StepRecord(picture, seen.text, action, after, action_points(action)))
     return tuple(steps), {name: save(f"{name}.png", pixels) for name, pixels in extra.items()}
+
+
+def action_points(text: str) -> tuple[tuple[int, int], ...]:
+    """Where an action falls, in thousandths of its screen; nothing for text that has no place or is no action."""
+    try:
+        match parse_action(text):
+            case Click(x, y) | Scroll(x, y):
+                return ((x, y),)
+            case Drag(x1, y1, x2, y2):
+                return ((x1, y1), (x2, y2))
+    except ActionError:
+        pass
+    return ()
 
 
 class _RecordedTask:

@@ -47,11 +47,12 @@
       cursor.setAttribute("x1", at);
       cursor.setAttribute("x2", at);
       cursor.removeAttribute("visibility");
+      const place = (value) => logX ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
       const parts = series.filter((line) => line.points.length).map((line) => {
         const near = line.points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
         return [near[0], `${line.name} ${show(near[1])}`];
-      });
-      if (parts.length) readout.textContent = `${name} ${show(parts[0][0])}: ` + parts.map((part) => part[1]).join(", ");
+      }).filter((part) => Math.abs(place(part[0]) - share) < 0.03);  // a line that ended earlier has no value here
+      readout.textContent = parts.length ? `${name} ${show(parts[0][0])}: ` + parts.map((part) => part[1]).join(", ") : "";
     });
     svg.addEventListener("pointerleave", () => {
       cursor.setAttribute("visibility", "hidden");

@@ -1,0 +1,293 @@
+"""The report: composable pieces, foreign text that stays text, and the page in a real browser."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import re
+import subprocess
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evals_kit import RuleAgent, gold, guess_suite
+
+from evals.report import (
+    ClickFigure,
+    Mark,
+    Section,
+    StepFigure,
+    bar_chart,
+    code,
+    details,
+    facts,
+    figure_clicks,
+    image_pair,
+    line_chart,
+    number,
+    page,
+    table,
+    tiles,
+    trajectory,
+)
+from evals.report.charts import Axis, linear_ticks, thin
+from evals.report.runs import render_report, write_report
+from evals.runner import Options, action_points, evaluate_now
+from evals.statistics import mean_interval
+from mmagent.browser import find_chromium, run_sync
+
+HOSTILE = "</script></pre><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+
+
+def grey(height: int = 40, width: int = 60) -> np.ndarray:
+    return np.full((height, width, 3), 200, np.uint8)
+
+
+class Tags(HTMLParser):
+    """Collects every tag with its attributes, as a browser's parser would see them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.seen: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+def everything(foreign: str) -> str:
+    """A page that uses every piece, with ``foreign`` wherever text may come from outside."""
+    series = {foreign: [(n, 5 * math.exp(-n / 30) + 1) for n in range(1, 100)], "b": [(1, math.nan), (2, 3.0)]}
+    bars = {foreign: {"before": mean_interval([0, 1, 0, 1]), foreign: 0.7}, "other": {"before": 0.1}}
+    rows = [
+        {"task": name, "score": mean_interval(v), "steps": s, "note": foreign}
+        for name, v, s in (
+            ("beta", [0, 1], 2.5),
+            ("alpha", [1, 1, 0], 10.0),
+            ("gamma10", [0], None),
+            ("gamma9", [1], 3),
+        )
+    ]
+    clicks = [
+        ClickFigure(grey(), (Mark(((30, 20),), foreign),), ((20, 10, 40, 30),), True, foreign, foreign),
+        ClickFigure(grey(), (Mark(((5, 5), (50, 30))),), (), False, "a drag"),
+        ClickFigure(grey(), success=None),
+    ]
+    steps = [StepFigure(grey(), foreign, "click(1,2)", foreign, (Mark(((1, 1),)),)), StepFigure(None, foreign)]
+    return page(
+        foreign,
+        [
+            Section(foreign, tiles({foreign: foreign}) + facts({foreign: foreign}), foreign),
+            Section(
+                "Charts", line_chart(series, foreign, log_y=True, smooth=0.5, phases={foreign: 40}, y_label=foreign)
+            ),
+            Section("Bars", bar_chart(bars, foreign)),
+            Section("Table", table(rows, totals=[{"task": "mean", "score": mean_interval([1, 0])}], caption=foreign)),
+            Section("Clicks", figure_clicks(clicks) + trajectory(steps, foreign, False)),
+            Section("Pair", image_pair(grey(), None, (foreign, foreign), about=details(foreign, code(foreign)))),
+        ],
+        subtitle=foreign,
+        footer=foreign,
+    )
+
+
+def test_foreign_text_stays_text():
+    plain, hostile = Tags(everything("harmless")).seen, Tags(everything(HOSTILE)).seen
+    assert [tag for tag, _ in hostile] == [tag for tag, _ in plain]
+    assert not [name for _, attributes in hostile for name in attributes if name.startswith("on")]
+
+
+def test_nothing_outside_the_page_is_named():
+    text = everything("harmless")
+    sources = [a.get(k) for _, a in Tags(text).seen for k in ("src", "href") if a.get(k)]
+    assert all(s.startswith(("data:", "#")) for s in sources)
+    assert not re.findall(r"https?://|url\(|@import", text)
+
+
+def test_report_of_runs(tmp_path):
+    def rule(task, item, seed):
+        if item.key == "test-3":
+            raise RuntimeError(HOSTILE)
+        return gold(task, item, seed) if item.key != "test-1" else HOSTILE
+
+    run = evaluate_now(guess_suite(), RuleAgent(rule), tmp_path, Options(progress=False))
+    text = render_report([run], "A report")
+    assert "! error" not in text  # no screens with clicks here
+    assert "RuntimeError" in text
+    assert "80.0 %" in text
+    assert "How bright?" in text
+    assert "<script>document" not in text
+    with pytest.raises(ValueError, match="nothing to report"):
+        render_report([])
+
+
+def test_a_picture_that_is_lost_or_outside_does_not_break_the_report(tmp_path):
+    async def pictures(item, episode):
+        return {"target": grey(), "rendering": grey()}
+
+    suite = guess_suite(3, pictures=pictures)
+    run = evaluate_now(suite, RuleAgent(lambda *_: "<html>"), tmp_path / "run", Options(progress=False))
+    path = tmp_path / "run" / "items.jsonl"
+    first = json.loads(path.read_text().splitlines()[0])
+    (tmp_path / "run" / first["pictures"]["rendering"]).unlink()
+    rest = path.read_text().replace(first["pictures"]["target"], "../secret.png")
+    (tmp_path / "secret.png").write_bytes((tmp_path / "run" / first["pictures"]["target"]).read_bytes())
+    path.write_text(rest)
+    from evals.store import read_run
+
+    text = render_report([read_run(run.folder)])
+    assert text.count("nothing was rendered") == 2
+    assert text.count("What the model wrote") == 6
+
+
+@pytest.mark.parametrize(
+    "text, points",
+    [
+        ("click(10,20)", ((10, 20),)),
+        ("double_click( 1 , 2 )", ((1, 2),)),
+        ("drag(1,2,3,4)", ((1, 2), (3, 4))),
+        ("scroll(5,6,0,100)", ((5, 6),)),
+        ('type("x")', ()),
+        ("click(2000,1)", ()),
+        ("I would click", ()),
+    ],
+)
+def test_action_points(text, points):
+    assert action_points(text) == points
+
+
+def test_ticks():
+    assert linear_ticks(0, 1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert linear_ticks(-3, 7) == [-2.0, 0.0, 2.0, 4.0, 6.0]
+    assert linear_ticks(0.1, 0.13)[0] >= 0.1
+    assert Axis(1, 1000, 0, 90, log=True).ticks() == [1.0, 10.0, 100.0, 1000.0]
+    assert Axis(1, 100, 0, 100, log=True)(10) == pytest.approx(50)
+    assert len(Axis(2.1, 2.9, 0, 90, log=True).ticks()) >= 3
+
+
+def test_thinning_keeps_spikes_and_the_end():
+    points = [(n, 0.0) for n in range(10_000)]
+    points[777] = (777, 9.0)
+    kept = thin(points)
+    assert len(kept) <= 401
+    assert (777, 9.0) in kept
+    assert kept[-1] == points[-1]
+    assert kept == sorted(kept)
+
+
+def test_charts_of_odd_data():
+    assert "no data" in line_chart({"a": [(1, math.nan)]}, "t")
+    assert "no data" in line_chart({"a": [(0, -1.0)]}, "t", log_y=True)
+    assert "no data" in bar_chart({}, "t")
+    assert "circle" in line_chart({"one": [(3, 5.0)]}, "t")
+    assert "2 not finite" in line_chart({"a": [(1, math.nan), (2, math.inf), (3, 1.0), (4, 1.0)]}, "t")
+    with pytest.raises(ValueError, match="smooth"):
+        line_chart({}, "t", smooth=1.0)
+
+
+def test_numbers():
+    assert [number(x) for x in (0.0, 1234567.0, 3.14159, 1e-9, math.nan)] == [
+        "0",
+        "1,234,567",
+        "3.142",
+        "1.00e-09",
+        "–",
+    ]
+
+
+def test_pictures_must_be_pictures():
+    with pytest.raises(ValueError, match="uint8"):
+        figure_clicks([ClickFigure(np.zeros((3, 3, 3)))])
+    with pytest.raises(ValueError, match="not a PNG"):
+        figure_clicks([ClickFigure(b"GIF89a")])
+
+
+@pytest.mark.browser
+def test_in_a_browser(tmp_path, browser_pool):
+    path = tmp_path / "report.html"
+    path.write_text(everything(HOSTILE))
+
+    async def look():
+        async with browser_pool.page(1000, 800) as opened:
+            await opened.goto(path)
+            out = {"title": await opened.evaluate("document.title")}
+            out["loaded"] = await opened.evaluate("performance.getEntriesByType('resource').map(e => e.name)")
+            first = "[...document.querySelectorAll('#table tbody tr')].map(r => r.cells[COLUMN].dataset.sort)"
+            for name, column in (("task", 0), ("score", 1), ("steps", 2)):
+                for order in ("first", "second"):
+                    await opened.evaluate(f"document.querySelectorAll('#table th button')[{column}].click()")
+                    out[name, order] = await opened.evaluate(first.replace("COLUMN", "0"))
+                    out[name, order, "aria"] = await opened.evaluate(
+                        f"document.querySelectorAll('#table th')[{column}].getAttribute('aria-sort')"
+                    )
+            paper = "getComputedStyle(document.body).backgroundColor"
+            before = await opened.evaluate(paper)
+            await opened.evaluate("document.querySelector('button.theme').click()")
+            out["themes"] = before, await opened.evaluate(paper)
+            await opened.evaluate("document.querySelector('#charts svg').scrollIntoView()")
+            box = await opened.evaluate(
+                "(() => { const b = document.querySelector('#charts svg').getBoundingClientRect();"
+                "return [b.left + b.width / 2, b.top + b.height / 2] })()"
+            )
+            await opened.evaluate(
+                "(x, y) => document.querySelector('#charts svg').dispatchEvent("
+                "new PointerEvent('pointermove', {clientX: x, clientY: y}))",
+                *box,
+            )
+            out["readout"] = await opened.evaluate("document.querySelector('#charts .readout').textContent")
+            out["wide"] = await opened.evaluate("document.documentElement.scrollWidth")
+            return out
+
+    seen = run_sync(look())
+    assert seen["title"] == HOSTILE
+    assert seen["loaded"] == []
+    assert seen["task", "first"] == ["alpha", "beta", "gamma9", "gamma10", "mean"]
+    assert seen["task", "second"] == ["gamma10", "gamma9", "beta", "alpha", "mean"]
+    assert seen["score", "first"] == ["gamma9", "alpha", "beta", "gamma10", "mean"]
+    assert seen["steps", "first"] == ["alpha", "gamma9", "beta", "gamma10", "mean"]  # the empty cell stays last
+    assert seen["steps", "second"] == ["beta", "gamma9", "alpha", "gamma10", "mean"]
+    assert (seen["task", "first", "aria"], seen["task", "second", "aria"]) == ("ascending", "descending")
+    assert len(set(seen["themes"])) == 2
+    assert seen["readout"] == f"step 47: {HOSTILE} 2.08"  # the other line ended long before
+    assert seen["wide"] <= 1000
+
+
+@pytest.mark.browser
+def test_no_console_message_and_no_request(tmp_path):
+    binary = find_chromium()
+    if binary is None:
+        pytest.skip("no Chromium on this machine; `apt-get install chromium-headless-shell`")
+    hits: list[str] = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            hits.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        bait = f"http://127.0.0.1:{server.server_port}/"
+        hostile = f"<img src={bait}i><script src={bait}s></script><link rel=stylesheet href={bait}c>{HOSTILE}"
+        (tmp_path / "report.html").write_text(everything(hostile))
+        result = subprocess.run(
+            [str(binary), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
+             f"--user-data-dir={tmp_path}/profile", (tmp_path / "report.html").as_uri()],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        server.shutdown()
+    assert "</html>" in result.stdout
+    assert "CONSOLE" not in result.stderr, result.stderr
+    assert hits == []
+
+
+def test_report_is_written_where_told(tmp_path):
+    run = evaluate_now(guess_suite(1), RuleAgent(gold), tmp_path / "run", Options(progress=False))
+    path = write_report([run], tmp_path / "r.html")
+    assert path == Path(tmp_path / "r.html")
+    assert path.read_text().startswith("<!doctype html>")
