@@ -108,6 +108,4 @@ def test_under_bf16_autocast_packing_stays_within_rounding():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         packed = total(model, make_pack(documents))
         separate = torch.stack([total(model, make_pack([d])) for d in documents]).sum()
-    torch.testing.assert_close(
-        packed, separate, rtol=1e-3, atol=0
-    )  # each product rounds at 2**-8; sums average it
+    torch.testing.assert_close(packed, separate, rtol=1e-3, atol=0)  # each product rounds at 2**-8; sums average it
