@@ -144,10 +144,13 @@ class Quarantine:
         """Count a sample that could be used."""
         self.seen[source] += 1
 
-    def add(self, source: str, shard: str, error: RecordError) -> None:
-        """Count and log a sample that could not. Raises :class:`QuarantineError` past the share."""
+    def add(self, source: str, shard: str, error: RecordError, *, counted: bool = False) -> None:
+        """Count and log a sample that could not. ``counted``: it passed for good until its pixels were decoded.
+
+        Raises :class:`QuarantineError` past the share.
+        """
         reason = re.sub(r"\[\d+\]", "", error.field)
-        self.seen[source] += 1
+        self.seen[source] += not counted
         self.bad[source] += 1
         self._log(source, shard, error.key, reason, error.problem)
         seen, bad, allowed = self.seen[source], self.bad[source], self.config.max_share

@@ -1,0 +1,104 @@
+"""The streaming packer: one logical stream of drafts, a buffer that waits, and packs that are nearly full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from data_pipelines.documents import DocumentBuilder, Draft, Quarantine
+from data_pipelines.mixture import Mixture, Source
+from mmagent.packing import Size, select
+from mmagent.records import RecordError, from_sample
+from mmagent.types import Cost
+
+
+class Waiting(NamedTuple):
+    """A draft and where it came from, which is all that a checkpoint keeps of it."""
+
+    source: str
+    sample: int
+    draft: Draft
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """The documents of a pack, chosen but not decoded."""
+
+    documents: tuple[Waiting, ...]
+
+    def cost(self) -> Cost:
+        """What :meth:`mmagent.types.PackedBatch.cost` will say of it."""
+        frames = [rows * cols for d in self.documents for t, rows, cols in d.draft.grids for _ in range(t)]
+        tokens = [d.draft.size.tokens for d in self.documents]
+        return Cost(sum(n * n for n in frames), sum(frames), sum(n * n for n in tokens), sum(tokens))
+
+
+class StreamPacker:
+    """A logical stream: mixes, drafts and packs under the two budgets, for ever.
+
+    At least ``buffer`` documents, and two packs' worth of tokens, wait to be chosen from. The oldest always goes
+    into the next pack, so a document waits for at most as many packs as there were documents before it.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        builder: DocumentBuilder,
+        quarantine: Quarantine,
+        *,
+        number: int,
+        streams: int,
+        budget: Size,
+        buffer: int,
+        seed: int,
+        by_tokens: bool,
+    ):
+        unit = budget.tokens if by_tokens else len(sources)
+        self.mixture = Mixture(sources, number, streams, seed, unit)
+        self.builder, self.quarantine = builder, quarantine
+        self.budget, self.buffer, self.by_tokens = budget, buffer, by_tokens
+        self.waiting: list[Waiting] = []
+        self.packs = 0
+
+    def next(self) -> PackPlan:
+        """The next pack. Raises :class:`~data_pipelines.documents.QuarantineError` when too much is unusable."""
+        self._refill()
+        chosen = select([w.draft.size for w in self.waiting], self.budget)
+        plan = PackPlan(tuple(self.waiting[n] for n in chosen))
+        gone = set(chosen)
+        self.waiting = [w for n, w in enumerate(self.waiting) if n not in gone]
+        self.packs += 1
+        return plan
+
+    def _refill(self) -> None:
+        tokens = sum(w.draft.size.tokens for w in self.waiting)
+        while len(self.waiting) < self.buffer or tokens < 2 * self.budget.tokens:
+            name, sample = self.mixture.next()
+            shards = self.mixture.sources[name].shards
+            try:
+                draft = self.builder.draft(from_sample(shards.read(sample)))
+            except RecordError as error:
+                self.mixture.take(name, 1)  # or a source of nothing but bad samples would be asked for ever
+                self.quarantine.add(name, shards.where(sample), error)
+                continue
+            self.quarantine.good(name)
+            self.mixture.take(name, draft.size.tokens if self.by_tokens else 1)
+            self.waiting.append(Waiting(name, sample, draft))
+            tokens += draft.size.tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and references: kilobytes, whatever the documents weigh."""
+        names = list(self.mixture.sources)
+        waiting = [[names.index(w.source), w.sample] for w in self.waiting]
+        return {"mixture": self.mixture.state_dict(), "waiting": waiting, "sources": names, "packs": self.packs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Read the waiting documents again. Raises ``RecordError`` if one has become unusable."""
+        self.mixture.load_state_dict(state["mixture"])
+        self.waiting = []
+        for number, sample in state["waiting"]:
+            name = state["sources"][number]
+            draft = self.builder.draft(from_sample(self.mixture.sources[name].shards.read(sample)))
+            self.waiting.append(Waiting(name, sample, draft))
+        self.packs = int(state["packs"])

@@ -1,0 +1,311 @@
+"""Shards to training steps: packs that can be stopped anywhere and continued exactly, on more or fewer ranks.
+
+The packs of a step are a function of the data and the config alone. They come from a fixed number of logical
+streams, each with its own mixture and packer; ranks take logical streams in turn, so the world may change to any
+size that divides their number. Ranks work in small groups that plan the same packs (planning decodes nothing) and
+deal them among themselves by cost; every rank decodes only what it was dealt.
+
+The state is that of the last step *delivered*, whatever has been prepared ahead.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from data_pipelines.documents import DocumentBuilder, Quarantine, QuarantineConfig
+from data_pipelines.mixture import SourceConfig, open_sources
+from data_pipelines.packing import PackPlan, StreamPacker, Waiting
+from data_pipelines.shards import ShardSet
+from mmagent.chat import ChatConfig
+from mmagent.dist import World
+from mmagent.geometry import GeometryConfig
+from mmagent.packing import CostWeights, Size, balance, empty_pack, pack, plan_packs
+from mmagent.records import RecordError, from_sample
+from mmagent.types import Document, PackedBatch
+from mmagent.vocab import Vocab
+
+
+@dataclass
+class StreamConfig:
+    """What is mixed, how much makes a step, and how it is prepared.
+
+    ``tokens_per_step`` is global and a multiple of ``tokens_per_microbatch``, which is local; accumulation follows
+    from both and the world size. ``logical_streams`` 0 means one per micro-batch of a step; a run that may change
+    ``tokens_per_step`` later fixes it. ``by_tokens``: weights are shares of tokens, else of documents.
+    ``prefetch`` steps are prepared ahead by a thread, images decoded by ``threads`` more. Groups of at most
+    ``balance_ranks`` ranks deal packs by cost.
+    """
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    tokens_per_step: int = 16384
+    tokens_per_microbatch: int = 4096
+    patches_per_microbatch: int = 16384
+    logical_streams: int = 0
+    by_tokens: bool = True
+    buffer: int = 64
+    seed: int = 0
+    prefetch: int = 1
+    threads: int = 2
+    balance_ranks: int = 8
+    tail_multiple: int = 1
+    cost: CostWeights = field(default_factory=CostWeights)
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_step", "tokens_per_microbatch", "patches_per_microbatch", "buffer", "tail_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("logical_streams", "prefetch", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.tokens_per_step % self.tokens_per_microbatch:
+            raise ValueError(
+                f"tokens_per_step {self.tokens_per_step} is no multiple of "
+                f"tokens_per_microbatch {self.tokens_per_microbatch}"
+            )
+
+    @property
+    def budget(self) -> Size:
+        return Size(self.tokens_per_microbatch, self.patches_per_microbatch)
+
+    @property
+    def packs_per_step(self) -> int:
+        return self.tokens_per_step // self.tokens_per_microbatch
+
+    @property
+    def streams(self) -> int:
+        return self.logical_streams or self.packs_per_step
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A prepared step and the state of the packers after it."""
+
+    batches: list[PackedBatch]
+    packers: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class PackStream(Iterator[list[PackedBatch]]):
+    """This rank's micro-batches, step after step, without end.
+
+    ``next(stream)`` gives ``accumulation`` validated packs. ``state_dict()`` is plain numbers and text; load it
+    into a stream of the same config on any world size that divides the logical streams.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        vocab: Vocab,
+        geometry: GeometryConfig,
+        chat: ChatConfig | None = None,
+        world: World | None = None,
+    ):
+        """Raises ``ValueError`` when micro-batches, logical streams and ranks do not divide, naming both numbers."""
+        self.config = config
+        self._world = world
+        rank, ranks = (world.rank, world.size) if world else (0, 1)
+        streams, packs = config.streams, config.packs_per_step
+        if packs % streams:
+            raise ValueError(f"{packs} micro-batches a step cannot come evenly from {streams} logical streams")
+        if streams % ranks:
+            raise ValueError(f"{streams} logical streams cannot be shared evenly by {ranks} ranks")
+        self.accumulation = packs // ranks
+        group = max(n for n in range(1, max(config.balance_ranks, 1) + 1) if ranks % n == 0)
+        self._ranks, self._group, self._place = ranks, group, rank % group
+        first = rank - self._place
+        self._own = [n for n in range(streams) if n % ranks == rank]
+        members = [n for n in range(streams) if first <= n % ranks < first + group]
+        self.builder = DocumentBuilder(vocab, geometry, chat, config.budget)
+        self.quarantine = Quarantine(config.quarantine, rank)
+        unlogged = Quarantine(replace(config.quarantine, folder=""))  # for streams whose owner logs them
+        self.sources = open_sources(config.sources, config.seed)
+        self._shards = {source.name: source.shards for source in self.sources}
+        for source in self.sources:
+            for torn in source.shards.torn:
+                self.quarantine.torn(source.name, torn.shard, torn.offset, torn.problem)
+        self._packers = {
+            n: StreamPacker(
+                self.sources,
+                self.builder,
+                self.quarantine if n in self._own else unlogged,
+                number=n,
+                streams=streams,
+                budget=config.budget,
+                buffer=config.buffer,
+                seed=config.seed,
+                by_tokens=config.by_tokens,
+            )
+            for n in members
+        }
+        self.steps = 0
+        self._delivered = self._packer_states()
+        self.metrics: dict[str, float] = {}
+        self._worker = ThreadPoolExecutor(1, "mmagent-stream") if config.prefetch else None
+        self._decoders = ThreadPoolExecutor(config.threads, "mmagent-decode") if config.threads else None
+        self._ahead: deque[Future[_Step]] = deque()
+        self._error: BaseException | None = None
+
+    def describe(self) -> str:
+        """One line for people: how a step is made up."""
+        config, total = self.config, sum(source.weight for source in self.sources)
+        mix = ", ".join(f"{s.name} {s.weight / total:.0%} of {len(s.shards)} samples" for s in self.sources)
+        return (
+            f"step of {config.tokens_per_step} tokens = {self._ranks} ranks x {self.accumulation} micro-batches of "
+            f"{config.tokens_per_microbatch} tokens and {config.patches_per_microbatch} patches at most; "
+            f"{config.streams} logical streams; {mix}"
+        )
+
+    def __next__(self) -> list[PackedBatch]:
+        """The packs of the next step; ``metrics`` then hold its fill, its visual share and the caller's wait."""
+        if self._error is not None:
+            raise self._error
+        started = time.perf_counter()
+        try:
+            step = self._prepare() if self._worker is None else self._from_worker()
+        except Exception as error:
+            self._error = error  # what was prepared behind a failed step must not be delivered in its place
+            raise
+        self.steps += 1
+        self._delivered = step.packers
+        self.metrics = {"data/wait_s": time.perf_counter() - started, **step.metrics}
+        return step.batches
+
+    def _from_worker(self) -> _Step:
+        assert self._worker is not None
+        while len(self._ahead) <= self.config.prefetch:
+            self._ahead.append(self._worker.submit(self._prepare))
+        step = self._ahead[0].result()  # still in the queue should the wait be interrupted
+        self._ahead.popleft()
+        return step
+
+    def _prepare(self) -> _Step:
+        """Plan the group's packs of one step, and decode those dealt to this rank."""
+        each = self.config.packs_per_step // self.config.streams
+        plans = [self._packers[n].next() for _ in range(each) for n in self._packers]
+        costs = [self.config.cost(plan.cost()) for plan in plans]
+        mine = balance(costs, self._group)[self._place]
+        batches = [self._decode(plans[n]) for n in mine]
+        return _Step(batches, self._packer_states(), self._measure(batches))
+
+    def _decode(self, plan: PackPlan) -> PackedBatch:
+        run = map if self._decoders is None else self._decoders.map
+        documents = []
+        for waiting, result in zip(plan.documents, run(self._finish, plan.documents), strict=True):
+            if isinstance(result, Document):
+                documents.append(result)
+            else:  # the pack stays shorter: what fills it was planned by several ranks
+                where = self._shards[waiting.source].where(waiting.sample)
+                self.quarantine.add(waiting.source, where, result, counted=True)
+        vocab, merge = self.builder.vocab, self.builder.geometry.merge_size
+        if not documents:
+            return empty_pack(vocab.pad_id)
+        multiple = self.config.tail_multiple
+        return pack(documents, image_id=vocab.image_id, merge_size=merge, multiple=multiple, pad_id=vocab.pad_id)
+
+    def _finish(self, waiting: Waiting) -> Document | RecordError:
+        try:
+            return self.builder.finish(waiting.draft)
+        except RecordError as error:
+            return error
+
+    def _measure(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        tokens = sum(batch.num_tokens for batch in batches)
+        first = next(iter(self._packers.values())).mixture
+        return {
+            "data/fill": tokens / (len(batches) * self.config.tokens_per_microbatch),
+            "data/fill_patches": sum(b.num_patches for b in batches)
+            / (len(batches) * self.config.patches_per_microbatch),
+            "data/visual_share": sum(batch.visual_slots.numel() for batch in batches) / max(tokens, 1),
+            "data/documents": float(sum(len(batch.keys) for batch in batches)),
+            "data/quarantined": float(self.quarantine.total),
+            **{f"data/epoch/{name}": first.epoch(name) for name in first.sources},
+        }
+
+    def _packer_states(self) -> dict[str, Any]:
+        return {str(n): packer.state_dict() for n, packer in self._packers.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last delivered step, for all ranks: plain numbers and text.
+
+        When ranks work in more than one group this is a collective: call it on every rank.
+        """
+        if self._group == self._ranks:
+            logical = copy.deepcopy(self._delivered)
+        else:
+            assert self._world is not None
+            mine = {str(n): self._delivered[str(n)] for n in self._own}
+            logical = {n: state for states in self._world.gather_objects(mine) for n, state in states.items()}
+        return {
+            "streams": self.config.streams,
+            "seed": self.config.seed,
+            "sources": {s.name: [len(s.shards), s.shards.fingerprint()] for s in self.sources},
+            "steps": self.steps,
+            "logical": logical,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``. Raises ``ValueError`` naming both values of what must not have changed."""
+        self._drain()
+        for name, mine in (("logical_streams", self.config.streams), ("seed", self.config.seed)):
+            theirs = state[name.removeprefix("logical_")]
+            if theirs != mine:
+                raise ValueError(f"{name}: the checkpoint has {theirs}, this run {mine}; data would repeat or be lost")
+        have = {s.name: [len(s.shards), s.shards.fingerprint()] for s in self.sources}
+        saved = {name: list(value) for name, value in state["sources"].items()}
+        for name in sorted({*have, *saved}):
+            if have.get(name) != saved.get(name):
+                raise ValueError(
+                    f"sources.{name}: the checkpoint has {_samples(saved.get(name))}, "
+                    f"this run {_samples(have.get(name))}; data would repeat or be lost"
+                )
+        for n, packer in self._packers.items():
+            packer.load_state_dict(state["logical"][str(n)])
+        self.steps = int(state["steps"])
+        self._delivered = self._packer_states()
+        self._error = None
+
+    def _drain(self) -> None:
+        for ahead in self._ahead:
+            ahead.cancel()
+        for ahead in self._ahead:
+            if not ahead.cancelled():
+                ahead.exception()  # waits; an error of a step nobody asked for concerns nobody
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """Stop the threads. Iterating afterwards is an error."""
+        self._drain()
+        for pool in (self._worker, self._decoders):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+
+
+def _samples(entry: Sequence[Any] | None) -> str:
+    return "no such source" if entry is None else f"{entry[0]} samples ({entry[1]})"
+
+
+def packs_once(
+    shards: ShardSet,
+    builder: DocumentBuilder,
+    budget: Size,
+    *,
+    samples: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[PackedBatch]:
+    """The first ``samples`` of a shard set in order, once, as packs: for validation. Ranks take packs in turn.
+
+    Nothing is quarantined here: raises :class:`~mmagent.records.RecordError` for the first bad sample.
+    """
+    count = len(shards) if samples is None else min(samples, len(shards))
+    documents = [builder.document(from_sample(shards.read(n))) for n in range(count)]
+    chosen = plan_packs(documents, budget)[rank::ranks]
+    ids = {"image_id": builder.vocab.image_id, "merge_size": builder.geometry.merge_size}
+    return [pack([documents[n] for n in indices], **ids, pad_id=builder.vocab.pad_id) for indices in chosen]

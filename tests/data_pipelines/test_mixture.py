@@ -1,0 +1,99 @@
+"""Shuffling and mixing are functions of counters: a permutation every epoch, exact shares, no state but counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines.mixture import Mixture, Source, SourceConfig, digest, open_sources, permute
+
+
+class Shards:
+    """As long as a shard set; a mixture asks no more."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@given(st.integers(1, 400), st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(size, key):
+    assert sorted(permute(n, size, key) for n in range(size)) == list(range(size))
+
+
+def test_permute_scatters():
+    order = [permute(n, 1000, digest("x")) for n in range(1000)]
+    assert order != sorted(order)
+    assert order != [permute(n, 1000, digest("y")) for n in range(1000)]
+    assert 250 < sum(abs(a - b) for a, b in pairwise(order)) / 999 < 420  # 333 if random
+    fixed = sum(n == at for n, at in enumerate(order))
+    assert fixed < 8  # one on average
+    assert permute(2**40 + 5, 2**40 + 6, 1) < 2**40 + 6  # no table, whatever the size
+
+
+def test_epochs_use_every_sample_once_in_orders_of_their_own():
+    source = Source("s", Shards(50), 1.0, seed=3)
+    epochs = [[source.sample(50 * e + n) for n in range(50)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert [Source("s", Shards(50), 1.0, seed=3).sample(n) for n in range(50)] == epochs[0]
+    assert [Source("s", Shards(50), 1.0, seed=4).sample(n) for n in range(50)] != epochs[0]
+
+
+@given(st.integers(1, 5), st.integers(1, 40))
+def test_streams_share_an_epoch_without_overlap(streams, size):
+    source = Source("s", Shards(size), 1.0, seed=0)
+    mixtures = [Mixture([source], n, streams, seed=0, unit=1) for n in range(streams)]
+    seen = Counter(mixture.next()[1] for _ in range(size) for mixture in mixtures)
+    assert set(seen.values()) == {streams}
+
+
+def draw(mixture: Mixture, amounts: dict[str, int], count: int) -> list[tuple[str, int]]:
+    out = []
+    for _ in range(count):
+        out.append(mixture.next())
+        mixture.take(out[-1][0], amounts[out[-1][0]])
+    return out
+
+
+def sources(**weights: float) -> list[Source]:
+    return [Source(name, Shards(100), weight, seed=1) for name, weight in weights.items()]
+
+
+def test_shares_are_met_at_once_whatever_the_documents_weigh():
+    mixture = Mixture(sources(long=1.0, short=3.0), 0, 1, seed=0, unit=1000)
+    draw(mixture, {"long": 700, "short": 10}, 2000)
+    total = sum(mixture.taken.values())
+    assert mixture.taken["long"] / total == pytest.approx(0.25, abs=0.03)
+    counts = Counter(name for name, _ in draw(Mixture(sources(a=1.0, b=3.0), 0, 1, 0, 2), {"a": 1, "b": 1}, 400))
+    assert abs(counts["a"] - 100) <= 2
+
+
+def test_streams_do_not_mix_in_step():
+    mixtures = [Mixture(sources(a=1.0, b=1.0, c=1.0), n, 8, seed=0, unit=1000) for n in range(8)]
+    assert len({mixture.next()[0] for mixture in mixtures}) > 1
+
+
+@given(st.integers(0, 60))
+def test_a_mixture_continues_from_its_counts(stop):
+    amounts = {"a": 13, "b": 29}
+    whole = Mixture(sources(a=1.0, b=2.0), 1, 3, seed=5, unit=100)
+    expected = draw(whole, amounts, 80)
+    first, second = (Mixture(sources(a=1.0, b=2.0), 1, 3, seed=5, unit=100) for _ in range(2))
+    head = draw(first, amounts, stop)
+    second.load_state_dict(first.state_dict())
+    assert head + draw(second, amounts, 80 - stop) == expected
+    assert second.epoch("b") == whole.epoch("b") == whole.consumed["b"] * 3 / 100
+
+
+def test_weights_are_checked():
+    with pytest.raises(ValueError, match=r"sources\.web\.weight: -1"):
+        open_sources({"web": SourceConfig("x", -1.0)}, 0)
+    with pytest.raises(ValueError, match="none has a weight"):
+        open_sources({"web": SourceConfig("x", 0.0)}, 0)
