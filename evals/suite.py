@@ -37,13 +37,17 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Play:
-    """Limits of one episode: ``max_steps`` actions of at most ``max_tokens`` each, sampled at ``temperature``."""
+    """Limits of one episode: ``max_steps`` actions of at most ``max_tokens`` each, sampled at ``temperature``.
+
+    ``rules`` tells a model that was not trained on our format what it may do.
+    """
 
     max_steps: int
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    rules: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Suite:
             "suite.version": str(self.version),
             "suite.seed": str(self.seed),
             "prompt": self.prompt,
+            "rules": hashlib.sha256(play.rules.encode()).hexdigest()[:12],
             "judge": self.judge,
             "action_frame": f"integers 0..{FRAME - 1} of the image",
             "limits": f"{play.max_steps} steps of {play.max_tokens} tokens, temperature {play.temperature:g}, "

@@ -1,0 +1,187 @@
+"""An OpenAI-compatible endpoint on the loopback: what is sent, what is tried again, what is not."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from evals_kit import Guess, guess_suite
+from PIL import Image
+
+from evals.endpoint import EndpointAgent, EndpointConfig, visible
+from evals.runner import Options, evaluate_now
+from evals.suite import Play
+from evals.summary import summarise
+
+OPTIONS = Options(progress=False, retries=2, backoff=0.001, concurrency=4)
+
+
+class Stub(http.server.ThreadingHTTPServer):
+    """Answers the brightness of the last image; ``script[key]`` holds faults to play out first."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[dict] = []
+        self.headers: list[dict] = []
+        self.faults: dict[str, list[object]] = {}
+        self.asked: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        server: Stub = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = body["messages"][-1]["content"]
+        text = " ".join(part["text"] for part in content if part["type"] == "text")
+        key = re.search(r"test-\d+|$", text)[0]
+        with server.lock:
+            server.requests.append({"path": self.path, **body})
+            server.headers.append(dict(self.headers))
+            server.asked[key] += 1
+            faults = server.faults.get(key, [])
+            fault = faults.pop(0) if faults else None
+        if fault == "drop":
+            self.connection.close()
+            return
+        if isinstance(fault, int):
+            self.send_error(fault, "as told")
+            return
+        images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(images[-1].partition(",")[2]))))
+        answer = f"<think>hm</think> {pixels[0, 0, 0]}" if fault is None else fault
+        reply = {"choices": [{"message": {"content": answer}}], "usage": {"prompt_tokens": 90, "completion_tokens": 7}}
+        data = json.dumps(reply).encode() if fault != "garbage" else b'{"choices": ['
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_same_screens_and_words_reach_the_endpoint(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    agent = EndpointAgent(EndpointConfig(stub.url, "some-model", key_variable="MY_KEY"))
+    suite = guess_suite(2, ["dim"], play=Play(1, 8, rules="Say a number."))
+    run = evaluate_now(suite, agent, tmp_path, OPTIONS)
+    assert summarise(run.rows).score.mean == 1.0
+    sent = stub.requests[0]
+    assert sent["path"] == "/v1/chat/completions"
+    assert sent["messages"][0] == {"role": "system", "content": "Say a number."}
+    assert [part["type"] for part in sent["messages"][1]["content"]] == ["image_url", "text"]
+    assert (sent["model"], sent["max_tokens"], sent["temperature"]) == ("some-model", 8, 0.0)
+    assert {r["seed"] for r in stub.requests} != {sent["seed"]}
+    assert stub.headers[0]["Authorization"] == "Bearer secret-key"
+    assert (run.rows[0].prompt_tokens, run.rows[0].completion_tokens) == (90, 7)
+    assert run.pins["policy.model"] == "some-model"
+    assert "secret-key" not in (tmp_path / "run.json").read_text()
+    assert "max_tokens 8000" in run.pins["image_geometry"]
+
+
+def test_transport_faults_are_retried_logic_faults_not(stub, tmp_path):
+    stub.faults = {
+        "test-0": ["drop"],
+        "test-1": [503, 429],
+        "test-2": [400],
+        "test-3": ["garbage", "garbage", "garbage"],
+        "test-4": ["no idea"],
+    }
+    agent = EndpointAgent(EndpointConfig(stub.url, "m"))
+    run = evaluate_now(guess_suite(5, ["dim"]), agent, tmp_path, OPTIONS)
+    rows = {row.item: row for row in run.rows}
+    assert dict(stub.asked) == {"test-0": 2, "test-1": 3, "test-2": 1, "test-3": 3, "test-4": 1}
+    assert (rows["test-0"].value, rows["test-1"].value, rows["test-4"].value) == (1.0, 1.0, 0.0)
+    assert "EndpointRefused" in rows["test-2"].error
+    assert "400" in rows["test-2"].error
+    assert "EndpointUnavailable" in rows["test-3"].error
+    assert summarise(run.rows).errors == 2
+
+
+def test_nobody_listens(tmp_path):
+    agent = EndpointAgent(EndpointConfig("http://127.0.0.1:9/v1", "m"))
+    run = evaluate_now(guess_suite(1, ["dim"]), agent, tmp_path, OPTIONS)
+    assert "EndpointUnavailable" in run.rows[0].error
+    assert run.rows[0].attempts == 3
+
+
+class Countdown(Guess):
+    """Says done at the third action; each screen is new."""
+
+    def environment(self, item):
+        inner = super().environment(item)
+
+        class Environment:
+            left = 3
+
+            async def reset(self):
+                return await inner.reset()
+
+            async def step(self, action):
+                from dataclasses import replace
+
+                self.left -= 1
+                seen = await inner.reset()
+                return replace(seen, done=not self.left, reward=float(not self.left))
+
+            async def close(self):
+                await inner.close()
+
+        return Environment()
+
+
+@pytest.mark.parametrize("steps, status, value", [(5, "finished", 1.0), (2, "truncated", 0.0)])
+def test_several_turns(stub, tmp_path, steps, status, value):
+    import contextlib
+
+    @contextlib.asynccontextmanager
+    async def opened():
+        yield [Countdown("long")]
+
+    suite = guess_suite(1, open=opened, play=Play(steps, 8))
+    run = evaluate_now(suite, EndpointAgent(EndpointConfig(stub.url, "m")), tmp_path, OPTIONS)
+    row = run.rows[0]
+    assert (row.status, row.value) == (status, value)
+    assert len(row.steps) == min(steps, 3)
+    roles = [m["role"] for m in stub.requests[-1]["messages"]]
+    assert roles == ["user", "assistant"] * (min(steps, 3) - 1) + ["user"]
+    assert row.completion_tokens == 7 * min(steps, 3)
+
+
+def test_visible():
+    assert visible("<think>click(1,1)</think>\nclick(2,2)") == "click(2,2)"
+    assert visible(" <|begin_of_box|>click(1,2)<|end_of_box|>") == "click(1,2)"
+    assert visible("click(1,2)") == "click(1,2)"
+
+
+def test_config_is_checked():
+    with pytest.raises(ValueError, match="http"):
+        EndpointConfig("localhost:8000", "m")
+    with pytest.raises(ValueError, match="model"):
+        EndpointConfig("http://127.0.0.1/v1", "")
