@@ -1,0 +1,86 @@
+"""The scripts of the two commands: they parse, fail clearly, and their pins agree with setup.py."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("tools/env.sh", "tools/quickstart.sh", "tools/test.sh", ".ci/run")
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / "tools" / name).read_text().splitlines() if line and not line.startswith("#")]
+    return {canonical(n): v for n, _, v in (line.partition("==") for line in lines)}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def setup_arguments() -> dict[str, object]:
+    call = next(n for n in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if getattr(n, "keywords", None))
+    return {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_parse_and_name_no_host(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+    assert not re.search(r"https?://|--index-url|--extra-index|\.org\b|\.com\b", (ROOT / script).read_text())
+
+
+def test_entry_points_can_be_run():
+    for script in SCRIPTS[1:]:
+        assert os.access(ROOT / script, os.X_OK), script
+
+
+def test_every_requirement_is_pinned_inside_its_range():
+    arguments = setup_arguments()
+    runtime, tests = pins("requirements.txt"), pins("requirements-test.txt")
+    wanted = [(r, runtime) for r in arguments["install_requires"]]
+    wanted += [(r, runtime | tests) for r in arguments["extras_require"]["dev"]]
+    for text, pinned in wanted:
+        requirement = Requirement(text)
+        version = pinned.get(canonical(requirement.name))
+        assert version, f"{requirement.name} of setup.py has no pin"
+        assert requirement.specifier.contains(Version(version)), f"{text} of setup.py, pinned to {version}"
+    assert not runtime.keys() & tests.keys()
+
+
+def test_no_fitting_python_is_said_clearly(tmp_path):
+    environment = {**os.environ, "PYTHON": "/nonexistent/python", "MMAGENT_VENV": str(tmp_path / "venv")}
+    result = subprocess.run(
+        ["bash", str(ROOT / "tools/quickstart.sh")], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    assert "no Python 3.11, 3.12 or 3.13 found (PYTHON=/nonexistent/python)" in result.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_failing_install_shows_why_and_leaves_no_stamp(tmp_path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    fake = venv / "bin" / "python"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  *--version*) exit 0;;\n"
+        "  *install*) echo 'ERROR: No matching distribution found for torch'; exit 1;;\n"
+        "esac\n"
+    )
+    fake.chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(ROOT / "tools/test.sh")],
+        env={**os.environ, "MMAGENT_VENV": str(venv)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "No matching distribution" in result.stderr
+    assert "could not install" in result.stderr
+    assert not list(venv.glob(".mmagent-*"))
