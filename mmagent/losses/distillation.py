@@ -36,13 +36,8 @@ def angle(student: Tensor, target: Tensor) -> Tensor:
 def angular_distance(student: Tensor, target: Tensor, dispersion: Tensor) -> Tensor:
     """Squared angle of every row over the teacher's own dispersion: ``(I, C), (I, C), () -> (I,)``.
 
-    ``dispersion`` is the mean squared angle between the teacher's summaries and their mean direction
-    (:func:`angular_dispersion`), so a student that always answers that direction loses 1, whichever the teacher:
-    none dominates because its cone is wide (C-RADIOv4, arXiv 2601.17237).
+    ``dispersion`` is the mean squared angle between the teacher's summaries and their mean direction, so a student
+    that always answers that direction loses 1, whichever the teacher: none dominates because its cone is wide
+    (C-RADIOv4, arXiv 2601.17237).
     """
     return angle(student, target).square() / dispersion
-
-
-def angular_dispersion(summaries: Tensor, direction: Tensor) -> Tensor:
-    """Mean squared angle in radians between ``(I, C)`` summaries and one ``(C,)`` direction: ``()``."""
-    return angle(summaries, direction.expand_as(summaries)).square().mean()

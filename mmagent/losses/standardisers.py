@@ -7,10 +7,13 @@ carries them and a resumed run sees the same targets.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmagent.losses.distillation import angle, angular_distance
 
 
 class Moments:
@@ -94,6 +97,37 @@ class NoStandardiser(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features.float()
+
+
+class Cone(nn.Module):
+    """How wide a teacher's summaries spread round their mean ``direction``; the summary loss is measured in it.
+
+    ``dispersion`` is the mean squared angle in radians between a summary and the mean direction.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("direction", torch.full((width,), math.nan))
+        self.register_buffer("dispersion", torch.tensor(math.nan))
+
+    @torch.no_grad()
+    def fit(self, summaries: Tensor, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """From ``(I, C)`` summaries; ``total`` sums a tensor over ranks, each of which brings its own.
+
+        Raises ``ValueError`` where all summaries point the same way.
+        """
+        direction = total(F.normalize(summaries.double(), dim=-1).sum(dim=0))
+        spread = angle(summaries, direction.expand_as(summaries)).double().square()
+        count = total(torch.tensor(float(len(summaries)), dtype=torch.float64, device=summaries.device))
+        dispersion = total(spread.sum()) / count
+        if not float(dispersion) > 0.0:
+            raise ValueError(f"summaries of width {summaries.shape[1]} all point the same way")
+        self.direction.copy_(F.normalize(direction, dim=0))
+        self.dispersion.copy_(dispersion)
+
+    def forward(self, student: Tensor, target: Tensor) -> Tensor:
+        """``(I, C), (I, C) -> (I,)``: :func:`~mmagent.losses.distillation.angular_distance` in this cone's unit."""
+        return angular_distance(student, target, self.dispersion)
 
 
 def equalising_rotation(eigenvalues: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.decoder import Attend, Decoder, DecoderConfig, DecoderOutput, PackedAttention
-from mmagent.models.layers import Embedding, Head, Recomputed, collect_roles
+from mmagent.models.layers import Embedding, Head, Recomputed, collect_roles, trainable_blocks
 from mmagent.models.moe import Documents, MoE, Routing
 from mmagent.models.mtp import MTP, MTPConfig
 from mmagent.models.projector import Projector, ProjectorConfig
@@ -191,8 +191,7 @@ class AgentModel(nn.Module):
 
     def blocks(self) -> Iterator[nn.Module]:
         """Units to shard, inner ones first: each block's experts before the block."""
-        declared = getattr(self.encoder, "blocks", ())
-        yield from declared() if callable(declared) and not isinstance(declared, nn.Module) else declared
+        yield from trainable_blocks(self.encoder)
         heads = self.mtp.heads if self.mtp is not None else ()
         for block in (*self.decoder.blocks, *(head.block for head in heads)):
             if block.moe is not None:

@@ -161,3 +161,17 @@ def _role_of(owner: nn.Module, key: str, parameter: nn.Parameter, role: str) -> 
     if isinstance(owner, nn.Embedding):
         return ParamRole(role, matrix=False, decay=False)
     return ParamRole(role, matrix=False, decay=parameter.squeeze().ndim > 1)
+
+
+def encoder_roles(encoder: nn.Module, prefix: str = "") -> dict[str, ParamRole]:
+    """Roles of a vision encoder's parameters under ``prefix``: what it says itself, or else by its layers' types."""
+    declared = getattr(encoder, "roles", None)
+    if declared is None:
+        return collect_roles(encoder, "encoder", prefix)
+    return {prefix + name: role for name, role in declared().items()}
+
+
+def trainable_blocks(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The units that ``module`` names for sharding or recomputing: its ``blocks``, a list or a method; else none."""
+    declared = getattr(module, "blocks", ())
+    return tuple(declared() if callable(declared) and not isinstance(declared, nn.Module) else declared)

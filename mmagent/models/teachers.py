@@ -83,7 +83,8 @@ class Teacher:
     """
 
     def __init__(self, backbone: Backbone, name: str, *, resolution: int = 0, dtype: torch.dtype | None = None):
-        self.name, self.width, self.summary_width = name, backbone.width, backbone.summary_width
+        self.name = name.replace(".", "_")  # names of heads and metrics, where a dot would be a path
+        self.width, self.summary_width = backbone.width, backbone.summary_width
         self.backbone = backbone
         backbone.module.requires_grad_(False).eval()
         if dtype is not None:
@@ -118,7 +119,8 @@ class Teacher:
             rows, cols = self.grid or grid[1:]
             patch = self.backbone.patch_size
             seen = torch.stack([resize_pixels(pixels[i], rows * patch, cols * patch) for i in members])
-            features = self.backbone(seen)
+            with torch.autocast(seen.device.type, enabled=False):  # its precision is its own, not the student's
+                features = self.backbone(seen)
             plane = features.tokens.float().unflatten(1, (rows, cols))
             order = _stream_order(grid, merge_size, seen.device)
             ordered = resample(plane, grid[1:]).flatten(1, 2)[:, order]

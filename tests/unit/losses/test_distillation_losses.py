@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from mmagent.losses.distillation import angle, angular_dispersion, angular_distance, feature_distance
+from mmagent.losses.distillation import angle, angular_distance, feature_distance
+from mmagent.losses.standardisers import Cone
 
 
 def test_feature_distance_equals_the_plain_formula():
@@ -45,7 +46,11 @@ def test_answering_the_mean_direction_costs_one_whatever_the_cone():
     generator = torch.Generator().manual_seed(1)
     for spread in (0.05, 0.5, 2.0):
         summaries = torch.randn(64, 6, generator=generator) * spread + torch.tensor([3.0, 1, 0, 0, 0, 0])
-        direction = torch.nn.functional.normalize(summaries, dim=-1).mean(dim=0)
-        dispersion = angular_dispersion(summaries, direction)
-        cost = angular_distance(direction.expand_as(summaries), summaries, dispersion)
-        assert cost.mean().item() == pytest.approx(1.0, rel=1e-5)
+        cone = Cone(6)
+        cone.fit(summaries)
+        assert cone(cone.direction.expand_as(summaries), summaries).mean().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_cone_without_width_is_refused():
+    with pytest.raises(ValueError, match="same way"):
+        Cone(3).fit(torch.tensor([[1.0, 0, 0], [2.0, 0, 0]]))

@@ -1,0 +1,97 @@
+"""Stage 2: images and captions in one space, by the sigmoid loss over the pairs of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmagent.losses.contrastive import sigmoid_loss
+from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
+from mmagent.models.text_tower import TextTower
+from mmagent.protocols import VisionEncoder
+from mmagent.types import PackedVision, PairedBatch, ParamRole, Ratio, Segments, StepOutput
+
+
+@dataclass
+class AlignmentConfig:
+    """``width`` of the common space. ``scale`` and ``bias`` are where the learned temperature and bias start (SigLIP,
+    arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``."""
+
+    width: int = 768
+    scale: float = 10.0
+    bias: float = -10.0
+    max_scale: float = 100.0
+
+
+class Alignment(nn.Module):
+    """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.PairedBatch`.
+
+    The loss is summed over pairs and divided by the number of images, as SigLIP does. Negatives are all other texts of
+    the micro-batch on all ranks: every rank must bring the same number of micro-batches.
+    """
+
+    def __init__(self, encoder: nn.Module, text_tower: TextTower, config: AlignmentConfig):
+        super().__init__()
+        assert isinstance(encoder, VisionEncoder)
+        self.encoder, self.text_tower, self.config = encoder, text_tower, config
+        self.image_head = Linear(encoder.width, config.width)
+        self.text_head = Linear(text_tower.width, config.width)
+        # of shape (1,), for sharded engines have no place for scalars
+        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
+        self.bias = nn.Parameter(torch.tensor([config.bias]))
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {"contrastive": 1.0}
+
+    def counts(self, batch: PairedBatch) -> dict[str, Tensor]:
+        return {"contrastive": torch.tensor(len(batch.keys), device=batch.text_ids.device)}
+
+    def embed_images(self, vision: PackedVision) -> Tensor:
+        """``(I, width)`` float32 of unit length."""
+        return F.normalize(self.image_head(self.encoder(vision).pooled).float(), dim=-1)
+
+    def embed_texts(self, text_ids: Tensor, segments: Segments) -> Tensor:
+        """``(N, width)`` float32 of unit length."""
+        return F.normalize(self.text_head(self.text_tower(text_ids, segments)).float(), dim=-1)
+
+    def forward(self, batch: PairedBatch) -> StepOutput:
+        images, texts = self.embed_images(batch.vision), self.embed_texts(batch.text_ids, batch.segments)
+        with torch.autocast(images.device.type, enabled=False):
+            loss = sigmoid_loss(images, texts, self.log_scale, self.bias)
+        with torch.no_grad():
+            return StepOutput({"contrastive": loss}, self._metrics(images, texts))
+
+    def _metrics(self, images: Tensor, texts: Tensor) -> dict[str, Ratio]:
+        """How often an image's own caption is the nearest of its micro-batch on this rank, and the temperature."""
+        one = torch.ones((), device=images.device)
+        right = (images @ texts.T).argmax(dim=1) == torch.arange(len(images), device=images.device)
+        return {
+            "top1": Ratio(right.sum(), one * len(images)),
+            "scale": Ratio(self.log_scale.detach().exp().squeeze(), one),
+            "bias": Ratio(self.bias.detach().squeeze(), one),
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the temperature in bounds."""
+        self.log_scale.clamp_(max=math.log(self.config.max_scale))
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        """Roles "encoder", "text" and "projection"; temperature and bias go with the last."""
+        roles = encoder_roles(self.encoder, "encoder.")
+        roles |= {f"text_tower.{name}": role for name, role in self.text_tower.roles().items()}
+        roles |= collect_roles(self.image_head, "projection", "image_head.")
+        roles |= collect_roles(self.text_head, "projection", "text_head.")
+        return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return (*trainable_blocks(self.encoder), *self.text_tower.blocks())
+
+    def leaves(self) -> Iterable[nn.Module]:
+        return ()

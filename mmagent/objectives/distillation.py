@@ -1,0 +1,192 @@
+"""Stage 1: a student that sees part of an image reconstructs what several frozen teachers see in all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmagent import dist
+from mmagent.losses.distillation import feature_distance
+from mmagent.losses.standardisers import Cone, LayerStandardiser, Moments, NoStandardiser, PhiS
+from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
+from mmagent.models.teachers import Teacher, TeacherFeatures
+from mmagent.protocols import VisionEncoder
+from mmagent.types import MaskedVision, PackedVision, ParamRole, Ratio, StepOutput, VisionFeatures
+
+STANDARDISERS = {"phi-s": PhiS, "layer": lambda width: LayerStandardiser(), "none": lambda width: NoStandardiser()}
+BLINDFOLDS = ("token", "zero")
+
+
+@dataclass
+class DistillationConfig:
+    """``standardise``: how teachers are made comparable: phi-s (arXiv 2410.01680), layer or none. ``blind``: a hidden
+    patch becomes the student's mask ``token``, or ``zero`` pixels for an encoder of the protocol that has none.
+    ``visible_weight`` adds the same loss on the patches that the student does see. ``mlp`` gives every head a hidden
+    layer. ``drop`` is the chance that a teacher sits out an image; the one with the largest loss never does (teacher
+    dropping of UNIC, arXiv 2408.05088)."""
+
+    standardise: str = "phi-s"
+    blind: str = "token"
+    mlp: bool = False
+    cosine: float = 0.9
+    smooth_l1: float = 0.1
+    summary_weight: float = 1.0
+    visible_weight: float = 0.0
+    drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.standardise not in STANDARDISERS:
+            raise ValueError(f"standardise {self.standardise!r} is none of {', '.join(STANDARDISERS)}")
+        if self.blind not in BLINDFOLDS:
+            raise ValueError(f"blind {self.blind!r} is none of {', '.join(BLINDFOLDS)}")
+        if not 0.0 <= self.drop < 1.0:
+            raise ValueError(f"drop {self.drop} must lie in [0, 1)")
+
+
+class TeacherHead(nn.Module):
+    """What the student answers one teacher with, and that teacher's statistics."""
+
+    def __init__(self, width: int, teacher: Teacher, config: DistillationConfig):
+        super().__init__()
+        self.patches = _head(width, teacher.width, config.mlp)
+        self.summary = _head(width, teacher.summary_width, config.mlp)
+        self.standardiser = STANDARDISERS[config.standardise](teacher.width)
+        self.cone = Cone(teacher.summary_width)
+
+
+def _head(width: int, outputs: int, mlp: bool) -> nn.Module:
+    if not mlp:
+        return Linear(width, outputs, bias=True)
+    return nn.Sequential(Linear(width, 2 * width, bias=True), nn.GELU(), Linear(2 * width, outputs, bias=True))
+
+
+class Distillation(nn.Module):
+    """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.MaskedVision`.
+
+    Teachers are no submodules: they are neither trained, nor sharded, nor stored with the student. Their statistics
+    are: call :meth:`calibrate` once before training; a resumed run finds them in the checkpoint.
+    """
+
+    def __init__(self, student: nn.Module, teachers: Sequence[Teacher], config: DistillationConfig):
+        super().__init__()
+        assert isinstance(student, VisionEncoder)
+        names = [teacher.name for teacher in teachers]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"teachers must be one or more with names of their own, got {names}")
+        self.student, self.config = student, config
+        self.teachers = tuple(teachers)
+        self.heads = nn.ModuleDict({t.name: TeacherHead(student.width, t, config) for t in teachers})
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        weights: dict[str, float] = {}
+        for name in self.heads:
+            weights |= {f"{name}_patches": 1.0, f"{name}_summary": self.config.summary_weight}
+            if self.config.visible_weight:
+                weights[f"{name}_visible"] = self.config.visible_weight
+        return weights
+
+    def counts(self, batch: MaskedVision) -> dict[str, Tensor]:
+        hidden = batch.masked.sum()
+        counts: dict[str, Tensor] = {}
+        for name in self.heads:
+            counts |= {f"{name}_patches": hidden, f"{name}_summary": torch.full_like(hidden, len(batch.keys))}
+            if self.config.visible_weight:
+                counts[f"{name}_visible"] = batch.masked.shape[0] - hidden
+        return counts
+
+    def forward(self, batch: MaskedVision) -> StepOutput:
+        seen = self._look(batch)
+        rows: dict[str, Tensor] = {}
+        metrics: dict[str, Ratio] = {}
+        for teacher in self.teachers:
+            features = teacher(batch.pixels, batch.vision.grids, self.student.merge_size)
+            losses, cosine = self._losses(teacher.name, seen, features, batch.masked)
+            rows |= losses
+            metrics[f"{teacher.name}/cosine"] = Ratio(cosine.sum(), torch.ones_like(cosine).sum())
+        if self.config.drop and self.training:
+            rows = self._drop(rows, batch)
+        return StepOutput({term: values.sum() for term, values in rows.items()}, metrics)
+
+    def _look(self, batch: MaskedVision) -> VisionFeatures:
+        if self.config.blind == "token":
+            return self.student(batch.vision, masked=batch.masked)
+        patches = batch.vision.patches.masked_fill(batch.masked.unsqueeze(1), 0.0)
+        return self.student(PackedVision(patches, batch.vision.grids))
+
+    def _losses(
+        self, name: str, seen: VisionFeatures, features: TeacherFeatures, masked: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of one teacher, a value a row, and the cosine on hidden patches."""
+        head = self.heads[name]
+        with torch.autocast(seen.tokens.device.type, enabled=False):
+            targets = head.standardiser(features.tokens)
+        places = {"patches": masked, "visible": ~masked} if self.config.visible_weight else {"patches": masked}
+        losses = {}
+        for place, rows in places.items():
+            answer = head.patches(seen.tokens[rows])
+            losses[f"{name}_{place}"] = feature_distance(
+                answer, targets[rows], self.config.cosine, self.config.smooth_l1
+            )
+            if place == "patches":
+                cosine = F.cosine_similarity(answer.detach().float(), targets[rows], dim=-1)
+        losses[f"{name}_summary"] = head.cone(head.summary(seen.pooled), features.summary)
+        return losses, cosine
+
+    def _drop(self, rows: Mapping[str, Tensor], batch: MaskedVision) -> dict[str, Tensor]:
+        """Per image keep the teacher with the largest loss, and each other one with chance 1 - drop.
+
+        Draws come from torch's own generator on the host, which every checkpoint carries.
+        """
+        images, device = len(batch.keys), batch.masked.device
+        owners = torch.repeat_interleave(batch.vision.grids.prod(dim=1)).to(device)
+        hidden, visible = owners[batch.masked], owners[~batch.masked]
+        losses = rows[f"{self.teachers[0].name}_summary"].new_zeros(len(self.teachers), images)
+        for n, teacher in enumerate(self.teachers):
+            losses[n].index_add_(0, hidden, rows[f"{teacher.name}_patches"].detach())
+        stays = torch.rand(losses.shape).to(device) >= self.config.drop
+        stays = stays.scatter(0, losses.argmax(dim=0, keepdim=True), True).float()
+        kept: dict[str, Tensor] = {}
+        for n, teacher in enumerate(self.teachers):
+            for place, image in {"patches": hidden, "visible": visible, "summary": slice(None)}.items():
+                if (term := f"{teacher.name}_{place}") in rows:
+                    kept[term] = rows[term] * stays[n][image]
+        return kept
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[MaskedVision]) -> None:
+        """Estimate every teacher's statistics from ``batches``, over all ranks together.
+
+        Raises ``ValueError`` for no batch, or a teacher whose features never vary.
+        """
+        features: dict[str, list[TeacherFeatures]] = {name: [] for name in self.heads}
+        for batch in batches:
+            for teacher in self.teachers:
+                seen = teacher(batch.pixels, batch.vision.grids, self.student.merge_size)
+                features[teacher.name].append(seen)
+        for name, all_seen in features.items():
+            if not all_seen:
+                raise ValueError("calibration needs at least one batch")
+            moments = Moments(all_seen[0].tokens.shape[1], all_seen[0].tokens.device)
+            for seen in all_seen:
+                moments.add(seen.tokens)
+            for tensor in moments.tensors():
+                dist.all_reduce(tensor)
+            self.heads[name].standardiser.fit(moments)
+            self.heads[name].cone.fit(torch.cat([seen.summary for seen in all_seen]), dist.all_reduce)
+
+    def after_step(self) -> None:
+        """Nothing moves outside the gradient."""
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        return {**encoder_roles(self.student, "student."), **collect_roles(self.heads, "head", "heads.")}
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return trainable_blocks(self.student)
+
+    def leaves(self) -> Iterable[nn.Module]:
+        return ()

@@ -1,0 +1,94 @@
+"""Alignment and its text tower: captions and images of a pack do not see each other; the loss is SigLIP's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mmagent.geometry import GeometryConfig, patchify
+from mmagent.losses.contrastive import sigmoid_pairs
+from mmagent.models.cogvit import CogViT, CogViTConfig
+from mmagent.models.layers import initialise
+from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug
+from mmagent.objectives.alignment import Alignment, AlignmentConfig
+from mmagent.types import PackedVision, PairedBatch, Segments
+
+LENGTHS = [3, 1, 7, 3]
+
+
+def batch() -> PairedBatch:
+    random = np.random.default_rng(0)
+    sizes = [(56, 84), (28, 28), (112, 56), (28, 140)]
+    geometry = GeometryConfig(min_tokens=1)
+    images = [patchify(random.integers(0, 256, (*size, 3), dtype=np.uint8), geometry) for size in sizes]
+    ids = torch.from_numpy(random.integers(0, 50, sum(LENGTHS)))
+    return PairedBatch(PackedVision.pack(images), ids, Segments(LENGTHS), tuple("abcd"))
+
+
+def alignment() -> Alignment:
+    torch.manual_seed(0)
+    built = Alignment(
+        CogViT(CogViTConfig(width=32, depth=2, heads=2, ffn=64, pooling="attention")),
+        TextTower(text_debug(50)),
+        AlignmentConfig(width=16),
+    )
+    initialise(built.encoder)
+    initialise(built.text_tower)
+    return built
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_captions_equal_captions_one_by_one(causal):
+    torch.manual_seed(0)
+    tower = TextTower(TextTowerConfig(vocab_size=50, width=32, depth=2, heads=2, ffn=64, causal=causal))
+    pairs = batch()
+    together = tower(pairs.text_ids, pairs.segments)
+    for row, ids in zip(together, pairs.text_ids.split(LENGTHS), strict=True):
+        assert torch.allclose(row, tower(ids, Segments([len(ids)]))[0], atol=1e-5)
+
+
+def test_a_caption_that_is_too_long_is_named():
+    tower = TextTower(TextTowerConfig(vocab_size=50, width=32, depth=1, heads=2, ffn=64, max_length=5))
+    with pytest.raises(ValueError, match="caption of 7 ids"):
+        tower(batch().text_ids, batch().segments)
+
+
+def test_the_loss_is_the_sigmoid_loss_of_images_and_texts_embedded_one_by_one():
+    model, pairs = alignment(), batch()
+    sizes = pairs.vision.grids.prod(dim=1).tolist()
+    images = torch.cat(
+        [
+            model.embed_images(PackedVision(patches, grid[None]))
+            for patches, grid in zip(pairs.vision.patches.split(sizes), pairs.vision.grids, strict=True)
+        ]
+    )
+    texts = torch.cat([model.embed_texts(ids, Segments([len(ids)])) for ids in pairs.text_ids.split(LENGTHS)])
+    expected = sigmoid_pairs(images, texts, torch.tensor(math.log(10.0)), torch.tensor(-10.0), matched=True)
+    out = model(pairs)
+    assert out.sums["contrastive"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert out.sums["contrastive"].shape == ()
+    assert int(model.counts(pairs)["contrastive"]) == 4
+    assert out.metrics["top1"].denominator.item() == 4
+    expected_gradients = torch.autograd.grad(expected, model.encoder.embed.weight)[0]
+    out.sums["contrastive"].backward()
+    assert torch.allclose(model.encoder.embed.weight.grad, expected_gradients, rtol=1e-3, atol=1e-5)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_every_parameter_has_a_role_and_a_learning_rate_of_its_own():
+    model = alignment()
+    roles = model.roles()
+    assert set(roles) == {name for name, _ in model.named_parameters()}
+    assert {role.role for role in roles.values()} == {"encoder", "text", "projection"}
+    assert len(list(model.blocks())) == 3
+
+
+def test_the_temperature_stays_in_bounds():
+    model = alignment()
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)
+    model.after_step()
+    assert model.log_scale.exp().item() == pytest.approx(100.0)
