@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -67,22 +67,26 @@ class World:
         names travel, and the union is remembered under ``layout``, so that the next call needs one collective again.
         """
         if self.size == 1:
-            return {name: float(value) for name, value in values.items()}
+            return dict(zip(values, self._stack(values.values()).tolist(), strict=True)) if values else {}
         known = self._names.setdefault(layout, [])  # the same on every rank, and so is the length of the vector
         while True:
             names = sorted({*known, *values})
-            vector = torch.zeros(_HEADER + 128 + 2 * len(known), dtype=torch.float64)
+            vector = torch.zeros(_HEADER + 128 + 2 * len(known), dtype=torch.float64, device=self.device)
             fits = len(names) <= vector.numel() - _HEADER
             low, high = divmod(zlib.crc32("\n".join(names).encode()), 1 << 16)
             vector[:_HEADER] = torch.tensor([low, low * low, high, high * high, 0 if fits else 1])
-            if fits:
-                for i, name in enumerate(names):
-                    vector[_HEADER + i] = float(values.get(name, 0.0))
-            total = self.all_reduce(vector.to(self.device)).tolist()
-            if total[4] == 0 and all(self.size * total[i + 1] == total[i] ** 2 for i in (0, 2)):
+            if fits and names:
+                vector[_HEADER : _HEADER + len(names)] = self._stack(values.get(name, 0.0) for name in names)
+            total = self.all_reduce(vector).tolist()
+            if total[4] == 0 and all(self.size * int(total[i + 1]) == int(total[i]) ** 2 for i in (0, 2)):
                 known[:] = names
                 return dict(zip(names, total[_HEADER:], strict=False))
             known[:] = sorted({name for some in self.gather_objects(names) for name in some})
+
+    def _stack(self, values: Iterable[Tensor | float]) -> Tensor:
+        """One float64 vector on the device, so that reading it waits for the device once and not once a name."""
+        scalars = [torch.as_tensor(v).detach().to(self.device, torch.float64).reshape(()) for v in values]
+        return torch.stack(scalars)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """``value`` (anything JSON can hold) of every rank, in rank order, on every rank."""
@@ -96,7 +100,7 @@ class World:
         padded[: data.numel()] = data
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
         torch_dist.all_gather(everyone, padded)
-        return [json.loads(bytes(b[: int(n)].tolist())) for b, n in zip(everyone, sizes, strict=True)]
+        return [json.loads(b[: int(n)].cpu().numpy().tobytes()) for b, n in zip(everyone, sizes, strict=True)]
 
 
 def init(timeout: float = 600.0, threads: int | None = None) -> World:
@@ -172,6 +176,13 @@ def rank() -> int:
 def size() -> int:
     """How many ranks there are; 1 when alone."""
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Overwrite ``tensor`` with rank 0's, in place, and return it. Alone: unchanged."""
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        torch_dist.broadcast(tensor, 0)
+    return tensor
 
 
 def barrier() -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from mmagent.engine.sharding import shard_like
 from mmagent.protocols import Trainable
 from mmagent.types import ParamRole
 
@@ -88,10 +89,10 @@ def build_optimizer(model: Trainable, config: OptimConfig) -> MuonAdamW:
 def _check_roles(model: nn.Module, roles: Mapping[str, ParamRole], role_lr: Mapping[str, float]) -> None:
     names = {name for name, _ in model.named_parameters()}
     if missing := sorted(names - set(roles)):
-        raise ValueError(f"{type(model).__name__}.roles() says nothing of {_few(missing)}")
+        raise ValueError(f"{type(model).__name__}.roles() says nothing of {few(missing)}")
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if unknown := sorted(set(roles) - every):
-        raise ValueError(f"{type(model).__name__}.roles() names what is no parameter: {_few(unknown)}")
+        raise ValueError(f"{type(model).__name__}.roles() names what is no parameter: {few(unknown)}")
     known = sorted({role.role for role in roles.values()})
     for role in role_lr:
         if role not in known:
@@ -107,13 +108,16 @@ def _check_matrix(name: str, parameter: Tensor, splits: tuple[int, ...]) -> None
         raise ValueError(f"{name}: splits {splits} do not add up to its {parameter.shape[-2]} rows")
 
 
-def _few(names: Iterable[str], limit: int = 8) -> str:
+def few(names: Iterable[str], limit: int = 8) -> str:
+    """The first ``limit`` names and how many more there are: for error messages."""
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 class MuonAdamW(Optimizer):
     """Each group is either Muon's (``group["muon"]``) or AdamW's; state holds plain tensors, local under FSDP2."""
+
+    local_state = True  # says so to the engine, which gathers it for checkpoints
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
         self.config = config
@@ -229,7 +233,6 @@ def _gather(local: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _keep(full: Tensor, parameter: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor) or _whole_matrices(parameter):
-        return full
-    # every rank holds the same matrix already: no data need come from rank 0
-    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return (
+        full if isinstance(parameter, DTensor) and _whole_matrices(parameter) else _local(shard_like(full, parameter))
+    )

@@ -1,0 +1,208 @@
+"""The engine on plain torch: one process, DDP or FSDP2; float32 or bfloat16; clipping; the optimizer's step.
+
+The gradient is the *sum* over micro-batches and ranks. DDP and FSDP2 average over ranks, so the loss is scaled up by
+their number first.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils._pytree import register_dataclass
+from torch.utils.checkpoint import checkpoint
+
+from mmagent.dist import World, broadcast
+from mmagent.engine.optim import few
+from mmagent.engine.sharding import gather_like, shard_like
+from mmagent.protocols import Trainable
+from mmagent.types import ModelOutput, StepOutput, VisionFeatures
+
+for _type in (StepOutput, ModelOutput, VisionFeatures):
+    register_dataclass(_type)  # FSDP2 and DDP look inside a module's output for the tensors that need gradients
+
+
+@dataclass
+class TorchEngineConfig:
+    """``parallel``: ``none`` (one process), ``ddp`` or ``fsdp2``. ``dtype``: ``float32`` or ``bfloat16`` (autocast;
+    FSDP2 also gathers parameters in it and reduces gradients in float32). ``clip_norm`` 0 leaves gradients as they
+    are. ``recompute`` frees the activations of every block and computes them again in the backward pass."""
+
+    parallel: str = "ddp"
+    dtype: str = "float32"
+    clip_norm: float = 1.0
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parallel not in ("none", "ddp", "fsdp2"):
+            raise ValueError(f"parallel {self.parallel!r} is none of none, ddp, fsdp2")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
+
+
+class TorchEngine:
+    """Trains ``objective`` with ``optimizer``; see :class:`mmagent.protocols.Engine`.
+
+    ``optimizer`` must be fresh and hold every trainable parameter of ``objective``. Freezing and unfreezing between
+    steps is seen at the next step.
+    """
+
+    shared_state = True  # one state for all ranks: checkpoints store it once
+
+    def __init__(self, objective: nn.Module, optimizer: Optimizer, config: TorchEngineConfig, world: World):
+        if config.parallel == "none" and world.size > 1:
+            raise ValueError(f"parallel 'none' with {world.size} ranks: each would train alone; use ddp or fsdp2")
+        self.objective, self.optimizer, self.config, self.world = objective.to(world.device), optimizer, config, world
+        self._require_owned_parameters()
+        blocks = list(_blocks(objective))
+        if config.recompute:
+            for block in _outermost(blocks):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if config.parallel == "fsdp2":
+            self._shard(blocks)
+        self._ddp: DistributedDataParallel | None = None
+        self._ddp_trains: tuple[bool, ...] = ()
+        self.parameters = dict(objective.named_parameters())
+
+    def _require_owned_parameters(self) -> None:
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        orphans = [n for n, p in self.objective.named_parameters() if p.requires_grad and id(p) not in owned]
+        if orphans:
+            raise ValueError(f"trainable, but not in the optimizer: {few(orphans)}")
+
+    def _shard(self, blocks: list[nn.Module]) -> None:
+        assert not self.optimizer.state, "FSDP2 replaces parameters: the optimizer must not have stepped yet"
+        names = {id(p): name for name, p in self.objective.named_parameters()}
+        if scalars := [name for name, p in self.objective.named_parameters() if p.ndim == 0]:
+            raise ValueError(f"FSDP2 cannot shard scalars; give these the shape (1,): {few(scalars)}")
+        for tensor in (*self.objective.parameters(), *self.objective.buffers()):
+            broadcast(tensor.data)  # as DDP does: rank 0 decides the initial weights
+        low = torch.bfloat16 if self.config.dtype == "bfloat16" else None
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = self.world.mesh()
+        for module in (*blocks, self.objective):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        if hasattr(self.objective, "set_reduce_scatter_unused_params"):  # torch >= 2.13
+            self.objective.set_reduce_scatter_unused_params(True)  # a rank may not have used what its peers did
+        sharded = dict(self.objective.named_parameters())
+        for group in self.optimizer.param_groups:
+            group["params"] = [sharded[names[id(p)]] for p in group["params"]]
+
+    def _module(self) -> nn.Module:
+        """What to call: the objective, or its DDP wrapper, made anew whenever something was frozen or unfrozen."""
+        if self.config.parallel != "ddp" or self.world.size == 1:
+            return self.objective
+        trains = tuple(p.requires_grad for p in self.parameters.values())
+        if trains != self._ddp_trains:
+            self._ddp = None
+            gc.collect()  # the old wrapper hooks into the parameters until it is really gone
+            self._ddp = DistributedDataParallel(
+                self.objective, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
+            self._ddp_trains = trains
+        assert self._ddp is not None
+        return self._ddp
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; gradients travel between ranks in the last one only."""
+        module = self._module()
+        with ExitStack() as stack:
+            if isinstance(module, DistributedDataParallel) and not last:
+                stack.enter_context(module.no_sync())
+            elif isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last)
+                module.set_is_last_backward(last)
+            yield
+
+    def forward(self, batch: Any) -> StepOutput:
+        """The objective on ``batch`` (already on the device), under autocast when ``dtype`` is bfloat16."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            return self._module()(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate; the average over ranks that DDP and FSDP2 take becomes a sum."""
+        (loss * self.world.size).backward()
+
+    def step(self, lr_scale: float = 1.0) -> float:
+        """Clip, step, zero; returns the global norm before clipping.
+
+        Raises ``FloatingPointError``, before any weight has changed, when the gradient is not finite.
+        """
+        with_gradient = {name: p for name, p in self.parameters.items() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient.values()])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):
+            bad = [n for n, p in with_gradient.items() if not torch.isfinite(_local(p.grad)).all()]
+            raise FloatingPointError(f"the gradient norm is {norm.item()}; first seen in {few(bad) or 'another rank'}")
+        if self.config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient.values(), self.config.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_scale
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state by parameter name, in full tensors on the host of rank 0 (``{}`` elsewhere).
+
+        A collective. Independent of world size and of ``parallel``; learning rates are not state but configuration.
+        """
+        state: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.parameters.items():
+            entries = self.optimizer.state.get(parameter, {})
+            full = {key: gather_like(value, parameter) for key, value in entries.items()}
+            if self.world.is_main and full:
+                state[name] = full
+        return {"optimizer": state}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take up a state of :meth:`state_dict`, each rank its shard. ``ValueError`` names what does not fit."""
+        given = state["optimizer"]
+        if strict and (unknown := sorted(set(given) - set(self.parameters))):
+            raise ValueError(f"optimizer state of parameters the model does not have: {few(unknown)}")
+        fresh: dict[int, dict[str, Any]] = {}
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        index = {id(p): i for i, p in enumerate(order)}
+        local = getattr(self.optimizer, "local_state", False)
+        for name, entries in given.items():
+            if name not in self.parameters:
+                continue
+            parameter = self.parameters[name]
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)} for {tuple(parameter.shape)}"
+                    raise ValueError(f"optimizer state {key} of {name} is misshapen: {shapes}")
+            shards = {key: shard_like(value, parameter) for key, value in entries.items()}
+            fresh[index[id(parameter)]] = {k: _local(v) if local else v for k, v in shards.items()}
+        self.optimizer.load_state_dict({"state": fresh, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Blocks of the outermost modules that can name them: the objective itself, or the models inside it."""
+    if isinstance(module, Trainable):
+        yield from module.blocks()
+    else:
+        for child in module.children():
+            yield from _blocks(child)
+
+
+def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
+    inner = {id(m) for block in blocks for m in block.modules() if m is not block}
+    return [block for block in blocks if id(block) not in inner]

@@ -1,0 +1,49 @@
+"""The loop around :func:`mmagent.train.step.train_step`: resume, step, call the hooks, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mmagent.protocols import Engine, Objective
+from mmagent.train.run import Run
+from mmagent.train.step import train_step
+
+Hook = Callable[[int, dict[str, float]], None]
+"""Called after every step, on every rank, with the number of steps done and the step's record, which it may extend
+for the hooks after it. Names that start with ``time/`` depend on the machine; all others on the seed alone."""
+
+
+def fit(
+    run: Run,
+    objective: Objective,
+    engine: Engine,
+    stream: Iterator[Sequence[Any]],
+    *,
+    steps: int,
+    schedule: Callable[[int], float] = lambda step: 1.0,
+    hooks: Sequence[Hook] = (),
+) -> None:
+    """Train from where ``run`` stands up to ``steps``, and save at the end. A finished run returns at once.
+
+    ``stream`` yields the micro-batches of a step, as many on every rank; list it in ``run.parts`` so that it goes on
+    where it stopped. ``schedule(step)`` multiplies every learning rate. Hooks run in order, those that save
+    (``hook.saves``) last, so that a checkpoint never knows a step that a log does not.
+    """
+    hooks = sorted(hooks, key=lambda hook: getattr(hook, "saves", False))
+    objective.train()  # type: ignore[attr-defined]
+    for step in range(run.resume(), steps):
+        started = time.perf_counter()
+        micro_batches = next(stream, None)
+        if micro_batches is None:
+            raise ValueError(f"the stream ended after {step} of {steps} steps")
+        waited = time.perf_counter() - started
+        lr_scale = schedule(step)
+        result = train_step(objective, engine, micro_batches, run.world, lr_scale)
+        seconds = time.perf_counter() - started
+        record = result.record() | {"lr_scale": lr_scale, "time/step": seconds, "time/data": waited}
+        record["time/tokens_per_second"] = (result.volume["tokens"] or result.volume["patches"]) / seconds
+        for hook in hooks:
+            hook(step + 1, record)
+    run.save(steps)

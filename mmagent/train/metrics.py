@@ -1,0 +1,110 @@
+"""From the micro-batches of all ranks to the numbers of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmagent.dist import World
+from mmagent.types import StepOutput
+
+
+def keys_of(batch: Any) -> tuple[str, ...]:
+    """The names of a batch's samples, for errors; empty for types of a user's own that have none."""
+    keys = getattr(batch, "keys", ())
+    return tuple(keys) if isinstance(keys, tuple | list) else ()
+
+
+def volume_of(batch: Any) -> dict[str, float]:
+    """How much a batch holds: tokens and patches (padding is none), and documents."""
+    tokens, patches = getattr(batch, "num_tokens", 0), getattr(batch, "num_patches", 0)
+    return {"tokens": tokens, "patches": patches, "documents": len(keys_of(batch))}
+
+
+class Totals:
+    """Sums over micro-batches, then over ranks in one collective, divided at the very end."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor | float] = {}
+        self._per_batch: list[tuple[Mapping[str, Tensor], tuple[str, ...]]] = []
+
+    def add(self, batch: Any, output: StepOutput) -> None:
+        """Take in one micro-batch."""
+        sums = {name: value.detach() for name, value in output.sums.items()}
+        self._per_batch.append((sums, keys_of(batch)))
+        for name, value in sums.items():
+            self._add(f"sum/{name}", value)
+        for name, ratio in output.metrics.items():
+            self._add(f"numerator/{name}", ratio.numerator)
+            self._add(f"denominator/{name}", ratio.denominator)
+        for name, value in volume_of(batch).items():
+            self._add(f"volume/{name}", value)
+
+    def _add(self, name: str, value: Tensor | float) -> None:
+        value = value.detach().double() if isinstance(value, Tensor) else float(value)
+        self.values[name] = self.values.get(name, 0.0) + value
+
+    def reduce(self, world: World) -> dict[str, dict[str, float]]:
+        """``{"sum": {...}, "metrics": {...}, "volume": {...}}`` over all ranks.
+
+        Metrics whose denominator is zero everywhere are left out. Raises ``FloatingPointError`` on every rank when a
+        sum is not finite, naming rank, micro-batch, term and samples.
+        """
+        flat = world.sum(self.values, layout="totals")
+        parts: dict[str, dict[str, float]] = {"sum": {}, "numerator": {}, "denominator": {}, "volume": {}}
+        for name, value in flat.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = value
+        if not torch.tensor(list(parts["sum"].values())).isfinite().all():
+            self._raise_not_finite(world)
+        metrics = {n: parts["numerator"][n] / d for n, d in parts["denominator"].items() if d}
+        return {"sum": parts["sum"], "metrics": metrics, "volume": parts["volume"]}
+
+    def _raise_not_finite(self, world: World) -> None:
+        mine = [
+            f"rank {world.rank}, micro-batch {i}: {term} is {value.item()}; samples: {_name(keys)}"
+            for i, (sums, keys) in enumerate(self._per_batch)
+            for term, value in sums.items()
+            if not torch.isfinite(value)
+        ]
+        everywhere = [line for lines in world.gather_objects(mine) for line in lines]
+        raise FloatingPointError("the loss is not finite\n" + "\n".join(everywhere))
+
+
+def _name(keys: Sequence[str], limit: int = 16) -> str:
+    if not keys:
+        return "unnamed"
+    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
+
+
+def global_counts(
+    counts: Sequence[Mapping[str, Tensor]], terms: Sequence[str], world: World, layout: str = ""
+) -> dict[str, Tensor]:
+    """``{term: ()}`` float64 on the device: counts over all micro-batches and ranks, in one collective.
+
+    Raises ``ValueError`` when an objective counts other terms than it weighs, or when ranks bring different numbers
+    of micro-batches, which would leave some waiting for others for ever.
+    """
+    for some in counts:
+        if set(some) != set(terms):
+            raise ValueError(f"the objective counts {sorted(some)}, but its weights are for {sorted(terms)}")
+    n = len(counts)
+    rows = [[torch.as_tensor(c[t]).to(world.device, torch.float64).reshape(()) for t in terms] for c in counts]
+    summed = [torch.stack(column).sum() for column in zip(*rows, strict=True)]
+    vector = torch.stack([*summed, *(torch.tensor(float(x), dtype=torch.float64).to(world.device) for x in (n, n * n))])
+    world.all_reduce(vector)
+    if world.size > 1 and world.size * int(vector[-1]) != int(vector[-2]) ** 2:
+        raise ValueError(f"ranks bring {world.gather_objects(n)} micro-batches to one step: the numbers must be equal")
+    return dict(zip(terms, vector[:-2].unbind(), strict=True))
+
+
+def mean_losses(
+    sums: Mapping[str, float], counts: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """The weighted total and each term's sum over its count; terms that nothing counted are left out."""
+    divisors = {term: float(count) for term, count in counts.items()}
+    losses = {term: sums[term] / n for term, n in divisors.items() if n > 0}
+    return sum(weights[term] * value for term, value in losses.items()), losses

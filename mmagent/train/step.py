@@ -1,0 +1,62 @@
+"""The one step that distillation, contrastive, pretraining, fine-tuning and RL share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmagent.dist import World
+from mmagent.protocols import Engine, Objective
+from mmagent.train.metrics import Totals, global_counts, mean_losses
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global figures of one step: ``losses`` are sums over counts, ``loss`` their weighted total; terms that nothing
+    counted and metrics with nothing to divide by are left out. ``volume`` holds tokens, patches and documents."""
+
+    loss: float
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    counts: dict[str, float]
+    volume: dict[str, float]
+    grad_norm: float
+
+    def record(self) -> dict[str, float]:
+        """One flat row for logs."""
+        losses = {f"loss/{term}": value for term, value in self.losses.items()}
+        return {"loss": self.loss, **losses, **self.metrics, **self.volume, "grad_norm": self.grad_norm}
+
+
+def train_step(
+    objective: Objective, engine: Engine, micro_batches: Sequence[Any], world: World, lr_scale: float = 1.0
+) -> StepResult:
+    """Count, then back-propagate ``sum_k w_k * S_k / C_k`` for every micro-batch, then step.
+
+    ``S_k`` is a micro-batch's sum of term k, ``C_k`` the count over all micro-batches and ranks, so the gradient does
+    not depend on how the samples are split. Every rank brings equally many micro-batches. Raises
+    ``FloatingPointError``, before any weight has changed, for a loss or gradient that is not finite.
+    """
+    if not micro_batches:
+        raise ValueError("a step needs at least one micro-batch")
+    terms = sorted(objective.weights)
+    counts = global_counts([objective.counts(batch) for batch in micro_batches], terms, world)
+    # a term that nothing counts has a sum of zero: dividing by one keeps it, and its graph, harmless
+    scales = {t: (objective.weights[t] / torch.where(counts[t] > 0, counts[t], 1.0)).float() for t in terms}
+    totals = Totals()
+    for i, batch in enumerate(micro_batches):
+        with engine.micro_step(last=i + 1 == len(micro_batches)):
+            output = engine.forward(batch.to(world.device, non_blocking=True))
+            if set(output.sums) != set(terms):
+                raise ValueError(f"the objective returned sums {sorted(output.sums)}, but its weights are for {terms}")
+            engine.backward(sum(output.sums[t] * scales[t] for t in terms))
+        totals.add(batch, output)
+    total = totals.reduce(world)
+    grad_norm = engine.step(lr_scale)
+    objective.after_step()
+    loss, losses = mean_losses(total["sum"], counts, objective.weights)
+    host = {term: count.item() for term, count in counts.items()}
+    return StepResult(loss, losses, total["metrics"], host, total["volume"], grad_norm)
