@@ -31,6 +31,8 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEADROOM = 64
 """Places for sampled tokens that a cache starts with; it grows by half when they are used up."""
+BURST = 8
+"""Tokens a sequence that one step decodes: under autocast every step casts the weights anew."""
 COMPACT_BELOW = 0.75
 """Finished sequences are carved out of the batch when fewer than this share is left."""
 
@@ -139,16 +141,19 @@ class Generator:
         self._parked.clear()
 
     def step(self) -> dict[int, Completion]:
-        """Admit waiting prompts if there is room, else decode one token a sequence. Returns what has ended."""
+        """Admit waiting prompts if there is room, then decode a few tokens a sequence. Returns what has ended."""
         with self._inference():
             active = len(self._rows) if self._rows is not None else 0
             if self._waiting and (room := self.config.max_sequences - active) > 0:
                 admitted, self._waiting = self._waiting[:room], self._waiting[room:]
                 rows = self._admit(admitted)
                 self._rows = rows if self._rows is None else Rows.join(self._rows, rows)
-            elif self._rows is not None:
-                self._decode(self._rows)
-            return self._collect()
+            done = self._collect()
+            for _ in range(BURST):
+                if self._rows is not None:
+                    self._decode(self._rows)
+                    done.update(self._collect())
+            return done
 
     # ------------------------------------------------------------ internals
 

@@ -42,10 +42,10 @@ def sample(logits_SV: Tensor, temperature: Tensor, top_p: Tensor | None, uniform
     greedy = temperature == 0
     scaled = logits_SV / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     logprobs = torch.log_softmax(scaled, dim=-1)
-    probabilities = logprobs.exp().double()
+    probabilities = logprobs.exp()
     if top_p is not None:
         probabilities = nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # fp32 would lose the tail of a large vocabulary
     point = uniform.double().unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, point, right=True).squeeze(1)
     ids = torch.where(greedy, logits_SV.argmax(-1), drawn)
@@ -56,6 +56,6 @@ def nucleus(probabilities_SV: Tensor, top_p: Tensor) -> Tensor:
     """Zero what is outside the smallest set of most likely tokens whose probability reaches ``top_p (S,)``."""
     limit = torch.where(top_p >= 1, float("inf"), top_p.double())  # sums are rounded; 1 must keep everything
     ordered, order = probabilities_SV.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
+    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
     kept = torch.where(before < limit.unsqueeze(1), ordered, 0.0)
     return torch.zeros_like(probabilities_SV).scatter_(1, order, kept)
