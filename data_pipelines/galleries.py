@@ -1,0 +1,120 @@
+"""Endless sequences of captioned pictures: what the streams of stages 1 and 2 draw from.
+
+A gallery is a pure function of a position, so it has no state: any rank computes any picture, and a stopped run
+continues by going on counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from data_pipelines.documents import Quarantine, QuarantineConfig
+from data_pipelines.mixture import Source, digest
+from data_pipelines.shards import ShardSet
+from mmagent.chat import Text
+from mmagent.geometry import GeometryConfig, fit
+from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
+
+_PATTERN = 1000  # positions after which a mixture's order of galleries repeats
+_ATTEMPTS = 100  # samples tried in place of one that cannot be used
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``image (height, width, 3)`` uint8 with the text that belongs to it; ``key`` names it in every error."""
+
+    image: np.ndarray
+    caption: str
+    key: str
+
+
+class Gallery(Protocol):
+    """``gallery(position)`` is the same picture whenever and wherever it is asked for; positions have no end."""
+
+    def __call__(self, position: int) -> Picture: ...
+
+
+class MixedGallery:
+    """Several galleries in exact proportion to their weights: in any 1000 consecutive positions each has its share, and
+    each is gone through in its own order without gaps."""
+
+    def __init__(self, galleries: Mapping[str, tuple[Gallery, float]]):
+        """``{name: (gallery, weight)}``. Raises ``ValueError`` for weights that are not positive."""
+        if not galleries or any(not weight > 0 for _, weight in galleries.values()):
+            raise ValueError(f"galleries need positive weights, got { {n: w for n, (_, w) in galleries.items()} }")
+        self._galleries = [gallery for gallery, _ in galleries.values()]
+        weights = np.array([weight for _, weight in galleries.values()])
+        taken = np.zeros(len(weights), dtype=np.int64)
+        self._pattern: list[tuple[int, int]] = []  # (gallery, how many it had given before)
+        for _ in range(_PATTERN):
+            behind = int(((taken + 0.5) / weights).argmin())
+            self._pattern.append((behind, int(taken[behind])))
+            taken[behind] += 1
+        self._taken = taken.tolist()
+
+    def __call__(self, position: int) -> Picture:
+        rounds, place = divmod(position, _PATTERN)
+        gallery, before = self._pattern[place]
+        return self._galleries[gallery](rounds * self._taken[gallery] + before)
+
+
+class ShardGallery:
+    """Records with one or more images and a text in webdataset shards: the first image, captioned by all plain text.
+
+    Every epoch has an order of its own. A record that cannot be used is counted and logged by ``quarantine``, and
+    another one, the same on every rank, stands in for it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        geometry: GeometryConfig,
+        seed: int = 0,
+        name: str = "pictures",
+        quarantine: Quarantine | None = None,
+    ):
+        """``geometry`` refuses images of impossible shape before a stream meets them."""
+        self.shards, self.geometry = ShardSet(path), geometry
+        self.source = Source(name, self.shards, 1.0, seed)
+        self.quarantine = quarantine or Quarantine(QuarantineConfig())
+
+    def __call__(self, position: int) -> Picture:
+        """Raises :class:`~data_pipelines.documents.QuarantineError` when too many records are unusable."""
+        sample = self.source.sample(position)
+        for attempt in range(_ATTEMPTS):
+            try:
+                picture = picture_of(from_sample(self.shards.read(sample)), self.geometry)
+            except RecordError as error:
+                self.quarantine.add(self.source.name, self.shards.where(sample), error)
+                sample = digest(self.source.seed, position, attempt) % len(self.shards)
+            else:
+                self.quarantine.good(self.source.name)
+                return picture
+        raise RecordError(self.source.name, "sample", f"{_ATTEMPTS} samples in a row cannot be used")
+
+
+def picture_of(record: Record, geometry: GeometryConfig) -> Picture:
+    """The first image of a record and all its plain text. Raises :class:`~mmagent.records.RecordError`."""
+    if not record.images:
+        raise RecordError(record.key, "images", "a picture needs an image")
+    try:
+        fit(*image_size(record.images[0], record.key, "images[0]"), geometry)
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(record.key, "images[0]", str(error)) from error
+    parts = record.parts or tuple(part for message in record.messages for part in message.parts)
+    caption = " ".join(part.text.strip() for part in parts if isinstance(part, Text))
+    return Picture(decode_image(record.images[0].data, record.key, "images[0]"), caption, record.key)
+
+
+def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gallery:
+    """Galleries by name under the weights of a config; weight 0 leaves one out. Raises ``ValueError`` for a name that
+    is not there."""
+    if unknown := sorted(set(weights) - set(galleries)):
+        raise ValueError(f"mix names unknown galleries {unknown}; there are {', '.join(galleries)}")
+    return MixedGallery({name: (galleries[name], weight) for name, weight in weights.items() if weight})

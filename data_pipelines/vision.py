@@ -1,0 +1,258 @@
+"""Streams of the encoder's two stages: masked images for distillation, images with captions for alignment.
+
+A step is a pure function of its number, so a stream's whole state is that number: a resumed run sees bit for bit what
+an uninterrupted one does, on any number of ranks (the images of a step do not depend on it; ranks take them in turn).
+Images are packed and never padded: one step draws one sequence length, the most patches an image may have, and a
+micro-batch holds as many images as then surely fit its budget, so that all ranks have equally many micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from data_pipelines.galleries import Gallery, Picture
+from data_pipelines.masking import MaskConfig, mask_patches
+from data_pipelines.mixture import digest
+from mmagent.dist import World
+from mmagent.geometry import GeometryConfig, patchify, resize
+from mmagent.types import MaskedVision, PackedVision, PairedBatch, PatchedImage, Segments
+from mmagent.vocab import Vocab
+
+Batch = TypeVar("Batch", MaskedVision, PairedBatch)
+
+
+@dataclass
+class VisionStreamConfig:
+    """``images_per_step`` is global, ``patches_per_microbatch`` local. ``sequence_lengths``: the most patches an image
+    may have; one is drawn for every step. ``prefetch`` prepares the next step in a thread."""
+
+    images_per_step: int = 256
+    patches_per_microbatch: int = 16384
+    sequence_lengths: list[int] = field(default_factory=lambda: [256])
+    seed: int = 0
+    prefetch: bool = True
+
+    def __post_init__(self) -> None:
+        if self.images_per_step < 1 or not self.sequence_lengths or min(self.sequence_lengths) < 1:
+            raise ValueError(f"images_per_step and sequence_lengths must be positive, got {self}")
+        if self.patches_per_microbatch < max(self.sequence_lengths):
+            raise ValueError(
+                f"patches_per_microbatch {self.patches_per_microbatch} cannot hold one image of "
+                f"{max(self.sequence_lengths)} patches"
+            )
+
+    def images_per_microbatch(self, length: int) -> int:
+        return self.patches_per_microbatch // length
+
+
+@dataclass
+class CropConfig:
+    """Squares for distillation: a random place, an area of ``min_area`` to 1 of the largest square that fits."""
+
+    min_area: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_area <= 1.0:
+            raise ValueError(f"crop.min_area {self.min_area} must lie in (0, 1]")
+
+
+class VisionStream(Iterator[list[Batch]], Generic[Batch]):
+    """This rank's micro-batches, step after step, without end.
+
+    ``build(pictures, positions, length)`` makes one micro-batch; it must be a pure function.
+    """
+
+    def __init__(
+        self,
+        config: VisionStreamConfig,
+        gallery: Gallery,
+        build: Callable[[Sequence[Picture], Sequence[int], int], Batch],
+        world: World | None = None,
+    ):
+        """Raises ``ValueError`` when a rank would have no image for one of its micro-batches."""
+        self.config, self.gallery, self._build = config, gallery, build
+        self.rank, self.ranks = (world.rank, world.size) if world else (0, 1)
+        for length in config.sequence_lengths:
+            if config.images_per_step < self.ranks * self._accumulation(length):
+                raise ValueError(
+                    f"images_per_step {config.images_per_step} leaves some of {self.ranks} ranks x "
+                    f"{self._accumulation(length)} micro-batches empty"
+                )
+        self.steps = 0
+        self.metrics: dict[str, float] = {}
+        self._worker = ThreadPoolExecutor(1, "mmagent-vision") if config.prefetch else None
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def describe(self) -> str:
+        """One line for people: how a step is made up."""
+        parts = [
+            f"{length} patches at most: {self._accumulation(length)} micro-batches a rank"
+            for length in self.config.sequence_lengths
+        ]
+        return f"step of {self.config.images_per_step} images on {self.ranks} ranks; {'; '.join(parts)}"
+
+    def length(self, step: int) -> int:
+        """The sequence length drawn for ``step``, the same on every rank."""
+        lengths = self.config.sequence_lengths
+        return lengths[digest(self.config.seed, "length", step) % len(lengths)]
+
+    def _accumulation(self, length: int) -> int:
+        most = -(-self.config.images_per_step // self.ranks)
+        return -(-most // self.config.images_per_microbatch(length))
+
+    def __next__(self) -> list[Batch]:
+        started = time.perf_counter()
+        batches = self._prepare(self.steps) if self._worker is None else self._from_worker()
+        self.steps += 1
+        patches = sum(batch.vision.patches.shape[0] for batch in batches)
+        self.metrics = {
+            "data/wait_s": time.perf_counter() - started,
+            "data/images": float(sum(len(batch.keys) for batch in batches)),
+            "data/fill_patches": patches / (len(batches) * self.config.patches_per_microbatch),
+        }
+        return batches
+
+    def _from_worker(self) -> list[Batch]:
+        assert self._worker is not None
+        step, ahead = self._ahead or (-1, None)
+        if ahead is None or step != self.steps:
+            ahead = self._worker.submit(self._prepare, self.steps)
+        batches = ahead.result()
+        self._ahead = (self.steps + 1, self._worker.submit(self._prepare, self.steps + 1))
+        return batches
+
+    def _prepare(self, step: int) -> list[Batch]:
+        length = self.length(step)
+        first = step * self.config.images_per_step
+        mine = range(first + self.rank, first + self.config.images_per_step, self.ranks)
+        count = self._accumulation(length)
+        batches = []
+        for n in range(count):
+            positions = mine[len(mine) * n // count : len(mine) * (n + 1) // count]
+            batches.append(self._build([self.gallery(p) for p in positions], positions, length))
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps delivered, and what must not change when they are continued."""
+        return {"steps": self.steps, **self._pinned()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` where the run's stream is not the one of the checkpoint."""
+        for name, value in self._pinned().items():
+            if state[name] != value:
+                raise ValueError(f"{name}: the checkpoint has {state[name]}, this run {value}; data would not continue")
+        self.steps = int(state["steps"])
+
+    def _pinned(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "seed": config.seed,
+            "images_per_step": config.images_per_step,
+            "sequence_lengths": list(config.sequence_lengths),
+        }
+
+    def close(self) -> None:
+        """Stop the thread. Iterating afterwards is an error."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+
+
+def distillation_stream(
+    config: VisionStreamConfig,
+    gallery: Gallery,
+    geometry: GeometryConfig,
+    mask: MaskConfig,
+    crop: CropConfig | None = None,
+    world: World | None = None,
+) -> VisionStream[MaskedVision]:
+    """Square crops, each of as many patches as the step's sequence length allows, with their masks.
+
+    256 patches of 14 pixels are the 224 x 224 of the published recipe. Raises ``ValueError`` for a length in which
+    no square of whole visual tokens fits.
+    """
+    crop = crop or CropConfig()
+    for length in config.sequence_lengths:
+        _square_side(length, geometry)
+
+    def build(pictures: Sequence[Picture], positions: Sequence[int], length: int) -> MaskedVision:
+        side = _square_side(length, geometry)
+        exact = replace(geometry, min_tokens=1, max_tokens=max(geometry.max_tokens, length))
+        images, pixels, masks = [], [], []
+        for picture, position in zip(pictures, positions, strict=True):
+            random = np.random.default_rng([config.seed, position])
+            square = crop_square(picture.image, crop, random)
+            images.append(patchify(resize(square, side, side), exact))
+            pixels.append(torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).float() / 255.0)
+            masks.append(mask_patches(images[-1].grid, geometry.merge_size, mask, random))
+        keys = tuple(picture.key for picture in pictures)
+        return MaskedVision(PackedVision.pack(images), torch.cat(masks), tuple(pixels), keys)
+
+    return VisionStream(config, gallery, build, world)
+
+
+def pair_stream(
+    config: VisionStreamConfig,
+    gallery: Gallery,
+    geometry: GeometryConfig,
+    vocab: Vocab,
+    max_text: int = 64,
+    world: World | None = None,
+) -> VisionStream[PairedBatch]:
+    """Images at their own aspect, shrunk to the step's sequence length where they exceed it, with their captions."""
+
+    def build(pictures: Sequence[Picture], positions: Sequence[int], length: int) -> PairedBatch:
+        most = max(length // geometry.merge_size**2, 1)
+        room = replace(geometry, max_tokens=most, min_tokens=min(geometry.min_tokens, most))
+        return pair_pictures(pictures, room, vocab, max_text)
+
+    return VisionStream(config, gallery, build, world)
+
+
+def pair_pictures(pictures: Sequence[Picture], geometry: GeometryConfig, vocab: Vocab, max_text: int) -> PairedBatch:
+    """One micro-batch of pictures with their captions.
+
+    Raises ``ValueError`` naming a picture whose shape no geometry accepts.
+    """
+    texts = [caption_ids(picture.caption, vocab, max_text) for picture in pictures]
+    return PairedBatch(
+        PackedVision.pack([_patchify(picture, geometry) for picture in pictures]),
+        torch.tensor([i for ids in texts for i in ids]),
+        Segments([len(ids) for ids in texts]),
+        tuple(picture.key for picture in pictures),
+    )
+
+
+def caption_ids(caption: str, vocab: Vocab, max_text: int) -> list[int]:
+    """At most ``max_text`` ids, the last of them the end; an empty caption is the end alone."""
+    return [*vocab.encode(caption)[: max_text - 1], vocab.pad_id]
+
+
+def crop_square(image: np.ndarray, config: CropConfig, random: np.random.Generator) -> np.ndarray:
+    """A square of ``(height, width, 3)`` at a random place."""
+    height, width = image.shape[:2]
+    share = math.sqrt(random.uniform(config.min_area, 1.0))
+    side = max(round(min(height, width) * share), 1)
+    top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
+    return image[top : top + side, left : left + side]
+
+
+def _square_side(length: int, geometry: GeometryConfig) -> int:
+    tokens = math.isqrt(length) // geometry.merge_size
+    if tokens < 1:
+        raise ValueError(f"sequence length {length} holds no square of {geometry.merge_size} patches a side")
+    return tokens * geometry.unit
+
+
+def _patchify(picture: Picture, geometry: GeometryConfig) -> PatchedImage:
+    try:
+        return patchify(picture.image, geometry)
+    except ValueError as error:
+        raise ValueError(f"{picture.key}: {error}") from error

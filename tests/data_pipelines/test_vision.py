@@ -1,0 +1,200 @@
+"""Streams of stages 1 and 2: pure functions of the step, exact in count, the same images on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipelines.documents import Quarantine, QuarantineConfig
+from data_pipelines.galleries import MixedGallery, Picture, ShardGallery, mixed
+from data_pipelines.masking import MaskConfig
+from data_pipelines.shards import ShardWriter
+from data_pipelines.vision import (
+    CropConfig,
+    VisionStreamConfig,
+    caption_ids,
+    crop_square,
+    distillation_stream,
+    pair_pictures,
+    pair_stream,
+)
+from mmagent.chat import Image, Text
+from mmagent.dist import World
+from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches
+from mmagent.records import EncodedImage, Record, encode_image
+from mmagent.vocab import Vocab
+from tests.vision_kit import tiny_picture
+
+GEOMETRY = GeometryConfig(min_tokens=4)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vocab() -> Vocab:
+    return Vocab.train((tiny_picture(n).caption for n in range(50)), 320)
+
+
+def masked_stream(world: World | None = None, **changes):
+    config = {"images_per_step": 10, "patches_per_microbatch": 200, "sequence_lengths": [64, 16], **changes}
+    return distillation_stream(VisionStreamConfig(**config), tiny_picture, GEOMETRY, MaskConfig(), world=world)
+
+
+def paired_stream(vocab: Vocab, world: World | None = None, **changes):
+    config = {"images_per_step": 10, "patches_per_microbatch": 200, "sequence_lengths": [16, 64], **changes}
+    return pair_stream(VisionStreamConfig(**config), tiny_picture, GEOMETRY, vocab, world=world)
+
+
+def equal(one, two) -> bool:
+    same = torch.equal(one.vision.patches, two.vision.patches) and torch.equal(one.vision.grids, two.vision.grids)
+    if hasattr(one, "masked"):
+        pixels = all(torch.equal(a, b) for a, b in zip(one.pixels, two.pixels, strict=True))
+        return same and torch.equal(one.masked, two.masked) and pixels and one.keys == two.keys
+    return same and torch.equal(one.text_ids, two.text_ids) and one.keys == two.keys
+
+
+@pytest.mark.parametrize("kind", ["masked", "paired"])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_resumed_stream_continues_bit_for_bit(kind, prefetch, vocab):
+    def make():
+        return masked_stream(prefetch=prefetch) if kind == "masked" else paired_stream(vocab, prefetch=prefetch)
+
+    whole = make()
+    steps = [next(whole) for _ in range(6)]
+    stopped = make()
+    for _ in range(3):
+        next(stopped)
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = make()
+    next(resumed)  # whatever it prepared ahead must not leak into what follows
+    resumed.load_state_dict(state)
+    for expected in steps[3:]:
+        batches = next(resumed)
+        assert len(batches) == len(expected)
+        assert all(equal(a, b) for a, b in zip(batches, expected, strict=True))
+    assert {stopped.length(n) for n in range(20)} == {16, 64}
+
+
+def test_what_a_checkpoint_pins_cannot_change():
+    state = masked_stream().state_dict()
+    with pytest.raises(ValueError, match="seed: the checkpoint has 0, this run 1"):
+        masked_stream(seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="images_per_step"):
+        masked_stream(images_per_step=20).load_state_dict(state)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_images_of_one_process_and_have_equally_many_micro_batches(ranks, vocab):
+    alone = paired_stream(vocab, prefetch=False)
+    shares = [paired_stream(vocab, World(r, ranks, r, CPU), prefetch=False) for r in range(ranks)]
+    for _ in range(4):
+        expected = sorted(key for batch in next(alone) for key in batch.keys)
+        steps = [next(share) for share in shares]
+        assert len({len(batches) for batches in steps}) == 1
+        assert sorted(key for batches in steps for batch in batches for key in batch.keys) == expected
+
+
+def test_micro_batches_keep_the_patch_budget(vocab):
+    for stream in (masked_stream(prefetch=False), paired_stream(vocab, prefetch=False)):
+        for step in range(4):
+            batches = next(stream)
+            assert sum(len(batch.keys) for batch in batches) == 10
+            for batch in batches:
+                assert batch.vision.patches.shape[0] <= 200
+                assert int(batch.vision.grids.prod(dim=1).max()) <= stream.length(step)
+        assert "images on 1 ranks" in stream.describe()
+
+
+def test_squares_have_their_exact_share_hidden_and_the_teachers_see_the_same_picture():
+    stream = masked_stream(prefetch=False, sequence_lengths=[70])
+    (batch,) = [batch for batch in next(stream) if "tiny/0" in batch.keys]
+    assert batch.vision.grids.tolist() == [[1, 8, 8]] * len(batch.keys)
+    assert [int(m.sum()) for m in batch.masked.split(64)] == [round(0.35 * 64)] * len(batch.keys)
+    square = batch.pixels[0]
+    assert square.shape[1] == square.shape[2]
+    seen = from_patches(batch.vision.patches[:64], (1, 8, 8), GEOMETRY)[0]
+    seen = seen * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    assert torch.allclose(seen.mean(dim=(1, 2)), square.mean(dim=(1, 2)), atol=0.02)
+
+
+def test_pairs_keep_aspect_and_follow_the_sequence_length(vocab):
+    stream = paired_stream(vocab, prefetch=False)
+    shapes = set()
+    for _ in range(6):
+        for batch in next(stream):
+            shapes |= {tuple(grid) for grid in batch.vision.grids.tolist()}
+    assert len(shapes) > 4
+
+
+def test_captions_end_and_empty_ones_have_an_end_too(vocab):
+    end = vocab.pad_id
+    assert caption_ids("", vocab, 64) == [end]
+    ids = caption_ids("a red square " * 50, vocab, 8)
+    assert len(ids) == 8
+    assert ids[-1] == end
+    assert end not in caption_ids("<|endoftext|>", vocab, 64)[:-1]
+
+
+def test_extreme_images(vocab):
+    pixel = Picture(np.zeros((1, 1, 3), np.uint8), "", "one-pixel")
+    pairs = pair_pictures([pixel], GEOMETRY, vocab, 64)
+    assert pairs.vision.grids.tolist() == [[1, 4, 4]]
+    ribbon = Picture(np.zeros((8, 20000, 3), np.uint8), "", "ribbon")
+    with pytest.raises(ValueError, match="ribbon: image of 20000x8 pixels: aspect ratio"):
+        pair_pictures([ribbon], GEOMETRY, vocab, 64)
+    random = np.random.default_rng(0)
+    assert crop_square(ribbon.image, CropConfig(), random).shape[0] <= 8
+    assert crop_square(pixel.image, CropConfig(0.1), random).shape == (1, 1, 3)
+
+
+def test_bad_configurations_are_refused():
+    with pytest.raises(ValueError, match="cannot hold one image"):
+        VisionStreamConfig(patches_per_microbatch=100, sequence_lengths=[64, 128])
+    with pytest.raises(ValueError, match="some of 4 ranks"):
+        masked_stream(World(0, 4, 0, CPU), images_per_step=3)
+    with pytest.raises(ValueError, match="holds no square"):
+        masked_stream(sequence_lengths=[3])
+    with pytest.raises(ValueError, match="min_area"):
+        CropConfig(0.0)
+
+
+def test_a_mixture_is_exact_and_leaves_no_gaps():
+    def gallery(name: str):
+        return lambda position: Picture(np.zeros((1, 1, 3), np.uint8), "", f"{name}{position}")
+
+    mix = MixedGallery({"a": (gallery("a"), 0.8), "b": (gallery("b"), 0.1), "c": (gallery("c"), 0.1)})
+    keys = [mix(n).key for n in range(3000)]
+    for name, share in (("a", 2400), ("b", 300), ("c", 300)):
+        assert [key for key in keys if key[0] == name] == [f"{name}{n}" for n in range(share)]
+    with pytest.raises(ValueError, match="unknown galleries"):
+        mixed({"a": gallery("a")}, {"z": 1.0})
+    with pytest.raises(ValueError, match="positive weights"):
+        mixed({"a": gallery("a")}, {"a": 0.0})
+
+
+def test_shards_are_a_gallery_that_quarantines_what_it_cannot_use(tmp_path):
+    with ShardWriter(tmp_path, max_samples=7) as writer:
+        for n in range(12):
+            picture = tiny_picture(n)
+            image = encode_image(picture.image)
+            if n == 3:
+                image = EncodedImage(image.data[:200], "png")
+            if n == 5:
+                image = encode_image(np.zeros((8, 20000, 3), np.uint8))
+            parts = (Image(), Text(picture.caption))
+            writer.write(Record(key=f"sample-{n}", source="tiny", parts=parts, images=(image,)))
+    quarantine = Quarantine(QuarantineConfig(max_share=1.0))
+    gallery = ShardGallery(str(tmp_path), GEOMETRY, quarantine=quarantine)
+    pictures = [gallery(n) for n in range(24)]
+    whole = {f"sample-{n}" for n in range(12)} - {"sample-3", "sample-5"}
+    assert {picture.key for picture in pictures[:12]} == whole
+    assert {picture.key for picture in pictures[12:]} == whole
+    assert [p.key for p in pictures[:12]] != [p.key for p in pictures[12:]]
+    assert quarantine.bad["pictures"] >= 4
+    again = ShardGallery(str(tmp_path), GEOMETRY, quarantine=quarantine)
+    assert [again(n).key for n in range(24)] == [picture.key for picture in pictures]
+    first = next(p for p in pictures if p.key == "sample-0")
+    assert np.array_equal(first.image, tiny_picture(0).image)
+    assert first.caption == tiny_picture(0).caption
