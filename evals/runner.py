@@ -30,6 +30,10 @@ TRANSPORT_ERRORS: tuple[type[Exception], ...] = (ConnectionError,)
 """What is worth another try: nothing was judged, and the fault lay on the way."""
 
 
+KEPT = 200_000
+"""Characters of one action or observation that a row keeps; a runaway answer must not fill the disk."""
+
+
 class EvaluationBroken(RuntimeError):
     """Nothing but errors from the start: going on would waste hours."""
 
@@ -223,8 +227,12 @@ def _lay_down(
         if not action and n:
             continue  # what was shown after the last action is kept as that step's note
         picture = save(f"step-{n:02d}.png", seen.images[-1]) if seen.images else None
-        steps.append(StepRecord(picture, seen.text, action, after, action_points(action)))
+        steps.append(StepRecord(picture, _bounded(seen.text), _bounded(action), _bounded(after), action_points(action)))
     return tuple(steps), {name: save(f"{name}.png", pixels) for name, pixels in extra.items()}
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= KEPT else f"{text[:KEPT]}\n… {len(text) - KEPT:,} more characters"
 
 
 def action_points(text: str) -> tuple[tuple[int, int], ...]:
@@ -291,8 +299,8 @@ class _Progress:
 
     def show(self, row: Row) -> None:
         self._count(row)
-        self._bar.update(1)
         self._tell()
+        self._bar.update(1)
 
     def _count(self, row: Row) -> None:
         if row.value is None:
@@ -304,7 +312,9 @@ class _Progress:
     def _tell(self) -> None:
         shares = [total / count for total, count in self._sums.values()]
         score = f"{100 * sum(shares) / len(shares):.1f} %" if shares else "–"
-        self._bar.set_postfix_str(f"score {score}" + (f", {self._errors} errors" if self._errors else ""))
+        self._bar.set_postfix_str(
+            f"score {score}" + (f", {self._errors} errors" if self._errors else ""), refresh=False
+        )
 
     def __enter__(self) -> _Progress:
         return self

@@ -79,7 +79,6 @@ class Row:
     steps: tuple[StepRecord, ...] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)
     boxes: tuple[tuple[float, ...], ...] = ()
-    said: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0

@@ -85,11 +85,11 @@ def suite_body(run: Run, summary: Summary | None = None) -> Markup:
 
 
 def screens(run: Run, limit: int = SCREENS) -> Markup:
-    """First screens with the first action that has a place on them; half successes, half failures where there are."""
+    """Screens with the last action that has a place on them, the one that decided; half of them successes."""
     rows = [r for r in run.judged if any(s.picture and s.points for s in r.steps) and RENDERING not in r.pictures]
     figures = []
     for row in _mixed(rows, limit):
-        step = next(s for s in row.steps if s.picture and s.points)
+        step = next(s for s in reversed(row.steps) if s.picture and s.points)
         data = _read(run, step.picture)
         if data is None:
             continue
@@ -99,7 +99,7 @@ def screens(run: Run, limit: int = SCREENS) -> Markup:
                 marks=(_mark(step, data),),
                 boxes=tuple(tuple(box) for box in row.boxes) if step is row.steps[0] else (),
                 success=_right(row),
-                caption=_cut(step.text, 140) or row.key,
+                caption=_cut(row.steps[0].text, 140) or row.key,
                 says=step.action,
             )
         )

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from mmagent.chat import ChatConfig
 from mmagent.config import load_yaml, locate, to_yaml
@@ -55,11 +58,13 @@ def save_agent(
     chat: ChatConfig,
     *,
     encoder: str = "",
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the folder, replacing an older one.
 
-    ``encoder`` must name the factory when the model's encoder is no CogViT. Raises ``ValueError`` when model and
-    vocabulary disagree, before anything is written.
+    ``encoder`` must name the factory when the model's encoder is no CogViT. ``weights`` is the full state dict of a
+    sharded model, gathered by all ranks; one rank writes. Raises ``ValueError`` when model and vocabulary disagree,
+    before anything is written.
     """
     folder = Path(folder)
     config = AgentConfig(model.config, geometry, chat, encoder)
@@ -69,7 +74,7 @@ def save_agent(
     beside = folder.with_name(folder.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_weights(model, beside / WEIGHTS)
+    save_weights(model if weights is None else weights, beside / WEIGHTS)
     vocab.save(beside / TOKENIZER)
     (beside / CONFIG).write_text(to_yaml(config), encoding="utf-8")
     if folder.exists():

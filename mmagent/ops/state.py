@@ -14,19 +14,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class WeightsError(ValueError):
     """Weights that do not fit a model; the message names file and tensors."""
 
 
-def save_weights(module: nn.Module, path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+def save_weights(
+    weights: nn.Module | Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write parameters and persistent buffers to one safetensors file, whole or not at all.
 
-    Tensors that share memory (a tied head) are written once, under their first name.
+    ``weights`` is a module, or the full state dict gathered from a sharded one. Tensors that share memory (a tied
+    head) are written once, under their first name. Raises :class:`WeightsError` for a shard.
     """
     path = Path(path)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _unshared(module.state_dict()).items()}
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    if sharded := [name for name, t in state.items() if isinstance(t, DTensor)]:
+        raise WeightsError(f"{sharded[0]} (and {len(sharded) - 1} more) is sharded: gather the full weights first")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _unshared(state).items()}
     temporary = path.with_name(path.name + ".new")
     save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
     with open(temporary, "rb+") as file:

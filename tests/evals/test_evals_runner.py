@@ -215,6 +215,12 @@ def test_foreign_text_survives_the_line(tmp_path):
     assert len(lines(tmp_path)) >= 1
 
 
+def test_a_runaway_answer_is_kept_in_bounds(tmp_path):
+    run = evaluate_now(guess_suite(1, ["dim"]), RuleAgent(lambda *_: "x" * 5_000_000), tmp_path, QUIET)
+    assert run.rows[0].steps[0].action.endswith("4,800,000 more characters")
+    assert (tmp_path / "items.jsonl").stat().st_size < 300_000
+
+
 def test_a_row_has_a_score_or_an_error():
     with pytest.raises(ValueError, match="exactly one"):
         Row("t/i", "t", "i", 0, 0.0, error="x")

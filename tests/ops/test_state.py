@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
+from mmagent.dist import World, run_ranks
 from mmagent.ops.state import WeightsError, load_weights, save_weights
 
 
@@ -57,6 +59,26 @@ def test_absent_and_damaged_files(tmp_path):
     (tmp_path / "w").write_bytes((tmp_path / "w").read_bytes()[:-8])
     with pytest.raises(WeightsError, match=str(tmp_path / "w")):
         load_weights(Tied(), tmp_path / "w")
+
+
+def write_sharded(world: World, folder: str) -> list[str]:
+    shard = DTensor.from_local(torch.full((2,), float(world.rank)), world.mesh(), [Shard(0)])
+    said = ""
+    try:
+        save_weights({"weight": shard}, f"{folder}/wrong")
+    except WeightsError as error:
+        said = str(error)
+    full = shard.full_tensor()
+    if world.is_main:
+        save_weights({"weight": full}, f"{folder}/right")
+    return [said]
+
+
+def test_a_shard_is_refused_and_a_gathered_state_taken(tmp_path):
+    for (said,) in run_ranks(write_sharded, 2, str(tmp_path)):
+        assert "weight (and 0 more) is sharded" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["right"]
+    assert load_file(tmp_path / "right")["weight"].tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_dtypes_follow_the_module(tmp_path):
