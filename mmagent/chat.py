@@ -293,22 +293,31 @@ def _newline(config: ChatConfig) -> str:
 
 
 def _open_thinking(writer: _Writer, config: ChatConfig) -> None:
+    if config.thinking:
+        writer.text(_newline(config))
+        writer.control("<think>")
+    else:
+        _no_thinking(writer, config)
+
+
+def _no_thinking(writer: _Writer, config: ChatConfig) -> None:
+    """An answer without thoughts: an empty pair in GLM-4.5, only the closing mark in GLM-4.7."""
     writer.text(_newline(config))
-    writer.control("<think>")
-    if not config.thinking:
-        writer.control("</think>")
+    if config.generation is Generation.GLM45:
+        writer.control("<think>")
+    writer.control("</think>")
 
 
 def _assistant(writer: _Writer, message: Message, config: ChatConfig, *, keep_thinking: bool) -> None:
     trainable = message.trainable
     thought = "\n".join(part.text.strip() for part in message.parts if isinstance(part, Thinking))
-    writer.text(_newline(config))
-    writer.control("<think>")
     if config.thinking and keep_thinking:
+        writer.text(_newline(config))
+        writer.control("<think>")
         writer.text(thought, trainable)
         writer.control("</think>", trainable)
     else:
-        writer.control("</think>")
+        _no_thinking(writer, config)
     content = "\n".join(part.text.strip() for part in message.parts if isinstance(part, Text))
     if content:
         writer.text(_newline(config) + content, trainable)

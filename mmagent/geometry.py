@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -161,11 +162,37 @@ def patchify(image: np.ndarray | Sequence[np.ndarray], config: GeometryConfig) -
             )
     original = (frames[0].shape[0], frames[0].shape[1])
     seen = fit(*original, config)
-    frames = [resize(frame, *seen) for frame in frames]
-    frames += [frames[-1]] * (-len(frames) % config.temporal_patch)
-    pixels = normalise(torch.from_numpy(np.stack(frames)))
-    patches, grid = to_patches(pixels, config)
-    return PatchedImage(patches, grid, ImageView(original, seen))
+    seen_frames = [resize(frame, *seen) for frame in frames]
+    groups = -(-len(frames) // config.temporal_patch)
+    seen_frames += [seen_frames[-1]] * (groups * config.temporal_patch - len(frames))
+    grid = (groups, seen[0] // config.patch_size, seen[1] // config.patch_size)
+    return PatchedImage(torch.from_numpy(_cut(seen_frames, config)), grid, ImageView(original, seen))
+
+
+def _cut(frames: Sequence[np.ndarray], config: GeometryConfig) -> np.ndarray:
+    """``(p, C)`` float32 from frames of one size: :func:`to_patches` of :func:`normalise`, bit for bit, but bytes are
+    moved before they become floats, and the 256 values of a channel are normalised once (five times faster)."""
+    t, p, m = config.temporal_patch, config.patch_size, config.merge_size
+    height, width = frames[0].shape[:2]
+    patches = np.empty((len(frames) // t, height // (p * m), width // (p * m), m, m, 3, t, p, p), np.float32)
+    before = None
+    for n, frame in enumerate(frames):
+        into = patches[n // t, ..., n % t, :, :]
+        if frame is before and n % t:  # a still image, or the end of a clip: its last frame again
+            into[...] = patches[n // t, ..., n % t - 1, :, :]
+            continue
+        blocks = frame.reshape(height // (p * m), m, p, width // (p * m), m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+        blocks = np.ascontiguousarray(blocks)
+        for channel, table in enumerate(_normalised()):
+            into[..., channel, :, :] = np.take(table, blocks[..., channel, :, :])
+        before = frame
+    return patches.reshape(-1, config.patch_values)
+
+
+@cache
+def _normalised() -> np.ndarray:
+    """``(3, 256)`` float32: what :func:`normalise` makes of every value of every channel."""
+    return normalise(torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 3))[0, :, 0].numpy()
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -74,7 +74,9 @@ class Segments:
         """``(T,)`` int64: the segment every position belongs to, on the device of ``cu_seqlens``."""
         device = self.cu_seqlens.device
         return torch.repeat_interleave(
-            torch.arange(len(self), device=device), torch.tensor(self.lengths, device=device), output_size=self.total
+            torch.arange(len(self), device=device),
+            torch.tensor(self.lengths, dtype=torch.int64, device=device),
+            output_size=self.total,
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:

@@ -1,0 +1,282 @@
+"""The record on disk: a round trip, errors that name key and field, and a guard around image decoding."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as PILImage
+
+from mmagent.chat import Image, Message, Part, Text, Thinking, ToolCall, Video, assistant, user
+from mmagent.records import (
+    EncodedImage,
+    Record,
+    RecordError,
+    Region,
+    decode_image,
+    encode_image,
+    from_sample,
+    image_size,
+    to_sample,
+    validate,
+)
+
+
+def picture(height: int = 6, width: int = 8, mode: str = "RGB", **save: object) -> EncodedImage:
+    depth = {"RGB": 3, "RGBA": 4, "LA": 2, "L": 1}[mode]
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, depth), dtype=np.uint8)
+    buffer = io.BytesIO()
+    options = {"format": "PNG"} | save
+    PILImage.fromarray(pixels.squeeze(), mode).save(buffer, **options)
+    return EncodedImage(buffer.getvalue(), str(options["format"]).lower())
+
+
+PICTURE = picture()
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+seen = st.one_of(
+    text.map(Text), st.just(Image()), st.lists(st.floats(0, 99), min_size=1, max_size=2).map(tuple).map(Video)
+)
+said = st.one_of(text.map(Text), text.map(Thinking), st.builds(ToolCall, text, st.dictionaries(text, text, max_size=2)))
+messages = st.one_of(
+    st.builds(Message, st.sampled_from(["user", "observation"]), st.lists(seen, max_size=3).map(tuple)),
+    st.builds(Message, st.just("assistant"), st.lists(said, max_size=3).map(tuple), st.booleans()),
+    st.builds(Message, st.just("system"), st.lists(text.map(Text), max_size=2).map(tuple)),
+)
+keys = st.from_regex(r"([A-Za-z0-9_.-]*[A-Za-z0-9_-]/)?[A-Za-z0-9 _-]+", fullmatch=True)
+
+
+def places(parts: tuple[Part, ...]) -> int:
+    return sum(
+        len(part.timestamps) if isinstance(part, Video) else 1 for part in parts if isinstance(part, Image | Video)
+    )
+
+
+@st.composite
+def records(draw: st.DrawFn) -> Record:
+    turns = tuple(draw(st.lists(messages, max_size=3)))
+    parts = () if turns else tuple(draw(st.lists(seen, min_size=1, max_size=4)))
+    images = places(parts or tuple(part for turn in turns for part in turn.parts))
+    box = st.builds(Region, st.integers(0, images - 1), st.just((0.5, 1.0, 8.0, 6.0)), text)
+    point = st.builds(Region, st.integers(0, images - 1), st.just((3.0, 6.0)), text)
+    return Record(
+        draw(keys),
+        draw(text.filter(len)),
+        turns,
+        parts,
+        (PICTURE,) * images,
+        draw(text),
+        draw(text),
+        tuple(draw(st.lists(box, max_size=2))) if images else (),
+        tuple(draw(st.lists(point, max_size=2))) if images else (),
+    )
+
+
+@given(records())
+def test_disk_gives_back_what_was_written(record):
+    assert from_sample(to_sample(record)) == record
+
+
+BOX = (Region(0, (1.0, 1.0, 4.0, 4.0), "b"),)
+GOOD = Record("key", "src", (user(Image(), "q"), assistant("a")), images=(PICTURE,), boxes=BOX)
+
+
+@pytest.mark.parametrize(
+    "change, field",
+    [
+        ({"key": ""}, "key"),
+        ({"key": "a.b"}, "key"),
+        ({"key": "../a"}, "key"),
+        ({"key": "/a"}, "key"),
+        ({"key": "a\nb"}, "key"),
+        ({"source": ""}, "source"),
+        ({"messages": ()}, "messages"),
+        ({"parts": (Text("x"),)}, "messages"),
+        ({"messages": (), "parts": (Image(), Thinking("x"))}, "parts"),
+        ({"images": ()}, "images"),
+        ({"images": (PICTURE, PICTURE)}, "images"),
+        ({"images": (EncodedImage(b"nothing", "png"),)}, "images[0]"),
+        ({"messages": (user(Video(())), assistant("a")), "images": ()}, "timestamps"),
+        ({"messages": (user(Video((float("nan"),))), assistant("a"))}, "timestamps"),
+        ({"boxes": (Region(1, (1, 1, 2, 2)),)}, "boxes[0]"),
+        ({"boxes": (Region(-1, (1, 1, 2, 2)),)}, "boxes[0]"),
+        ({"boxes": (*BOX, Region(0, (1, 1, 9, 2)))}, "boxes[1]"),
+        ({"boxes": (Region(0, (-1, 1, 2, 2)),)}, "boxes[0]"),
+        ({"boxes": (Region(0, (1, 1, 2, 7)),)}, "boxes[0]"),
+        ({"boxes": (Region(0, (2, 1, 2, 2)),)}, "boxes[0]"),
+        ({"boxes": (Region(0, (1, 3, 2, 2)),)}, "boxes[0]"),
+        ({"boxes": (Region(0, (1, 1, 2)),)}, "boxes[0]"),
+        ({"boxes": (Region(0, (1, 1, float("nan"), 2)),)}, "boxes[0]"),
+        ({"points": (Region(0, (9, 1)),)}, "points[0]"),
+        ({"points": (Region(0, (1, 1, 2, 2)),)}, "points[0]"),
+    ],
+)
+def test_the_validator_names_key_and_field(change, field):
+    record = replace(GOOD, **change)
+    with pytest.raises(RecordError) as caught:
+        validate(record)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(f"{record.key or '<no key>'}: {field}: ")
+    with pytest.raises(RecordError):
+        to_sample(record)
+
+
+def sample(**body: object) -> dict[str, object]:
+    whole = {"source": "src", "messages": [{"role": "user", "content": "q"}]} | body
+    return {"__key__": "key", "json": json.dumps({k: v for k, v in whole.items() if v is not None}).encode()}
+
+
+def test_content_may_be_plain_text():
+    assert from_sample(sample()).messages == (user("q"),)
+
+
+@pytest.mark.parametrize(
+    "broken, field, problem",
+    [
+        ({"__key__": "key"}, "json", "is missing"),
+        ({"__key__": "key", "json": b"{"}, "json", "does not parse"),
+        ({"__key__": "key", "json": b"\xff\xfe"}, "json", "does not parse"),
+        ({"__key__": "key", "json": b"[]"}, "json", "must be an object, got list"),
+        (sample(colour="red"), "colour", "is no field"),
+        (sample(source=None), "source", "is empty"),
+        (sample(messages=[{"role": "user"}]), "json", "content"),
+        (sample(messages=[{"role": "user", "content": None}]), "json", "TypeError"),
+        (sample(messages=[{"role": "user", "content": [{"type": "text"}]}]), "json", "text must be text"),
+        (sample(messages=[{"role": "user", "content": [{"type": "sound"}]}]), "json", "'sound' is none of"),
+        (sample(messages=[{"role": "user", "content": ["q"]}]), "json", "a part must be an object"),
+        (sample(messages=[{"role": "robot", "content": "q"}]), "json", "'robot' is none of"),
+        (
+            sample(messages=[{"role": "user", "content": [{"type": "thinking", "text": "x"}]}]),
+            "json",
+            "Thinking in a user",
+        ),
+        (sample(messages=[{"role": "assistant", "content": "q", "trainable": "no"}]), "json", "trainable must be"),
+        (sample(messages=[{"role": "user", "content": "\ud800"}]), "json", "surrogate"),
+        (sample(messages="q"), "json", "TypeError"),
+        (sample(boxes=[{"image": 0.5, "box": [0, 0, 1, 1]}]), "json", "image must be an integer"),
+        (sample(boxes=[{"image": 0, "box": [0, 0, "x", 1]}]), "json", "ValueError"),
+        (sample(points=[{"image": 0}]), "json", "KeyError"),
+        (sample() | {"1.png": PICTURE.data}, "images", r"numbered \[1\], expected 0..0"),
+        (sample() | {"0.png": PICTURE.data, "0.jpg": PICTURE.data}, "images", "two images have the number 0"),
+        (sample() | {"0.png": PICTURE.data}, "images", "0 places for images, 1 images"),
+    ],
+)
+def test_broken_samples_are_named(broken, field, problem):
+    with pytest.raises(RecordError, match=problem) as caught:
+        from_sample(broken)
+    assert caught.value.field == field
+    assert caught.value.key == "key"
+
+
+def test_files_that_are_no_images_are_left_alone():
+    assert from_sample(sample() | {"txt": b"x", "0.txt": b"x", "²png": b"x", "².png": b"x"}).images == ()
+
+
+@pytest.mark.parametrize("extension", ["png", "jpeg", "webp", "bmp", "gif"])
+def test_every_accepted_format_decodes_and_tells_its_size(extension):
+    image = picture(6, 8, format=extension.upper())
+    assert decode_image(image.data, "k").shape == (6, 8, 3)
+    assert image_size(image, "k") == (6, 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied_to_pixels_and_size(orientation, extension):
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    image = picture(6, 8, format=extension, exif=exif)
+    decoded = decode_image(image.data, "k")
+    assert decoded.shape[:2] == ((8, 6) if orientation >= 5 else (6, 8)) == image_size(image, "k")
+    if orientation == 3 and extension == "PNG":
+        assert np.array_equal(decoded[::-1, ::-1], decode_image(picture(6, 8).data, "k"))
+
+
+def test_the_size_of_a_png_costs_no_decoding(monkeypatch):
+    monkeypatch.setattr(PILImage.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    assert image_size(PICTURE, "k") == (6, 8)
+
+
+def test_alpha_is_laid_over_white():
+    pixels = np.zeros((1, 3, 4), dtype=np.uint8)
+    pixels[0, :, 0], pixels[0, :, 3] = 200, (0, 255, 51)
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), "k")[0].tolist() == [[255, 255, 255], [200, 0, 0], [244, 204, 204]]
+    palette = PILImage.new("P", (2, 1), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=0)
+    assert decode_image(buffer.getvalue(), "k")[0].tolist() == [[255, 255, 255], [40, 50, 60]]
+    assert decode_image(picture(2, 2, "LA").data, "k").shape == (2, 2, 3)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    buffer = io.BytesIO()
+    PILImage.fromarray(np.array([[0, 255, 32768, 65535]], dtype=np.uint16)).save(buffer, "PNG")
+    assert decode_image(buffer.getvalue(), "k")[0, :, 0].tolist() == [0, 0, 128, 255]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that claims to be huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_000, 13_000, 60_000])
+def test_bombs_are_refused_before_decoding(side, monkeypatch):
+    monkeypatch.setattr(PILImage.Image, "load", lambda self: pytest.fail("pixels were decoded"))
+    with pytest.raises(RecordError, match=r"key: images\[2\]: .*(exceed the limit|cannot decode)"):
+        decode_image(bomb(side, side), "key", "images[2]")
+
+
+def test_the_limit_can_be_set():
+    with pytest.raises(RecordError, match="k: image: 8x6 pixels exceed the limit of 47"):
+        decode_image(PICTURE.data, "k", max_pixels=47)
+    assert decode_image(PICTURE.data, "k", max_pixels=48).shape == (6, 8, 3)
+
+
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF"]), st.data())
+@settings(max_examples=150)
+def test_damaged_bytes_decode_or_are_refused_by_name(extension, data):
+    whole = bytearray(picture(9, 11, format=extension).data)
+    for _ in range(data.draw(st.integers(0, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    image = EncodedImage(cut, "png")
+    for attempt in (decode_image, image_size):
+        outcome = refusal(attempt, cut if attempt is decode_image else image)
+        assert outcome is None or outcome.startswith("key: images[0]: ")
+
+
+def refusal(attempt: Callable[..., object], image: object) -> str | None:
+    """The message of the error, None when it worked; anything but a record error fails the test."""
+    try:
+        attempt(image, "key", "images[0]")
+    except RecordError as error:
+        return str(error)
+    return None
+
+
+def test_a_truncated_image_is_refused():
+    for extension in ("PNG", "JPEG"):
+        data = picture(60, 80, format=extension).data
+        with pytest.raises(RecordError, match="k: image: cannot decode"):
+            decode_image(data[: len(data) // 2], "k")
+
+
+def test_encoding_is_lossless_and_deterministic():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    assert encode_image(pixels) == encode_image(pixels.copy())
+    assert np.array_equal(decode_image(encode_image(pixels).data, "k"), pixels)
