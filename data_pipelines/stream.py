@@ -99,6 +99,8 @@ class PackStream(Iterator[list[PackedBatch]]):
     into a stream of the same config on any world size that divides the logical streams.
     """
 
+    shared_state = True  # one state says where all ranks stand, so a run stores it once and may change their number
+
     def __init__(
         self,
         config: StreamConfig,
@@ -174,7 +176,7 @@ class PackStream(Iterator[list[PackedBatch]]):
             raise
         self.steps += 1
         self._delivered = step.packers
-        self.metrics = {"data/wait_s": time.perf_counter() - started, **step.metrics}
+        self.metrics = {"time/data": time.perf_counter() - started, **step.metrics}
         return step.batches
 
     def _from_worker(self) -> _Step:

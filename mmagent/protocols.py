@@ -66,8 +66,9 @@ class Objective(Protocol):
 
     def __call__(self, batch: Any) -> StepOutput: ...
 
-    def after_step(self) -> None:
-        """Non-gradient updates once a step: router bias, EMA, temperature clamp."""
+    def after_step(self) -> Mapping[str, float] | None:
+        """Non-gradient updates once a step: router bias, EMA, temperature clamp. May return metrics that only a whole
+        step has, the same on every rank."""
         ...
 
 

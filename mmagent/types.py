@@ -317,6 +317,14 @@ class PairedBatch:
         if len(self.segments) != images or len(self.keys) != images or self.segments.total != self.text_ids.shape[0]:
             raise ValueError(f"{images} images, {len(self.segments)} texts, {len(self.keys)} keys")
 
+    @property
+    def num_tokens(self) -> int:
+        return self.text_ids.shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        return self.vision.patches.shape[0]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairedBatch:
         return PairedBatch(
             self.vision.to(device, non_blocking),
@@ -342,6 +350,10 @@ class MaskedVision:
             raise ValueError(f"masked {tuple(self.masked.shape)} for {self.vision.patches.shape[0]} patches")
         if len(self.pixels) != images or len(self.keys) != images:
             raise ValueError(f"{images} images, {len(self.pixels)} pixel arrays, {len(self.keys)} keys")
+
+    @property
+    def num_patches(self) -> int:
+        return self.vision.patches.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedVision:
         return MaskedVision(
@@ -474,6 +486,18 @@ class PolicyBatch:
             value = getattr(self, name)
             if value is not None and value.shape != total:
                 raise ValueError(f"{name} {tuple(value.shape)} for a stream of {tuple(total)} tokens")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.stream.keys
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stream.num_tokens
+
+    @property
+    def num_patches(self) -> int:
+        return self.stream.num_patches
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PolicyBatch:
         def move(x: Tensor | None) -> Tensor | None:

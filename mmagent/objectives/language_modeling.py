@@ -35,7 +35,6 @@ class LanguageModeling(nn.Module):
         self.depths = model.config.mtp.depths
         # Not a buffer: data-parallel wrappers overwrite buffers with those of rank 0, and this one is a local sum.
         self._load: Tensor | None = None
-        self._max_violation: Tensor | None = None
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -67,11 +66,8 @@ class LanguageModeling(nn.Module):
     def _metrics(self, batch: PackedBatch, loss: LanguageLoss) -> dict[str, Ratio]:
         one = torch.ones((), device=batch.labels.device)
         metrics = {
-            "loss": Ratio(loss.next_token.total.detach(), loss.next_token.count),
             "visual_share": Ratio(one * batch.visual_slots.shape[0], one * batch.num_tokens),
         }
-        for k, depth in enumerate(loss.mtp, start=1):
-            metrics[f"mtp_{k}/loss"] = Ratio(depth.total.detach(), depth.count)
         sees = after_image(batch.visual_slots, batch.segments)
         for k, (accepted, tried) in enumerate(acceptance(loss, batch.segments), start=1):
             metrics[f"mtp_{k}/accept"] = Ratio(accepted.sum(), tried.sum())
@@ -79,19 +75,18 @@ class LanguageModeling(nn.Module):
             metrics[f"mtp_{k}/accept_text_only"] = Ratio((accepted & ~sees).sum(), (tried & ~sees).sum())
         counted = loss.next_token.predictions != IGNORE
         for source, pair in by_source(loss.next_token.losses, counted, batch.segments, batch.sources).items():
-            metrics[f"loss/{source}"] = Ratio(*pair.unbind())
-        if self._max_violation is not None:  # of the step before: only a whole step has a global load
-            for layer, violation in enumerate(self._max_violation.unbind()):
-                metrics[f"router/max_vio_{layer}"] = Ratio(violation, one)
-            metrics["router/max_vio"] = Ratio(self._max_violation.mean(), one)
+            metrics[f"loss_by_source/{source}"] = Ratio(*pair.unbind())
         return metrics
 
-    def after_step(self) -> None:
-        """Move the router bias by the load of the whole step over all ranks, and forget that load."""
+    def after_step(self) -> dict[str, float]:
+        """Move the router bias by the load of the whole step over all ranks, forget that load, and say how uneven it
+        was (``router/max_vio``: the largest load of a layer over its mean, minus 1)."""
         if self._load is None or not self._load.numel():
-            return
+            return {}
         load = dist.all_reduce(self._load)
-        self._max_violation = max_violation(load)
+        self._load = None
         if self.config.bias_rate:
             self.model.update_router_bias(load, self.config.bias_rate)
-        self._load = None
+        violation = max_violation(load).tolist()
+        layers = {f"router/max_vio_{layer}": value for layer, value in enumerate(violation)}
+        return {"router/max_vio": sum(violation) / len(violation), **layers}

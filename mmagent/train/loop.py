@@ -28,8 +28,8 @@ def fit(
     """Train from where ``run`` stands up to ``steps``, and save at the end. A finished run returns at once.
 
     ``stream`` yields the micro-batches of a step, as many on every rank; list it in ``run.parts`` so that it goes on
-    where it stopped. ``schedule(step)`` multiplies every learning rate. Hooks run in order, those that save
-    (``hook.saves``) last, so that a checkpoint never knows a step that a log does not.
+    where it stopped; what it has in ``metrics`` joins the record. ``schedule(step)`` multiplies every learning rate.
+    Hooks run in order, those that save (``hook.saves``) last, so that no checkpoint knows a step that a log does not.
     """
     hooks = sorted(hooks, key=lambda hook: getattr(hook, "saves", False))
     objective.train()  # type: ignore[attr-defined]
@@ -42,8 +42,9 @@ def fit(
         lr_scale = schedule(step)
         result = train_step(objective, engine, micro_batches, run.world, lr_scale)
         seconds = time.perf_counter() - started
-        record = result.record() | {"lr_scale": lr_scale, "time/step": seconds, "time/data": waited}
-        record["time/tokens_per_second"] = (result.volume["tokens"] or result.volume["patches"]) / seconds
+        rate = (result.volume["tokens"] or result.volume["patches"]) / seconds
+        timing = {"time/step": seconds, "time/data": waited, "time/tokens_per_second": rate}
+        record = {**getattr(stream, "metrics", {}), **result.record(), "lr_scale": lr_scale, **timing}
         for hook in hooks:
             hook(step + 1, record)
     run.save(steps)

@@ -28,7 +28,7 @@ class StepResult:
     def record(self) -> dict[str, float]:
         """One flat row for logs."""
         losses = {f"loss/{term}": value for term, value in self.losses.items()}
-        return {"loss": self.loss, **losses, **self.metrics, **self.volume, "grad_norm": self.grad_norm}
+        return {**self.metrics, "loss": self.loss, **losses, **self.volume, "grad_norm": self.grad_norm}
 
 
 def train_step(
@@ -56,7 +56,7 @@ def train_step(
         totals.add(batch, output)
     total = totals.reduce(world)
     grad_norm = engine.step(lr_scale)
-    objective.after_step()
+    metrics = total["metrics"] | dict(objective.after_step() or {})
     loss, losses = mean_losses(total["sum"], counts, objective.weights)
     host = {term: count.item() for term, count in counts.items()}
-    return StepResult(loss, losses, total["metrics"], host, total["volume"], grad_norm)
+    return StepResult(loss, losses, metrics, host, total["volume"], grad_norm)
