@@ -419,7 +419,8 @@ class Trajectory:
     """Token in, token out: the ids, log-probs and pixels that the policy really used. Append-only.
 
     ``input_ids``, ``trainable`` and ``logprobs`` are parallel lists; ``logprobs`` is 0.0 where a token was
-    not sampled. ``routed_experts`` is empty, or holds per token the ``(M, K)`` experts that served it.
+    not sampled. ``routed_experts`` holds per token the ``(M, K)`` experts that served it, -1 where none were
+    recorded; it may end before the tokens do.
     """
 
     def __init__(self, key: str, source: str, group: str = "", policy_version: int = 0):
@@ -432,6 +433,7 @@ class Trajectory:
         self.reward: float = 0.0
         self.parts: dict[str, float] = {}
         self.status = Status.RUNNING
+        self.note = ""  # why it ended as it did, in words
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -456,6 +458,9 @@ class Trajectory:
             raise ValueError(f"{self.key}: {len(ids)} ids with {len(routed_experts)} routed experts")
         if self.status is not Status.RUNNING:
             raise ValueError(f"{self.key}: cannot extend a trajectory that is {self.status.value}")
+        if routed_experts:
+            unknown = torch.full_like(routed_experts[0], -1)
+            self.routed_experts.extend([unknown] * (len(self.input_ids) - len(self.routed_experts)))
         self.input_ids.extend(int(i) for i in ids)
         self.trainable.extend([trainable] * len(ids))
         self.logprobs.extend(logprobs if logprobs is not None else [0.0] * len(ids))
@@ -536,12 +541,14 @@ class Completion:
 @dataclass(frozen=True)
 class Observation:
     """What an environment shows: text, at most a few images as ``(height, width, 3)`` uint8 arrays, and whether
-    the episode is over. ``reward`` is the environment's own, None where only the task can judge."""
+    the episode is over. ``reward`` is the environment's own, None where only the task can judge; ``parts`` are
+    its named parts."""
 
     text: str
     images: tuple[object, ...] = ()
     done: bool = False
     reward: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,230 @@
+"""Episodes of tasks played by a policy, many at a time.
+
+Two ways to run the same episodes. In *lockstep* all policies' turns of a round are asked together, and all
+environments' steps: the batches that the model sees depend on the seeds alone, so a run can be repeated bit for
+bit. *Freely*, every episode goes at its own pace, and a slow environment delays nobody.
+
+A broken environment fails its trajectory, with the reason; it is never a reward of zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmagent.agent.codec import Codec
+from mmagent.protocols import Environment, Policy, Task
+from mmagent.types import Completion, Item, Limits, Observation, Status, Trajectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RolloutConfig:
+    """``group_size`` trajectories a prompt, of at most ``max_steps`` turns of ``max_tokens`` each and
+    ``max_context`` tokens in all; ``concurrency`` bounds the open episodes of a free run."""
+
+    group_size: int = 8
+    max_steps: int = 8
+    max_tokens: int = 32
+    max_context: int = 4096
+    temperature: float = 1.0
+    top_p: float = 1.0
+    concurrency: int = 256
+    lockstep: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.group_size, self.max_steps, self.max_tokens, self.max_context, self.concurrency) < 1:
+            raise ValueError(f"rollout: every size must be at least 1, got {self}")
+
+
+def stable_seed(*parts: object) -> int:
+    """A seed that is the same on every machine and in every process, from anything with a stable ``repr``."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Episode:
+    """One trajectory in the making. ``running`` until its status says otherwise."""
+
+    def __init__(self, task: Task, item: Item, codec: Codec, config: RolloutConfig, trajectory: Trajectory, seed: int):
+        self.task, self.item, self.codec, self.config = task, item, codec, config
+        self.trajectory, self.seed = trajectory, seed
+        self.steps = 0
+        self._environment: Environment | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.trajectory.status is Status.RUNNING
+
+    def limits(self) -> Limits:
+        room = self.config.max_context - len(self.trajectory)
+        return Limits(
+            max_tokens=min(self.config.max_tokens, room),
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            stop_ids=self.codec.stop_ids,
+            seed=self.seed,
+        )
+
+    async def open(self) -> None:
+        """Reset the environment and write what it shows."""
+        try:
+            self._environment = self.task.environment(self.item)
+            seen = await self._environment.reset()
+        except Exception as error:
+            await self._fail(error)
+        else:
+            self.codec.open(self.trajectory, seen)
+            await self._end_if_full()
+
+    async def take(self, completion: Completion) -> None:
+        """Write what the policy said, let the environment act on it, and write what that shows."""
+        assert self._environment is not None, "take before open"
+        self.trajectory.extend(
+            completion.ids,
+            trainable=True,
+            logprobs=completion.logprobs,
+            routed_experts=completion.routed_experts,
+        )
+        self.steps += 1
+        if not completion.stopped:  # half a sentence is no action
+            await self._end(Status.TRUNCATED, f"no end of turn within {len(completion.ids)} tokens")
+            return
+        try:
+            seen = await self._environment.step(self.codec.text(completion.ids))
+        except Exception as error:
+            await self._fail(error)
+            return
+        self._note_reward(seen)
+        if seen.done:
+            await self._end(Status.FINISHED, seen.text)
+        elif self.steps >= self.config.max_steps:
+            await self._end(Status.TRUNCATED, f"not done within {self.steps} steps")
+        else:
+            self.codec.reply(self.trajectory, seen)
+            await self._end_if_full()
+
+    async def abort(self) -> None:
+        """Stop on the way; the trajectory is kept as it is."""
+        self.trajectory.status = Status.ABORTED
+        await self._close()
+
+    def _note_reward(self, seen: Observation) -> None:
+        if seen.reward is not None:
+            self.trajectory.reward = seen.reward
+        self.trajectory.parts.update(seen.parts)
+
+    async def _end_if_full(self) -> None:
+        if len(self.trajectory) >= self.config.max_context:
+            await self._end(Status.TRUNCATED, f"more than {self.config.max_context} tokens")
+
+    async def _end(self, status: Status, note: str) -> None:
+        self.trajectory.status, self.trajectory.note = status, note
+        await self._close()
+        try:
+            score = await self.task.score(self.item, self.trajectory)
+        except Exception as error:
+            await self._fail(error)
+            return
+        if score.error is not None:
+            self.trajectory.status, self.trajectory.note = Status.FAILED, score.error
+            logger.warning("%s could not be judged: %s", self.trajectory.key, score.error)
+            return
+        if not 0.0 <= score.value <= 1.0:
+            raise ValueError(f"{self.trajectory.key}: score {score.value} of task {self.task.name!r} is not in [0, 1]")
+        self.trajectory.reward = score.value
+        self.trajectory.parts.update(score.parts)
+
+    async def _fail(self, error: Exception) -> None:
+        self.trajectory.status = Status.FAILED
+        self.trajectory.note = f"{type(error).__name__}: {error}"
+        logger.warning("%s failed: %s", self.trajectory.key, self.trajectory.note)
+        await self._close()
+
+    async def _close(self) -> None:
+        environment, self._environment = self._environment, None
+        if environment is not None:
+            try:
+                await environment.close()
+            except Exception as error:  # what broke already may not close; the trajectory stands
+                logger.warning("%s: closing failed: %s: %s", self.trajectory.key, type(error).__name__, error)
+
+
+def group_of(task: Task, item: Item) -> str:
+    return f"{task.name}/{item.key}"
+
+
+def make_episodes(
+    prompts: Sequence[tuple[Task, Item]], codec: Codec, config: RolloutConfig, seed: int, version: int
+) -> list[Episode]:
+    """``group_size`` episodes for every prompt, group by group. A trajectory's seed depends on ``seed``, the prompt
+    and its number in the group, not on its place among the others."""
+    episodes = []
+    for task, item in prompts:
+        group = group_of(task, item)
+        for n in range(config.group_size):
+            trajectory = Trajectory(f"{group}#{n}", task.name, group, version)
+            episodes.append(Episode(task, item, codec, config, trajectory, stable_seed(seed, group, n)))
+    return episodes
+
+
+async def run_lockstep(episodes: Sequence[Episode], policy: Policy) -> None:
+    """All episodes in rounds. The order and size of the policy's batches are functions of the seeds."""
+    try:
+        await asyncio.gather(*(episode.open() for episode in episodes))
+        while living := [episode for episode in episodes if episode.running]:
+            said = await asyncio.gather(*(policy.complete(e.trajectory, e.limits()) for e in living))
+            await asyncio.gather(*(e.take(completion) for e, completion in zip(living, said, strict=True)))
+    finally:
+        await _abort_rest(episodes)
+
+
+async def run_freely(episodes: Sequence[Episode], policy: Policy, concurrency: int) -> None:
+    """Every episode at its own pace, at most ``concurrency`` open at a time."""
+    places = asyncio.Semaphore(concurrency)
+
+    async def play(episode: Episode) -> None:
+        async with places:
+            await episode.open()
+            while episode.running:
+                await episode.take(await policy.complete(episode.trajectory, episode.limits()))
+
+    tasks = [asyncio.create_task(play(episode)) for episode in episodes]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await _abort_rest(episodes)
+
+
+async def _abort_rest(episodes: Sequence[Episode]) -> None:
+    for episode in episodes:
+        if episode.running:
+            await episode.abort()
+
+
+async def roll_out(
+    prompts: Sequence[tuple[Task, Item]],
+    policy: Policy,
+    codec: Codec,
+    config: RolloutConfig,
+    seed: int,
+) -> list[Trajectory]:
+    """Play every prompt ``group_size`` times and return the ended trajectories, group by group.
+
+    Raises what the policy raises, and ``RuntimeError`` with the first reason when every environment failed.
+    """
+    episodes = make_episodes(prompts, codec, config, seed, policy.version)
+    if config.lockstep:
+        await run_lockstep(episodes, policy)
+    else:
+        await run_freely(episodes, policy, config.concurrency)
+    trajectories = [episode.trajectory for episode in episodes]
+    if trajectories and all(t.status is Status.FAILED for t in trajectories):
+        raise RuntimeError(f"all {len(trajectories)} episodes failed; the first: {trajectories[0].note}")
+    return trajectories

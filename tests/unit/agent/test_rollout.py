@@ -1,0 +1,159 @@
+"""Episodes: what is written where, how they end, and that they can be repeated."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from mmagent.agent.codec import Codec
+from mmagent.agent.rollout import RolloutConfig, make_episodes, roll_out, run_freely, run_lockstep
+from mmagent.chat import Image, Text, assistant, render, user
+from mmagent.generation.generator import Generator
+from mmagent.generation.local import LocalPolicy
+from mmagent.types import Observation, Status
+from tests.agent_kit import GEOMETRY, tiny_model, tiny_vocab
+from tests.toy_tasks import EchoTask, ScriptedPolicy, last_request
+
+
+def codec(**kwargs) -> Codec:
+    return Codec(tiny_vocab(), GEOMETRY, **kwargs)
+
+
+def prompts(task: EchoTask, count: int):
+    return [(task, item) for item in islice(task.items("train", 0), count)]
+
+
+def play(policy, task: EchoTask, count: int = 3, **settings):
+    return asyncio.run(roll_out(prompts(task, count), policy, codec(), RolloutConfig(**settings), seed=0))
+
+
+def parrot(text: str, turn: int) -> str:
+    return last_request(text) or "a"
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_gold_scores_one_and_everything_is_closed(lockstep):
+    task = EchoTask()
+    done = play(ScriptedPolicy(tiny_vocab(), parrot), task, group_size=4, lockstep=lockstep)
+    assert [t.reward for t in done] == [1.0] * 12
+    assert all(t.status is Status.FINISHED for t in done)
+    assert task.opened == task.closed == 12
+    assert [t.key for t in done[:5]] == [f"echo/train-0-0#{n}" for n in range(4)] + ["echo/train-0-2#0"]
+    assert {t.policy_version for t in done} == {3}
+    assert len({id(t.images[0]) for t in done[:4]}) == 4  # an environment's own array each; EchoTask shares nothing
+
+
+def test_the_ids_are_those_of_the_renderer():
+    vocab = tiny_vocab()
+    task = EchoTask(steps=3)
+    (done,) = play(ScriptedPolicy(vocab, parrot), task, 1, group_size=1)
+    turns = []
+    for _ in range(3):
+        turns += [user(Image(), Text("a")), assistant(Text("a"))]
+    expected = render(turns, vocab, [4] * 3)
+    sampled = [i for i, t in zip(done.input_ids, done.trainable, strict=True) if t]
+    assert vocab.decode(sampled) == "a<|user|>" * 3  # this policy leaves out the newline that the template writes
+    without = [i for i, t in zip(done.input_ids, done.trainable, strict=True) if not t]
+    context = [i for i, t in zip(expected.ids, expected.trainable, strict=True) if not t]
+    assert without == context
+    assert len(done.images) == 3
+    assert codec().actions(done) == ["a"] * 3
+    assert done.logprobs == [-0.5 if t else 0.0 for t in done.trainable]
+
+
+def test_a_wrong_answer_is_a_zero_with_its_parts():
+    (done,) = play(ScriptedPolicy(tiny_vocab(), lambda *_: "nonsense"), EchoTask(), 1, group_size=1)
+    assert (done.reward, done.status, done.note) == (0.0, Status.FINISHED, "wrong")
+    assert done.parts == {"wrong": 1.0}
+
+
+def test_a_completion_without_end_is_truncated_and_not_acted_on():
+    task = EchoTask()
+    (done,) = play(ScriptedPolicy(tiny_vocab(), lambda *_: "a" * 50, stops=False), task, 1, group_size=1, max_tokens=6)
+    assert done.status is Status.TRUNCATED
+    assert "within 6 tokens" in done.note
+    assert done.reward == 0.0
+
+
+def test_limits_on_steps_and_context():
+    (steps,) = play(ScriptedPolicy(tiny_vocab(), parrot), EchoTask(steps=9), 1, group_size=1, max_steps=4)
+    assert (steps.status, "4 steps" in steps.note) == (Status.TRUNCATED, True)
+    (context,) = play(ScriptedPolicy(tiny_vocab(), parrot), EchoTask(steps=9), 1, group_size=1, max_context=60)
+    assert (context.status, "60 tokens" in context.note) == (Status.TRUNCATED, True)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_broken_environment_fails_and_is_no_zero(lockstep, at, caplog):
+    task = EchoTask(steps=2, breaks={2: at})
+    done = play(ScriptedPolicy(tiny_vocab(), parrot), task, group_size=2, lockstep=lockstep)
+    assert [t.status for t in done] == [Status.FINISHED] * 2 + [Status.FAILED] * 2 + [Status.FINISHED] * 2
+    assert done[2].note == "RuntimeError: the environment broke"
+    assert "the environment broke" in caplog.text
+    assert task.opened == task.closed
+
+
+def test_when_all_fail_the_run_stops_with_the_reason():
+    with pytest.raises(RuntimeError, match="all 2 episodes failed; .*the environment broke"):
+        play(ScriptedPolicy(tiny_vocab(), parrot), EchoTask(breaks={0: 0}), 1, group_size=2)
+
+
+@pytest.mark.parametrize("run", [run_lockstep, lambda episodes, policy: run_freely(episodes, policy, 2)])
+def test_a_broken_policy_raises_and_aborts_the_rest(run):
+    class Broken(ScriptedPolicy):
+        async def complete(self, prompt, limits):
+            if prompt.key.endswith("#1"):
+                raise ConnectionError("no answer")
+            return await super().complete(prompt, limits)
+
+    task = EchoTask(steps=3)
+    episodes = make_episodes(prompts(task, 2), codec(), RolloutConfig(group_size=2), seed=0, version=0)
+    with pytest.raises(ConnectionError, match="no answer"):
+        asyncio.run(run(episodes, Broken(tiny_vocab(), parrot)))
+    assert task.opened == task.closed
+    assert {e.trajectory.status for e in episodes} <= {Status.ABORTED, Status.FINISHED}
+    assert Status.ABORTED in {e.trajectory.status for e in episodes}
+
+
+def test_seeds_belong_to_the_trajectory_and_not_to_its_place():
+    few, many = ScriptedPolicy(tiny_vocab(), parrot), ScriptedPolicy(tiny_vocab(), parrot)
+    play(few, EchoTask(), 1, group_size=2)
+    play(many, EchoTask(), 3, group_size=2)
+    assert few.asked == many.asked[:2]
+    assert len(set(many.asked)) == 6
+
+
+def test_lockstep_with_the_generator_repeats_bit_for_bit():
+    def run():
+        policy = LocalPolicy(Generator(tiny_model(), tiny_vocab()))
+        return play(policy, EchoTask(), 4, group_size=4, max_tokens=6)
+
+    first, second = run(), run()
+    assert [t.input_ids for t in first] == [t.input_ids for t in second]
+    assert [t.logprobs for t in first] == [t.logprobs for t in second]
+    free = play(
+        LocalPolicy(Generator(tiny_model(), tiny_vocab())), EchoTask(), 4, group_size=4, max_tokens=6, lockstep=False
+    )
+    assert [t.input_ids for t in first] == [t.input_ids for t in free]
+
+
+def test_one_screen_is_patched_once():
+    shared = codec()
+    screen = np.zeros((56, 56, 3), dtype=np.uint8)
+    assert shared.patch(screen) is shared.patch(screen)
+    assert shared.patch(screen) is not shared.patch(screen.copy())
+    torch.testing.assert_close(shared.patch(screen).patches, shared.patch(screen.copy()).patches)
+    with pytest.raises(ValueError, match="must be a"):
+        shared.patch("not a picture")
+
+
+def test_rules_come_first():
+    from mmagent.types import Trajectory
+
+    trajectory = Trajectory("t", "s")
+    codec(rules="Be brief.").open(trajectory, Observation("go"))
+    assert tiny_vocab().decode(trajectory.input_ids).startswith("[gMASK]<sop><|system|>\nBe brief.<|user|>\ngo/nothink")
