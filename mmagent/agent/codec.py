@@ -22,7 +22,7 @@ REMEMBERED = 512
 
 
 class Codec:
-    """``vocab``, image ``geometry`` and ``chat`` template of one policy. ``rules``: a system message for all episodes."""
+    """``vocab``, image ``geometry`` and ``chat`` template of one policy; ``rules`` become a system message."""
 
     def __init__(self, vocab: Vocab, geometry: GeometryConfig, chat: ChatConfig | None = None, *, rules: str = ""):
         self.vocab, self.geometry, self.chat, self.rules = vocab, geometry, chat or ChatConfig(), rules

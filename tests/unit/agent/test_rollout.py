@@ -14,7 +14,7 @@ from mmagent.agent.rollout import RolloutConfig, make_episodes, roll_out, run_fr
 from mmagent.chat import Image, Text, assistant, render, user
 from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
-from mmagent.types import Observation, Status
+from mmagent.types import Observation, Status, Trajectory
 from tests.agent_kit import GEOMETRY, tiny_model, tiny_vocab
 from tests.toy_tasks import EchoTask, ScriptedPolicy, last_request
 
@@ -98,7 +98,7 @@ def test_a_broken_environment_fails_and_is_no_zero(lockstep, at, caplog):
 
 
 def test_when_all_fail_the_run_stops_with_the_reason():
-    with pytest.raises(RuntimeError, match="all 2 episodes failed; .*the environment broke"):
+    with pytest.raises(RuntimeError, match=r"all 2 episodes failed; .*the environment broke"):
         play(ScriptedPolicy(tiny_vocab(), parrot), EchoTask(breaks={0: 0}), 1, group_size=2)
 
 
@@ -152,8 +152,6 @@ def test_one_screen_is_patched_once():
 
 
 def test_rules_come_first():
-    from mmagent.types import Trajectory
-
     trajectory = Trajectory("t", "s")
     codec(rules="Be brief.").open(trajectory, Observation("go"))
     assert tiny_vocab().decode(trajectory.input_ids).startswith("[gMASK]<sop><|system|>\nBe brief.<|user|>\ngo/nothink")

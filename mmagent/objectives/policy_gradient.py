@@ -1,0 +1,163 @@
+"""Reinforcement learning from packed trajectories: one clipped surrogate over the tokens that the policy sampled.
+
+The log-probs recomputed here are compared with those of the sampler at every step (``drift``). The router is
+followed but not pushed: its bias keeps what supervised training gave it. An MTP loss, where wanted, learns from the
+sampled tokens without touching trunk, embedding table or head, because entropy collapses when it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmagent.losses.language import language_counts
+from mmagent.losses.policy import PolicySum, cispo, gspo, importance_weights, ppo_clip, reinforce, reverse_kl
+from mmagent.models.agent_model import AgentModel
+from mmagent.ops.cross_entropy import linear_cross_entropy, selected_logprobs
+from mmagent.ops.shift import shift
+from mmagent.types import IGNORE, ModelOutput, PackedBatch, PolicyBatch, Ratio, StepOutput
+
+LOSSES = ("ppo", "gspo", "cispo", "reinforce")
+REDUCTIONS = ("trajectory", "token", "constant")
+
+
+@dataclass
+class PolicyGradientConfig:
+    """``loss``: the surrogate. ``reduction``: mean over trajectories of their token means (``trajectory``), mean over
+    all tokens (``token``), or sum over tokens divided by trajectories times ``constant_tokens`` (``constant``, Dr.
+    GRPO). ``temperature`` must be the sampler's. ``importance_cap`` truncates the weight of REINFORCE's tokens;
+    ``importance_band`` drops, under any loss, tokens whose ratio leaves it (IcePop). ``dual_clip``, ``importance_cap``,
+    ``kl_weight`` and ``mtp_weight`` are off at 0."""
+
+    loss: str = "ppo"
+    reduction: str = "trajectory"
+    constant_tokens: int = 32
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 0.0
+    cispo_cap: float = 5.0
+    importance_cap: float = 2.0
+    importance_band: tuple[float, float] | None = None
+    temperature: float = 1.0
+    kl_weight: float = 0.0
+    mtp_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"policy loss {self.loss!r} is none of {', '.join(LOSSES)}")
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction {self.reduction!r} is none of {', '.join(REDUCTIONS)}")
+        if self.constant_tokens < 1 or self.temperature <= 0:
+            raise ValueError(f"policy: constant_tokens and temperature must be positive, got {self}")
+
+
+class PolicyGradient(nn.Module):
+    """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.PolicyBatch`.
+
+    ``barred``: the ids that the sampler could not draw (``vocab.barred(rows)``), so that both normalise alike.
+    """
+
+    def __init__(self, model: AgentModel, config: PolicyGradientConfig, barred: Sequence[int] = ()):
+        super().__init__()
+        self.model, self.config, self.barred = model, config, tuple(barred)
+        self.depths = model.config.mtp.depths if config.mtp_weight else 0
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        weights = {"policy": 1.0}
+        if self.config.kl_weight:
+            weights["kl"] = self.config.kl_weight
+        return weights | {f"mtp_{k}": self.config.mtp_weight / self.depths for k in range(1, self.depths + 1)}
+
+    def counts(self, batch: PolicyBatch) -> dict[str, Tensor]:
+        sampled = self._sampled(batch.stream)
+        if self.config.reduction == "token":
+            count = sampled.sum()
+        else:
+            count = batch.stream.segments.ids()[sampled].unique().numel()
+            count = torch.tensor(count * (self.config.constant_tokens if self.config.reduction == "constant" else 1))
+        counts = {"policy": count} | ({"kl": count} if self.config.kl_weight else {})
+        _, *depths = language_counts(batch.stream.labels, batch.stream.segments, self.depths)
+        return counts | {f"mtp_{k}": depth for k, depth in enumerate(depths, start=1)}
+
+    def forward(self, batch: PolicyBatch) -> StepOutput:
+        stream, segments = batch.stream, batch.stream.segments
+        output = self.model(stream, mtp=self.depths > 0, routed=batch.routed_experts, detach_mtp=True)
+        targets = shift(stream.labels, 1, segments)
+        rows = (targets != IGNORE).nonzero().squeeze(1)
+        logprobs, entropy = selected_logprobs(
+            output.hidden, self.model.head_weight, targets, self.config.temperature, self.barred
+        )
+        logprobs, entropy = logprobs[rows], entropy[rows]
+        behavior, advantages = (
+            shift(x, 1, segments, fill=0)[rows] for x in (batch.behavior_logprobs, batch.advantages)
+        )
+        owner = segments.ids()[rows]
+        weights = self._token_weights(owner, len(segments))
+        policy = self._policy(logprobs, behavior, advantages, weights, owner, len(segments))
+        sums = {"policy": policy.loss}
+        if self.config.kl_weight:
+            if batch.reference_logprobs is None:
+                raise ValueError(f"pack of {stream.keys[:3]}...: kl_weight needs reference log-probs in the batch")
+            reference = shift(batch.reference_logprobs, 1, segments, fill=0)[rows]
+            sums["kl"] = reverse_kl(logprobs, reference, weights)
+        sums |= self._mtp(output, stream)
+        with torch.no_grad():
+            return StepOutput(sums, _metrics(logprobs, behavior, entropy, policy.clipped))
+
+    def after_step(self) -> None:
+        """Nothing: the router bias stays where supervised training left it."""
+
+    def _sampled(self, stream: PackedBatch) -> Tensor:
+        return shift(stream.labels, 1, stream.segments) != IGNORE
+
+    def _token_weights(self, owner: Tensor, trajectories: int) -> Tensor:
+        """1, or one over the number of sampled tokens of the token's trajectory."""
+        if self.config.reduction != "trajectory":
+            return torch.ones(owner.shape, device=owner.device)
+        return 1.0 / torch.bincount(owner, minlength=trajectories)[owner].float()
+
+    def _policy(
+        self, logprobs: Tensor, behavior: Tensor, advantages: Tensor, weights: Tensor, owner: Tensor, trajectories: int
+    ) -> PolicySum:
+        config = self.config
+        if config.importance_band is not None:
+            inside = importance_weights(logprobs, behavior, cap=None, band=config.importance_band) > 0
+            weights = weights * inside
+        if config.loss == "ppo":
+            bounds = {"low": config.clip_low, "high": config.clip_high, "dual": config.dual_clip or None}
+            return ppo_clip(logprobs, behavior, advantages, weights, **bounds)
+        if config.loss == "gspo":
+            bounds = {"low": config.clip_low, "high": config.clip_high}
+            return gspo(logprobs, behavior, advantages, weights, owner, trajectories, **bounds)
+        if config.loss == "cispo":
+            return cispo(logprobs, behavior, advantages, weights, cap=config.cispo_cap)
+        if config.importance_cap:
+            weights = weights * importance_weights(logprobs, behavior, cap=config.importance_cap)
+        return reinforce(logprobs, advantages, weights)
+
+    def _mtp(self, output: ModelOutput, stream: PackedBatch) -> dict[str, Tensor]:
+        head = self.model.head_weight.detach()
+        return {
+            f"mtp_{depth}": linear_cross_entropy(hidden, head, shift(stream.labels, depth + 1, stream.segments)).total
+            for depth, hidden in enumerate(output.mtp_hidden, start=1)
+        }
+
+
+def _metrics(logprobs: Tensor, behavior: Tensor, entropy: Tensor, clipped: Tensor) -> dict[str, Ratio]:
+    """Over sampled tokens. ``drift``: mean distance of the sampler's log-probs from the trainer's; ``drift_peak``: the
+    largest of each micro-batch, averaged; ``approx_kl``: the estimator ``r - 1 - log r`` of how far the policy is
+    from the one that sampled."""
+    tokens = torch.tensor(float(logprobs.shape[0]), device=logprobs.device)
+    difference = logprobs.detach() - behavior
+    some = (tokens > 0).float()
+    return {
+        "entropy": Ratio(entropy.detach().sum(), tokens),
+        "clip_fraction": Ratio(clipped.float(), tokens),
+        "drift": Ratio(difference.abs().sum(), tokens),
+        "drift_peak": Ratio(difference.abs().max() if tokens else tokens, some),
+        "approx_kl": Ratio((difference.exp() - 1 - difference).sum(), tokens),
+    }

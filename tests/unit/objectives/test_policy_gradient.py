@@ -1,0 +1,209 @@
+"""The policy-gradient objective: its gradient, its counts, what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmagent.agent.advantages import Group
+from mmagent.agent.batching import policy_batches
+from mmagent.agent.codec import Codec
+from mmagent.config import resolve
+from mmagent.dist import World, run_ranks
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
+from mmagent.packing import Size
+from mmagent.train.step import train_step
+from mmagent.types import IGNORE, Limits, PolicyBatch, Status
+from tests.agent_kit import GEOMETRY, picture, prompt, tiny_model, tiny_vocab
+
+BUDGET = Size(tokens=4000, patches=4000)
+
+
+def sampled_groups(model, groups: int = 3, size: int = 4, tokens: int = 6, routing: bool = False) -> list[Group]:
+    """Trajectories that ``model`` itself sampled, with made-up rewards."""
+    generator = Generator(model, tiny_vocab(), GeneratorConfig(record_routing=routing))
+    rows = []
+    for g in range(groups):
+        image = picture(g, 56 + 28 * g, 84)
+        rows += [prompt(f"click number {g}", (image,), group=f"g{g}", key=f"g{g}#{n}") for n in range(size)]
+    stops = Codec(tiny_vocab(), GEOMETRY).stop_ids
+    limits = [Limits(tokens - n % 3, 1.0, stop_ids=stops, seed=n) for n in range(len(rows))]
+    for n, (row, done) in enumerate(zip(rows, generator.generate(list(zip(rows, limits, strict=True))), strict=True)):
+        row.extend(done.ids, trainable=True, logprobs=done.logprobs, routed_experts=done.routed_experts)
+        row.reward, row.status = float(n % 3 == 0), Status.FINISHED
+    return [Group(f"g{g}", tuple(rows[g * size : (g + 1) * size]), 0) for g in range(groups)]
+
+
+def batches(groups, budget=BUDGET, **kwargs) -> list[PolicyBatch]:
+    return policy_batches(groups, budget, image_id=tiny_vocab().image_id, merge_size=2, **kwargs)
+
+
+def objective(model, **settings) -> PolicyGradient:
+    return PolicyGradient(model, PolicyGradientConfig(**settings), tiny_vocab().barred(model.config.vocab_size))
+
+
+def gradients(module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "reinforce"])
+def test_on_policy_with_advantage_one_it_is_the_gradient_of_minus_logprob(loss):
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    ones = PolicyBatch(batch.stream, torch.ones_like(batch.advantages), batch.behavior_logprobs)
+    objective(model, loss=loss, reduction="token")(ones).sums["policy"].backward()
+    found = gradients(model)
+    model.zero_grad()
+
+    hidden = model(batch.stream, mtp=False).hidden
+    scores = F.linear(hidden, model.head_weight)
+    scores[:, list(tiny_vocab().barred(model.config.vocab_size))] = float("-inf")
+    logp = torch.log_softmax(scores[:-1], -1)
+    labels = batch.stream.labels[1:]
+    (-logp[torch.arange(len(labels)), labels.clamp(min=0)][labels != IGNORE].sum()).backward()
+    for name, expected in gradients(model).items():
+        # the sampler's log-probs differ from the trainer's by rounding, and gspo weighs a whole trajectory by them
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_sampler_and_trainer_agree():
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    out = objective(model)(batch)
+    tokens = out.metrics["drift"].denominator
+    assert tokens == (batch.stream.labels != IGNORE).sum()
+    assert out.metrics["drift"].numerator / tokens < 1e-5
+    assert out.metrics["drift_peak"].numerator < 1e-4
+    assert out.metrics["clip_fraction"].numerator == 0
+    assert 0 < out.metrics["entropy"].numerator / tokens < 6
+    assert abs(out.metrics["approx_kl"].numerator) < 1e-4
+
+
+def test_reductions_by_hand():
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    lengths = [sum(row.trainable) for g in sampled_groups(model) for row in g.trajectories]
+    owner = batch.stream.segments.ids()[batch.stream.labels != IGNORE]
+    advantages = batch.advantages[batch.stream.labels != IGNORE]
+    per_row = torch.tensor([advantages[owner == n].mean() for n in range(len(lengths))])
+
+    def value(**settings):
+        target = objective(model, **settings)
+        return (target(batch).sums["policy"] / target.counts(batch)["policy"]).item()
+
+    # on policy every ratio is 1, so the losses are means of minus the advantages
+    assert value(reduction="trajectory") == pytest.approx(-per_row.mean().item(), abs=1e-5)
+    assert value(reduction="token") == pytest.approx(-advantages.mean().item(), abs=1e-5)
+    total = advantages.sum().item() / (len(lengths) * 32)
+    assert value(reduction="constant", constant_tokens=32) == pytest.approx(-total, abs=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["trajectory", "token", "constant"])
+def test_the_gradient_does_not_depend_on_packs(reduction):
+    model = tiny_model()
+    groups = sampled_groups(model)
+    target = objective(model, reduction=reduction, mtp_weight=0.3)
+    results = []
+    for kwargs in ({}, {"packs": 3}, {"packs": 14}, {"budget": Size(150, 200)}):
+        model.zero_grad()
+        packs = batches(groups, **kwargs)
+        counts = {k: sum(target.counts(b)[k] for b in packs) for k in target.weights}
+        for batch in packs:
+            sums = target(batch).sums
+            sum(target.weights[k] * sums[k] / counts[k] for k in sums).backward()
+        results.append(gradients(model))
+        assert len(packs) >= kwargs.get("packs", 1)
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, expected in results[0].items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _train(world: World, packs: int) -> tuple[float, float, torch.Tensor]:
+    """One step on this rank's share of the same groups."""
+    model = tiny_model()
+    groups = sampled_groups(model)[world.rank :: world.size]
+    model.freeze(["encoder", "mtp"])
+    target = objective(model)
+    engine = TorchEngine(
+        target,
+        build_optimizer(model, OptimConfig(lr=1e-2, muon=False)),
+        TorchEngineConfig(parallel="ddp" if world.size > 1 else "none"),
+        world,
+    )
+    result = train_step(target, engine, batches(groups, packs=packs), world)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return result.loss, result.grad_norm, weights
+
+
+def test_the_step_does_not_depend_on_ranks():
+    (alone,) = run_ranks(_train, 1, 1)
+    first, second = run_ranks(_train, 2, 2)
+    assert torch.equal(first[2], second[2])
+    assert alone[0] == pytest.approx(first[0], abs=1e-5)
+    assert alone[1] == pytest.approx(first[1], rel=1e-4)
+    torch.testing.assert_close(first[2], alone[2], rtol=0, atol=2e-5)
+
+
+def test_mtp_learns_without_touching_anything_else():
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    out = objective(model, mtp_weight=0.3)(batch)
+    assert set(out.sums) == {"policy", "mtp_1", "mtp_2"}
+    (out.sums["mtp_1"] + out.sums["mtp_2"]).backward()
+    touched = {name for name, gradient in gradients(model).items() if gradient.abs().max() > 0}
+    assert touched
+    assert all(name.startswith("mtp.") for name in touched)
+
+
+def test_router_bias_and_an_empty_pack_are_left_alone():
+    model = tiny_model()
+    before = [r.router.bias.clone() for r in model._routers()]
+    target = objective(model, mtp_weight=0.3)
+    empty = batches([], packs=1)[0]
+    out = target(empty)
+    assert {k: v.item() for k, v in target.counts(empty).items()} == {"policy": 0, "mtp_1": 0, "mtp_2": 0}
+    sum(out.sums.values()).backward()
+    assert all(not g.any() for g in gradients(model).values())
+    assert all(m.denominator == 0 for m in out.metrics.values())
+    assert not target.after_step()
+    assert all(torch.equal(a, r.router.bias) for a, r in zip(before, model._routers(), strict=True))
+
+
+def test_replayed_experts_are_used():
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model, routing=True))
+    assert batch.routed_experts is not None
+    plain = objective(model)(PolicyBatch(batch.stream, batch.advantages, batch.behavior_logprobs)).sums["policy"]
+    torch.testing.assert_close(objective(model)(batch).sums["policy"], plain, rtol=0, atol=1e-4)
+    other = PolicyBatch(
+        batch.stream, batch.advantages, batch.behavior_logprobs, routed_experts=(batch.routed_experts + 1) % 4
+    )
+    assert abs(objective(model)(other).metrics["drift"].numerator) > 0.1
+
+
+def test_kl_needs_a_reference():
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    with pytest.raises(ValueError, match="reference"):
+        objective(model, kl_weight=0.1)(batch)
+    same = PolicyBatch(batch.stream, batch.advantages, batch.behavior_logprobs, batch.behavior_logprobs)
+    out = objective(model, kl_weight=0.1)(same)
+    assert out.sums["kl"].item() == pytest.approx(0.0, abs=1e-6)
+    assert objective(model, kl_weight=0.1).weights == {"policy": 1.0, "kl": 0.1}
+
+
+def test_bands_drop_tokens_and_settings_are_checked():
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    far = PolicyBatch(batch.stream, batch.advantages, batch.behavior_logprobs - 5.0)
+    assert objective(model, importance_band=(0.5, 2.0))(far).sums["policy"].item() == 0.0
+    config = resolve(PolicyGradientConfig(), ["importance_band=[0.5,2.0]", "loss=cispo"])
+    assert tuple(config.importance_band) == (0.5, 2.0)
+    for wrong in ({"loss": "dpo"}, {"reduction": "mean"}, {"temperature": 0.0}):
+        with pytest.raises(ValueError):
+            PolicyGradientConfig(**wrong)
