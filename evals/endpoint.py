@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.suite import Play
+from evals.suite import Play, Played
 from mmagent.chat import Image, Part, Text
 from mmagent.geometry import GeometryConfig, fit, resize
 from mmagent.prompts import turn
@@ -81,28 +81,31 @@ class EndpointAgent:
             "chat": "openai chat completions",
         }
 
-    async def play(self, task: Task, item: Item, play: Play) -> Trajectory:
+    async def play(self, task: Task, item: Item, play: Play) -> Played:
         """One episode. Raises :class:`EndpointUnavailable` or :class:`EndpointRefused`."""
         environment = task.environment(item)
         trajectory = Trajectory(item.key, task.name)
         messages: list[dict[str, Any]] = [{"role": "system", "content": play.rules}] if play.rules else []
-        known = 0
+        words: list[str] = []
         try:
             seen = await environment.reset()
             for _ in range(play.max_steps):
                 messages.append({"role": "user", "content": self._content(seen)})
                 answer = await self._ask(messages, play)
                 # ids of a foreign vocabulary are unknown; the trajectory carries their count alone
-                trajectory.extend([0] * max(answer.prompt_tokens - known, 0), trainable=False)
+                trajectory.extend([0] * max(answer.prompt_tokens - len(trajectory), 0), trainable=False)
                 trajectory.extend([0] * answer.tokens, trainable=True, logprobs=[0.0] * answer.tokens)
-                known = len(trajectory)
+                words.append(answer.text)
+                if answer.cut:  # half a sentence is no action
+                    break
                 messages.append({"role": "assistant", "content": answer.text})
                 seen = await environment.step(visible(answer.text))
-                trajectory.reward = seen.reward or 0.0
+                trajectory.reward = trajectory.reward if seen.reward is None else seen.reward
+                trajectory.parts.update(seen.parts)
                 if seen.done:
                     break
             trajectory.status = Status.FINISHED if seen.done else Status.TRUNCATED
-            return trajectory
+            return Played(trajectory, words)
         finally:
             await environment.close()
 
@@ -156,6 +159,7 @@ class EndpointAgent:
 @dataclass(frozen=True)
 class _Answer:
     text: str
+    cut: bool
     prompt_tokens: int
     tokens: int
 
@@ -166,12 +170,13 @@ def _parse(data: bytes) -> _Answer:
     except ValueError as error:
         raise EndpointUnavailable(f"the answer is no JSON: {data[:200]!r}") from error
     try:
-        content = body["choices"][0]["message"]["content"]
+        choice = body["choices"][0]
+        content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         usage = body.get("usage") or {}
         counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise EndpointRefused(f"the answer is no chat completion: {data[:200]!r}") from error
-    return _Answer(content or "", *counts)  # content is null when all tokens went into thinking
+    return _Answer(content or "", cut, *counts)  # content is null when all tokens went into thinking
 
 
 def visible(text: str) -> str:

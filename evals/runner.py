@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +22,12 @@ from tqdm import tqdm
 from evals.store import Row, Run, StepRecord, Store, read_run
 from evals.suite import Agent, Episode, Suite, code_version, item_key, stable_seed
 from mmagent.actions import ActionError, Click, Drag, Scroll, parse_action
+from mmagent.browser import BrowserCrashed
 from mmagent.protocols import Environment, Task
 from mmagent.records import encode_image
 from mmagent.types import Item, Observation, Score, Status, Trajectory
 
-TRANSPORT_ERRORS: tuple[type[Exception], ...] = (ConnectionError,)
+TRANSPORT_ERRORS: tuple[type[Exception], ...] = (ConnectionError, BrowserCrashed)
 """What is worth another try: nothing was judged, and the fault lay on the way."""
 
 
@@ -159,8 +160,11 @@ class _Judge:
         clock = asyncio.timeout(self.options.item_seconds)
         try:
             async with clock:
-                trajectory = await self.agent.play(recorded, job.item, replace(self.suite.play, seed=seed))
-                score = await self._score(job, trajectory)
+                played = await self.agent.play(recorded, job.item, replace(self.suite.play, seed=seed))
+                trajectory = played.trajectory
+                if trajectory.status is Status.FAILED and recorded.fault is not None:
+                    raise recorded.fault
+                score = await self._score(job, recorded, trajectory)
                 episode = Episode(tuple(recorded.observations), tuple(recorded.actions), trajectory)
                 extra = {} if self.suite.pictures is None else await self.suite.pictures(job.item, episode)
         except TimeoutError as error:
@@ -170,14 +174,14 @@ class _Judge:
         boxes = () if self.suite.boxes is None else self.suite.boxes(job.item)
         row = _row(job, score, trajectory, boxes)
         steps, pictures = await asyncio.to_thread(
-            _lay_down, self.store.item_folder(job.key), self.store, episode, extra
+            _lay_down, self.store.item_folder(job.key), self.store, episode, played.words, extra
         )
         return replace(row, steps=steps, pictures=pictures)
 
-    async def _score(self, job: _Job, trajectory: Trajectory) -> Score:
+    async def _score(self, job: _Job, recorded: _RecordedTask, trajectory: Trajectory) -> Score:
         if trajectory.status in (Status.FAILED, Status.ABORTED, Status.RUNNING):
-            return Score(0.0, error=f"the episode ended as {trajectory.status.value}")
-        score = await job.task.score(job.item, trajectory)
+            return Score(0.0, error=trajectory.note or f"the episode ended as {trajectory.status.value}")
+        score = recorded.last_score or await job.task.score(job.item, trajectory)
         if score.error is None and not 0.0 <= score.value <= 1.0:
             raise ValueError(f"task {job.task.name} scored {score.value}, which is outside [0, 1]")
         return score
@@ -211,7 +215,7 @@ def _row(job: _Job, score: Score, trajectory: Trajectory, boxes: Sequence[Sequen
 
 
 def _lay_down(
-    folder: Path, store: Store, episode: Episode, extra: Mapping[str, np.ndarray]
+    folder: Path, store: Store, episode: Episode, words: Sequence[str], extra: Mapping[str, np.ndarray]
 ) -> tuple[tuple[StepRecord, ...], dict[str, str]]:
     """Write the pictures of an episode; every path is relative to the run folder."""
 
@@ -222,12 +226,15 @@ def _lay_down(
 
     steps = []
     for n, seen in enumerate(episode.observations):
-        action = episode.actions[n] if n < len(episode.actions) else ""
+        said = words[n].strip() if n < len(words) else ""
+        action = episode.actions[n] if n < len(episode.actions) else said  # words that were no whole action
+        said = _bounded(said) if said != action else ""
         after = episode.observations[n + 1].text if n + 1 < len(episode.observations) else ""
         if not action and n:
             continue  # what was shown after the last action is kept as that step's note
         picture = save(f"step-{n:02d}.png", seen.images[-1]) if seen.images else None
-        steps.append(StepRecord(picture, _bounded(seen.text), _bounded(action), _bounded(after), action_points(action)))
+        points = action_points(action)
+        steps.append(StepRecord(picture, _bounded(seen.text), _bounded(action), _bounded(after), points, said))
     return tuple(steps), {name: save(f"{name}.png", pixels) for name, pixels in extra.items()}
 
 
@@ -249,19 +256,30 @@ def action_points(text: str) -> tuple[tuple[int, int], ...]:
 
 
 class _RecordedTask:
-    """A task whose environments remember what they showed and were told."""
+    """A task whose environments remember what they showed, were told, and broke of."""
 
     def __init__(self, task: Task):
         self._task = task
         self.name, self.category = task.name, task.category
         self.observations: list[Observation] = []
         self.actions: list[str] = []
-        self.items, self.score, self.gold = task.items, task.score, task.gold
+        self.fault: Exception | None = None
+        self.last_score: Score | None = None
+        self.items, self.gold = task.items, task.gold
 
     def environment(self, item: Item) -> Environment:
         self.observations.clear()
         self.actions.clear()
         return _RecordedEnvironment(self._task.environment(item), self)
+
+    async def score(self, item: Item, trajectory: Trajectory) -> Score:
+        """An agent may judge its own episode; it is then not judged again."""
+        try:
+            self.last_score = await self._task.score(item, trajectory)
+        except Exception as error:
+            self.fault = error
+            raise
+        return self.last_score
 
 
 class _RecordedEnvironment:
@@ -269,13 +287,18 @@ class _RecordedEnvironment:
         self._inner, self._log = inner, log
 
     async def reset(self) -> Observation:
-        seen = await self._inner.reset()
-        self._log.observations.append(seen)
-        return seen
+        return await self._seen(self._inner.reset())
 
     async def step(self, action: str) -> Observation:
         self._log.actions.append(action)
-        seen = await self._inner.step(action)
+        return await self._seen(self._inner.step(action))
+
+    async def _seen(self, pending: Awaitable[Observation]) -> Observation:
+        try:
+            seen = await pending
+        except Exception as error:  # whoever plays may turn it into a failed trajectory; its kind decides on a retry
+            self._log.fault = error
+            raise
         self._log.observations.append(seen)
         return seen
 

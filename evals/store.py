@@ -51,7 +51,8 @@ def check_comparable(a: Mapping[str, str], b: Mapping[str, str], allow: Iterable
 class StepRecord:
     """One turn: ``picture`` (relative path or None) and ``text`` shown, the model's ``action``, the ``note`` after it.
 
-    ``points`` are the action's coordinates in thousandths of the picture.
+    ``points`` are the action's coordinates in thousandths of the picture; ``said`` is all that the model wrote,
+    where that is more than the action.
     """
 
     picture: str | None
@@ -59,6 +60,7 @@ class StepRecord:
     action: str
     note: str = ""
     points: tuple[tuple[int, int], ...] = ()
+    said: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,18 +21,25 @@ from mmagent.types import Item, Observation, Trajectory
 Boxes = tuple[tuple[float, ...], ...]
 
 
+class Played(NamedTuple):
+    """An ended episode, and what the agent wrote in each of its turns, thinking included."""
+
+    trajectory: Trajectory
+    words: Sequence[str] = ()
+
+
 class Agent(Protocol):
     """Whoever is judged: a local checkpoint, an endpoint, a scripted double.
 
-    ``play`` runs one episode of ``task``, taking its environment from ``task.environment(item)`` and sampling with
-    ``seed``; it returns what was sampled. A transport error must be raised as a ``ConnectionError``.
+    ``play`` runs one episode of ``task`` in ``task.environment(item)``. A transport error must be raised as a
+    ``ConnectionError``; an environment's exception may be raised, or turned into a failed trajectory.
     """
 
     def pins(self) -> Mapping[str, str]:
         """Who it is (names that begin with ``policy.``) and how it is asked (image geometry, chat)."""
         ...
 
-    async def play(self, task: Task, item: Item, play: Play) -> Trajectory: ...
+    async def play(self, task: Task, item: Item, play: Play) -> Played: ...
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def episodes(run: Run, limit: int = EPISODES) -> Markup:
         for step in row.steps:
             data = _read(run, step.picture)
             marks = (_mark(step, data),) if data is not None and step.points else ()
-            steps.append(StepFigure(data, step.action, step.action, step.note or step.text, marks))
+            steps.append(StepFigure(data, step.said or step.action, step.action, step.note or step.text, marks))
         out.append(trajectory(steps, f"{row.key}: {_cut(row.steps[0].text, 90)}", _right(row)))
     return join(out)
 
@@ -129,7 +129,7 @@ def pairs(run: Run, limit: int = PAIRS) -> Markup:
     out = []
     for row in rows:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in row.parts.items())
-        source = "\n".join(step.action for step in row.steps if step.action)
+        source = "\n".join(step.said or step.action for step in row.steps)
         about = Markup("<b>{:.2f}</b> {}{}{}").format(
             row.value or 0.0, row.key, f" ({parts})" if parts else "", details("What the model wrote", code(source))
         )

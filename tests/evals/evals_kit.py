@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.suite import Play, Suite
+from evals.suite import Play, Played, Suite
 from mmagent.protocols import Environment, Task
 from mmagent.types import Item, Observation, Score, Status, Trajectory
 
@@ -67,7 +67,7 @@ class RuleAgent:
     def pins(self) -> Mapping[str, str]:
         return self._pins
 
-    async def play(self, task: Task, item: Item, play: Play) -> Trajectory:
+    async def play(self, task: Task, item: Item, play: Play) -> Played:
         self.running += 1
         self.most = max(self.most, self.running)
         environment = task.environment(item)
@@ -81,7 +81,7 @@ class RuleAgent:
             trajectory.extend([4, 5], trainable=True, logprobs=[-0.1, -0.2])
             trajectory.reward = seen.reward or 0.0
             trajectory.status = Status.FINISHED
-            return trajectory
+            return Played(trajectory)
         finally:
             self.running -= 1
             await environment.close()

@@ -70,7 +70,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(images[-1].partition(",")[2]))))
         answer = f"<think>hm</think> {pixels[0, 0, 0]}" if fault is None else fault
-        reply = {"choices": [{"message": {"content": answer}}], "usage": {"prompt_tokens": 90, "completion_tokens": 7}}
+        reason = "length" if fault == "cut" else "stop"
+        reply = {
+            "choices": [{"message": {"content": answer}, "finish_reason": reason}],
+            "usage": {"prompt_tokens": 90, "completion_tokens": 7},
+        }
         data = json.dumps(reply).encode() if fault != "garbage" else b'{"choices": ['
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
@@ -112,16 +116,19 @@ def test_transport_faults_are_retried_logic_faults_not(stub, tmp_path):
         "test-2": [400],
         "test-3": ["garbage", "garbage", "garbage"],
         "test-4": ["no idea"],
+        "test-5": ["cut"],
     }
     agent = EndpointAgent(EndpointConfig(stub.url, "m"))
-    run = evaluate_now(guess_suite(5, ["dim"]), agent, tmp_path, OPTIONS)
+    run = evaluate_now(guess_suite(6, ["dim"]), agent, tmp_path, OPTIONS)
     rows = {row.item: row for row in run.rows}
-    assert dict(stub.asked) == {"test-0": 2, "test-1": 3, "test-2": 1, "test-3": 3, "test-4": 1}
+    assert dict(stub.asked) == {"test-0": 2, "test-1": 3, "test-2": 1, "test-3": 3, "test-4": 1, "test-5": 1}
     assert (rows["test-0"].value, rows["test-1"].value, rows["test-4"].value) == (1.0, 1.0, 0.0)
     assert "EndpointRefused" in rows["test-2"].error
     assert "400" in rows["test-2"].error
     assert "EndpointUnavailable" in rows["test-3"].error
     assert summarise(run.rows).errors == 2
+    assert (rows["test-5"].status, rows["test-5"].value, rows["test-5"].steps[0].action) == ("truncated", 0.0, "cut")
+    assert rows["test-0"].steps[0].said.startswith("<think>hm</think>")
 
 
 def test_nobody_listens(tmp_path):

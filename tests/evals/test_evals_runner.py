@@ -7,11 +7,14 @@ import json
 from collections import Counter
 
 import pytest
-from evals_kit import RuleAgent, gold, guess_suite, lines
+from evals_kit import GuessEnvironment, RuleAgent, gold, guess_suite, lines
 
 from evals.runner import EvaluationBroken, Options, evaluate, evaluate_now
 from evals.store import PinsDiffer, Row, RunError, Store, differing, read_run
+from evals.suite import Played
 from evals.summary import compare_runs, summarise
+from mmagent.browser import BrowserCrashed
+from mmagent.types import Status, Trajectory
 
 QUIET = Options(progress=False, backoff=0.001)
 
@@ -107,6 +110,30 @@ def test_transport_errors_are_retried_and_then_recorded(tmp_path):
     tries["test-0"] = -99
     again = evaluate_now(guess_suite(3, ["dim"]), RuleAgent(gold), tmp_path, options(retry_errors=True))
     assert [row.error for row in again.rows] == [None] * 3
+
+
+@pytest.mark.parametrize("fault, attempts", [(BrowserCrashed("gone"), 3), (KeyError("bug"), 1)])
+def test_an_environment_that_breaks_inside_a_rollout(tmp_path, fault, attempts):
+    """A rollout turns exceptions into failed trajectories; what kind it was still decides on another try."""
+
+    class Swallowing(RuleAgent):
+        async def play(self, task, item, play):
+            try:
+                return await super().play(task, item, play)
+            except Exception as error:
+                trajectory = Trajectory(item.key, task.name)
+                trajectory.status, trajectory.note = Status.FAILED, str(error)
+                return Played(trajectory)
+
+    async def breaks(self, action):
+        raise fault
+
+    suite = guess_suite(1, ["dim"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuessEnvironment, "step", breaks)
+        run = evaluate_now(suite, Swallowing(gold), tmp_path, options(retries=2))
+    assert run.rows[0].attempts == attempts
+    assert type(fault).__name__ in run.rows[0].error
 
 
 def test_an_item_that_hangs_is_an_error(tmp_path):

@@ -1,0 +1,201 @@
+"""python -m evals: judge a checkpoint or an endpoint, compare two runs, write a report."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from evals.endpoint import EndpointAgent, EndpointConfig
+from evals.runner import EvaluationBroken, Options, evaluate
+from evals.statistics import Comparison
+from evals.store import Run, RunError, find_runs, read_run
+from evals.suite import Agent, Suite
+from evals.suites import SUITES
+from evals.summary import compare_runs, summarise
+from mmagent.browser import BrowserError
+
+DESCRIPTION = """Judge a multimodal agent.
+
+  python -m evals SUITE... --checkpoint DIR            a folder that training wrote
+  python -m evals SUITE... --url URL --model NAME      any OpenAI-compatible endpoint (URL ends in /v1)
+  python -m evals list                                 the suites
+  python -m evals compare A B                          two runs (or folders of runs), item by item
+  python -m evals report DIR                           write DIR/report.html again
+
+A run can be killed at any moment; the same command goes on where it was. Results: OUT/SUITE/items.jsonl,
+OUT/SUITE/run.json (what was pinned), OUT/report.html."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 when nothing could be judged, 2 for what the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"list": _list, "compare": _compare, "report": _report}
+    try:
+        if argv and argv[0] in commands:
+            return commands[argv[0]](argv[1:])
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except EvaluationBroken as error:
+        print(f"evals: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, BrowserError) as error:
+        print(f"evals: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str]) -> int:
+    args = _run_parser().parse_args(argv)
+    suites = [_suite(name, args) for name in dict.fromkeys(args.suites)]
+    agent = _agent(args)
+    out = args.out or Path("runs/evals") / _slug(args.checkpoint or f"{args.model}")
+    options = Options(
+        limit=args.limit,
+        samples=args.samples,
+        concurrency=args.concurrency,
+        retry_errors=args.retry_errors,
+        progress=not args.quiet,
+    )
+    runs = []
+    for suite in suites:
+        if not args.quiet:
+            print(f"{suite.name}: {suite.summary}\n  into {out / suite.name}")
+            for name, value in {**suite.pins(), **agent.pins()}.items():
+                print(f"  {name}: {value}")
+        runs.append(asyncio.run(evaluate(suite, agent, out / suite.name, options)))
+    print(_score_table(runs))
+    print(f"report: {_write_report(out, runs)}")
+    return 0
+
+
+def _run_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m evals", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="+", metavar="SUITE", help=f"one or more of: {', '.join(SUITES)}")
+    who = parser.add_argument_group("who is judged")
+    who.add_argument("--checkpoint", metavar="DIR", help="folder with config.yaml, model.safetensors, tokenizer.json")
+    who.add_argument("--url", help="endpoint, up to and including /v1")
+    who.add_argument("--model", metavar="NAME", help="the endpoint's name of the model")
+    who.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of its key")
+    who.add_argument("--device", default="", help="where a checkpoint runs (default: cuda if there is one, else cpu)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--limit", type=int, metavar="N", help="at most N items a suite, spread over its tasks")
+    how.add_argument("--samples", type=int, default=1, metavar="K", help="tries of each item, for pass@k (default 1)")
+    how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; it is pinned")
+    how.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at once (default 8)")
+    how.add_argument("--retry-errors", action="store_true", help="run the items again that ended in an error")
+    how.add_argument("--out", type=Path, metavar="DIR", help="where results go (default runs/evals/NAME)")
+    how.add_argument("--quiet", action="store_true", help="no progress bar, no pins")
+    return parser
+
+
+def _suite(name: str, args: argparse.Namespace) -> Suite:
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=1)
+        raise ValueError(f"no suite {name!r}; " + (f"did you mean {near[0]}?" if near else f"see: {', '.join(SUITES)}"))
+    suite = SUITES[name]()
+    if args.temperature is None:
+        return suite
+    return dataclasses.replace(suite, play=dataclasses.replace(suite.play, temperature=args.temperature))
+
+
+def _agent(args: argparse.Namespace) -> Agent:
+    if bool(args.checkpoint) == bool(args.url):
+        raise ValueError("who is judged? give --checkpoint DIR, or --url URL with --model NAME")
+    if args.url:
+        return EndpointAgent(EndpointConfig(args.url, args.model or "", args.key_variable))
+    from evals.local import LocalAgent  # torch models and the generator are not needed for an endpoint
+
+    return LocalAgent.load(args.checkpoint, device=args.device or None)
+
+
+def _list(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser("python -m evals list", description="Show the suites.").parse_args(argv)
+    for name, build in SUITES.items():
+        suite = build()
+        print(f"{name:20} version {suite.version}, {suite.per_task} items a task. {suite.summary}")
+        print(f"{'':20} judge: {suite.judge}" + ("; needs a browser" if suite.needs_browser else ""))
+    return 0
+
+
+def _compare(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m evals compare", description="Run B against run A, item by item.")
+    parser.add_argument("a", type=Path, metavar="A", help="a run, or a folder of runs")
+    parser.add_argument("b", type=Path, metavar="B")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="PIN", help="compare although this pin differs (repeatable)"
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    args = parser.parse_args(argv)
+    first, second = ({run.suite: run for run in map(read_run, find_runs(folder))} for folder in (args.a, args.b))
+    shared = [name for name in first if name in second]
+    if not shared:
+        raise RunError(f"no suite in common: {', '.join(first)} against {', '.join(second)}")
+    results = {name: compare_runs(first[name], second[name], args.allow) for name in shared}
+    if args.json:
+        print(json.dumps({name: dataclasses.asdict(result) for name, result in results.items()}, indent=1))
+    else:
+        for name, result in results.items():
+            print(_comparison(name, result))
+    return 0
+
+
+def _comparison(name: str, c: Comparison) -> str:
+    d = c.difference
+    lines = [
+        f"{name}: A {100 * c.a:.1f} %, B {100 * c.b:.1f} %, difference {100 * d.mean:+.1f} points "
+        f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}], p = {c.p_value:.2g}",
+        f"  {d.n} items in both: B better on {c.wins}, worse on {c.losses}, equal on {c.ties}",
+    ]
+    if c.only_a or c.only_b:
+        lines.append(f"  left out: {c.only_a} judged in A alone, {c.only_b} in B alone")
+    return "\n".join(lines)
+
+
+def _report(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m evals report", description="Write DIR/report.html from its runs.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a run, or a folder of runs")
+    args = parser.parse_args(argv)
+    runs = [read_run(folder) for folder in find_runs(args.folder)]
+    print(_score_table(runs))
+    print(f"report: {_write_report(args.folder, runs)}")
+    return 0
+
+
+def _write_report(folder: Path, runs: Sequence[Run]) -> Path:
+    from evals.report.runs import write_report
+
+    return write_report(runs, folder / "report.html", f"Evaluation: {folder.name}")
+
+
+def _score_table(runs: Sequence[Run]) -> str:
+    lines = [f"{'':32} {'score':>7}  {'95 % interval':>15}  {'items':>6} {'errors':>6}"]
+    for run in runs:
+        summary = summarise(run.rows)
+        rows = {run.suite: summary.score}
+        if len(summary.by_task) > 1:
+            rows |= {f"  {task}": estimate for task, estimate in summary.by_task.items()}
+        for n, (name, e) in enumerate(rows.items()):
+            interval = f"{100 * e.low:.1f} .. {100 * e.high:.1f}" if e.n else ""
+            score = f"{100 * e.mean:.1f} %" if e.n else "–"
+            lines.append(f"{name:32} {score:>7}  {interval:>15}  {e.n:6}" + (f" {summary.errors:6}" if n == 0 else ""))
+        lines += [f"  pass@{k:<25} {100 * value:6.1f} %" for k, value in summary.pass_at.items()]
+    return "\n".join(lines)
+
+
+def _slug(name: str) -> str:
+    parts = [part for part in re.split(r"[^A-Za-z0-9._-]+", name) if part not in ("", ".", "..")]
+    return "-".join(parts[-2:]) or "agent"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

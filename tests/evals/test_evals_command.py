@@ -1,0 +1,110 @@
+"""The command line: a run, its resumption, the list, a comparison, a report, and messages one can act on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+from evals_kit import RuleAgent, gold, guess_suite
+from test_evals_endpoint import Stub
+
+import evals.__main__ as command
+from evals.runner import Options, evaluate_now
+from evals.suites import SUITES
+
+QUIET = Options(progress=False)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with Stub() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SUITES, "guess", guess_suite)
+    monkeypatch.setitem(SUITES, "other", lambda: guess_suite(2, ["odd"], name="other"))
+
+
+def test_run_resume_report(stub, tmp_path, capsys):
+    argv = ["guess", "other", "--url", stub.url, "--model", "m", "--out", str(tmp_path), "--limit", "3"]
+    assert command.main(argv) == 0
+    said = capsys.readouterr()
+    assert "prompt: How bright?" in said.out
+    assert "policy.model: m" in said.out
+    assert "100.0 %" in said.out
+    assert "item" in said.err  # the bar
+    assert len(stub.requests) == 5
+    assert command.main([*argv, "--quiet"]) == 0
+    assert len(stub.requests) == 5
+    assert "prompt:" not in capsys.readouterr().out
+    (tmp_path / "report.html").unlink()
+    assert command.main(["report", str(tmp_path)]) == 0
+    assert "guess" in (tmp_path / "report.html").read_text()
+    assert command.main(["report", str(tmp_path / "guess")]) == 0
+
+
+def test_temperature_and_samples_are_pinned(stub, tmp_path, capsys):
+    argv = ["other", "--url", stub.url, "--model", "m", "--out", str(tmp_path), "--quiet"]
+    assert command.main([*argv, "--temperature", "0.7", "--samples", "2"]) == 0
+    assert "pass@2" in capsys.readouterr().out
+    assert {r["temperature"] for r in stub.requests} == {0.7}
+    assert command.main(argv) == 2
+    said = capsys.readouterr().err
+    assert "2 pins differ" in said
+    assert "samples: '2' against '1'" in said
+
+
+def test_compare(tmp_path, capsys):
+    evaluate_now(guess_suite(), RuleAgent(lambda *_: ""), tmp_path / "a" / "guess", QUIET)
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path / "b" / "guess", QUIET)
+    evaluate_now(guess_suite(judge="another"), RuleAgent(gold), tmp_path / "c" / "guess", QUIET)
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "difference +100.0 points" in capsys.readouterr().out
+    assert command.main(["compare", str(tmp_path / "a" / "guess"), str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["guess"]["wins"] == 12
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
+    assert "judge: 'equality' against 'another'" in capsys.readouterr().err
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "c"), "--allow", "judge"]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["gues", "--url", "http://127.0.0.1:9/v1", "--model", "m"], "did you mean guess?"),
+        (["guess"], "who is judged?"),
+        (["guess", "--checkpoint", "x", "--url", "y"], "who is judged?"),
+        (["guess", "--url", "http://127.0.0.1:9/v1"], "model:"),
+        (["guess", "--url", "http://127.0.0.1:9/v1", "--model", "m", "--limit", "0"], "at least 1"),
+        (["guess", "--checkpoint", "/nowhere"], "is no agent folder"),
+        (["report", "/nowhere"], "neither a run"),
+        (["compare", "/nowhere", "/nowhere"], "neither a run"),
+    ],
+)
+def test_mistakes_are_named(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_nothing_works(tmp_path, capsys, stub):
+    stub.faults = {f"test-{n}": [400] * 2 for n in range(9)}
+    argv = ["guess", "--url", stub.url, "--model", "m", "--out", str(tmp_path), "--quiet"]
+    assert command.main(argv) == 1
+    assert "items all failed" in capsys.readouterr().err
+
+
+def test_list_and_help(capsys):
+    assert command.main(["list"]) == 0
+    assert "guess" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for word in ("--checkpoint", "compare A B", "list", "report DIR", "--limit"):
+        assert word in said
