@@ -96,7 +96,8 @@ class PackStream(Iterator[list[PackedBatch]]):
     """This rank's micro-batches, step after step, without end.
 
     ``next(stream)`` gives ``accumulation`` validated packs. ``state_dict()`` is plain numbers and text; load it
-    into a stream of the same config on any world size that divides the logical streams.
+    into a stream of the same config on any world size that divides the logical streams. List the stream among
+    the parts of a run, and :meth:`log` among its hooks.
     """
 
     shared_state = True  # one state says where all ranks stand, so a run stores it once and may change their number
@@ -165,7 +166,7 @@ class PackStream(Iterator[list[PackedBatch]]):
         )
 
     def __next__(self) -> list[PackedBatch]:
-        """The packs of the next step; ``metrics`` then hold its fill, its visual share and the caller's wait."""
+        """The packs of the next step; ``metrics`` then tell how full they are and how long the caller waited."""
         if self._error is not None:
             raise self._error
         started = time.perf_counter()
@@ -224,11 +225,14 @@ class PackStream(Iterator[list[PackedBatch]]):
             "data/fill": tokens / (len(batches) * self.config.tokens_per_microbatch),
             "data/fill_patches": sum(b.num_patches for b in batches)
             / (len(batches) * self.config.patches_per_microbatch),
-            "data/visual_share": sum(batch.visual_slots.numel() for batch in batches) / max(tokens, 1),
             "data/documents": float(sum(len(batch.keys) for batch in batches)),
             "data/quarantined": float(self.quarantine.total),
             **{f"data/epoch/{name}": first.epoch(name) for name in first.sources},
         }
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """A hook of the training loop: adds this rank's ``metrics`` to the step's record."""
+        record.update(self.metrics)
 
     def _packer_states(self) -> dict[str, Any]:
         return {str(n): packer.state_dict() for n, packer in self._packers.items()}
