@@ -4,7 +4,7 @@ The pieces compose: `page(title, [Section(title, body), ...])` around any of `ta
 `bar_chart`, `figure_clicks`, `trajectory`, `image_pair`, `code` and `details`.
 """
 
-from evals.report.charts import bar_chart, line_chart
+from evals.report.charts import bar_chart, line_chart, series_of
 from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, screen, trajectory
 from evals.report.html import (
     Column,
@@ -51,6 +51,7 @@ __all__ = [
     "paragraph",
     "percent",
     "screen",
+    "series_of",
     "table",
     "tag",
     "tiles",

@@ -60,6 +60,21 @@ def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
     return linear_ticks(low, high, wanted)
 
 
+def series_of(
+    rows: Sequence[Mapping[str, object]], names: Mapping[str, str] | Sequence[str], x: str = "step"
+) -> dict[str, list[tuple[float, float]]]:
+    """Columns of a log as series for :func:`line_chart`: ``names`` maps a key of the rows to what the legend says.
+
+    Rows without a key are skipped for it, and a series without any point is left out.
+    """
+    titles = names if isinstance(names, Mapping) else {name: name for name in names}
+    found = {
+        title: [(float(row[x]), float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
+        for key, title in titles.items()
+    }
+    return {title: points for title, points in found.items() if points}
+
+
 def line_chart(
     series: Mapping[str, Points],
     title: str,

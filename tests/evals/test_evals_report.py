@@ -29,6 +29,7 @@ from evals.report import (
     line_chart,
     number,
     page,
+    series_of,
     table,
     tiles,
     trajectory,
@@ -186,6 +187,12 @@ def test_charts_of_odd_data():
     assert "2 not finite" in line_chart({"a": [(1, math.nan), (2, math.inf), (3, 1.0), (4, 1.0)]}, "t")
     with pytest.raises(ValueError, match="smooth"):
         line_chart({}, "t", smooth=1.0)
+
+
+def test_series_of_a_log():
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2, "grad": 0.5}, {"step": 3, "loss": None}]
+    assert series_of(rows, ["loss", "absent"]) == {"loss": [(1.0, 3.0), (2.0, 2.0)]}
+    assert series_of(rows, {"grad": "gradient norm"}) == {"gradient norm": [(2.0, 0.5)]}
 
 
 def test_numbers():
