@@ -16,13 +16,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MARK = "MMAGENT_LINEAGE"
-"""Environment variable that every process of a lineage carries, so that orphans of a killed run are found."""
+from recipes.processes import MARK, end_orphans, only_one
 
 
 class LineageError(RuntimeError):
@@ -53,11 +52,12 @@ class Stage:
 def run_lineage(stages: Sequence[Stage], root: Path, say: Callable[[str], None] = print) -> dict[str, float]:
     """Run what is not done yet, in order. Returns wall seconds a stage, earlier interrupted attempts included.
 
-    Raises :class:`LineageError` naming the stage. A second lineage on the same ``root`` is refused.
+    Raises :class:`LineageError` naming the stage. :class:`recipes.processes.Busy` when a
+    second lineage is started on the same ``root``.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with _only_one(root):
-        _end_orphans(root)
+    with only_one(root):
+        end_orphans(root)
         seconds: dict[str, float] = {}
         fingerprint, left = "", sum(stage.share for stage in stages)
         for number, stage in enumerate(stages, 1):
@@ -97,7 +97,7 @@ def _run(stage: Stage, fingerprint: str, ledger: Path, before: float, root: Path
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
-        _end_orphans(root)
+        end_orphans(root)
         raise
     if code:
         raise LineageError(
@@ -120,29 +120,6 @@ def _hand_over(stage: Stage) -> None:
         stage.check(stage.output)
     except (ValueError, OSError) as error:
         raise LineageError(f"stage {stage.name} left {stage.output} unusable for the next: {error}") from error
-
-
-def _end_orphans(root: Path) -> None:
-    """End processes that a killed lineage on this root left behind (Linux; elsewhere there is no /proc to read)."""
-    mark = f"{MARK}={root.resolve()}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        if int(entry.name) == os.getpid():
-            continue
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    import fcntl
-
-    with (root / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LineageError(f"another run is at work in {root}; wait for it, or end it") from error
-        yield
 
 
 def _read(path: Path) -> dict[str, Any]:

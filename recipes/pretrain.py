@@ -1,0 +1,156 @@
+"""Pretrain the language model that sees: CogViT + merger + MoE decoder + shared-token MTP on packed documents.
+
+    torchrun --standalone --nproc_per_node=2 -m recipes.pretrain --preset laptop \\
+        encoder=runs/align/encoder tokenizer=runs/data/tokenizer.json \\
+        data.sources.mix.path=runs/data/pretrain output=runs/pretrain
+
+Phases (adapter first, then all) are the list ``phases``; the run resumes by itself, bitwise. It leaves an agent folder
+in ``output/agent``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mmagent.interop.encoder_folder import load_encoder
+
+from data_pipelines.stream import PackStream, StreamConfig
+from mmagent import dist
+from mmagent.chat import ChatConfig
+from mmagent.config import parse_cli
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.schedule import ScheduleConfig, schedule
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.geometry import GeometryConfig
+from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.models import presets
+from mmagent.models.agent_model import AgentModel, AgentModelConfig
+from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog
+from mmagent.train.loop import fit
+from mmagent.train.run import Run
+from mmagent.vocab import Vocab
+
+
+@dataclass
+class Phase:
+    """``steps`` with the roles in ``freeze`` frozen and every learning rate times ``lr``, under its own schedule."""
+
+    name: str = "all"
+    steps: int = 1000
+    freeze: list[str] = field(default_factory=list)
+    lr: float = 1.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class Config:
+    """``init`` starts from an agent folder; else the model is new, with the ``encoder`` folder of stage 2 if given."""
+
+    output: str = "runs/pretrain"
+    tokenizer: str = "runs/data/tokenizer.json"
+    encoder: str = ""
+    init: str = ""
+    seed: int = 0
+    model: AgentModelConfig = field(default_factory=presets.laptop)
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    data: StreamConfig = field(default_factory=StreamConfig)
+    objective: LanguageModelingConfig = field(default_factory=LanguageModelingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    phases: list[Phase] = field(default_factory=lambda: [Phase()])
+    save_every: int = 200
+    keep: int = 2
+    tensorboard: bool = False
+
+
+def debug() -> Config:
+    """Seconds: for tests."""
+    data = StreamConfig(tokens_per_step=1024, tokens_per_microbatch=512, patches_per_microbatch=2048, buffer=16)
+    phases = [Phase("adapter", 2, freeze=["encoder", "decoder"]), Phase("all", 4)]
+    return Config(model=presets.debug(vocab_size=1024), data=data, phases=phases, save_every=2)
+
+
+def laptop() -> Config:
+    """Minutes on two cores: the quickstart's stage."""
+    data = StreamConfig(tokens_per_step=8192, tokens_per_microbatch=4096, patches_per_microbatch=8192)
+    return Config(
+        data=data,
+        optim=OptimConfig(lr=2e-3),
+        engine=TorchEngineConfig(dtype="bfloat16"),
+        phases=[
+            Phase("adapter", 20, freeze=["encoder"], schedule=ScheduleConfig("constant", warmup=10)),
+            Phase("all", 200, schedule=ScheduleConfig("wsd", warmup=10, floor=0.0, decay=0.4)),
+        ],
+        save_every=50,
+    )
+
+
+def small() -> Config:
+    """About 1B parameters on one node of eight accelerators."""
+    data = StreamConfig(tokens_per_step=1 << 20, tokens_per_microbatch=1 << 15, patches_per_microbatch=1 << 16)
+    return Config(
+        model=presets.small(),
+        data=data,
+        optim=OptimConfig(lr=4e-4, role_lr={"encoder": 0.1}),
+        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16", recompute=True),
+        phases=[
+            Phase("adapter", 2000, freeze=["encoder", "decoder"], schedule=ScheduleConfig(warmup=200)),
+            Phase("all", 50_000, schedule=ScheduleConfig(warmup=500)),
+        ],
+        save_every=500,
+        tensorboard=True,
+    )
+
+
+def train(config: Config, title: str) -> None:
+    """Build model, objective, engine, stream and run, then fit phase after phase. Supervised fine-tuning is the same
+    function over other data."""
+    world = dist.init()
+    dist.seed_everything(config.seed)
+    vocab = Vocab.load(config.init or config.tokenizer)
+    if config.init:
+        model, _, geometry, chat = load_agent(config.init)
+    else:
+        geometry, chat = config.geometry, config.chat
+        model_config = replace(config.model, image_id=vocab.image_id)
+        if config.encoder:
+            encoder = load_encoder(config.encoder)
+            model = AgentModel(replace(model_config, vision=encoder.config), encoder)
+        else:
+            model = AgentModel(model_config)
+    objective = LanguageModeling(model, config.objective)
+    optimizer = build_optimizer(model, config.optim)
+    engine = TorchEngine(objective, optimizer, config.engine, world)
+    stream = PackStream(config.data, vocab, geometry, chat, world)
+    run = Run(
+        config.output, world, {"model": model, "engine": engine, "stream": stream}, config=config, keep=config.keep
+    )
+    if world.is_main:
+        print(stream.describe(), flush=True)
+
+    total, end = sum(phase.steps for phase in config.phases), 0
+    output = Path(config.output)
+    hooks = [Progress(title, total), JsonlLog(output / "log.jsonl"), SaveHook(run, config.save_every)]
+    hooks += [TensorBoardLog(output / "tensorboard")] if config.tensorboard else []
+    hooks += [LeaveOnSignal(run)]
+    hooks.insert(0, lambda step, record: record.update(stream.metrics))
+    for phase in config.phases:
+        start, end = end, end + phase.steps
+        model.freeze(phase.freeze)
+        fit(run, objective, engine, stream, steps=end, schedule=_rate(phase, start), hooks=hooks)
+    stream.close()
+    if world.is_main:
+        save_agent(output / "agent", model, vocab, geometry, chat)
+    dist.shutdown()
+
+
+def _rate(phase: Phase, start: int) -> Callable[[int], float]:
+    return lambda step: phase.lr * schedule(step - start, phase.steps, phase.schedule)
+
+
+if __name__ == "__main__":
+    train(parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or ""), "pretrain")

@@ -1,0 +1,66 @@
+"""Fine-tune a pretrained agent on chat and GUI traces; the renderer's mask says which tokens are learnt.
+
+    torchrun --standalone --nproc_per_node=2 -m recipes.sft --preset laptop \\
+        init=runs/pretrain/agent data.sources.traces.path=runs/data/sft output=runs/sft
+
+The same stage as pretraining over other data (`recipes.pretrain.train`): the encoder is frozen, as in Seed1.5-VL. It
+leaves an agent folder in ``output/agent``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from data_pipelines.stream import StreamConfig
+from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.optim import OptimConfig
+from mmagent.engine.schedule import ScheduleConfig
+from mmagent.engine.torch_engine import TorchEngineConfig
+from mmagent.objectives.language_modeling import LanguageModelingConfig
+from recipes import pretrain
+from recipes.pretrain import Config, Phase
+
+
+def debug() -> Config:
+    """Seconds: for tests."""
+    phases = [Phase("sft", 4, freeze=["encoder"])]
+    return replace(pretrain.debug(), output="runs/sft", init="runs/pretrain/agent", phases=phases)
+
+
+def laptop() -> Config:
+    """A minute on two cores: the quickstart's stage."""
+    return Config(
+        output="runs/sft",
+        init="runs/pretrain/agent",
+        data=StreamConfig(tokens_per_step=4096, tokens_per_microbatch=4096, patches_per_microbatch=8192),
+        optim=OptimConfig(lr=1e-3),
+        engine=TorchEngineConfig(dtype="bfloat16"),
+        phases=[Phase("sft", 100, freeze=["encoder"], schedule=ScheduleConfig("wsd", warmup=5, floor=0.0, decay=0.5))],
+        save_every=50,
+    )
+
+
+def small() -> Config:
+    """About 1B parameters on one node; 32K tokens a document (GLM-4.5V: length 32,768)."""
+    return Config(
+        output="runs/sft",
+        init="runs/pretrain/agent",
+        data=StreamConfig(tokens_per_step=1 << 20, tokens_per_microbatch=1 << 15, patches_per_microbatch=1 << 16),
+        objective=LanguageModelingConfig(mtp_weight=0.1),
+        optim=OptimConfig(lr=5e-5),
+        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16", recompute=True),
+        phases=[Phase("sft", 5000, freeze=["encoder"], schedule=ScheduleConfig(warmup=100))],
+        tensorboard=True,
+    )
+
+
+def main() -> None:
+    """Parse, check that there is something to fine-tune, train."""
+    config = parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or "")
+    if not config.init:
+        raise ConfigError("init: supervised fine-tuning starts from an agent folder, such as runs/pretrain/agent")
+    pretrain.train(config, "sft")
+
+
+if __name__ == "__main__":
+    main()
