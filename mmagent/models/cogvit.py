@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mmagent.geometry import patch_coordinates
 from mmagent.models.layers import EMBEDDING_STD, InputLinear, Linear, Recomputed, RMSNorm, SwiGLU
 from mmagent.ops.attention import varlen_attention
-from mmagent.ops.rotary import Rotation, angles_2d, rotate
+from mmagent.ops.heads import Heads, split_heads
+from mmagent.ops.rotary import Rotation, angles_2d
 from mmagent.types import PackedVision, Segments, VisionFeatures
 
 
@@ -60,26 +61,24 @@ class VisionAttention(nn.Module):
     def __init__(self, config: CogViTConfig):
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.heads = Heads(config.heads, config.heads, width // config.heads, config.norm_eps)
         self.qkv = Linear(width, 3 * width, bias=config.bias, splits=(width, width, width))
         self.out = Linear(width, width, bias=config.bias, depth=config.depth)
         self.q_norm = RMSNorm(width // config.heads, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(width // config.heads, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_PW: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
-        q, k, v = self.qkv(x_PW).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        mixed = varlen_attention(rotate(q, rotation), rotate(k, rotation), v, segments, causal=False)
-        return self.out(mixed.flatten(1))
+        gains = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        q, k, v = split_heads(self.qkv(x_PW), self.heads, rotation, *gains)
+        return self.out(varlen_attention(q, k, v, segments, causal=False).flatten(1))
 
 
 class VisionBlock(Recomputed):
     def __init__(self, config: CogViTConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, inner=True)
         self.attention = VisionAttention(config)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps, inner=True)
         self.ffn = SwiGLU(config.width, config.ffn, config.bias, config.depth, config.swiglu_limit)
 
     def forward(self, x_PW: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
@@ -207,7 +206,7 @@ class CogViT(nn.Module):
             x = x + 0.0 * self.mask_token.to(x.dtype)  # every parameter takes part in every step: no rank waits
         if self.positions is not None:
             x = x + self.positions(vision.grids, coordinates_P2).to(x.dtype)
-        return x
+        return x.float() if torch.is_autocast_enabled(x.device.type) else x  # autocast never narrows a residual stream
 
     def _pool(self, tokens_PW: Tensor, vision: PackedVision) -> Tensor:
         sizes = vision.grids.prod(1)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mmagent.models.layers import Linear, Recomputed, RMSNorm, SwiGLU
 from mmagent.models.moe import Documents, MoE, MoEConfig, Routing
 from mmagent.ops.attention import varlen_attention
-from mmagent.ops.rotary import Rotation, angles_1d, angles_3d, default_sections, rotate
+from mmagent.ops.heads import Heads, split_heads
+from mmagent.ops.rotary import Rotation, angles_1d, angles_3d, default_sections
 from mmagent.types import Segments
 
 
@@ -108,26 +109,25 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         d = config.head_dim
-        self.head_dim = d
-        self.sizes = (config.heads * d, config.kv_heads * d, config.kv_heads * d)
-        self.qkv = Linear(config.width, sum(self.sizes), bias=config.qkv_bias, splits=self.sizes)
+        self.heads = Heads(config.heads, config.kv_heads, d, config.norm_eps)
+        sizes = (config.heads * d, config.kv_heads * d, config.kv_heads * d)
+        self.qkv = Linear(config.width, sum(sizes), bias=config.qkv_bias, splits=sizes)
         self.out = Linear(config.heads * d, config.width, depth=config.layers)
         self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attend: Attend, layer: int) -> Tensor:
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.qkv(x_TD).split(self.sizes, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.out(attend(layer, rotate(q, rotation), rotate(k, rotation), v).flatten(1))
+        gains = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        q, k, v = split_heads(self.qkv(x_TD), self.heads, rotation, *gains)
+        return self.out(attend(layer, q, k, v).flatten(1))
 
 
 class DecoderBlock(Recomputed):
     def __init__(self, config: DecoderConfig, sparse: bool):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, config.norm_eps, inner=True)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.width, config.norm_eps, inner=True)
         self.moe = MoE(config.moe, config.width, config.layers) if sparse else None
         self.ffn = None if sparse else SwiGLU(config.width, config.ffn, depth=config.layers)
         self.attention_post_norm = RMSNorm(config.width, config.norm_eps) if config.sandwich_norm else None

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmagent.ops.glu import swiglu
 from mmagent.ops.norm import rms_norm
 from mmagent.types import ParamRole
 
@@ -47,10 +47,19 @@ class InputLinear(Linear):
     """The matrix that reads raw values: not a hidden matrix, so not one that Muon orthogonalises."""
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with ``x`` runs in: the autocast dtype where one is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
+    """``inner``: the result feeds matrix products only, so it is written in their dtype at once."""
+
+    def __init__(self, width: int, eps: float, inner: bool = False):
         super().__init__()
         self.eps = eps
+        self.inner = inner
         self.weight = nn.Parameter(torch.empty(width))
         self.reset_parameters()
 
@@ -58,7 +67,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, compute_dtype(x) if self.inner else None)
 
 
 class Embedding(nn.Embedding):
@@ -80,14 +89,6 @@ class Head(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=EMBEDDING_STD)
-
-
-def swiglu(gate_up: Tensor, limit: float = 0.0) -> Tensor:
-    """``silu(gate) * up`` of two halves (arXiv 2002.05202); ``limit`` clamps gate from above and up on both sides."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    if limit:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.models.layers import SwiGLU, matrix_std, swiglu
+from mmagent.models.layers import SwiGLU, matrix_std
+from mmagent.ops.glu import swiglu
 from mmagent.ops.grouped import collect_from_experts, grouped_linear, plan_dispatch, scatter_to_experts
 from mmagent.types import ParamRole, Segments
 
@@ -181,7 +182,5 @@ class MoE(nn.Module):
         self, x_TD: Tensor, documents: Documents | None, replay_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         gates, routing = self.router(x_TD, documents, replay_TK)
-        if torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))  # once, for all experts
         out = self.experts(x_TD, routing.chosen, gates)
         return out if self.shared is None else out + self.shared(x_TD), routing

@@ -50,8 +50,8 @@ class MTPConfig:
 class MTPModule(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.embedding_norm = RMSNorm(config.width, config.norm_eps)
-        self.hidden_norm = RMSNorm(config.width, config.norm_eps)
+        self.embedding_norm = RMSNorm(config.width, config.norm_eps, inner=True)
+        self.hidden_norm = RMSNorm(config.width, config.norm_eps, inner=True)
         self.project = Linear(2 * config.width, config.width)
         self.block = DecoderBlock(config, sparse=config.moe_layers > 0)
         self.norm = RMSNorm(config.width, config.norm_eps)

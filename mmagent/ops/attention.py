@@ -1,8 +1,11 @@
 """Attention over a packed stream: tokens see their own document and nothing else.
 
-One signature. On accelerators one variable-length flash kernel reads ``cu_seqlens``; on CPUs there is no
-such kernel, and documents of equal length are batched into one dense call each. Both equal
-:func:`varlen_attention_reference`.
+One signature, and every path equals :func:`varlen_attention_reference`:
+
+- accelerators run one variable-length flash kernel that reads ``cu_seqlens``;
+- CPUs have no such kernel: documents of one length are batched into dense calls (:func:`_by_length`);
+- in bf16 on a CPU, torch's fused kernel is slower than its fp32 one, and both are slower for short documents
+  than plain batched products (:class:`_ShortAttention`), which also batch documents of *similar* length.
 """
 
 from __future__ import annotations
@@ -16,6 +19,11 @@ from torch import Tensor
 
 from mmagent.types import Segments
 
+SHORT = 512
+"""Segments up to this many tokens may be attended by plain products, whose weights exist whole."""
+PADDING = 0.1
+"""Share of padding accepted to batch segments of similar lengths."""
+
 
 def varlen_attention(
     q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, segments: Segments, causal: bool, scale: float | None = None
@@ -26,9 +34,13 @@ def varlen_attention(
     ``v``.
     """
     _check(q_THd, k_TGd, v_TGd, segments)
-    if q_THd.device.type == "cuda":
-        return _flash(q_THd, k_TGd, v_TGd, segments, causal, scale)
-    return _by_length(q_THd, k_TGd, v_TGd, segments, causal, scale)
+    scale = q_THd.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q_THd.device.type, enabled=False):
+        if q_THd.device.type == "cuda":
+            return _flash(q_THd, k_TGd, v_TGd, segments, causal, scale)
+        if v_TGd.dtype == torch.bfloat16 and segments.longest <= SHORT:
+            return _short(q_THd, k_TGd, v_TGd, segments, causal, scale)
+        return _by_length(q_THd, k_TGd, v_TGd, segments, causal, scale)
 
 
 def varlen_attention_reference(
@@ -57,7 +69,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
         raise ValueError(f"attention: {tuple(q.shape)} queries cannot share {tuple(k.shape)} keys")
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     dtype = v.dtype if v.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -71,73 +83,180 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sc
     return out.to(v.dtype)
 
 
-class _Plan(NamedTuple):
-    """``runs``: (segments, length) of each dense call. ``order``: rows to gather so that equal lengths stand
-    together, None where they already do; ``inverse`` puts them back."""
+class _Batch(NamedTuple):
+    """Segments that are attended in one dense call, each padded at its end to ``length``.
 
-    runs: tuple[tuple[int, int], ...]
-    order: Tensor | None
+    ``rows (n * length,)`` of the stream, in order of segments (padding repeats a segment's last row);
+    ``places``: those of ``rows`` that are not padding; ``pad (n, 1, length)`` is minus infinity on padded keys.
+    The last three are None where nothing is padded.
+    """
+
+    count: int
+    length: int
+    rows: Tensor
+    places: Tensor | None
+    pad: Tensor | None
+
+
+class _Plan(NamedTuple):
+    """``batches``, and where each row of the stream stands in the concatenation of their unpadded rows.
+    ``inverse`` is None where the batches are the stream in its order."""
+
+    batches: tuple[_Batch, ...]
     inverse: Tensor | None
 
 
-def _runs(lengths: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][1] == length:
-            runs[-1] = (runs[-1][0] + 1, length)
-        else:
-            runs.append((1, length))
-    return tuple(runs)
+def _groups(lengths: tuple[int, ...], padding: float, in_order: bool) -> list[list[int]]:
+    """Indices of segments to batch. ``in_order``: only neighbours of equal length, so that nothing moves."""
+    order = range(len(lengths)) if in_order else sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    groups: list[list[int]] = []
+    total = 0
+    for n in order:
+        if groups:
+            longest, real = lengths[groups[-1][0]], total + lengths[n]
+            full = longest * (len(groups[-1]) + 1)
+            if longest == lengths[n] or (not in_order and full - real <= padding * full):
+                groups[-1].append(n)
+                total = real
+                continue
+        groups.append([n])
+        total = lengths[n]
+    return groups
 
 
 @lru_cache(maxsize=64)
-def _plan(lengths: tuple[int, ...]) -> _Plan:
-    runs = _runs(lengths)
-    if len(runs) <= 1.5 * len(set(lengths)):  # gathering costs a copy of q, k, v: only where it saves calls
-        return _Plan(runs, None, None)
-    borders = torch.tensor((0, *lengths)).cumsum(0)
-    ranked = sorted(range(len(lengths)), key=lambda n: lengths[n])
-    order = torch.cat([torch.arange(borders[n], borders[n + 1]) for n in ranked])
-    return _Plan(_runs(tuple(sorted(lengths))), order, torch.argsort(order))
+def _plan(lengths: tuple[int, ...], padding: float) -> _Plan:
+    runs = _groups(lengths, 0.0, in_order=True)
+    gathered = _groups(lengths, padding, in_order=False)
+    moves = len(runs) > 1.5 * len(gathered)  # gathering copies q, k and v: only where it saves calls
+    borders = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    batches, real = [], []
+    for group in gathered if moves else runs:
+        longest = max(lengths[n] for n in group)
+        own = torch.tensor([lengths[n] for n in group])
+        offsets = torch.arange(longest)
+        inside = offsets < own[:, None]
+        starts = torch.tensor([borders[n] for n in group])[:, None]
+        rows = starts + torch.minimum(offsets, own[:, None] - 1)
+        padded = not bool(inside.all())
+        places = inside.flatten().nonzero().squeeze(1) if padded else None
+        pad = torch.zeros(inside.shape).masked_fill(~inside, float("-inf")).unsqueeze(1) if padded else None
+        batches.append(_Batch(len(group), longest, rows.flatten(), places, pad))
+        real.append(rows[inside])
+    order = torch.cat(real)
+    return _Plan(tuple(batches), torch.argsort(order) if moves else None)
 
 
-class _Permute(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """Rows in another order. The backward is a gather, too: indexing by autograd would scatter with addition."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+        ctx.save_for_backward(inverse)
         return x.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        _, inverse = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """``x[order]`` for a permutation and its inverse, cheap in both directions."""
-    return _Permute.apply(x, order, inverse)
+def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
+    """One fused call for every batch of segments of equal length, in fp32."""
+    plan = _plan(segments.lengths, 0.0)
+    streams = [q.float(), k.float(), v.float()]
+    order = None
+    if plan.inverse is not None:
+        order = torch.cat([batch.rows for batch in plan.batches])
+        streams = [_Gather.apply(x, order, plan.inverse) for x in streams]
+    sizes = [batch.count * batch.length for batch in plan.batches]
+    parts = []
+    for batch, *run in zip(plan.batches, *(x.split(sizes) for x in streams), strict=True):
+        query, key, value = (x.unflatten(0, (batch.count, batch.length)).transpose(1, 2) for x in run)
+        part = F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if plan.inverse is not None:
+        out = _Gather.apply(out, plan.inverse, order)
+    return out.to(v.dtype)
 
 
-def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float | None) -> Tensor:
-    """One dense call for every run of segments of equal length, in fp32: the bf16 kernel is slower on CPUs."""
-    dtype = v.dtype
-    plan = _plan(segments.lengths)
-    with torch.autocast(q.device.type, enabled=False):
-        streams = [q.float(), k.float(), v.float()]
-        if plan.order is not None:
-            order, inverse = plan.order.to(q.device), plan.inverse.to(q.device)
-            streams = [permute_rows(x, order, inverse) for x in streams]
-        sizes = [count * length for count, length in plan.runs]
-        parts = []
-        for (count, length), *run in zip(plan.runs, *(x.split(sizes) for x in streams), strict=True):
-            query, key, value = (x.unflatten(0, (count, length)).transpose(1, 2) for x in run)
-            part = F.scaled_dot_product_attention(
-                query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-            )
-            parts.append(part.transpose(1, 2).flatten(0, 1))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if plan.order is not None:
-            out = permute_rows(out, inverse, order)
-        return out.to(dtype)
+def _short(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
+    return _ShortAttention.apply(q, k, v, _plan(segments.lengths, PADDING), causal, scale)
+
+
+def _stack(x: Tensor, batch: _Batch, moves: bool, start: int, groups: int) -> Tensor:
+    """Rows of one batch as ``(n * G, R * L, d)`` matrices, R query heads a key head, contiguous."""
+    rows = batch.rows
+    own = x.index_select(0, rows) if moves or batch.places is not None else x[start : start + rows.shape[0]]
+    split = own.view(batch.count, batch.length, groups, -1, x.shape[-1])
+    return split.permute(0, 2, 3, 1, 4).reshape(batch.count * groups, -1, x.shape[-1])
+
+
+def _unstack(x: Tensor, batch: _Batch, groups: int, heads: int) -> Tensor:
+    """The way back, without padding: ``(rows, heads, d)``."""
+    split = x.view(batch.count, groups, heads // groups, batch.length, -1)
+    flat = split.permute(0, 3, 1, 2, 4).reshape(batch.count * batch.length, heads, -1)
+    return flat if batch.places is None else flat.index_select(0, batch.places)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Batched products in bf16 with the softmax in fp32 inside, weights kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, causal: bool, scale: float) -> Tensor:
+        heads, groups, dtype = q.shape[1], k.shape[1], v.dtype
+        moves = plan.inverse is not None
+        kept, parts, start = [], [], 0
+        for batch in plan.batches:
+            queries = _stack(q.to(dtype), batch, moves, start, groups)
+            keys, values = (_stack(x.to(dtype), batch, moves, start, groups) for x in (k, v))
+            scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+            _mask(scores, batch, causal)
+            weights = torch.softmax(scores, -1)
+            parts.append(_unstack(torch.bmm(weights, values), batch, groups, heads))
+            kept += [queries, keys, values, weights]
+            start += batch.rows.shape[0]
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
+        ctx.save_for_backward(*kept)
+        ctx.plan, ctx.scale, ctx.heads, ctx.groups = plan, scale, heads, groups
+        ctx.dtypes = q.dtype, k.dtype
+        return out.index_select(0, plan.inverse) if moves else out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, groups = ctx.plan, ctx.groups
+        kept, moves = ctx.saved_tensors, plan.inverse is not None
+        parts: tuple[list[Tensor], ...] = ([], [], [])
+        start = 0
+        for index, batch in enumerate(plan.batches):
+            queries, keys, values, weights = kept[4 * index : 4 * index + 4]
+            upstream = _stack(grad, batch, moves, start, groups)
+            if batch.places is not None:  # padding repeats a real row: its gradient must not come in twice
+                upstream = upstream.view(batch.count, -1, batch.length, grad.shape[-1])
+                upstream = upstream.mul_((batch.pad == 0).view(batch.count, 1, -1, 1)).view(queries.shape)
+            grad_values = torch.bmm(weights.transpose(1, 2), upstream)
+            slope = torch.bmm(upstream, values.transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(ctx.scale)
+            parts[0].append(_unstack(torch.bmm(slope, keys), batch, groups, ctx.heads))
+            parts[1].append(_unstack(torch.bmm(slope.transpose(1, 2), queries), batch, groups, groups))
+            parts[2].append(_unstack(grad_values, batch, groups, groups))
+            start += batch.rows.shape[0]
+        grads = [torch.cat(part) if len(part) > 1 else part[0] for part in parts]
+        if moves:
+            grads = [x.index_select(0, plan.inverse) for x in grads]
+        return grads[0].to(ctx.dtypes[0]), grads[1].to(ctx.dtypes[1]), grads[2], None, None, None
+
+
+@lru_cache(maxsize=64)
+def _future(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+
+
+def _mask(scores: Tensor, batch: _Batch, causal: bool) -> None:
+    """Hide the future; or, without causality, padded keys (under causality no real query reaches them)."""
+    if causal:
+        scores.view(-1, batch.length, batch.length).add_(_future(batch.length, scores.dtype))
+    elif batch.pad is not None:
+        scores.view(batch.count, -1, batch.length).add_(batch.pad.to(scores.dtype))

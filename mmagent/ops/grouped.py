@@ -74,6 +74,29 @@ def collect_from_experts(y_ND: Tensor, gates_TK: Tensor, dispatch: Dispatch) -> 
     return _Collect.apply(y_ND, gates_TK, dispatch.order, dispatch.inverse)
 
 
+class _LoopedLinear(torch.autograd.Function):
+    """One product an expert, written in place: nothing is concatenated, forward or backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_EOD: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_EOD)
+        ctx.counts = counts
+        out = x_ND.new_empty(x_ND.shape[0], weight_EOD.shape[1])
+        for x, weight, y in zip(x_ND.split(counts), weight_EOD, out.split(counts), strict=True):
+            torch.mm(x, weight.T, out=y)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_EOD = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x_ND), torch.empty_like(weight_EOD)
+        parts = (grad.split(ctx.counts), x_ND.split(ctx.counts), grad_x.split(ctx.counts))
+        for g, x, out, weight, out_weight in zip(*parts, weight_EOD, grad_weight, strict=True):
+            torch.mm(g, weight, out=out)
+            torch.mm(g.T, x, out=out_weight)
+        return grad_x, grad_weight, None
+
+
 def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
     """Rows sorted by expert times their expert's matrix: ``(N, D) x (E, O, D) -> (N, O)``.
 
@@ -84,7 +107,7 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, weight_EOD = x_ND.to(dtype), weight_EOD.to(dtype)
     if x_ND.device.type == "cpu" and weight_EOD.shape[0] <= 32:
-        return grouped_linear_reference(x_ND, weight_EOD, counts_E)
+        return _LoopedLinear.apply(x_ND, weight_EOD, tuple(counts_E.tolist()))
     offsets = counts_E.cumsum(0).to(torch.int32)
     return F.grouped_mm(x_ND, weight_EOD.transpose(1, 2), offs=offsets)
 

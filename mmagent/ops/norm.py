@@ -12,32 +12,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmagent.ops.rows import row_blocks
+
+
+def inverse_rms(x32: Tensor, eps: float) -> Tensor:
+    """``(..., 1)`` fp32: one over the root mean square of the last dimension."""
+    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+    return norm.square_().div_(x32.shape[-1]).add_(eps).rsqrt_()
+
+
+def norm_backward(grad32: Tensor, unit32: Tensor, scale: Tensor, weight32: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient to ``x``, and ``grad * unit`` (whose sum over rows is the gradient to the weight), where
+    ``unit = x * scale``."""
+    product = grad32 * unit32
+    along = torch.matmul(product, weight32).div_(grad32.shape[-1]).unsqueeze(-1)
+    return torch.mul(grad32, weight32).addcmul_(unit32, along, value=-1).mul_(scale), product
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return (x32 * scale).mul_(weight).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weight32 = weight.float()
+        out = torch.empty(flat.shape, dtype=dtype, device=x.device)
+        scale = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=x.device)
+        for rows in row_blocks(flat):
+            x32 = flat[rows].float()
+            scale[rows] = inverse_rms(x32, eps)
+            out[rows] = (x32 * scale[rows]).mul_(weight32)
+        ctx.save_for_backward(flat, scale, weight)
+        return out.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, scale, weight = ctx.saved_tensors
-        width = x.shape[-1]
-        unit = x.float() * scale
-        grad = grad.float()
-        product = grad * unit
-        grad_weight = product.reshape(-1, width).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        along = torch.matmul(product, weight.float()).div_(width).unsqueeze(-1)
-        grad_x = torch.addcmul(grad * weight, unit, along, value=-1).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        flat, scale, weight = ctx.saved_tensors
+        flat_grad, weight32 = grad.reshape(flat.shape), weight.float()
+        out = torch.empty_like(flat)
+        grad_weight = torch.zeros_like(weight32)
+        for rows in row_blocks(flat):
+            unit = flat[rows].float() * scale[rows]
+            out[rows], product = norm_backward(flat_grad[rows].float(), unit, scale[rows], weight32)
+            grad_weight += product.sum(0)
+        return out.view(grad.shape), grad_weight.to(weight.dtype), None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x (..., D)``, ``weight (D,)``; computed in fp32, returned in the dtype of ``x``."""
-    with torch.autocast(x.device.type, enabled=False):
-        return _RMSNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    """``x (..., D)``, ``weight (D,)``; computed in fp32, returned in ``dtype`` (default: that of ``x``)."""
+    return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -72,7 +72,8 @@ def default_sections(pairs: int) -> tuple[int, int, int]:
     return time, row, pairs - time - row
 
 
-def _turn(x_THd: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def turn(x_THd: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The rotation itself, without gradient: fp32 out. Opposite ``sin`` turns back."""
     pairs = cos.shape[-1]
     x = x_THd.float()
     out = torch.empty_like(x)
@@ -96,12 +97,12 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, ctx.dtype = interleaved, x_THd.dtype
-        return _turn(x_THd, cos, sin, interleaved)
+        return turn(x_THd, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin, ctx.interleaved).to(ctx.dtype), None, None, None
+        return turn(grad, cos, -sin, ctx.interleaved).to(ctx.dtype), None, None, None
 
 
 def rotate(x_THd: Tensor, rotation: Rotation) -> Tensor:

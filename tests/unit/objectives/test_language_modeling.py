@@ -158,11 +158,11 @@ def test_it_learns(objective):
     batch = pack(0, 1, 2, 3)
     optimizer = torch.optim.AdamW(objective.parameters(), 5e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(15):
         counts, output = objective.counts(batch), objective(batch)
         sum(objective.weights[k] * v / counts[k] for k, v in output.sums.items()).backward()
         optimizer.step()
         optimizer.zero_grad()
         objective.after_step()
         losses.append(float(output.sums["lm"].detach() / counts["lm"]))
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]

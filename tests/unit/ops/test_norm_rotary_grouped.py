@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmagent.ops.glu import swiglu, swiglu_reference
 from mmagent.ops.grouped import (
     collect_from_experts,
     grouped_linear,
@@ -14,6 +15,7 @@ from mmagent.ops.grouped import (
     plan_dispatch,
     scatter_to_experts,
 )
+from mmagent.ops.heads import Heads, split_heads, split_heads_reference
 from mmagent.ops.norm import rms_norm, rms_norm_reference
 from mmagent.ops.rotary import Rotation, angles_1d, angles_2d, angles_3d, default_sections, rotate, rotate_reference
 
@@ -47,6 +49,42 @@ def test_rms_norm_keeps_the_dtype_and_works_in_fp32():
     out = rms_norm(x, torch.ones(64), 1e-5)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, rms_norm_reference(x, torch.ones(64), 1e-5))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rows", [5, 3000])  # one block of rows, and several
+def test_split_heads_equals_one_operation_at_a_time(normed, rows):
+    torch.manual_seed(0)
+    heads = Heads(queries=4, keys=2, width=16)
+    qkv = torch.randn(rows, 8 * 16, requires_grad=True)
+    gains = tuple(torch.randn(16, requires_grad=True) for _ in range(2)) if normed else ()
+    rotation = Rotation.from_angles(angles_1d(torch.arange(rows) % 50, 4, 100.0))
+    ours = torch.cat(split_heads(qkv, heads, rotation, *gains), 1)
+    theirs = torch.cat(split_heads_reference(qkv, heads, rotation, *gains), 1)
+    # gradients of the gains are sums over 3000 rows, in another order
+    equal_with_gradients(ours, theirs, (qkv, *gains), atol=1e-4 if rows > 5 else 1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.5])
+@pytest.mark.parametrize("shape", [(3000, 256), (2, 5, 8), (6,)])
+def test_swiglu(limit, shape):
+    torch.manual_seed(0)
+    gate_up = (2 * torch.randn(shape)).requires_grad_()
+    equal_with_gradients(swiglu(gate_up, limit), swiglu_reference(gate_up, limit), (gate_up,))
+
+
+def test_fused_operations_take_and_return_bf16():
+    torch.manual_seed(0)
+    gate_up = torch.randn(40, 16).bfloat16().requires_grad_()
+    torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up), atol=2e-2, rtol=2e-2)  # rounds at 2**-8
+    heads, gain = Heads(2, 1, 4), torch.ones(4)
+    rotation = Rotation.from_angles(angles_1d(torch.arange(40), 2, 100.0))
+    pairs = [f(gate_up, heads, rotation, gain, gain) for f in (split_heads, split_heads_reference)]
+    for ours, theirs in zip(*pairs, strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+    (pairs[0][0].float().sum() + swiglu(gate_up).float().sum()).backward()
+    assert gate_up.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
