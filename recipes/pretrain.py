@@ -14,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mmagent.interop.encoder_folder import load_encoder
-
 from data_pipelines.stream import PackStream, StreamConfig
 from mmagent import dist
 from mmagent.chat import ChatConfig
@@ -25,6 +23,7 @@ from mmagent.engine.schedule import ScheduleConfig, schedule
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.interop.encoder_folder import load_encoder
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
@@ -43,6 +42,10 @@ class Phase:
     freeze: list[str] = field(default_factory=list)
     lr: float = 1.0
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def rate(self, start: int) -> Callable[[int], float]:
+        """The learning-rate multiplier by global step, for a phase that begins at step ``start``."""
+        return lambda step: self.lr * schedule(step - start, self.steps, self.schedule)
 
 
 @dataclass
@@ -117,18 +120,15 @@ def train(config: Config, title: str) -> None:
     else:
         geometry, chat = config.geometry, config.chat
         model_config = replace(config.model, image_id=vocab.image_id)
-        if config.encoder:
-            encoder = load_encoder(config.encoder)
-            model = AgentModel(replace(model_config, vision=encoder.config), encoder)
-        else:
-            model = AgentModel(model_config)
+        encoder = load_encoder(config.encoder).model if config.encoder else None
+        vision = encoder.config if encoder else model_config.vision
+        model = AgentModel(replace(model_config, vision=vision), encoder)
     objective = LanguageModeling(model, config.objective)
     optimizer = build_optimizer(model, config.optim)
     engine = TorchEngine(objective, optimizer, config.engine, world)
     stream = PackStream(config.data, vocab, geometry, chat, world)
-    run = Run(
-        config.output, world, {"model": model, "engine": engine, "stream": stream}, config=config, keep=config.keep
-    )
+    parts = {"model": model, "engine": engine, "stream": stream}
+    run = Run(config.output, world, parts, config=config, keep=config.keep)
     if world.is_main:
         print(stream.describe(), flush=True)
 
@@ -137,19 +137,14 @@ def train(config: Config, title: str) -> None:
     hooks = [Progress(title, total), JsonlLog(output / "log.jsonl"), SaveHook(run, config.save_every)]
     hooks += [TensorBoardLog(output / "tensorboard")] if config.tensorboard else []
     hooks += [LeaveOnSignal(run)]
-    hooks.insert(0, lambda step, record: record.update(stream.metrics))
     for phase in config.phases:
         start, end = end, end + phase.steps
         model.freeze(phase.freeze)
-        fit(run, objective, engine, stream, steps=end, schedule=_rate(phase, start), hooks=hooks)
+        fit(run, objective, engine, stream, steps=end, schedule=phase.rate(start), hooks=hooks)
     stream.close()
     if world.is_main:
         save_agent(output / "agent", model, vocab, geometry, chat)
     dist.shutdown()
-
-
-def _rate(phase: Phase, start: int) -> Callable[[int], float]:
-    return lambda step: phase.lr * schedule(step - start, phase.steps, phase.schedule)
 
 
 if __name__ == "__main__":
