@@ -59,13 +59,12 @@ def _moe_config(theirs: Any) -> MoEConfig:
     )
 
 
-def decoder_rules(
-    config: DecoderConfig, theirs: str = "model.", head: str = "lm_head", mtp: bool = False
-) -> list[Rule]:
-    """Rules between ``embedding``, ``decoder``, ``head`` (and ``mtp``) of an AgentModel and a text model under ``theirs``."""
+def decoder_rules(config: DecoderConfig, theirs: str = "model.", mtp: bool = False) -> list[Rule]:
+    """Rules between ``embedding``, ``decoder``, ``head`` (and ``mtp``) of an AgentModel and a text model of theirs,
+    whose names start with ``theirs`` (but for ``lm_head``)."""
     rules = [*rename("embedding", f"{theirs}embed_tokens"), *rename("decoder.norm", f"{theirs}norm")]
     if not config.tied_head:
-        rules += rename("head", head)
+        rules += rename("head", "lm_head")
     first_sparse = config.layers - config.moe_layers
     for n in range(config.layers):
         rules += block_rules(config, f"decoder.blocks.{n}", f"{theirs}layers.{n}", sparse=n >= first_sparse)

@@ -54,7 +54,7 @@ def vision_rules(
     projector_prefix: str = "projector",
     theirs: str = "",
 ) -> list[Rule]:
-    """Rules between ``{encoder_prefix}.*``, ``{projector_prefix}.*`` and a tower under the prefix ``theirs`` (with its dot)."""
+    """Rules between our encoder and projector, under their prefixes, and a tower whose names start with ``theirs``."""
     width, merge = vision.width, vision.merge_size
     e, p = encoder_prefix, projector_prefix
     both = ("weight", "bias") if vision.bias else ("weight",)
