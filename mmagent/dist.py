@@ -10,6 +10,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -263,7 +264,7 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
         for receiver in ready:
             rank = receivers.index(receiver)
             try:
-                results[rank], error = receiver.recv()
+                results[rank], error = pickle.loads(receiver.recv_bytes())  # from our own child
             except EOFError:
                 results[rank], error = None, "the process died without a word (killed, or out of memory)"
             if error is not None:
@@ -284,9 +285,10 @@ def _rank_main(
         )
         result = fn(World(rank, size, rank, torch.device("cpu")), *args)
         barrier()
-        sender.send((result, None))
+        # not sender.send: torch would hand over tensors as shared memory that dies with this process
+        sender.send_bytes(pickle.dumps((result, None)))
     except BaseException:  # the parent raises it again, so nothing is swallowed
-        sender.send((None, traceback.format_exc()))
+        sender.send_bytes(pickle.dumps((None, traceback.format_exc())))
     finally:
         shutdown()
         faulthandler.cancel_dump_traceback_later()

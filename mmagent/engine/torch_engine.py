@@ -6,8 +6,8 @@ their number first.
 
 from __future__ import annotations
 
-import functools
 import gc
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import register_dataclass
-from torch.utils.checkpoint import checkpoint
 
 from mmagent.dist import World, broadcast
 from mmagent.engine.optim import few
@@ -31,17 +30,21 @@ from mmagent.types import ModelOutput, StepOutput, VisionFeatures
 for _type in (StepOutput, ModelOutput, VisionFeatures):
     register_dataclass(_type)  # FSDP2 and DDP look inside a module's output for the tensors that need gradients
 
+# DDP must not overwrite buffers such as the router bias at every forward; torch 2.13 renamed the switch
+_DDP_SWITCHES = inspect.signature(DistributedDataParallel.__init__).parameters
+_NO_BUFFER_SYNC = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_SWITCHES else "broadcast_buffers": False}
+
 
 @dataclass
 class TorchEngineConfig:
     """``parallel``: ``none`` (one process), ``ddp`` or ``fsdp2``. ``dtype``: ``float32`` or ``bfloat16`` (autocast;
     FSDP2 also gathers parameters in it and reduces gradients in float32). ``clip_norm`` 0 leaves gradients as they
-    are. ``recompute`` frees the activations of every block and computes them again in the backward pass."""
+    are. A trainable parameter that a step does not use is an error, unless ``allow_unused``."""
 
     parallel: str = "ddp"
     dtype: str = "float32"
     clip_norm: float = 1.0
-    recompute: bool = False
+    allow_unused: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel not in ("none", "ddp", "fsdp2"):
@@ -66,12 +69,8 @@ class TorchEngine:
             raise ValueError(f"parallel 'none' with {world.size} ranks: each would train alone; use ddp or fsdp2")
         self.objective, self.optimizer, self.config, self.world = objective.to(world.device), optimizer, config, world
         self._require_owned_parameters()
-        blocks = list(_blocks(objective))
-        if config.recompute:
-            for block in _outermost(blocks):
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if config.parallel == "fsdp2":
-            self._shard(blocks)
+            self._shard()
         self._ddp: DistributedDataParallel | None = None
         self._ddp_trains: tuple[bool, ...] = ()
         self.parameters = dict(objective.named_parameters())
@@ -82,7 +81,7 @@ class TorchEngine:
         if orphans:
             raise ValueError(f"trainable, but not in the optimizer: {few(orphans)}")
 
-    def _shard(self, blocks: list[nn.Module]) -> None:
+    def _shard(self) -> None:
         assert not self.optimizer.state, "FSDP2 replaces parameters: the optimizer must not have stepped yet"
         names = {id(p): name for name, p in self.objective.named_parameters()}
         if scalars := [name for name, p in self.objective.named_parameters() if p.ndim == 0]:
@@ -92,9 +91,9 @@ class TorchEngine:
         low = torch.bfloat16 if self.config.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = self.world.mesh()
-        for module in (*blocks, self.objective):
+        for module in (*_blocks(self.objective), self.objective):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-        if hasattr(self.objective, "set_reduce_scatter_unused_params"):  # torch >= 2.13
+        if self.config.allow_unused and hasattr(self.objective, "set_reduce_scatter_unused_params"):  # torch >= 2.13
             self.objective.set_reduce_scatter_unused_params(True)  # a rank may not have used what its peers did
         sharded = dict(self.objective.named_parameters())
         for group in self.optimizer.param_groups:
@@ -109,7 +108,10 @@ class TorchEngine:
             self._ddp = None
             gc.collect()  # the old wrapper hooks into the parameters until it is really gone
             self._ddp = DistributedDataParallel(
-                self.objective, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+                self.objective,
+                find_unused_parameters=self.config.allow_unused,
+                gradient_as_bucket_view=True,
+                **_NO_BUFFER_SYNC,
             )
             self._ddp_trains = trains
         assert self._ddp is not None
@@ -126,6 +128,16 @@ class TorchEngine:
                 module.set_requires_gradient_sync(last)
                 module.set_is_last_backward(last)
             yield
+        if last and not self.config.allow_unused:
+            self._require_gradients()
+
+    def _require_gradients(self) -> None:
+        """Here and not in :meth:`step`: between them are collectives, where ranks would wait for a broken one."""
+        if unused := [name for name, p in self.parameters.items() if p.requires_grad and p.grad is None]:
+            raise ValueError(
+                f"trainable, but no gradient reached: {few(unused)}. Freeze what this stage does not use, "
+                f"or set the engine's allow_unused"
+            )
 
     def forward(self, batch: Any) -> StepOutput:
         """The objective on ``batch`` (already on the device), under autocast when ``dtype`` is bfloat16."""
@@ -201,8 +213,3 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     else:
         for child in module.children():
             yield from _blocks(child)
-
-
-def _outermost(blocks: list[nn.Module]) -> list[nn.Module]:
-    inner = {id(m) for block in blocks for m in block.modules() if m is not block}
-    return [block for block in blocks if id(block) not in inner]
