@@ -236,8 +236,8 @@ class Page:
 
     async def scroll(self, x: float, y: float, dx: float, dy: float) -> None:
         """Turn the wheel over ``(x, y)``: positive ``dy`` shows what is below, ``dx`` what is to the right."""
-        event = {"type": "mouseWheel", "x": x, "y": y, "deltaX": dx, "deltaY": dy}
-        await self._input("scrolling", [("Input.dispatchMouseEvent", event)])
+        wheel = {"type": "mouseWheel", "x": x, "y": y, "deltaX": dx, "deltaY": dy}
+        await self._input("scrolling", [("Input.dispatchMouseEvent", wheel)])
         await self.frame()
 
     async def type_text(self, text: str) -> None:

@@ -21,9 +21,11 @@ SMALL_SHARED_MEMORY = 512 << 20
 
 DISABLED_FEATURES = (
     "AcceptCHFrame,AutofillServerCommunication,BackForwardCache,DialMediaRouteProvider,MediaRouter,OptimizationHints,"
-    "PaintHolding,ProactivelySwapBrowsingInstance,RenderDocument,SpareRendererForSitePerProcess,Translate"
+    "PaintHolding,ProactivelySwapBrowsingInstance,RasterInducingScroll,RenderDocument,SpareRendererForSitePerProcess,"
+    "Translate"
 )
-"""Background services, and the swaps of renderer at every navigation, which double its cost."""
+"""Background services; the swaps of renderer at every navigation, which double its cost; and RasterInducingScroll,
+with which a frame drawn on demand after a scroll can stay unfinished for ever."""
 
 FLAGS = (
     "--headless",
@@ -68,6 +70,7 @@ BEGIN_FRAME = (
     "--run-all-compositor-stages-before-draw",
     "--disable-checker-imaging",
     "--disable-new-content-rendering-timeout",
+    "--disable-partial-raster",  # round corners would depend on what was drawn before
     "--disable-threaded-animation",
     "--disable-threaded-scrolling",
 )

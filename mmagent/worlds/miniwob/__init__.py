@@ -1,7 +1,31 @@
 """MiniWoB++: small web tasks on a 160 x 210 screen, from the pages of the installed ``miniwob`` package."""
 
-from __future__ import annotations
+from mmagent.worlds.miniwob.experts import TASKS, Expert, expert
+from mmagent.worlds.miniwob.pages import (
+    HEIGHT,
+    SPLITS,
+    VIEW,
+    WIDTH,
+    Screen,
+    html_folder,
+    observe,
+    seed_for,
+    start,
+    state,
+)
 
-from mmagent.worlds.miniwob.pages import html_folder
-
-__all__ = ["html_folder"]
+__all__ = [
+    "HEIGHT",
+    "SPLITS",
+    "TASKS",
+    "VIEW",
+    "WIDTH",
+    "Expert",
+    "Screen",
+    "expert",
+    "html_folder",
+    "observe",
+    "seed_for",
+    "start",
+    "state",
+]
