@@ -12,14 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.baselines import BASELINES, BaselineAgent
 from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import EvaluationBroken, Options, evaluate
 from evals.statistics import Comparison
 from evals.store import Run, RunError, find_runs, read_run
-from evals.suite import Agent, Suite
+from evals.suite import Agent, Suite, choose_tasks
 from evals.suites import SUITES
 from evals.summary import compare_runs, summarise
-from mmagent.browser import BrowserError
+from mmagent.browser import BrowserError, require_chromium
 
 DESCRIPTION = """Judge a multimodal agent.
 
@@ -56,7 +57,9 @@ def _run(argv: Sequence[str]) -> int:
     args = _run_parser().parse_args(argv)
     suites = [_suite(name, args) for name in dict.fromkeys(args.suites)]
     agent = _agent(args)
-    out = args.out or Path("runs/evals") / _slug(args.checkpoint or f"{args.model}")
+    if any(suite.needs_browser for suite in suites):
+        require_chromium()
+    out = args.out or Path("runs/evals") / _slug(args.checkpoint or args.model or args.baseline)
     options = Options(
         limit=args.limit,
         samples=args.samples,
@@ -86,11 +89,14 @@ def _run_parser() -> argparse.ArgumentParser:
     who.add_argument("--url", help="endpoint, up to and including /v1")
     who.add_argument("--model", metavar="NAME", help="the endpoint's name of the model")
     who.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of its key")
+    who.add_argument("--baseline", choices=BASELINES, help="no model: the gold answers, empty ones, or random ones")
     who.add_argument("--device", default="", help="where a checkpoint runs (default: cuda if there is one, else cpu)")
     how = parser.add_argument_group("how")
     how.add_argument("--limit", type=int, metavar="N", help="at most N items a suite, spread over its tasks")
     how.add_argument("--samples", type=int, default=1, metavar="K", help="tries of each item, for pass@k (default 1)")
-    how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; it is pinned")
+    how.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, named in full or by their ends")
+    how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
+    how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
     how.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at once (default 8)")
     how.add_argument("--retry-errors", action="store_true", help="run the items again that ended in an error")
     how.add_argument("--out", type=Path, metavar="DIR", help="where results go (default runs/evals/NAME)")
@@ -103,14 +109,18 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise ValueError(f"no suite {name!r}; " + (f"did you mean {near[0]}?" if near else f"see: {', '.join(SUITES)}"))
     suite = SUITES[name]()
-    if args.temperature is None:
-        return suite
-    return dataclasses.replace(suite, play=dataclasses.replace(suite.play, temperature=args.temperature))
+    if args.tasks:
+        suite = choose_tasks(suite, args.tasks)
+    changes = {"temperature": args.temperature, "max_tokens": args.max_tokens}
+    play = dataclasses.replace(suite.play, **{k: v for k, v in changes.items() if v is not None})
+    return dataclasses.replace(suite, play=play)
 
 
 def _agent(args: argparse.Namespace) -> Agent:
-    if bool(args.checkpoint) == bool(args.url):
-        raise ValueError("who is judged? give --checkpoint DIR, or --url URL with --model NAME")
+    if sum(map(bool, (args.checkpoint, args.url, args.baseline))) != 1:
+        raise ValueError("who is judged? give --checkpoint DIR, or --url URL with --model NAME, or --baseline")
+    if args.baseline:
+        return BaselineAgent(args.baseline)
     if args.url:
         return EndpointAgent(EndpointConfig(args.url, args.model or "", args.key_variable))
     from evals.local import LocalAgent  # torch models and the generator are not needed for an endpoint
@@ -122,7 +132,8 @@ def _list(argv: Sequence[str]) -> int:
     argparse.ArgumentParser("python -m evals list", description="Show the suites.").parse_args(argv)
     for name, build in SUITES.items():
         suite = build()
-        print(f"{name:20} version {suite.version}, {suite.per_task} items a task. {suite.summary}")
+        size = f"{len(suite.tasks)} tasks x {suite.per_task} items"
+        print(f"{name:20} version {suite.version}, {size}. {suite.summary}")
         print(f"{'':20} judge: {suite.judge}" + ("; needs a browser" if suite.needs_browser else ""))
     return 0
 

@@ -86,7 +86,7 @@ async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | 
     with Store(folder, pins, facts) as store:
         if options.retry_errors:
             store.forget_errors()
-        async with suite.open() as tasks:
+        async with suite.open(suite.tasks) as tasks:
             jobs = [
                 _Job(task, item, sample)
                 for sample in range(options.samples)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
+import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -46,7 +48,8 @@ class Agent(Protocol):
 class Play:
     """Limits of one episode: ``max_steps`` actions of at most ``max_tokens`` each, sampled at ``temperature``.
 
-    ``rules`` tells a model that was not trained on our format what it may do.
+    ``rules`` tells a model that was not trained on our format what it may do. ``guess`` is a random answer, for the
+    random baseline.
     """
 
     max_steps: int
@@ -55,6 +58,7 @@ class Play:
     top_p: float = 1.0
     seed: int = 0
     rules: str = ""
+    guess: Callable[[random.Random], str] = lambda rng: str(rng.random())
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Suite:
-    """``open()`` gives the tasks for as long as they are needed (it may start a browser).
+    """``open(tasks)`` gives the tasks of these names for as long as they are needed (it may start a browser).
 
     ``prompt``, ``judge`` and ``version`` are pinned: raise ``version`` whenever items or scoring change.
     ``pictures`` adds pictures worth keeping (a rendered page), ``boxes`` the right regions in pixels of the first
@@ -80,7 +84,8 @@ class Suite:
     summary: str
     prompt: str
     judge: str
-    open: Callable[[], AbstractAsyncContextManager[Sequence[Task]]]
+    tasks: tuple[str, ...]
+    open: Callable[[Sequence[str]], AbstractAsyncContextManager[Sequence[Task]]]
     per_task: int
     play: Play
     seed: int = 0
@@ -94,6 +99,7 @@ class Suite:
             "suite.name": self.name,
             "suite.version": str(self.version),
             "suite.seed": str(self.seed),
+            "suite.tasks": _listed(self.tasks),
             "prompt": self.prompt,
             "rules": hashlib.sha256(play.rules.encode()).hexdigest()[:12],
             "judge": self.judge,
@@ -112,6 +118,27 @@ class Suite:
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ValueError(f"suite {self.name}: item {twice} occurs twice")
         return chosen
+
+
+def choose_tasks(suite: Suite, wanted: Sequence[str]) -> Suite:
+    """The suite with only the ``wanted`` tasks, given by full name or by what follows its last slash.
+
+    Raises ``ValueError`` naming what is not there.
+    """
+    by_name = {alias: name for name in suite.tasks for alias in (name.rpartition("/")[2], name)}
+    for name in wanted:
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f": {_listed(suite.tasks)}"
+            raise ValueError(f"suite {suite.name} has no task {name!r}{hint}")
+    return replace(suite, tasks=tuple(dict.fromkeys(by_name[name] for name in wanted)))
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    """Names in a line, or how many they are with a digest where that would be long."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{len(names)} tasks, {hashlib.sha256(', '.join(names).encode()).hexdigest()[:12]}"
 
 
 def item_key(task: Task, item: Item, sample: int = 0) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,12 @@ def guess_suite(per_task: int = 6, names: Iterable[str] = ("dim", "bright"), **c
     tasks = [Guess(name) for name in names]
 
     @contextlib.asynccontextmanager
-    async def opened() -> AsyncIterator[list[Guess]]:
-        yield tasks
+    async def opened(chosen: Sequence[str]) -> AsyncIterator[list[Guess]]:
+        yield [task for task in tasks if task.name in chosen]
 
     fields: dict[str, Any] = {"name": "guess", "version": 1, "summary": "say how bright a screen is"}
     fields |= {"prompt": "How bright?", "judge": "equality", "open": opened, "per_task": per_task}
-    fields |= {"play": Play(1, 8), "needs_browser": False}
+    fields |= {"play": Play(1, 8), "needs_browser": False, "tasks": tuple(dict.fromkeys(names))}
     return Suite(**{**fields, **changes})
 
 

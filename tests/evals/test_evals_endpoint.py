@@ -168,7 +168,7 @@ def test_several_turns(stub, tmp_path, steps, status, value):
     import contextlib
 
     @contextlib.asynccontextmanager
-    async def opened():
+    async def opened(names):
         yield [Countdown("long")]
 
     suite = guess_suite(1, open=opened, play=Play(steps, 8))

@@ -260,7 +260,7 @@ def test_scores_outside_the_range_are_a_fault_of_the_task(tmp_path):
     suite = guess_suite(1, ["dim"])
 
     async def run():
-        async with suite.open() as tasks:
+        async with suite.open(suite.tasks) as tasks:
 
             async def score(item, trajectory):
                 from mmagent.types import Score
