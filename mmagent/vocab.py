@@ -58,9 +58,12 @@ class Vocab:
     """
 
     def __init__(self, definition: str):
-        """``definition`` is the text of a ``tokenizer.json``. Raises ``ValueError`` naming missing control tokens."""
+        """``definition`` is the text of a ``tokenizer.json``, kept as it is.
+
+        Raises ``ValueError`` naming missing control tokens.
+        """
         parsed = json.loads(definition)
-        self._definition = definition
+        self.definition = definition
         self._special = {token["content"]: int(token["id"]) for token in parsed.get("added_tokens", [])}
         missing = [token for token in SPECIAL_TOKENS if token not in self._special]
         if missing:
@@ -84,7 +87,7 @@ class Vocab:
 
     def save(self, path: Path | str) -> None:
         path = Path(path)
-        (path / "tokenizer.json" if path.is_dir() else path).write_text(self._definition, encoding="utf-8")
+        (path / "tokenizer.json" if path.is_dir() else path).write_text(self.definition, encoding="utf-8")
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Vocab:

@@ -217,7 +217,7 @@ def test_ids_are_those_of_the_released_format(messages, generation, thinking, ge
     ours = render(messages, VOCAB, config=ChatConfig(generation, thinking), generate=generate).ids
     if messages[-1].role == "assistant":
         ours = ours[:-1]  # the closing role token, which a template writes with the next turn
-    assert ours == Tokenizer.from_str(VOCAB._definition).encode(text, add_special_tokens=False).ids
+    assert ours == Tokenizer.from_str(VOCAB.definition).encode(text, add_special_tokens=False).ids
 
 
 def _without_marks(part: Part) -> Part:

@@ -29,7 +29,7 @@ def test_text_never_becomes_control(text):
 
 
 def test_every_control_token_spelled_out_stays_text():
-    full = Tokenizer.from_str(VOCAB._definition)
+    full = Tokenizer.from_str(VOCAB.definition)
     for token in SPECIAL_TOKENS:
         assert full.encode(token, add_special_tokens=False).ids == [VOCAB.id(token)]  # what an ordinary reader does
         assert VOCAB.decode(VOCAB.encode(token)) == token
@@ -78,7 +78,7 @@ def test_save_and_load_agree(tmp_path):
 
 def test_training_is_deterministic():
     texts = ["alpha beta gamma", "beta gamma delta"] * 5
-    assert Vocab.train(texts, 330)._definition == Vocab.train(texts, 330)._definition
+    assert Vocab.train(texts, 330).definition == Vocab.train(texts, 330).definition
 
 
 def test_errors_name_the_problem(tmp_path):
@@ -88,7 +88,7 @@ def test_errors_name_the_problem(tmp_path):
         Vocab.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'<tool>' is not a control token"):
         VOCAB.id("<tool>")
-    parsed = json.loads(VOCAB._definition)
+    parsed = json.loads(VOCAB.definition)
     parsed["added_tokens"] = [token for token in parsed["added_tokens"] if token["content"] != "<think>"]
     with pytest.raises(ValueError, match=r"lacks the control tokens \['<think>'\]"):
         Vocab(json.dumps(parsed))

@@ -1,0 +1,188 @@
+"""Make the shard sets of a lineage from seeds, with no download:
+
+    python -m data_pipelines.build [--preset laptop] [--print-config] [folder=data/laptop] [seed=0] [key=value ...]
+
+``FOLDER/pretrain/SOURCE`` and ``FOLDER/sft/SOURCE`` hold webdataset shards, each set with a ``card.json`` of what is
+in it; ``FOLDER/tokenizer.json`` is a vocabulary trained on their texts. Same seed, same bytes. A build can be killed
+at any moment and goes on where it was when started again; a finished one is left as it is.
+
+Screens need a Chromium. Where there is none, ``browser=auto`` makes the sources that need none and says what is
+missing; ``browser=required`` stops instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipelines.documents import DocumentBuilder
+from data_pipelines.making import BuildError, Maker, build_source, is_finished, read_card, write_card, write_whole
+from data_pipelines.mixture import permute
+from data_pipelines.pictures import Captions, Interleaved
+from data_pipelines.shards import ShardError, ShardSet
+from data_pipelines.texts import Texts
+from mmagent.browser import BrowserPool, find_chromium
+from mmagent.chat import ChatConfig, Text, Thinking, ToolCall
+from mmagent.config import ConfigError, parse_cli
+from mmagent.geometry import GeometryConfig
+from mmagent.records import Record, from_sample
+from mmagent.vocab import Vocab
+
+_VOCAB_PLAN = "tokenizer.plan.json"
+
+
+@dataclass
+class BuildConfig:
+    """``pretrain`` and ``sft`` give the number of samples of every source; 0 leaves one out. ``pages`` are open at a
+    time in ``processes`` browsers. ``vocab_texts`` samples of every source train the vocabulary."""
+
+    folder: str = "data/laptop"
+    seed: int = 0
+    pretrain: dict[str, int] = field(default_factory=dict)
+    sft: dict[str, int] = field(default_factory=dict)
+    browser: str = "auto"
+    processes: int = 1
+    pages: int = 8
+    shard_samples: int = 1000
+    vocab_size: int = 2048
+    vocab_texts: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.browser not in ("auto", "required", "none"):
+            raise ValueError(f"browser: {self.browser!r} is none of auto, required, none")
+
+
+def laptop() -> BuildConfig:
+    """What the quickstart trains on: some minutes on two cores."""
+    return BuildConfig(pretrain={"text": 4000, "captions": 2000, "interleaved": 1000})
+
+
+def debug() -> BuildConfig:
+    """Seconds."""
+    return BuildConfig(
+        folder="data/debug",
+        pretrain={"text": 60, "captions": 40, "interleaved": 20},
+        vocab_size=600,
+    )
+
+
+def makers(config: BuildConfig) -> dict[str, list[Maker]]:
+    """Every source there is, by stage."""
+    pretrain: list[Maker] = [Texts(config.seed), Captions(config.seed), Interleaved(config.seed)]
+    return {"pretrain": pretrain, "sft": []}
+
+
+def plan(config: BuildConfig) -> Iterator[tuple[str, Maker, int]]:
+    """``(stage, maker, samples)`` of everything to build. Raises :class:`~mmagent.config.ConfigError` for a source
+    that nobody makes."""
+    for stage, known in makers(config).items():
+        wanted: dict[str, int] = getattr(config, stage)
+        unknown = set(wanted) - {maker.name for maker in known}
+        if unknown:
+            names = ", ".join(maker.name for maker in known)
+            raise ConfigError(f"{stage}.{sorted(unknown)[0]}: no such source; there are {names}")
+        yield from ((stage, maker, wanted[maker.name]) for maker in known if wanted.get(maker.name))
+
+
+def build(config: BuildConfig) -> dict[str, dict[str, Any]]:
+    """Make what is missing and return the cards, ``{"pretrain/text": {...}, ...}``."""
+    root = Path(config.folder)
+    todo = list(plan(config))
+    blind = [f"{stage}/{maker.name}" for stage, maker, _ in todo if maker.screen is not None]
+    if blind and (config.browser == "none" or find_chromium() is None):
+        message = f"no Chromium: {', '.join(blind)} cannot be made"
+        if config.browser == "required":
+            raise BuildError(f"{message}; install the Debian package chromium-headless-shell, or set MMAGENT_CHROMIUM")
+        print(f"{message}; building the other sources only", file=sys.stderr)
+        todo = [(stage, maker, samples) for stage, maker, samples in todo if maker.screen is None]
+    asyncio.run(_build_all(config, root, todo))
+    folders = {f"{stage}/{maker.name}": root / stage / maker.name for stage, maker, _ in todo}
+    builder = DocumentBuilder(_vocab(config, root, list(folders.values())), GeometryConfig(), ChatConfig())
+    return {name: read_card(folder, builder) or write_card(folder, builder) for name, folder in folders.items()}
+
+
+async def _build_all(config: BuildConfig, root: Path, todo: Sequence[tuple[str, Maker, int]]) -> None:
+    async with AsyncExitStack() as stack:
+        pool: BrowserPool | None = None
+        for stage, maker, samples in todo:
+            folder = root / stage / maker.name
+            if maker.screen is not None and pool is None and not is_finished(folder, samples):
+                pool = await stack.enter_async_context(BrowserPool(config.processes, config.pages))
+            with tqdm(total=samples, desc=f"{stage}/{maker.name}", unit="sample", smoothing=0.05) as bar:
+
+                def report(written: int, bar: tqdm = bar) -> None:
+                    bar.update(written - bar.n)
+
+                await build_source(
+                    maker,
+                    folder,
+                    samples,
+                    pool,
+                    in_flight=config.pages,
+                    shard_samples=config.shard_samples,
+                    report=report,
+                )
+
+
+def _vocab(config: BuildConfig, root: Path, folders: Sequence[Path]) -> Vocab:
+    """Train the vocabulary on samples from all over every source, unless that was done for the same sources."""
+    sets = [ShardSet(folder) for folder in folders]
+    made = {"size": config.vocab_size, "texts": config.vocab_texts, "sources": [s.fingerprint() for s in sets]}
+    if (root / _VOCAB_PLAN).is_file() and json.loads((root / _VOCAB_PLAN).read_text(encoding="utf-8")) == made:
+        return Vocab.load(root)
+    texts = [
+        text
+        for shards in sets
+        for n in range(min(config.vocab_texts, len(shards)))
+        for text in texts_of(from_sample(shards.read(permute(n, len(shards), 0))))
+    ]
+    vocab = Vocab.train(texts, config.vocab_size)
+    vocab.save(root)
+    write_whole(root / _VOCAB_PLAN, made)
+    return vocab
+
+
+def texts_of(record: Record) -> Iterator[str]:
+    """Everything in a record that is written as text."""
+    for part in record.parts or (part for message in record.messages for part in message.parts):
+        if isinstance(part, Text | Thinking):
+            yield part.text
+        elif isinstance(part, ToolCall):
+            yield from (part.name, *part.arguments, *part.arguments.values())
+
+
+def table(cards: dict[str, dict[str, Any]]) -> str:
+    """The cards for people."""
+    lines = [f"{'source':<24} samples  images    tokens  visual  trained  longest      MB"]
+    for name, card in cards.items():
+        tokens = card["tokens"]
+        lines.append(
+            f"{name:<24}{card['samples']:>9}{card['images']:>8}{tokens['total']:>10}"
+            f"{tokens['visual'] / tokens['total']:>8.0%}{tokens['trainable'] / tokens['total']:>9.0%}"
+            f"{tokens['longest']:>9}{card['bytes'] / 1e6:>8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_cli({"laptop": laptop, "debug": debug}, __doc__ or "", argv)
+    started = time.perf_counter()
+    try:
+        cards = build(config)
+    except (BuildError, ConfigError, ShardError) as error:
+        raise SystemExit(f"data_pipelines.build: {error}") from error
+    print(table(cards))
+    print(f"{config.folder}: built in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

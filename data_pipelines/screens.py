@@ -1,0 +1,126 @@
+"""MiniWoB++ as training data: questions about its screens, and the experts' episodes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from data_pipelines.making import BuildError
+from data_pipelines.mixture import digest
+from mmagent.actions import Finished, format_action
+from mmagent.browser import Page
+from mmagent.browser.perform import perform
+from mmagent.chat import Image, Message, assistant, user
+from mmagent.prompts import gui_follow_up, gui_prompt
+from mmagent.records import EncodedImage, Record, encode_image
+from mmagent.worlds import miniwob
+from mmagent.worlds.miniwob import VIEW, Screen
+from mmagent.worlds.questions import Question, ask
+
+MAX_STEPS = 24
+"""Actions of one episode; an expert that needs more is taken to be lost."""
+_ATTEMPTS = 10  # seeds tried for one record of an episode
+
+
+def conversation(questions: Sequence[Question]) -> tuple[Message, ...]:
+    """One image, encoded once, with every question a turn: each answer is supervised."""
+    turns: list[Message] = []
+    for n, question in enumerate(questions):
+        turns += [user(*([Image()] if n == 0 else []), question.question), assistant(question.answer)]
+    return tuple(turns)
+
+
+class ScreenQuestions:
+    """Questions about screens of ``tasks`` (train seeds), at the start of an episode or some right steps into it."""
+
+    name = "screens"
+    screen = (miniwob.WIDTH, miniwob.HEIGHT)
+
+    def __init__(self, tasks: Sequence[str], seed: int, questions: int = 8, block: int = 20):
+        self.tasks, self.seed, self.questions, self.block = tuple(tasks), seed, questions, block
+        self.settings: dict[str, Any] = {"tasks": self.tasks, "seed": seed, "questions": questions, "block": block}
+
+    async def make(self, number: int, page: Page | None) -> Sequence[Record]:
+        assert page is not None
+        task, first = _place(self.tasks, number, self.block)
+        return [await self._record(page, task, first + n) for n in range(self.block)]
+
+    async def _record(self, page: Page, task: str, index: int) -> Record:
+        random = Random(digest(self.seed, self.name, task, index))
+        for attempt in range(_ATTEMPTS):
+            steps = random.choice((0, 0, 0, 1, 2)) if attempt == 0 else 0
+            screen = await miniwob.start(page, task, _train_seed(index, attempt))
+            for _ in range(steps):
+                action = await miniwob.expert(task)(page)
+                if isinstance(action, Finished):
+                    break
+                await perform(page, action, VIEW)
+                if (await miniwob.state(page))[0]:
+                    screen = await miniwob.start(page, task, _train_seed(index, attempt))
+                    break
+                screen = await miniwob.observe(page)
+            asked = ask(VIEW.original, screen.elements, screen.lines, random, self.questions)
+            if asked:
+                image = await asyncio.to_thread(encode_image, screen.image)
+                return Record(f"{task}-{index:06d}", self.name, conversation(asked), images=(image,), task=task)
+        raise BuildError(f"{self.name}: nothing to ask about {task} from index {index}")
+
+
+class ExpertEpisodes:
+    """Whole episodes of ``tasks`` (train seeds) that the benchmark rewarded in full, one turn a step."""
+
+    name = "episodes"
+    screen = (miniwob.WIDTH, miniwob.HEIGHT)
+
+    def __init__(self, tasks: Sequence[str], seed: int, block: int = 20):
+        self.tasks, self.seed, self.block = tuple(tasks), seed, block
+        self.settings: dict[str, Any] = {"tasks": self.tasks, "seed": seed, "block": block}
+
+    async def make(self, number: int, page: Page | None) -> Sequence[Record]:
+        assert page is not None
+        task, first = _place(self.tasks, number, self.block)
+        return [await self._record(page, task, first + n) for n in range(self.block)]
+
+    async def _record(self, page: Page, task: str, index: int) -> Record:
+        for attempt in range(_ATTEMPTS):
+            episode = await play(page, task, _train_seed(index, attempt))
+            if episode is not None:
+                turns, screens = episode
+                images = tuple([await asyncio.to_thread(_encode, screen) for screen in screens])
+                return Record(f"{task}-{index:06d}", self.name, turns, images=images, task=task)
+        raise BuildError(f"{self.name}: the expert of {task} failed {_ATTEMPTS} times from index {index}")
+
+
+async def play(page: Page, task: str, seed: int) -> tuple[tuple[Message, ...], list[Screen]] | None:
+    """An expert's episode as turns with their screens; None when it did not earn the full reward."""
+    act = miniwob.expert(task)
+    screen = await miniwob.start(page, task, seed, elements=False)
+    turns, screens = [user(*gui_prompt(screen.utterance))], [screen]
+    for _ in range(MAX_STEPS):
+        action = await act(page)
+        if isinstance(action, Finished):
+            return None
+        turns.append(assistant(format_action(action)))
+        await perform(page, action, VIEW)
+        done, reward = await miniwob.state(page)
+        if done:
+            return (tuple(turns), screens) if reward >= 1 else None
+        screens.append(await miniwob.observe(page, elements=False))
+        turns.append(user(*gui_follow_up()))
+    return None
+
+
+def _place(tasks: Sequence[str], number: int, block: int) -> tuple[str, int]:
+    """Blocks go round the tasks, so that any number of samples holds all of them about equally."""
+    rounds, task = divmod(number, len(tasks))
+    return tasks[task], rounds * block
+
+
+def _train_seed(index: int, attempt: int) -> int:
+    return miniwob.seed_for("train", index * _ATTEMPTS + attempt)
+
+
+def _encode(screen: Screen) -> EncodedImage:
+    return encode_image(screen.image)
