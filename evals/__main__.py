@@ -15,7 +15,7 @@ from pathlib import Path
 from evals.baselines import BASELINES, BaselineAgent
 from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import EvaluationBroken, Options, evaluate
-from evals.statistics import Comparison
+from evals.statistics import Comparison, Estimate
 from evals.store import Run, RunError, find_runs, read_run
 from evals.suite import Agent, Suite, choose_tasks
 from evals.suites import SUITES
@@ -189,17 +189,23 @@ def _write_report(folder: Path, runs: Sequence[Run]) -> Path:
 
 
 def _score_table(runs: Sequence[Run]) -> str:
-    lines = [f"{'':32} {'score':>7}  {'95 % interval':>15}  {'items':>6} {'errors':>6}"]
+    rows: list[tuple[str, Estimate | float, int | None]] = []
     for run in runs:
         summary = summarise(run.rows)
-        rows = {run.suite: summary.score}
+        rows.append((run.suite, summary.score, summary.errors))
         if len(summary.by_task) > 1:
-            rows |= {f"  {task}": estimate for task, estimate in summary.by_task.items()}
-        for n, (name, e) in enumerate(rows.items()):
-            interval = f"{100 * e.low:.1f} .. {100 * e.high:.1f}" if e.n else ""
-            score = f"{100 * e.mean:.1f} %" if e.n else "–"
-            lines.append(f"{name:32} {score:>7}  {interval:>15}  {e.n:6}" + (f" {summary.errors:6}" if n == 0 else ""))
-        lines += [f"  pass@{k:<25} {100 * value:6.1f} %" for k, value in summary.pass_at.items()]
+            rows += [(f"  {task}", estimate, None) for task, estimate in summary.by_task.items()]
+        rows += [(f"  pass@{k}", value, None) for k, value in summary.pass_at.items()]
+    wide = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':{wide}} {'score':>8}  {'95 % interval':>15}  {'items':>6} {'errors':>6}"]
+    for name, value, errors in rows:
+        e = value if isinstance(value, Estimate) else None
+        mean = value if e is None else e.mean
+        score = f"{100 * mean:.1f} %" if e is None or e.n else "–"
+        interval = f"{100 * e.low:.1f} .. {100 * e.high:.1f}" if e is not None and e.n else ""
+        items = "" if e is None else str(e.n)
+        tail = "" if errors is None else str(errors)
+        lines.append(f"{name:{wide}} {score:>8}  {interval:>15}  {items:>6} {tail:>6}".rstrip())
     return "\n".join(lines)
 
 

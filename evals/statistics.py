@@ -34,8 +34,11 @@ class Estimate:
 EMPTY = Estimate(math.nan, math.nan, math.nan, 0)
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), which stays honest at 0 of n and n of n."""
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927), which stays honest at 0 of n and n of n.
+
+    A sum of scores in [0, 1] may stand for ``successes``: the interval is then wider than need be, never narrower.
+    """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}")
     z = _normal_quantile(0.5 + confidence / 2)
@@ -56,20 +59,21 @@ def mean_interval(
     """Mean with a percentile bootstrap interval (Efron 1979).
 
     ``strata`` names the task of every value: the mean is then the plain mean of the tasks' means, and each
-    resample draws within every task, so that a task with many items weighs no more than one with few.
+    resample draws within every task, so that a task with many items weighs no more than one with few. Where a task
+    has a single item nothing can be drawn within it, and the tasks themselves are drawn.
 
-    Where all values are 0 or all are 1 every resample is the same and the bootstrap would claim certainty;
-    the interval is Wilson's then.
+    Where all values are equal every resample is the same and the bootstrap would claim certainty; the interval
+    of scores in [0, 1] is Wilson's then.
     """
     groups = _grouped(values, strata)
     if not groups:
         return EMPTY
     mean = float(np.mean([group.mean() for group in groups]))
     count = sum(len(group) for group in groups)
-    if mean in (0.0, 1.0):
-        return Estimate(mean, *wilson(round(mean) * count, count, confidence), count)
-    rng = np.random.default_rng(seed)
-    drawn = np.mean([_resampled_means(group, resamples, rng) for group in groups], axis=0)
+    pooled = np.concatenate(groups)
+    if 0.0 <= mean <= 1.0 and (pooled == pooled[0]).all():
+        return Estimate(mean, *wilson(mean * count, count, confidence), count)
+    drawn = _stratified_resamples(groups, resamples, seed)
     return Estimate(mean, *_percentiles(drawn, confidence), count)
 
 
@@ -121,8 +125,7 @@ def compare_paired(
     labels = None if strata is None else [strata[key] for key in shared]
     first, second = (np.array([run[key] for key in shared], dtype=np.float64) for run in (a, b))
     deltas = _grouped(second - first, labels)
-    rng = np.random.default_rng(seed)
-    drawn = np.mean([_resampled_means(group, resamples, rng) for group in deltas], axis=0)
+    drawn = _stratified_resamples(deltas, resamples, seed)
     mean = float(np.mean([group.mean() for group in deltas]))
     weighted = np.concatenate([group / (len(group) * len(deltas)) for group in deltas])
     return Comparison(
@@ -188,6 +191,13 @@ def _grouped(values: Sequence[float] | np.ndarray, strata: Sequence[Hashable] | 
 
 def _stratified_mean(values: np.ndarray, strata: Sequence[Hashable] | None) -> float:
     return float(np.mean([group.mean() for group in _grouped(values, strata)]))
+
+
+def _stratified_resamples(groups: Sequence[np.ndarray], resamples: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    if min(len(group) for group in groups) < 2:
+        groups = [np.array([group.mean() for group in groups])]
+    return np.mean([_resampled_means(group, resamples, rng) for group in groups], axis=0)
 
 
 def _resampled_means(group: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -69,6 +69,14 @@ def test_all_equal_scores_do_not_claim_certainty():
     assert mean_interval([0.0] * 20).high == pytest.approx(wilson(0, 20)[1])
 
 
+def test_single_items_do_not_claim_certainty():
+    estimate = mean_interval([1.0, 0.0, 1.0, 0.5], ["a", "b", "c", "d"])  # nothing to draw within a task
+    assert estimate.low < 0.4
+    assert estimate.high > 0.85
+    assert mean_interval([0.7]).low < 0.3  # one score says little
+    assert mean_interval([0.7]).high > 0.95
+
+
 def test_no_scores_and_bad_scores():
     assert math.isnan(mean_interval([]).mean)
     with pytest.raises(ValueError, match="not finite"):

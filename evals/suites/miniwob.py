@@ -1,0 +1,29 @@
+"""MiniWoB++ (Liu et al. 2018) in a headless Chromium, judged by the benchmark's own reward, on seeds never trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evals.baselines import random_action
+from evals.suite import Play, Suite
+from mmagent.actions import PROMPT
+from mmagent.tasks import open_tasks
+from mmagent.worlds.miniwob import TASKS
+
+MAX_STEPS = 12
+
+
+def miniwob(pages: Sequence[str] = TASKS, per_task: int = 20, seed: int = 0) -> Suite:
+    """``per_task`` test episodes of every page in ``pages``; all supported ones by default."""
+    return Suite(
+        name="miniwob",
+        version=1,
+        summary="Act in MiniWoB++ web pages of 160 x 210 pixels, from the screen alone.",
+        prompt="every turn the screen; with the first the page's utterance",
+        judge="the page's raw reward in [-1, 1], negative ones counted as 0, no penalty for time",
+        tasks=tuple(f"miniwob/{page}" for page in pages),
+        open=open_tasks,
+        per_task=per_task,
+        play=Play(max_steps=MAX_STEPS, max_tokens=64, rules=PROMPT, guess=random_action),
+        seed=seed,
+    )
