@@ -56,7 +56,8 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     stored = {
         n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items() if n not in aliases
     }
-    save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    # one entry at most: the library writes several in random order, and equal weights should be equal files
+    save_file(stored, path, metadata={"aliases": json.dumps(aliases)} if aliases else {"format": "pt"})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -188,7 +189,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(manifest_path.read_text())
         claimed = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest_path} is torn or was changed: {error}") from error
     if claimed != _digest_of(manifest):
         raise CheckpointError(f"{manifest_path} was changed: its checksum does not match")
@@ -197,22 +198,30 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def latest(root: Path) -> tuple[Path | None, list[str]]:
+def latest(root: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest whole checkpoint under ``root`` and why each newer one was refused.
 
     Raises :class:`CheckpointError` when there are checkpoints but none is whole: starting over silently would be worse.
     """
-    refused: list[str] = []
+    refused: dict[Path, str] = {}
     for path in steps(root):
         try:
             verify(path)
         except CheckpointError as error:
-            refused.append(str(error))
+            refused[path] = str(error)
         else:
             return path, refused
     if refused:
-        raise CheckpointError("no checkpoint is whole:\n" + "\n".join(refused))
+        raise CheckpointError("no checkpoint is whole:\n" + "\n".join(refused.values()))
     return None, refused
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a refused checkpoint, so that it neither counts among those kept nor stands where the run will write."""
+    aside = path.with_name(f"refused-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
 
 
 def newest_weights(root: Path, module: str) -> Path:

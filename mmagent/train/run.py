@@ -111,8 +111,8 @@ class Run:
             checkpoint.clean(self.checkpoints)
             try:
                 path, refused = checkpoint.latest(self.checkpoints)
-                for reason in refused:
-                    logger.warning("refused a checkpoint: %s", reason)
+                for torn, reason in refused.items():
+                    logger.warning("refused a checkpoint, now in %s: %s", checkpoint.set_aside(torn).name, reason)
             except CheckpointError as problem:
                 error = str(problem)
         name, error = self.world.gather_objects([path.name if path else "", error])[0]  # rank 0 decides for all
