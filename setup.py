@@ -19,7 +19,7 @@ setup(
             "recipes.*",
         ]
     ),
-    package_data={"": ["*.html", "*.css", "*.js", "*.jinja", "*.yaml"]},
+    package_data={"": ["*.html", "*.css", "*.js", "*.txt", "*.jinja", "*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",  # the upper bound keeps timm -> torchvision from pulling a newer CUDA build
         "torchvision>=0.26,<0.29",

@@ -72,6 +72,7 @@ class Page:
         self.broken = False
         self._browser, self._target, self._session, self._context = browser, target, session, context
         self._roots = options.roots
+        self._world: int | None = None
         self._inked = False
         self._drawn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._drawn.set_result(None)
@@ -306,11 +307,14 @@ class Page:
         """In a script world of our own; again where the document was replaced between the two commands."""
         for attempt in range(1, ISOLATED_ATTEMPTS + 1):
             try:
-                made = await self._send("Page.createIsolatedWorld", frameId=self._target, worldName="mmagent")
-                return await self._evaluate(expression, made["executionContextId"])
+                if self._world is None:
+                    made = await self._send("Page.createIsolatedWorld", frameId=self._target, worldName="mmagent")
+                    self._world = made["executionContextId"]
+                return await self._evaluate(expression, self._world)
             except (BrowserCrashed, ScriptError):
                 raise
             except BrowserError:
+                self._world = None
                 if attempt == ISOLATED_ATTEMPTS:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -425,7 +429,7 @@ class Page:
                 self._settle_loads({params["loaderId"]})
         elif method == "Page.frameNavigated":
             if params["frame"]["id"] == self._target:
-                self._inked = False
+                self._inked, self._world = False, None
                 self._settle_loads(self._awaited_loads.keys() - {params["frame"]["loaderId"]})
         elif method == "Fetch.requestPaused":
             url = params["request"]["url"]

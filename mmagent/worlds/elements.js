@@ -52,7 +52,7 @@
     if (TAGS[tag] && !(tag === 'li' && !ownText(el))) return TAGS[tag];
     if (ownText(el)) return tag === 'tspan' ? null : 'text';
     const leaf = !el.firstElementChild && !el.textContent.trim();
-    if (leaf && !(el instanceof SVGElement) && rgba(style.backgroundColor)[3] > 0) return 'box';
+    if (leaf && !(el instanceof SVGElement) && rgba(style.backgroundColor)[3] === 1) return 'box';
     return null;
   };
   const name = el => {
@@ -62,7 +62,9 @@
     if (tag === 'select') return clean(el.selectedOptions[0] && el.selectedOptions[0].text);
     if (tag === 'input' || tag === 'textarea') {
       const label = el.labels && el.labels[0];
-      return clean(el.getAttribute('aria-label') || (label && label.textContent) || el.placeholder);
+      const before = el.previousElementSibling;  // a label that says what it labels by its place alone
+      return clean(el.getAttribute('aria-label') || (label && label.textContent) || el.placeholder ||
+        (before && before.localName === 'label' && before.textContent));
     }
     return clean(el.innerText !== undefined ? el.innerText : el.textContent) || clean(el.getAttribute('aria-label')) ||
       clean(el.title);
@@ -76,6 +78,7 @@
     const style = getComputedStyle(el);
     if (style.display === 'none' || +style.opacity === 0) return;
     if (elements.length < most && style.visibility === 'visible') look(el, style);
+    if (el.getAttribute('role') === 'img') return;  // one picture, whatever it is made of
     for (const child of el.children) walk(child);
   };
   const look = (el, style) => {

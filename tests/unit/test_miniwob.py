@@ -80,7 +80,8 @@ def disagreements(pool, tasks, seeds):
         return different
 
     async def run():
-        return sum(await asyncio.gather(*(one(task) for task in tasks)), [])
+        found = await asyncio.gather(*(one(task) for task in tasks))
+        return [pair for different in found for pair in different]
 
     return run_sync(run())
 

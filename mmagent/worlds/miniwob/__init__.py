@@ -3,16 +3,15 @@
 from mmagent.worlds.miniwob.experts import TASKS, Expert, expert
 from mmagent.worlds.miniwob.pages import (
     HEIGHT,
-    SPLITS,
     VIEW,
     WIDTH,
     Screen,
     html_folder,
     observe,
-    seed_for,
     start,
     state,
 )
+from mmagent.worlds.seeds import SPLITS, seed_for
 
 __all__ = [
     "HEIGHT",

@@ -22,7 +22,7 @@
     }
     for (const part of document.querySelectorAll('#area, #area *')) part.scrollTop = part.scrollLeft = 0;
   };
-  const observe = most => ({utterance: utterance(), found: most ? collect('#wrap', most) : null});
+  const observe = most => ({utterance: utterance(), found: most ? collect('body', most) : null});
   window.mmagent = {
     task,
     memory: {},  // of the expert, for one episode

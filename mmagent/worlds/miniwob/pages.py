@@ -16,7 +16,6 @@ from mmagent.worlds.elements import MOST_ELEMENTS, Element, TextLine, collector,
 WIDTH, HEIGHT = 160, 210
 VIEW = ImageView((HEIGHT, WIDTH), (HEIGHT, WIDTH))
 """Of the screen as it is; actions of the experts are in its frame."""
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,6 @@ def html_folder() -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("the MiniWoB++ pages are missing: `pip install miniwob`")
     return Path(spec.origin).parent / "html"
-
-
-def seed_for(split: str, index: int) -> int:
-    """The seed of an episode: splits are residue classes, so no seed belongs to two of them."""
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    if index < 0:
-        raise ValueError(f"index {index} is negative")
-    return index * len(SPLITS) + SPLITS.index(split)
 
 
 @functools.cache
