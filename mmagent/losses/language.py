@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmagent.ops.cross_entropy import CHUNK, TokenLoss, linear_cross_entropy
+from mmagent.ops.cross_entropy import TokenLoss, linear_cross_entropy
 from mmagent.ops.shift import shift
 from mmagent.types import IGNORE, ModelOutput, Segments
 
@@ -31,7 +31,7 @@ def language_loss(
     head_weight: Tensor,
     *,
     detach_mtp: bool = False,
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> LanguageLoss:
     """Sums over ``labels (T,)`` with the head ``(V, D)``. ``detach_mtp`` keeps the MTP terms from the head."""
     head = head_weight.detach() if detach_mtp else head_weight

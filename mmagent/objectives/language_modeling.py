@@ -12,7 +12,6 @@ from mmagent import dist
 from mmagent.losses.balance import max_violation
 from mmagent.losses.language import LanguageLoss, acceptance, after_image, by_source, language_counts, language_loss
 from mmagent.models.agent_model import AgentModel
-from mmagent.ops.cross_entropy import CHUNK
 from mmagent.types import IGNORE, PackedBatch, Ratio, StepOutput
 
 
@@ -22,7 +21,7 @@ class LanguageModelingConfig:
     detach_mtp: bool = False  # the MTP loss then reaches MTP parameters alone
     balance_weight: float = 1e-4  # of the sequence-wise auxiliary loss
     bias_rate: float = 1e-3  # step of the loss-free router bias; 0 leaves it alone
-    chunk: int = CHUNK  # rows whose logits exist at one time
+    chunk: int = 0  # rows whose logits exist at one time; 0 chooses by the vocabulary
 
 
 class LanguageModeling(nn.Module):

@@ -17,8 +17,18 @@ from torch import Tensor
 
 from mmagent.types import IGNORE
 
-CHUNK = 2048
-"""Rows whose logits exist at one time."""
+CHUNK_VALUES = 1 << 25
+"""Logits that exist at one time (128 MiB in fp32), unless that leaves fewer rows than a matrix product wants."""
+
+
+def _normaliser(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """``logsumexp(logits)`` from a softmax that is there anyway: the highest probability is ``exp(max - logsumexp)``,
+    and never underflows. On a CPU this costs a tenth of a pass of exponentials."""
+    return logits.amax(-1) - probabilities.amax(-1).log()
+
+
+def _chunk_rows(chunk: int, vocabulary: int) -> int:
+    return chunk or min(max(CHUNK_VALUES // vocabulary, 512), 8192)
 
 
 class TokenLoss(NamedTuple):
@@ -67,17 +77,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(at, at + chunk)
             target = targets_N[part, None]
             logits = F.linear(hidden[part], weight).float()
-            highest, predictions[part] = logits.max(-1)
-            chosen = logits.gather(1, target).squeeze(1)
-            logits -= highest.unsqueeze(1)
-            exps = logits.exp_()
-            total = exps.sum(-1)
-            losses[part] = total.log() + highest - chosen
+            predictions[part] = logits.argmax(-1)
+            probabilities = torch.softmax(logits, -1)
+            losses[part] = _normaliser(logits, probabilities) - logits.gather(1, target).squeeze(1)
             if not any(needs):
                 continue
-            exps.div_(total.unsqueeze(1))
-            exps.scatter_add_(1, target, torch.full_like(exps[:, :1], -1.0))
-            slope = exps.to(dtype)
+            slope = probabilities.scatter_add_(1, target, torch.full_like(logits[:, :1], -1.0)).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
             if grad_weight is not None:
@@ -95,12 +100,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None, None, None
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int = CHUNK) -> TokenLoss:
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int = 0) -> TokenLoss:
     """Summed next-token loss of ``hidden @ weight.T`` against ``targets`` (:data:`IGNORE` rows cost nothing).
+    ``chunk`` rows at a time; 0 chooses by the vocabulary.
 
     Raises ``ValueError`` for targets outside the vocabulary (checked on CPU, where looking is free).
     """
     rows = _rows(targets_T, weight_VD.shape[0])
+    chunk = _chunk_rows(chunk, weight_VD.shape[0])
     dtype = _compute_dtype(hidden_TD)
     learning = torch.is_grad_enabled()
     needs = (learning and hidden_TD.requires_grad, learning and weight_VD.requires_grad)
@@ -141,10 +148,10 @@ class _SelectedLogprobs(torch.autograd.Function):
         for at in range(0, targets_N.shape[0], chunk):
             part = slice(at, at + chunk)
             logits = _logits(hidden[part], weight, temperature, barred)
-            norms[part] = torch.logsumexp(logits, -1)
+            probabilities = torch.softmax(logits, -1)
+            norms[part] = _normaliser(logits, probabilities)
             logprobs[part] = logits.gather(1, targets_N[part, None]).squeeze(1) - norms[part]
-            weighted = (logits - norms[part, None]).exp_().mul_(logits.index_fill_(1, barred, 0.0))
-            entropy[part] = norms[part] - weighted.sum(-1)
+            entropy[part] = norms[part] - probabilities.mul_(logits.index_fill_(1, barred, 0.0)).sum(-1)
         ctx.save_for_backward(hidden, weight, targets_N, norms, entropy, barred)
         ctx.temperature, ctx.chunk, ctx.dtypes = temperature, chunk, (hidden_ND.dtype, weight_VD.dtype)
         return logprobs, entropy
@@ -156,9 +163,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for at in range(0, targets.shape[0], ctx.chunk):
             part = slice(at, at + ctx.chunk)
-            logp = _logits(hidden[part], weight, ctx.temperature, barred).sub_(norms[part, None])
-            p = logp.exp()
-            logp.index_fill_(1, barred, 0.0)
+            logits = _logits(hidden[part], weight, ctx.temperature, barred)
+            p = torch.softmax(logits, -1)
+            logp = logits.sub_(norms[part, None]).index_fill_(1, barred, 0.0)
             slope = (
                 logp.add_(entropy[part, None]).mul_(-grad_entropy[part, None]).sub_(grad_logprobs[part, None]).mul_(p)
             )
@@ -179,7 +186,7 @@ def selected_logprobs(
     targets_T: Tensor,
     temperature: float = 1.0,
     barred_ids: Sequence[int] = (),
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each row's distribution: two ``(T,)`` fp32, with gradient.
 
@@ -189,6 +196,7 @@ def selected_logprobs(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     rows = _rows(targets_T, weight_VD.shape[0])
+    chunk = _chunk_rows(chunk, weight_VD.shape[0])
     dtype = _compute_dtype(hidden_TD)
     barred = torch.tensor(tuple(barred_ids), dtype=torch.int64, device=hidden_TD.device)
     with torch.autocast(hidden_TD.device.type, enabled=False):

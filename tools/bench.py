@@ -1,0 +1,61 @@
+"""Measure ours beside its peers, and print a table.
+
+    python tools/bench.py AREA [--json FILE] [--repeats N] [--quick]
+
+AREA is a module of tools/benchmarks with a function ``rows(settings)``. Both sides of a row run in one process, in
+turns, so that a busy machine slows both; a row shows their medians, and the spread of the ratio from turn to turn. A
+ratio above 1 means that ours is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # a script starts with its own folder there, not with the repository
+    sys.path.insert(0, str(ROOT))
+
+from tools.benchmarks.row import Row, Settings, table  # noqa: E402
+
+
+def areas() -> list[str]:
+    """Every module of tools/benchmarks that has rows."""
+    folder = ROOT / "tools" / "benchmarks"
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "row"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("area", choices=areas(), help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes only: shows that it runs, not how fast")
+    args = parser.parse_args(argv)
+    module = importlib.import_module(f"tools.benchmarks.{args.area}")
+    print(f"{args.area}: {(module.__doc__ or '').strip().splitlines()[0]}", flush=True)
+    print(f"{machine()}; {args.repeats} turns a row", flush=True)
+    rows: list[Row] = []
+    for row in module.rows(Settings(repeats=args.repeats, quick=args.quick)):
+        rows.append(row)
+        print(f"  {row.name}: {row.ratio:.2f}x", file=sys.stderr, flush=True)
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+def machine() -> str:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} processors"
+    return f"torch {torch.__version__} with {torch.get_num_threads()} threads on {device}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
