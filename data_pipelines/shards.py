@@ -247,23 +247,48 @@ def _find(location: str) -> list[Path]:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     """The members of one sample from their bytes in the tar."""
     sample: dict[str, Any] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                name = split_name(member.name) if member.isfile() else None
-                if name is None:
-                    continue
-                key, extension = name
-                if sample.setdefault("__key__", key) != key:
-                    raise RecordError(where, "sample", f"holds two keys, {sample['__key__']!r} and {key!r}")
-                if extension in sample:
-                    raise RecordError(key, extension, "appears twice")
-                sample[extension] = data[member.offset_data : member.offset_data + member.size]
-    except tarfile.TarError as error:
-        raise RecordError(where, "sample", f"is no tar: {error}") from error
+    for path, start, size in _plain_members(data) or _members(data, where):
+        name = split_name(path)
+        if name is None:
+            continue
+        key, extension = name
+        if sample.setdefault("__key__", key) != key:
+            raise RecordError(where, "sample", f"holds two keys, {sample['__key__']!r} and {key!r}")
+        if extension in sample:
+            raise RecordError(key, extension, "appears twice")
+        sample[extension] = data[start : start + size]
     if not sample:
         raise RecordError(where, "sample", "holds no file")
     return sample
+
+
+def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
+    """``(path, first byte, size)`` of every file, or None where a header is not of the simplest kind or damaged.
+
+    The standard library's reader knows every kind, at three times the cost.
+    """
+    found = []
+    at = 0
+    while at < len(data):
+        header = data[at : at + _BLOCK]
+        size, checksum = header[124:136].rstrip(b"\0 "), header[148:156].rstrip(b"\0 ")
+        plain = header[156:157] in b"0" and not header[345] if len(header) == _BLOCK else False
+        if not (plain and size.isdigit() and checksum.isdigit() and header[0]):
+            return None
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(checksum, 8):
+            return None
+        path = header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        found.append((path, at + _BLOCK, int(size, 8)))
+        at += _BLOCK + -(-int(size, 8) // _BLOCK) * _BLOCK
+    return found
+
+
+def _members(data: bytes, where: str) -> list[tuple[str, int, int]]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            return [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+    except tarfile.TarError as error:
+        raise RecordError(where, "sample", f"is no tar: {error}") from error
 
 
 class ShardWriter:

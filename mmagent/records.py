@@ -35,6 +35,8 @@ from mmagent.chat import Image, Message, Part, Text, Thinking, ToolCall, Video
 MAX_PIXELS = 64_000_000
 """Images above this are refused before they are decoded (a decompression bomb costs memory, not disk)."""
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # and no other, whatever the bytes look like: some run programs
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(r"(?:[^/\\\0\n]+/)*[^./\\\0\n]+")
 _UNREADABLE = (  # what Pillow raises for bytes that are no image, or no longer one
     UnidentifiedImageError,
@@ -101,7 +103,7 @@ def decode_image(data: bytes, key: str, field: str = "image", max_pixels: int = 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides below
-            image = PILImage.open(io.BytesIO(data))
+            image = PILImage.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > max_pixels:
             raise RecordError(key, field, f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
         image.load()
@@ -130,7 +132,7 @@ def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            opened = PILImage.open(io.BytesIO(image.data))
+            opened = PILImage.open(io.BytesIO(image.data), formats=_FORMATS)
         # Of a PNG Pillow would decode all pixels to find an orientation that may follow them: only where one can be.
         orientable = opened.format != "PNG" or b"eXIf" in image.data or b"Raw profile type" in image.data
         sideways = orientable and opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
@@ -139,10 +141,11 @@ def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int
     return (opened.width, opened.height) if sideways else (opened.height, opened.width)
 
 
-def validate(record: Record) -> Record:
+def validate(record: Record, *, headers: bool = True) -> Record:
     """Check everything that can be known without decoding pixels, and return the record.
 
-    Raises :class:`RecordError` naming key and field.
+    ``headers`` false looks at image headers only where boxes or points need them: a reader that is about to use the
+    images finds out anyway. Raises :class:`RecordError` naming key and field.
     """
     key = record.key
     if not _KEY.fullmatch(key) or ".." in key.split("/"):
@@ -161,7 +164,8 @@ def validate(record: Record) -> Record:
     wanted += sum(len(part.timestamps) - 1 for part in parts if isinstance(part, Video))
     if wanted != len(record.images):
         raise RecordError(key, "images", f"{wanted} places for images, {len(record.images)} images")
-    sizes = [image_size(image, key, f"images[{n}]") for n, image in enumerate(record.images)]
+    headers = headers or bool(record.boxes or record.points)
+    sizes = [image_size(image, key, f"images[{n}]") for n, image in enumerate(record.images) if headers]
     for name, regions, numbers in (("boxes", record.boxes, 4), ("points", record.points, 2)):
         for n, region in enumerate(regions):
             _check_region(key, f"{name}[{n}]", region, numbers, sizes)
@@ -208,7 +212,10 @@ def to_sample(record: Record) -> dict[str, Any]:
 
 
 def from_sample(sample: Mapping[str, Any]) -> Record:
-    """Parse and validate one webdataset sample. Raises :class:`RecordError`."""
+    """Parse and validate one webdataset sample, image headers only where boxes or points need them.
+
+    Raises :class:`RecordError`.
+    """
     key = str(sample.get("__key__", ""))
     if "json" not in sample:
         raise RecordError(key, "json", "is missing")
@@ -218,7 +225,8 @@ def from_sample(sample: Mapping[str, Any]) -> Record:
         raise RecordError(key, "json", f"does not parse: {error}") from error
     if not isinstance(body, dict):
         raise RecordError(key, "json", f"must be an object, got {type(body).__name__}")
-    _encode_json(body, key)
+    if _ESCAPED_SURROGATE.search(sample["json"]):
+        _encode_json(body, key)
     unknown = set(body) - {"source", "messages", "parts", "task", "answer", "boxes", "points"}
     if unknown:
         raise RecordError(key, sorted(unknown)[0], "is no field of a record")
@@ -249,7 +257,8 @@ def from_sample(sample: Mapping[str, Any]) -> Record:
             str(body.get("answer", "")),
             boxes,
             points,
-        )
+        ),
+        headers=False,
     )
 
 

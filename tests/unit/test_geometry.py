@@ -112,6 +112,36 @@ def test_patchify_equals_its_definition_bit_for_bit(height, width, frames):
         assert torch.equal(patchify(clip[0], SMALL).patches, expected)
 
 
+def test_a_resize_is_that_of_the_same_filter_elsewhere():
+    from PIL import Image
+
+    for height, width in ((60, 80), (8, 12), (20, 90)):
+        image = pixels(30, 40)
+        theirs = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+        assert np.abs(resize(image, height, width).astype(int) - theirs).mean() < 0.5
+    image = pixels(30, 40)
+    assert resize(image, 30, 40) is image
+    image.flags.writeable = False
+    assert resize(image, 10, 10).shape == (10, 10, 3)
+
+
+def test_patches_are_those_of_the_released_image_processor():
+    from mmagent.ops.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
+    from transformers import Glm4vImageProcessor
+
+    config = GeometryConfig(min_tokens=4, max_tokens=64)
+    pixels_per_token = config.unit**2 * config.temporal_patch
+    sizes = {"shortest_edge": 4 * pixels_per_token, "longest_edge": 64 * pixels_per_token}
+    processor = Glm4vImageProcessor(size=sizes)
+    for height, width in ((112, 84), (140, 141), (200, 100)):
+        image = pixels(height, width)
+        ours, theirs = patchify(image, config), processor([image], return_tensors="pt")
+        assert theirs["image_grid_thw"].tolist() == [list(ours.grid)]
+        assert (ours.patches - theirs["pixel_values"]).abs().max() < 1e-5
+
+
 def test_equal_frames_and_one_repeated_frame_are_the_same_clip():
     frame = pixels(16, 24)
     again = [frame, frame.copy(), frame, frame]
@@ -218,7 +248,7 @@ def test_positions_never_go_back_and_restart_nowhere(parts):
 def test_positions_refuse_counts_that_disagree():
     with pytest.raises(ValueError, match="visual slots for more images than the 0"):
         document_positions(torch.tensor([True]), [], 2)
-    with pytest.raises(ValueError, match="image 0 needs 4 visual slots from token 1, found fewer"):
+    with pytest.raises(ValueError, match="image 0 needs 4 visual slots from token 1, found 2"):
         document_positions(torch.tensor([False, True, True, False]), [(1, 4, 4)], 2)
     with pytest.raises(ValueError, match="2 images, but visual slots for 1"):
         document_positions(torch.tensor([True]), [(1, 2, 2), (1, 2, 2)], 2)
