@@ -113,6 +113,7 @@ class Environment(Protocol):
     async def close(self) -> None: ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """One object for the RL reward, the evaluation score and the SFT gold."""
 

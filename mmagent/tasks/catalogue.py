@@ -1,0 +1,57 @@
+"""Tasks by name, with the browser they need."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import AsyncIterator, Sequence
+
+from mmagent.browser import BrowserPool
+from mmagent.config import ConfigError, locate
+from mmagent.protocols import Task
+from mmagent.tasks.base import Screens
+from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.worlds import miniwob
+
+
+def all_task_names() -> tuple[str, ...]:
+    """Every name that :func:`open_tasks` knows."""
+    return tuple(f"miniwob/{page}" for page in miniwob.TASKS)
+
+
+@contextlib.asynccontextmanager
+async def open_tasks(
+    names: Sequence[str], *, processes: int = 1, pages: int = 16, pool: BrowserPool | None = None
+) -> AsyncIterator[list[Task]]:
+    """The named tasks, in order, ready for use on the running event loop until the block ends.
+
+    A name is one of :func:`all_task_names`, or the import path ``package.module:factory`` of a task of your own, called
+    without arguments. Tasks that need a browser share ``pages`` pages of ``processes`` Chromium processes, or those of
+    ``pool``; without such tasks none is started.
+
+    Raises ``ConfigError`` for an unknown name, with the nearest one.
+    """
+    known = set(all_task_names())
+    for name in names:
+        if ":" not in name and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    async with contextlib.AsyncExitStack() as stack:
+        if pool is None and any(name in known for name in names):
+            per_process = -(-pages // processes)
+            pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
+            await stack.enter_async_context(pool)
+        screens = Screens(pool, miniwob.WIDTH, miniwob.HEIGHT, pages) if pool is not None else None
+        if screens is not None:
+            stack.push_async_callback(screens.close)
+        yield [_make(name, screens) for name in names]
+
+
+def _make(name: str, screens: Screens | None) -> Task:
+    if ":" in name:
+        task = locate(name)()
+        if not isinstance(task, Task):
+            raise ConfigError(f"{name!r} gave a {type(task).__name__}, which is no task (mmagent.protocols.Task)")
+        return task
+    assert screens is not None
+    return MiniWobTask(name.removeprefix("miniwob/"), screens)

@@ -1,0 +1,147 @@
+"""Collections: figures by hand, independence of ranks, and a policy that learns from them within seconds."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mmagent.agent.batching import policy_batches
+from mmagent.agent.codec import Codec
+from mmagent.agent.collector import Collector, CollectorConfig
+from mmagent.agent.curriculum import CurriculumConfig
+from mmagent.agent.rollout import RolloutConfig
+from mmagent.dist import World, init, run_ranks
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.generation.generator import Generator
+from mmagent.generation.local import LocalPolicy
+from mmagent.models.agent_model import AgentModel
+from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
+from mmagent.packing import Size, pack
+from mmagent.train.step import train_step
+from mmagent.types import Trajectory
+from tests.agent_kit import GEOMETRY, tiny_model, tiny_vocab
+from tests.toy_tasks import EchoTask, ScriptedPolicy, last_request
+
+
+class Sometimes(ScriptedPolicy):
+    """Right for the first ``right`` trajectories of a group."""
+
+    def __init__(self, right: int):
+        super().__init__(tiny_vocab(), None)
+        self.right = right
+
+    async def complete(self, prompt, limits):
+        good = int(prompt.key.rsplit("#", 1)[1]) < self.right
+        self.script = lambda text, turn: last_request(text) if good else "zz"
+        return await super().complete(prompt, limits)
+
+
+def collector(policy, tasks, world=None, **settings) -> Collector:
+    rollout = RolloutConfig(group_size=settings.pop("group_size", 4), max_tokens=4)
+    config = CollectorConfig(rollout=rollout, **settings)
+    return Collector(tasks, policy, Codec(tiny_vocab(), GEOMETRY), config, world or init(threads=1), seed=0)
+
+
+def test_figures_by_hand():
+    tasks = [EchoTask("one"), EchoTask("two", steps=2), EchoTask("broken", breaks=dict.fromkeys(range(0, 99, 2), 0))]
+    target = collector(Sometimes(1), tasks, prompts=6)
+    got = asyncio.run(target.collect())
+    metrics = got.metrics
+    assert metrics["reward/one"] == metrics["reward/two"] == 0.25
+    assert metrics["pass@4/one"] == metrics["pass@4"] == 1.0
+    assert "reward/broken" not in metrics
+    assert metrics["rollout/failed"] == pytest.approx(1 / 3)
+    assert metrics["rollout/turns"] == pytest.approx((1 + 5 / 4) / 2)
+    assert metrics["rollout/degenerate_groups"] == 0.0
+    assert len(got.groups) == 4
+    assert len(got.trajectories) == 24
+    assert target.curriculum.pass_rate["one"] == 0.25
+    assert target.curriculum.pass_rate["broken"] is None
+
+
+def test_solved_groups_are_dropped_and_more_are_drawn_next_time():
+    target = collector(Sometimes(4), [EchoTask()], prompts=4, curriculum=CurriculumConfig(decay=0.0))
+    got = asyncio.run(target.collect())
+    assert got.groups == ()
+    assert got.metrics["rollout/degenerate_groups"] == 1.0
+    assert len(asyncio.run(target.collect()).trajectories) == 2 * 4 * 4
+    target.policy.right = 2
+    full = asyncio.run(target.collect())
+    assert len(full.groups) == 4
+
+
+def test_resume_plays_on():
+    def keys(got):
+        return [(t.key, t.input_ids) for t in got.trajectories]
+
+    whole = collector(Sometimes(2), [EchoTask("a"), EchoTask("b")], prompts=3)
+    expected = [keys(asyncio.run(whole.collect())) for _ in range(3)]
+    first = collector(Sometimes(2), [EchoTask("a"), EchoTask("b")], prompts=3)
+    asyncio.run(first.collect())
+    second = collector(Sometimes(2), [EchoTask("a"), EchoTask("b")], prompts=3)
+    second.load_state_dict(first.state_dict())
+    assert [keys(asyncio.run(second.collect())) for _ in range(2)] == expected[1:]
+
+
+def _collect_on(world: World) -> tuple[list[str], dict[str, float]]:
+    target = collector(Sometimes(2), [EchoTask("a"), EchoTask("b")], world, prompts=5)
+    got = [asyncio.run(target.collect()) for _ in range(2)]
+    metrics = {k: v for k, v in got[-1].metrics.items() if not k.startswith("time/")}
+    return [t.key for g in got for t in g.trajectories], metrics
+
+
+def test_ranks_share_the_prompts():
+    (alone,) = run_ranks(_collect_on, 1)
+    first, second = run_ranks(_collect_on, 2)
+    assert sorted(first[0] + second[0]) == sorted(alone[0])
+    assert not set(first[0]) & set(second[0])
+    assert first[1] == second[1] == pytest.approx(alone[1])
+
+
+def half_taught(letters: str, steps: int = 60) -> AgentModel:
+    """A model that has imitated a teacher who says the right letter half of the time, and any letter otherwise."""
+    model, vocab, codec = tiny_model(), tiny_vocab(), Codec(tiny_vocab(), GEOMETRY)
+    target = LanguageModeling(model, LanguageModelingConfig(mtp_weight=0.0))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, muon=False, weight_decay=0.0))
+    engine = TorchEngine(target, optimizer, TorchEngineConfig(parallel="none"), init(threads=1))
+    task = EchoTask(letters=letters)
+    items = task.items("train", 1)
+    for step in range(steps):
+        rows = []
+        for n in range(8):
+            item = next(items)
+            seen = asyncio.run(task.environment(item).reset())
+            row = Trajectory(f"{step}-{n}", "toy")
+            codec.open(row, seen)
+            letter = str(item.payload) if n % 2 else letters[(n // 2 + step) % len(letters)]
+            said = [*vocab.encode(letter), vocab.id("<|user|>")]
+            row.extend(said, trainable=True, logprobs=[0.0] * len(said))
+            rows.append(row.document())
+        train_step(target, engine, [pack(rows, image_id=vocab.image_id, merge_size=2)], engine.world)
+    return model
+
+
+def test_a_policy_learns_a_verifiable_task_within_seconds():
+    """From chance to reliable on a task that only the reward explains: the whole loop but the browser."""
+    world, vocab, letters = init(threads=1), tiny_vocab(), "abcd"
+    model = half_taught(letters)
+    model.freeze(["encoder", "mtp"])
+    target = PolicyGradient(model, PolicyGradientConfig(), vocab.barred(model.config.vocab_size))
+    optimizer = build_optimizer(model, OptimConfig(lr=3e-3, muon=False, weight_decay=0.0))
+    engine = TorchEngine(target, optimizer, TorchEngineConfig(parallel="none"), world)
+    policy = LocalPolicy(Generator(model, vocab))
+    source = collector(policy, [EchoTask(letters=letters)], world, prompts=8, group_size=8)
+    rewards = []
+    for step in range(30):
+        got = asyncio.run(source.collect())
+        rewards.append(got.metrics["reward"])
+        if got.groups:
+            packs = policy_batches(got.groups, Size(8192, 8192), image_id=vocab.image_id, merge_size=2)
+            result = train_step(target, engine, packs, world)
+            assert result.metrics["drift"] < 1e-4
+        policy.version = step + 1
+    assert rewards[0] < 0.7
+    assert sum(rewards[-5:]) / 5 > 0.9, rewards

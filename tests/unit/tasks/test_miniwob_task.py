@@ -1,0 +1,186 @@
+"""MiniWoB++ as a task, in the real browser: the expert scores 1, garbage 0, a dead browser is no zero."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from mmagent.actions import parse_action
+from mmagent.agent.codec import Codec
+from mmagent.agent.rollout import RolloutConfig, roll_out
+from mmagent.browser import BrowserPool, find_chromium
+from mmagent.config import ConfigError
+from mmagent.protocols import Task
+from mmagent.tasks import all_task_names, open_tasks
+from mmagent.types import Completion, Limits, Status, Trajectory
+from mmagent.worlds import miniwob
+from tests.agent_kit import GEOMETRY, tiny_vocab
+from tests.toy_tasks import ScriptedPolicy
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium here")]
+NAMES = ["miniwob/click-test-2", "miniwob/enter-text", "miniwob/click-checkboxes", "miniwob/focus-text"]
+
+
+def run(work, names=NAMES, **kwargs):
+    async def inside():
+        async with open_tasks(names, **kwargs) as tasks:
+            return await work(tasks)
+
+    return asyncio.run(inside())
+
+
+class Expert:
+    """Plays each task's own demonstration."""
+
+    version = 0
+
+    def __init__(self, tasks: list[Task]):
+        self.tasks = {task.name: task for task in tasks}
+        self.plans: dict[str, list[str]] = {}
+
+    async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
+        task = self.tasks[prompt.source]
+        if prompt.key not in self.plans:
+            seed = int(prompt.group.rsplit("-", 1)[1])
+            item = next(i for i in task.items("train", 0) if i.seed == seed)
+            self.plans[prompt.key] = await task.demonstrate(item)
+        ids = [*tiny_vocab().encode(self.plans[prompt.key].pop(0)), tiny_vocab().id("<|user|>")]
+        return Completion(tuple(ids), (-0.1,) * len(ids), stopped=True)
+
+
+@pytest.mark.parametrize(("pages", "lockstep"), [(16, True), (2, True), (3, False)])
+def test_the_expert_as_policy_scores_one(pages, lockstep):
+    async def work(tasks):
+        prompts = [(task, item) for task in tasks for item in islice(task.items("train", 0), 2)]
+        config = RolloutConfig(group_size=2, max_tokens=64, lockstep=lockstep, max_steps=12)
+        return await roll_out(prompts, Expert(tasks), Codec(tiny_vocab(), GEOMETRY), config, seed=0)
+
+    done = run(work, pages=pages)
+    assert [(t.key, t.reward) for t in done if t.reward < 1.0] == []
+    assert all(t.status is Status.FINISHED and t.parts["raw"] == 1.0 for t in done)
+    assert max(sum(1 for a, b in zip([False, *t.trainable], t.trainable, strict=False) if b > a) for t in done) > 2
+
+
+def test_gold_is_found_without_a_loop_of_ones_own():
+    async def items(tasks):
+        return tasks[0], next(iter(tasks[0].items("test", 0)))
+
+    task, item = run(items)
+    actions = list(task.gold(item))
+    assert actions
+    assert all(parse_action(action) for action in actions)
+
+
+def test_malformed_answers_end_the_episode_at_zero():
+    async def work(tasks):
+        prompts = [(task, next(iter(task.items("train", 0)))) for task in tasks]
+        policy = ScriptedPolicy(tiny_vocab(), lambda *_: "I would click(5,5)")
+        return await roll_out(prompts, policy, Codec(tiny_vocab(), GEOMETRY), RolloutConfig(group_size=1), seed=0)
+
+    done = run(work)
+    assert [(t.reward, t.status, t.parts) for t in done] == [(0.0, Status.FINISHED, {"malformed": 1.0})] * 4
+    assert "I would" in done[0].note or "action" in done[0].note
+
+
+def test_a_wrong_click_scores_zero_and_giving_up_does_too():
+    async def work(tasks):
+        task, item = tasks[0], next(iter(tasks[0].items("train", 0)))
+        ends = []
+        for action in ("finished()", "click(0,0)"):
+            environment = task.environment(item)
+            first = await environment.reset()
+            assert first.images[0].shape == (210, 160, 3)
+            seen = [await environment.step(action) for _ in range(1 if action == "finished()" else task.max_steps)]
+            ends.append(seen[-1])
+            await environment.close()
+        return ends
+
+    finished, idle = run(work)
+    assert (finished.done, finished.reward) == (True, 0.0)
+    assert (idle.done, idle.reward) == (True, 0.0)
+    assert "not done after 12" in idle.text
+
+
+def test_an_episode_goes_on_when_its_page_was_needed_elsewhere():
+    async def work(tasks):
+        task = tasks[0]
+        items = list(islice(task.items("train", 0), 3))
+        plans = [await task.demonstrate(item) for item in items]
+        environments = [task.environment(item) for item in items]
+        for environment in environments:
+            await environment.reset()
+        screens = []
+        for n in range(max(map(len, plans))):  # one page: every step takes it from another episode
+            seen = [await e.step(p[n]) for e, p in zip(environments, plans, strict=True) if n < len(p)]
+            screens.append(seen[-1])
+        return [len(p) for p in plans], screens
+
+    lengths, screens = run(work, ["miniwob/click-checkboxes"], pages=1)
+    assert max(lengths) > 1
+    assert screens[-1].done
+    assert screens[-1].reward == 1.0
+
+
+def test_a_crashed_browser_is_made_up_for_once_and_then_no_zero():
+    async def work(tasks):
+        task = tasks[0]
+        item = next(iter(task.items("train", 0)))
+        plan = await task.demonstrate(item)
+        environment = task.environment(item)
+        await environment.reset()
+        _kill_browsers(task.screens.pool)
+        for action in plan:
+            seen = await environment.step(action)
+        await environment.close()
+
+        async def broken(*_):
+            _kill_browsers(task.screens.pool)
+            await task.screens._seats[-1].page.screenshot()
+
+        task.start = broken
+        policy = ScriptedPolicy(tiny_vocab(), lambda *_: plan[0])
+        with pytest.raises(RuntimeError, match=r"all 2 episodes failed; .*BrowserCrashed"):
+            await roll_out([(task, item)], policy, Codec(tiny_vocab(), GEOMETRY), RolloutConfig(group_size=2), seed=0)
+        return seen
+
+    assert run(work).reward == 1.0
+
+
+def _kill_browsers(pool: BrowserPool) -> None:
+    for browser in pool._slots:
+        if browser is not None and browser.alive:
+            os.kill(browser.supervisor.pid, signal.SIGKILL)
+
+
+def test_splits_never_share_a_scene_and_the_first_screen_is_shared_by_a_group():
+    async def work(tasks):
+        task = tasks[0]
+        scenes = {s: {i.seed for k in range(3) for i in islice(task.items(s, k), 50)} for s in miniwob.SPLITS}
+        item = next(iter(task.items("train", 7)))
+        first = await asyncio.gather(*(task.environment(item).reset() for _ in range(8)))
+        again = await task.environment(item).reset()
+        other = await task.environment(next(iter(task.items("test", 7)))).reset()
+        return scenes, first, again, other
+
+    scenes, first, again, other = run(work)
+    assert all(not scenes[a] & scenes[b] for a in scenes for b in scenes if a != b)
+    assert len({id(seen.images[0]) for seen in [*first, again]}) == 1
+    assert not np.array_equal(other.images[0], again.images[0])
+
+
+def test_unknown_names_and_tasks_of_ones_own():
+    with pytest.raises(ConfigError, match="did you mean 'miniwob/click-test'"):
+        run(lambda tasks: asyncio.sleep(0), ["miniwob/click-tset"])
+    with pytest.raises(ConfigError, match="no task"):
+        run(lambda tasks: asyncio.sleep(0), ["builtins:dict"])
+
+    async def names(tasks):
+        return [task.name for task in tasks]
+
+    assert run(names, ["tests.toy_tasks:EchoTask"]) == ["echo"]
+    assert "miniwob/click-button" in all_task_names()
