@@ -367,12 +367,14 @@ class MaskedVision:
 @dataclass(frozen=True)
 class ModelOutput:
     """``hidden (T, D)`` after the final norm; ``mtp_hidden`` B of ``(T, D)``; ``router_load (M, E)`` float32
-    token counts without padding; ``balance ()`` the summed sequence-wise auxiliary loss."""
+    token counts without padding; ``balance ()`` the summed sequence-wise auxiliary loss; ``replay_agreement ()`` the
+    share of replayed expert choices that the routers would have made themselves (1 without a replay)."""
 
     hidden: Tensor
     mtp_hidden: tuple[Tensor, ...]
     router_load: Tensor
     balance: Tensor
+    replay_agreement: Tensor
 
 
 class Ratio(NamedTuple):

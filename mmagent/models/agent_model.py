@@ -6,7 +6,7 @@ Everything is one flat stream. ``forward`` takes a :class:`~mmagent.types.Packed
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,10 +66,11 @@ class AgentModel(nn.Module):
     def encode(self, vision: PackedVision) -> Tensor:
         """``(V, D)`` merged visual embeddings, in the order of the images."""
         features = self.encoder(vision)
-        tokens = features.tokens
-        if features.pooled.requires_grad:  # a pooling head of earlier stages must not be left without gradient
-            tokens = tokens + 0.0 * features.pooled.sum().to(tokens.dtype)
-        return self.projector(tokens)
+        visual = self.projector(features.tokens)
+        if features.pooled.requires_grad and getattr(self.encoder, "pool", True) is not None:
+            # A pooling head of earlier stages must not be left without gradient. CogViT says where it has none.
+            visual = visual + 0.0 * features.pooled.sum().to(visual.dtype)
+        return visual
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         return self.embedding(input_ids)
@@ -80,9 +81,11 @@ class AgentModel(nn.Module):
         A pack without images still runs the encoder, on one merge block of zeros with weight zero: every
         rank of a sharded encoder takes part in every gather, and every parameter gets a (zero) gradient.
         """
-        text = self.embed_tokens(batch.input_ids)
+        return self._merge(self.embed_tokens(batch.input_ids), batch)
+
+    def _merge(self, text_TD: Tensor, batch: PackedBatch) -> Tensor:
         if batch.vision is None:
-            return text + 0.0 * self.encode(self._null_vision(text.device)).sum().to(text.dtype)
+            return text_TD + 0.0 * self.encode(self._null_vision(text_TD.device)).sum().to(text_TD.dtype)
         visual = self.encode(batch.vision)
         if batch.visual_index is not None:
             visual = visual.index_select(0, batch.visual_index)
@@ -90,7 +93,7 @@ class AgentModel(nn.Module):
             raise ValueError(
                 f"pack of {batch.keys[:3]}...: {visual.shape[0]} visual tokens for {batch.visual_slots.shape[0]} slots"
             )
-        return text.index_copy(0, batch.visual_slots, visual.to(text.dtype))
+        return text_TD.index_copy(0, batch.visual_slots, visual.to(text_TD.dtype))
 
     def hidden(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final-normed hidden states ``(T, D)`` for generation."""
@@ -109,24 +112,25 @@ class AgentModel(nn.Module):
         ``routed (T, M, K)`` replays recorded experts in the decoder. ``detach_mtp`` keeps the MTP loss from the
         trunk and the embedding table (detach :attr:`head_weight` in that loss, too): only MTP parameters learn.
         """
-        embeddings = self.embed(batch)
+        text = self.embed_tokens(batch.input_ids)
+        merged = self._merge(text, batch)
         attend = PackedAttention(batch.segments)
         documents = Documents(batch.segments, batch.tail) if self.config.decoder.moe_layers else None
-        out: DecoderOutput = self.decoder(embeddings, batch.positions, attend, routed, documents)
-        routings, mtp_hidden = list(out.routings), ()
+        out: DecoderOutput = self.decoder(merged, batch.positions, attend, routed, documents)
+        mtp_hidden: tuple[Tensor, ...] = ()
         mtp_routings: list[Routing] = []
         if mtp and self.mtp is not None:
-            trunk = (out.hidden, self.embedding.weight, embeddings)
-            hidden, table, fused = (x.detach() for x in trunk) if detach_mtp else trunk
-            mtp_hidden, mtp_routings = self.mtp(
-                hidden, batch.input_ids, batch.positions, batch.segments, attend, table, batch.visual_slots, fused,
-                documents,
-            )  # fmt: skip
+            inputs, hidden = self.mtp.inputs(text, merged, batch.visual_slots), out.hidden
+            if detach_mtp:
+                inputs, hidden = inputs.detach(), hidden.detach()
+            mtp_hidden, mtp_routings = self.mtp(hidden, inputs, batch.positions, batch.segments, attend, documents)
         nothing = out.hidden.new_zeros((), dtype=torch.float32)
-        balance = sum((r.balance for r in (*routings, *mtp_routings)), start=nothing)
-        return ModelOutput(out.hidden, mtp_hidden, self._load(routings, mtp_routings), balance)
+        balance = sum((r.balance for r in (*out.routings, *mtp_routings)), start=nothing)
+        return ModelOutput(
+            out.hidden, mtp_hidden, self._load(out.routings, mtp_routings), balance, out.replay_agreement()
+        )
 
-    def _load(self, routings: list[Routing], mtp_routings: list[Routing]) -> Tensor:
+    def _load(self, routings: Sequence[Routing], mtp_routings: Sequence[Routing]) -> Tensor:
         """``(M, E)``: decoder layers, then MTP modules; a tied module's depths add up in one row."""
         rows = [r.load for r in routings]
         if len(rows) < len(self._routers()):

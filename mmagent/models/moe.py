@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmagent.models.layers import SwiGLU, matrix_std
 from mmagent.ops.glu import swiglu
-from mmagent.ops.grouped import collect_from_experts, grouped_linear, plan_dispatch, scatter_to_experts
+from mmagent.ops.grouped import collect_from_experts, grouped_linear, plan_dispatch, scatter_to_experts, tally
 from mmagent.types import ParamRole, Segments
 
 
@@ -58,7 +58,7 @@ class Documents:
     def tally(self, chosen_TK: Tensor, experts: int) -> Tensor:
         """``(N, E)`` float32: how often each document chose each expert; the tail's row is left out."""
         flat = (self.ids_T.unsqueeze(1) * experts + chosen_TK).flatten()
-        counts = torch.bincount(flat, minlength=self.inverse_lengths_N.shape[0] * experts)
+        counts = tally(flat, self.inverse_lengths_N.shape[0] * experts)
         return counts.view(-1, experts)[: self.count].float()
 
 

@@ -9,7 +9,7 @@ What stands at a visual position in ``e`` is the ``mode``:
 - ``fused``: the visual embedding that the decoder saw;
 - ``masked``: nothing (a zero vector);
 - ``shared``: the one learned embedding of the image token. The head then needs ``(hidden, input_ids,
-  positions, segments)`` alone and never sees vision.
+  positions, segments)`` alone, wherever it runs, and never sees vision.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.models.decoder import Attend, DecoderBlock, DecoderConfig
@@ -83,33 +82,30 @@ class MTP(nn.Module):
         assert isinstance(module, MTPModule)
         return module
 
+    def inputs(self, text_TD: Tensor, merged_TD: Tensor, visual_slots: Tensor) -> Tensor:
+        """``(T, D)`` token embeddings as this head sees them: at visual slots ``text`` holds the image token's embedding,
+        ``merged`` the visual embeddings that the decoder saw."""
+        if self.config.mode == "fused":
+            return merged_TD
+        return text_TD if self.config.mode == "shared" else text_TD.index_fill(0, visual_slots, 0.0)
+
     def forward(
         self,
         hidden_TD: Tensor,
-        input_ids: Tensor,
+        embeddings_TD: Tensor,
         positions: Tensor,
         segments: Segments,
         attend: Attend,
-        table_VD: Tensor,
-        visual_slots: Tensor,
-        fused_TD: Tensor | None,
-        documents: Documents | None,
+        documents: Documents | None = None,
     ) -> tuple[tuple[Tensor, ...], list[Routing]]:
         """All depths over a pack: B of ``(T, D)`` hidden states ready for the head, and the routings.
 
-        ``fused (T, D)``: the decoder's input embeddings, read in ``fused`` mode alone. Where token ``t + k`` lies
-        beyond the document, there is no target either, and nothing later attends to it.
+        ``embeddings`` are those of :meth:`inputs`. Where token ``t + k`` lies beyond the document, there is no
+        target either, and nothing later attends to it.
         """
-        if self.config.mode == "fused":
-            assert fused_TD is not None, "fused mode needs the decoder's input embeddings"
-            embeddings = fused_TD
-        else:
-            embeddings = F.embedding(input_ids, table_VD)
-            if self.config.mode == "masked":
-                embeddings = embeddings.index_fill(0, visual_slots, 0.0)
         hidden, outputs, routings = hidden_TD, [], []
         for depth in range(1, self.config.depths + 1):
-            ahead = shift(embeddings, depth, segments, fill=0)
+            ahead = shift(embeddings_TD, depth, segments, fill=0)
             places = shift(positions.movedim(-1, 0), depth, segments, fill=0).movedim(0, -1)
             layer = self.decoder_config.layers + depth - 1
             rotation = self.decoder_config.rotation(places)

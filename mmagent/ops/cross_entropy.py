@@ -87,6 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = slope @ weight
             if grad_weight is not None:
                 grad_weight += (slope.T @ hidden[part]).float()
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)  # summed in fp32, kept as narrow as the parameter
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(losses, predictions)

@@ -27,7 +27,16 @@ def plan_dispatch(chosen_TK: Tensor, experts: int) -> Dispatch:
     order = torch.argsort(flat, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
-    return Dispatch(order, inverse, torch.bincount(flat, minlength=experts))
+    return Dispatch(order, inverse, tally(flat, experts))
+
+
+def tally(indices: Tensor, size: int) -> Tensor:
+    """How often each of ``range(size)`` occurs, int64. ``bincount`` would make the host wait for an accelerator."""
+    if indices.device.type == "cpu":
+        return torch.bincount(indices, minlength=size)
+    return torch.zeros(size, dtype=torch.int64, device=indices.device).scatter_add_(
+        0, indices, torch.ones_like(indices)
+    )
 
 
 class _Scatter(torch.autograd.Function):

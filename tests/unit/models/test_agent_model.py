@@ -162,9 +162,9 @@ def test_attention_is_asked_by_layer_and_mtp_depth(model, batch):
             return varlen_attention(q, k, v, self.segments, causal=True)
 
     attend = Recorder(batch.segments)
-    out = model.decoder(model.embed(batch), batch.positions, attend)
-    args = (out.hidden, batch.input_ids, batch.positions, batch.segments, attend, model.embedding.weight)
-    model.mtp(*args, batch.visual_slots, None, None)
+    embeddings = model.embed(batch)
+    out = model.decoder(embeddings, batch.positions, attend)
+    model.mtp(out.hidden, embeddings, batch.positions, batch.segments, attend)
     assert calls == [0, 1, 2, 3, 4]
 
 
@@ -245,6 +245,19 @@ def test_dense_and_tied_decoder(batch):
     assert model.head_weight is model.embedding.weight
     loss_of(model, batch).backward()
     assert gradients(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_replay_is_exact_and_reports_agreement(model, batch):
+    embeddings = model.embed(batch)
+    out = model.decoder(embeddings, batch.positions, PackedAttention(batch.segments))
+    routed = out.routed()
+    assert routed.shape == (batch.num_tokens, 2, 2)
+    again = model(batch, routed=routed)
+    torch.testing.assert_close(again.hidden, out.hidden)
+    assert float(again.replay_agreement) == 1.0
+    assert float(model(batch, routed=(routed + 1) % 4).replay_agreement) < 1.0
+    with pytest.raises(ValueError, match="for 2 MoE layers"):
+        model(batch, routed=routed[:, :1])
 
 
 def test_without_mtp(model, batch):
