@@ -83,8 +83,8 @@ class MTP(nn.Module):
         return module
 
     def inputs(self, text_TD: Tensor, merged_TD: Tensor, visual_slots: Tensor) -> Tensor:
-        """``(T, D)`` token embeddings as this head sees them: at visual slots ``text`` holds the image token's embedding,
-        ``merged`` the visual embeddings that the decoder saw."""
+        """``(T, D)`` token embeddings as this head sees them. At visual slots ``text`` holds the image token's
+        embedding, ``merged`` the visual embeddings that the decoder saw."""
         if self.config.mode == "fused":
             return merged_TD
         return text_TD if self.config.mode == "shared" else text_TD.index_fill(0, visual_slots, 0.0)
