@@ -10,13 +10,18 @@ from mmagent.browser import BrowserPool
 from mmagent.config import ConfigError, locate
 from mmagent.protocols import Task
 from mmagent.tasks.base import Screens
+from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
 from mmagent.worlds import miniwob
+
+DOCUMENT_SIZE = (320, 240)
+"""Width and height of the pages of grounding and screenshot-to-HTML."""
 
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
-    return tuple(f"miniwob/{page}" for page in miniwob.TASKS)
+    return (*(f"miniwob/{page}" for page in miniwob.TASKS), "grounding", "screenshot-to-html")
 
 
 @contextlib.asynccontextmanager
@@ -38,20 +43,36 @@ async def open_tasks(
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
         if pool is None and any(name in known for name in names):
-            per_process = -(-pages // processes)
+            per_process = -(-2 * pages // processes)  # of either size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
-        screens = Screens(pool, miniwob.WIDTH, miniwob.HEIGHT, pages) if pool is not None else None
-        if screens is not None:
-            stack.push_async_callback(screens.close)
-        yield [_make(name, screens) for name in names]
+        desk = Desk(pool, pages) if pool is not None else None
+        if desk is not None:
+            stack.push_async_callback(desk.close)
+        yield [_make(name, desk) for name in names]
 
 
-def _make(name: str, screens: Screens | None) -> Task:
+class Desk:
+    """The pages that tasks share: MiniWoB++'s, and those of rendered documents, which run no scripts."""
+
+    def __init__(self, pool: BrowserPool, pages: int):
+        self.miniwob = Screens(pool, miniwob.WIDTH, miniwob.HEIGHT, pages)
+        self.documents = Screens(pool, *DOCUMENT_SIZE, pages, scripts=False)
+
+    async def close(self) -> None:
+        await self.miniwob.close()
+        await self.documents.close()
+
+
+def _make(name: str, desk: Desk | None) -> Task:
     if ":" in name:
         task = locate(name)()
         if not isinstance(task, Task):
             raise ConfigError(f"{name!r} gave a {type(task).__name__}, which is no task (mmagent.protocols.Task)")
         return task
-    assert screens is not None
-    return MiniWobTask(name.removeprefix("miniwob/"), screens)
+    assert desk is not None
+    if name == "grounding":
+        return GroundingTask(desk.documents)
+    if name == "screenshot-to-html":
+        return ScreenshotToHtmlTask(desk.documents)
+    return MiniWobTask(name.removeprefix("miniwob/"), desk.miniwob)

@@ -13,7 +13,7 @@ import pytest
 from mmagent.actions import parse_action
 from mmagent.agent.codec import Codec
 from mmagent.agent.rollout import RolloutConfig, roll_out
-from mmagent.browser import BrowserPool, find_chromium
+from mmagent.browser import BrowserCrashed, BrowserPool, find_chromium
 from mmagent.config import ConfigError
 from mmagent.protocols import Task
 from mmagent.tasks import all_task_names, open_tasks
@@ -139,8 +139,7 @@ def test_a_crashed_browser_is_made_up_for_once_and_then_no_zero():
         await environment.close()
 
         async def broken(*_):
-            _kill_browsers(task.screens.pool)
-            await task.screens._seats[-1].page.screenshot()
+            raise BrowserCrashed("the browser is gone")
 
         task.start = broken
         policy = ScriptedPolicy(tiny_vocab(), lambda *_: plan[0])
