@@ -1,4 +1,4 @@
-"""MiniWoB++ (Liu et al. 2018) in a headless Chromium, judged by the benchmark's own reward, on seeds never trained on."""
+"""MiniWoB++ (Liu et al. 2018) in headless Chromium: the benchmark's own reward, on seeds never trained on."""
 
 from __future__ import annotations
 
