@@ -10,7 +10,8 @@ from mmagent.actions import PROMPT
 from mmagent.tasks import open_tasks
 from mmagent.worlds.miniwob import TASKS
 
-MAX_STEPS = 12
+MAX_STEPS = 24
+"""An outer bound; each page's own is smaller (`mmagent.tasks.miniwob`)."""
 
 
 def miniwob(pages: Sequence[str] = TASKS, per_task: int = 20, seed: int = 0) -> Suite:

@@ -22,20 +22,31 @@ from mmagent.worlds import miniwob
 
 STRIDE = 1_000_000
 """Items of one ``seed``; the next seed's begin behind them."""
+MAX_STEPS = 12
+LONG = {
+    "click-checkboxes-large": 20,
+    "guess-number": 24,
+    "number-checkboxes": 24,
+    "sign-agreement": 24,
+    "use-spinner": 20,
+}
+"""Actions after which an episode ends; more on pages where the expert itself takes up to 15."""
 REMEMBERED = 256
 EXPERT_STEPS = 40
 
 
 class MiniWobTask:
     """``page`` is a MiniWoB++ id with an expert (:data:`mmagent.worlds.miniwob.TASKS`). An episode ends after
-    ``max_steps`` actions at the latest. Reward: the page's raw one, clipped to [0, 1]."""
+    ``max_steps`` actions at the latest, by default :data:`MAX_STEPS` or what :data:`LONG` says. Reward: the page's raw
+    one, clipped to [0, 1]."""
 
     category = "gui"
 
-    def __init__(self, page: str, screens: Screens, max_steps: int = 12):
+    def __init__(self, page: str, screens: Screens, max_steps: int | None = None):
         if page not in miniwob.TASKS:
             raise ValueError(f"MiniWoB++ task {page!r} is not supported; see mmagent.worlds.miniwob.TASKS")
-        self.name, self.page, self.screens, self.max_steps = f"miniwob/{page}", page, screens, max_steps
+        self.name, self.page, self.screens = f"miniwob/{page}", page, screens
+        self.max_steps = LONG.get(page, MAX_STEPS) if max_steps is None else max_steps
         self._first: OrderedDict[int, Observation] = OrderedDict()
         self._looking: dict[int, asyncio.Task[Observation]] = {}
 

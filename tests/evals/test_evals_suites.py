@@ -1,0 +1,50 @@
+"""Every suite proves itself in a real browser: gold answers score 1, empty and random ones about 0."""
+
+from __future__ import annotations
+
+import pytest
+
+from evals.baselines import BASELINES, BaselineAgent
+from evals.runner import Options, evaluate_now
+from evals.suite import Suite
+from evals.suites import SUITES
+from evals.suites.miniwob import miniwob
+from evals.summary import summarise
+from mmagent.browser import find_chromium
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium; `apt-get install chromium-headless-shell`"),
+]
+SMALL = {
+    "miniwob": lambda: miniwob(("click-test-2", "enter-text", "click-checkboxes", "drag-box"), per_task=2),
+}
+CEILING = {"miniwob": 0.3}
+"""What luck may reach on the few items of these tests."""
+
+
+def judged(suite: Suite, kind: str, folder) -> float:
+    run = evaluate_now(suite, BaselineAgent(kind), folder, Options(progress=False))
+    assert [row.error for row in run.rows if row.error] == []
+    return summarise(run.rows).score.mean
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_suite_proves_itself(name, tmp_path):
+    score = {kind: judged(SMALL[name](), kind, tmp_path / kind) for kind in BASELINES}
+    assert score["gold"] >= 0.99
+    assert score["null"] <= 0.02
+    assert score["random"] <= CEILING[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUITES)
+def test_the_whole_suite_proves_itself(name, tmp_path):
+    suite = SUITES[name]()
+    run = evaluate_now(suite, BaselineAgent("gold"), tmp_path, Options(limit=max(2 * len(suite.tasks), 32)))
+    assert [f"{row.key}: {row.error}" for row in run.errors] == []
+    assert {task: e.mean for task, e in summarise(run.rows).by_task.items() if e.mean < 0.9} == {}
+
+
+def test_every_suite_is_proven():
+    assert SMALL.keys() == SUITES.keys()
