@@ -43,23 +43,31 @@ class MoEConfig:
 
 
 class Documents:
-    """Which document every token is in, for router statistics; built once a forward.
+    """Which document every token counts for in router statistics; built once a forward.
 
-    ``tail`` padding tokens form the last segment and count for nothing.
+    ``tail`` padding tokens form the last segment and count for none. With ``depth``, neither do the last so many
+    tokens of each document: an MTP head of that depth has nothing to predict there.
     """
 
-    def __init__(self, segments: Segments, tail: int = 0):
+    def __init__(self, segments: Segments, tail: int = 0, depth: int = 0):
+        self.segments, self.tail = segments, tail
         self.count = len(segments) - (1 if tail else 0)
-        self.ids_T = segments.ids()
-        lengths = torch.tensor(segments.lengths, dtype=torch.float32, device=self.ids_T.device)
-        lengths[self.count :] = float("inf")  # the weight of a padding token is then zero
-        self.inverse_lengths_N = 1.0 / lengths
+        ids = segments.ids()
+        lengths = torch.tensor(segments.lengths[: self.count], dtype=torch.float32, device=ids.device) - depth
+        if depth:
+            ends = segments.cu_seqlens[1:].long()[ids] - depth
+            ids = torch.where(torch.arange(ids.shape[0], device=ids.device) < ends, ids, self.count)
+        self.ids_T = ids  # `count` where a token counts for no document
+        self.inverse_lengths_N = torch.where(lengths > 0, 1.0 / lengths, 0.0)
+
+    def ahead(self, depth: int) -> Documents:
+        """For the MTP head of ``depth``."""
+        return Documents(self.segments, self.tail, depth)
 
     def tally(self, chosen_TK: Tensor, experts: int) -> Tensor:
-        """``(N, E)`` float32: how often each document chose each expert; the tail's row is left out."""
+        """``(N, E)`` float32: how often each document chose each expert."""
         flat = (self.ids_T.unsqueeze(1) * experts + chosen_TK).flatten()
-        counts = tally(flat, self.inverse_lengths_N.shape[0] * experts)
-        return counts.view(-1, experts)[: self.count].float()
+        return tally(flat, (self.count + 1) * experts).view(-1, experts)[: self.count].float()
 
 
 class Routing(NamedTuple):
@@ -120,13 +128,11 @@ class Router(nn.Module):
         ``f_e = E / (K L) * tokens that chose e`` and ``P_e`` the mean normalised affinity."""
         if documents is None:
             return scores.new_zeros(scores.shape[1]), scores.new_zeros(())
-        tally = documents.tally(chosen, scores.shape[1])
-        inverse = documents.inverse_lengths_N
-        slope = scores.new_zeros(inverse.shape[0], scores.shape[1])
-        slope[: documents.count] = tally * inverse[: documents.count, None] ** 2
+        counts = documents.tally(chosen, scores.shape[1])
+        slope = F.pad(counts * documents.inverse_lengths_N.unsqueeze(1) ** 2, (0, 0, 0, 1))  # 0 for no document
         shares = scores / scores.sum(-1, keepdim=True)
         balance = (shares * slope[documents.ids_T]).sum() * (scores.shape[1] / chosen.shape[1])
-        return tally.sum(0), balance
+        return counts.sum(0), balance
 
     @torch.no_grad()
     def update_bias(self, load_E: Tensor, rate: float) -> None:

@@ -109,7 +109,8 @@ class MTP(nn.Module):
             places = shift(positions.movedim(-1, 0), depth, segments, fill=0).movedim(0, -1)
             layer = self.decoder_config.layers + depth - 1
             rotation = self.decoder_config.rotation(places)
-            hidden, routing = self.module_for(depth)(hidden, ahead, rotation, attend, layer, documents)
+            counted = None if documents is None else documents.ahead(depth)
+            hidden, routing = self.module_for(depth)(hidden, ahead, rotation, attend, layer, counted)
             outputs.append(hidden)
             if routing is not None:
                 routings.append(routing)

@@ -81,6 +81,16 @@ def test_auxiliary_loss_is_that_of_the_formula_per_document():
     assert float(routing.load.sum()) == 11 * 2  # padding is never counted
 
 
+def test_an_mtp_depth_counts_only_tokens_with_something_ahead():
+    moe = build()
+    x = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1))
+    ahead = Documents(Segments([5, 1, 3]), tail=3).ahead(2)
+    kept = Documents(Segments([3]))
+    routing, alone = moe.router(x, ahead)[1], moe.router(x[:3], kept)[1]
+    assert torch.equal(routing.load, alone.load)  # the second document is too short, the third is padding
+    torch.testing.assert_close(routing.balance, alone.balance)
+
+
 def test_perfect_balance_scores_one_a_document():
     router = Router(MoEConfig(experts=4, top_k=1, shared=0), 4)
     with torch.no_grad():
