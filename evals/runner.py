@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evals.store import Row, Run, StepRecord, Store, read_run
-from evals.suite import Agent, Episode, Suite, code_version, item_key, stable_seed
+from evals.suite import Agent, Episode, Exhibit, Suite, code_version, item_key, stable_seed
 from mmagent.actions import ActionError, Click, Drag, Scroll, parse_action
 from mmagent.browser import BrowserCrashed
 from mmagent.protocols import Environment, Task
@@ -166,15 +166,16 @@ class _Judge:
                     raise recorded.fault
                 score = await self._score(job, recorded, trajectory)
                 episode = Episode(tuple(recorded.observations), tuple(recorded.actions), trajectory)
-                extra = {} if self.suite.pictures is None else await self.suite.pictures(job.item, episode)
+                exhibit = Exhibit()
+                if self.suite.exhibit is not None:
+                    exhibit = await self.suite.exhibit(job.task, job.item, episode)
         except TimeoutError as error:
             if clock.expired():
                 raise ItemTimeout(f"not done after {self.options.item_seconds:g} s") from error
             raise
-        boxes = () if self.suite.boxes is None else self.suite.boxes(job.item)
-        row = _row(job, score, trajectory, boxes)
+        row = _row(job, score, trajectory, exhibit.boxes)
         steps, pictures = await asyncio.to_thread(
-            _lay_down, self.store.item_folder(job.key), self.store, episode, played.words, extra
+            _lay_down, self.store.item_folder(job.key), self.store, episode, played.words, exhibit.pictures
         )
         return replace(row, steps=steps, pictures=pictures)
 

@@ -8,10 +8,10 @@ import hashlib
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,8 +19,6 @@ import mmagent
 from mmagent.geometry import FRAME
 from mmagent.protocols import Task
 from mmagent.types import Item, Observation, Trajectory
-
-Boxes = tuple[tuple[float, ...], ...]
 
 
 class Played(NamedTuple):
@@ -71,12 +69,20 @@ class Episode:
 
 
 @dataclass(frozen=True)
+class Exhibit:
+    """Further ``pictures`` by name ("target" and "rendering" are shown side by side), and the right ``boxes``
+    (x1, y1, x2, y2) in pixels of the first screen."""
+
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Suite:
     """``open(tasks)`` gives the tasks of these names for as long as they are needed (it may start a browser).
 
     ``prompt``, ``judge`` and ``version`` are pinned: raise ``version`` whenever items or scoring change.
-    ``pictures`` adds pictures worth keeping (a rendered page), ``boxes`` the right regions in pixels of the first
-    screen, both for the report alone.
+    ``exhibit(task, item, episode)`` finds what a person may want to look at; it is for the report alone.
     """
 
     name: str
@@ -90,8 +96,7 @@ class Suite:
     play: Play
     seed: int = 0
     needs_browser: bool = True
-    pictures: Callable[[Item, Episode], Awaitable[Mapping[str, np.ndarray]]] | None = None
-    boxes: Callable[[Item], Boxes] | None = None
+    exhibit: Callable[[Any, Item, Episode], Awaitable[Exhibit]] | None = None
 
     def pins(self) -> dict[str, str]:
         play = self.play

@@ -6,5 +6,10 @@ from collections.abc import Callable
 
 from evals.suite import Suite
 from evals.suites.miniwob import miniwob
+from evals.suites.pages import page_grounding, screenshot_to_html
 
-SUITES: dict[str, Callable[[], Suite]] = {"miniwob": miniwob}
+SUITES: dict[str, Callable[[], Suite]] = {
+    "miniwob": miniwob,
+    "page_grounding": page_grounding,
+    "screenshot_to_html": screenshot_to_html,
+}

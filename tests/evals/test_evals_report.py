@@ -38,6 +38,7 @@ from evals.report.charts import Axis, linear_ticks, thin
 from evals.report.runs import render_report, write_report
 from evals.runner import Options, action_points, evaluate_now
 from evals.statistics import mean_interval
+from evals.suite import Exhibit
 from mmagent.browser import find_chromium, run_sync
 
 HOSTILE = "</script></pre><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -126,10 +127,10 @@ def test_report_of_runs(tmp_path):
 
 
 def test_a_picture_that_is_lost_or_outside_does_not_break_the_report(tmp_path):
-    async def pictures(item, episode):
-        return {"target": grey(), "rendering": grey()}
+    async def exhibit(task, item, episode):
+        return Exhibit({"target": grey(), "rendering": grey()})
 
-    suite = guess_suite(3, pictures=pictures)
+    suite = guess_suite(3, exhibit=exhibit)
     run = evaluate_now(suite, RuleAgent(lambda *_: "<html>"), tmp_path / "run", Options(progress=False))
     path = tmp_path / "run" / "items.jsonl"
     first = json.loads(path.read_text().splitlines()[0])
