@@ -15,7 +15,11 @@ RIGHT = 1.0 - 1e-9
 
 @dataclass(frozen=True)
 class Summary:
-    """``score`` is the mean over tasks of their means; ``errors`` items are in no mean; ``pass_at``: k to pass@k."""
+    """``score`` is the mean over tasks of their means; ``errors`` items are in no mean; ``pass_at``: k to pass@k.
+
+    ``parts``: means of the scores' named parts; a part that an item lacks (nothing was rendered, the answer was not
+    malformed) counts 0 there.
+    """
 
     score: Estimate
     by_task: Mapping[str, Estimate]
@@ -52,7 +56,7 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> Summary:
         errors=len(rows) - len(judged),
         truncated=sum(row.status == "truncated" for row in judged),
         pass_at=_pass_at(values),
-        parts={n: float(np.mean([row.parts[n] for row in judged if n in row.parts])) for n in names},
+        parts={n: float(np.mean([row.parts.get(n, 0.0) for row in judged])) for n in names},
         tokens_per_item=float(np.mean([row.completion_tokens for row in judged])) if judged else 0.0,
         seconds_per_item=float(np.mean([row.seconds for row in judged])) if judged else 0.0,
     )

@@ -153,28 +153,19 @@ def _overview(runs: Sequence[Run], summaries: Sequence[Summary]) -> Markup:
 
 
 def _task_table(run: Run, summary: Summary) -> Markup:
-    errors: dict[str, int] = {}
-    names: dict[str, dict[str, list[float]]] = {}
+    by_task: dict[str, list[Row]] = {}
     for row in run.rows:
-        if row.value is None:
-            errors[row.task] = errors.get(row.task, 0) + 1
-        else:
-            for name, value in row.parts.items():
-                names.setdefault(row.task, {}).setdefault(name, []).append(value)
-    extra = list(dict.fromkeys(name for parts in names.values() for name in parts))[:6]
-    rows = [
-        {"task": task, "score": summary.by_task.get(task), "errors": errors.get(task, 0)}
-        | {name: _mean(names.get(task, {}).get(name)) for name in extra}
-        | {"items": summary.by_task[task].n if task in summary.by_task else 0}
-        for task in sorted(summary.by_task.keys() | errors.keys())
-    ]
-    columns = [Column("task", "task"), Column("score", "score"), Column("items", "items"), Column("errors", "errors")]
-    totals = [{"task": "mean over tasks", "score": summary.score, "items": summary.judged, "errors": summary.errors}]
-    return table(rows, columns + [Column(n, n) for n in extra], totals=totals if len(rows) > 1 else ())
-
-
-def _mean(values: Sequence[float] | None) -> float | None:
-    return sum(values) / len(values) if values else None
+        by_task.setdefault(row.task, []).append(row)
+    extra = list(summary.parts)[:6]
+    rows = []
+    for task, members in sorted(by_task.items()):
+        parts = summarise(members).parts
+        judged = sum(row.value is not None for row in members)
+        cells = {"task": task, "score": summary.by_task.get(task), "items": judged, "errors": len(members) - judged}
+        rows.append(cells | {name: parts.get(name, 0.0) if judged else None for name in extra})
+    totals = {"task": "mean over tasks", "score": summary.score, "items": summary.judged, "errors": summary.errors}
+    columns = [Column(name, name) for name in ("task", "score", "items", "errors", *extra)]
+    return table(rows, columns, totals=[totals | summary.parts] if len(rows) > 1 else ())
 
 
 def _errors(run: Run) -> Markup:

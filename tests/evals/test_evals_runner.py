@@ -278,5 +278,11 @@ def test_duplicate_items_are_refused(tmp_path):
         evaluate_now(guess_suite(2, ["same", "same"]), RuleAgent(gold), tmp_path, QUIET)
 
 
+def test_a_part_that_an_item_lacks_counts_zero():
+    rows = [Row("t/a", "t", "a", 0, 0.0, {"malformed": 1.0}), Row("t/b", "t", "b", 0, 1.0, {"visual": 0.5})]
+    rows.append(Row("t/c", "t", "c", 0, None, error="broken"))
+    assert summarise(rows).parts == {"malformed": 0.5, "visual": 0.25}
+
+
 def test_differing_names_both_sides():
     assert differing({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == ["a", "b", "c"]
