@@ -26,29 +26,34 @@ from tqdm import tqdm
 
 from data_pipelines.documents import DocumentBuilder
 from data_pipelines.making import BuildError, Maker, build_source, is_finished, read_card, write_card, write_whole
-from data_pipelines.mixture import permute
+from data_pipelines.mixture import digest, permute
 from data_pipelines.pictures import Captions, Interleaved
+from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
 from data_pipelines.shards import ShardError, ShardSet
 from data_pipelines.texts import Texts
+from data_pipelines.web_pages import PageQuestions, PageSources
 from mmagent.browser import BrowserPool, find_chromium
 from mmagent.chat import ChatConfig, Text, Thinking, ToolCall
 from mmagent.config import ConfigError, parse_cli
 from mmagent.geometry import GeometryConfig
 from mmagent.records import Record, from_sample
 from mmagent.vocab import Vocab
+from mmagent.worlds.miniwob import TASKS, html_folder
 
 _VOCAB_PLAN = "tokenizer.plan.json"
 
 
 @dataclass
 class BuildConfig:
-    """``pretrain`` and ``sft`` give the number of samples of every source; 0 leaves one out. ``pages`` are open at a
-    time in ``processes`` browsers. ``vocab_texts`` samples of every source train the vocabulary."""
+    """``pretrain`` and ``sft`` give the number of samples of every source; 0 leaves one out. ``tasks`` of MiniWoB++
+    are shown and acted in, all that have an expert when empty. ``pages`` are open at a time in ``processes``
+    browsers. ``vocab_texts`` samples of every source train the vocabulary."""
 
     folder: str = "data/laptop"
     seed: int = 0
     pretrain: dict[str, int] = field(default_factory=dict)
     sft: dict[str, int] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
     browser: str = "auto"
     processes: int = 1
     pages: int = 8
@@ -59,26 +64,47 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if self.browser not in ("auto", "required", "none"):
             raise ValueError(f"browser: {self.browser!r} is none of auto, required, none")
+        if unknown := sorted(set(self.tasks) - set(TASKS)):
+            raise ValueError(f"tasks: there is no expert for {unknown[0]!r}")
 
 
 def laptop() -> BuildConfig:
     """What the quickstart trains on: some minutes on two cores."""
-    return BuildConfig(pretrain={"text": 4000, "captions": 2000, "interleaved": 1000})
+    return BuildConfig(
+        pretrain={"screens": 4000, "pages": 4000, "html": 1000, "captions": 1500, "interleaved": 500, "text": 2000},
+        sft={"episodes": 4000, "clicks": 1000, "html": 500},
+    )
 
 
 def debug() -> BuildConfig:
     """Seconds."""
     return BuildConfig(
         folder="data/debug",
-        pretrain={"text": 60, "captions": 40, "interleaved": 20},
+        pretrain={"screens": 80, "pages": 60, "html": 20, "captions": 40, "interleaved": 20, "text": 60},
+        sft={"episodes": 80, "clicks": 20, "html": 20},
+        tasks=["click-test", "click-button", "focus-text", "enter-text"],
         vocab_size=600,
     )
 
 
 def makers(config: BuildConfig) -> dict[str, list[Maker]]:
-    """Every source there is, by stage."""
-    pretrain: list[Maker] = [Texts(config.seed), Captions(config.seed), Interleaved(config.seed)]
-    return {"pretrain": pretrain, "sft": []}
+    """Every source there is, by stage; both stages see train seeds only, and not the same pages."""
+    seed, tasks = config.seed, config.tasks or list(TASKS)
+    return {
+        "pretrain": [
+            ScreenQuestions(tasks, seed),
+            PageQuestions(seed),
+            PageSources(seed),
+            Captions(seed),
+            Interleaved(seed),
+            Texts(seed),
+        ],
+        "sft": [
+            ExpertEpisodes(tasks, seed),
+            PageQuestions(seed, "clicks", questions=4, weights={"locate": 1.0}),
+            PageSources(digest(seed, "sft")),
+        ],
+    }
 
 
 def plan(config: BuildConfig) -> Iterator[tuple[str, Maker, int]]:
@@ -116,7 +142,8 @@ async def _build_all(config: BuildConfig, root: Path, todo: Sequence[tuple[str, 
         for stage, maker, samples in todo:
             folder = root / stage / maker.name
             if maker.screen is not None and pool is None and not is_finished(folder, samples):
-                pool = await stack.enter_async_context(BrowserPool(config.processes, config.pages))
+                browsers = BrowserPool(config.processes, config.pages, roots=[html_folder()])
+                pool = await stack.enter_async_context(browsers)
             with tqdm(total=samples, desc=f"{stage}/{maker.name}", unit="sample", smoothing=0.05) as bar:
 
                 def report(written: int, bar: tqdm = bar) -> None:

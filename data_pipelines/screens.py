@@ -18,10 +18,13 @@ from mmagent.records import EncodedImage, Record, encode_image
 from mmagent.worlds import miniwob
 from mmagent.worlds.miniwob import VIEW, Screen
 from mmagent.worlds.questions import Question, ask
+from mmagent.worlds.seeds import seed_for
 
-MAX_STEPS = 24
-"""Actions of one episode; an expert that needs more is taken to be lost."""
-_ATTEMPTS = 10  # seeds tried for one record of an episode
+MAX_STEPS = 32
+"""Actions of one episode; one that takes more is left out."""
+MIN_REWARD = 0.9
+"""Of an episode worth learning from: a few tasks pay less than 1 for whole pixels beside an exact answer."""
+_ATTEMPTS = 10  # seeds tried for one record
 
 
 def conversation(questions: Sequence[Question]) -> tuple[Message, ...]:
@@ -69,7 +72,7 @@ class ScreenQuestions:
 
 
 class ExpertEpisodes:
-    """Whole episodes of ``tasks`` (train seeds) that the benchmark rewarded in full, one turn a step."""
+    """Whole episodes of ``tasks`` (train seeds) that the benchmark rewarded, one turn a step."""
 
     name = "episodes"
     screen = (miniwob.WIDTH, miniwob.HEIGHT)
@@ -94,7 +97,7 @@ class ExpertEpisodes:
 
 
 async def play(page: Page, task: str, seed: int) -> tuple[tuple[Message, ...], list[Screen]] | None:
-    """An expert's episode as turns with their screens; None when it did not earn the full reward."""
+    """An expert's episode as turns with their screens; None when it was not rewarded, or too long."""
     act = miniwob.expert(task)
     screen = await miniwob.start(page, task, seed, elements=False)
     turns, screens = [user(*gui_prompt(screen.utterance))], [screen]
@@ -106,7 +109,7 @@ async def play(page: Page, task: str, seed: int) -> tuple[tuple[Message, ...], l
         await perform(page, action, VIEW)
         done, reward = await miniwob.state(page)
         if done:
-            return (tuple(turns), screens) if reward >= 1 else None
+            return (tuple(turns), screens) if reward >= MIN_REWARD else None
         screens.append(await miniwob.observe(page, elements=False))
         turns.append(user(*gui_follow_up()))
     return None
@@ -119,7 +122,7 @@ def _place(tasks: Sequence[str], number: int, block: int) -> tuple[str, int]:
 
 
 def _train_seed(index: int, attempt: int) -> int:
-    return miniwob.seed_for("train", index * _ATTEMPTS + attempt)
+    return seed_for("train", index * _ATTEMPTS + attempt)
 
 
 def _encode(screen: Screen) -> EncodedImage:

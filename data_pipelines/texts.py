@@ -15,36 +15,11 @@ from mmagent.actions import Click, Key, Type, format_action
 from mmagent.chat import Text
 from mmagent.geometry import FRAME
 from mmagent.records import Record
+from mmagent.worlds.pages import generate
+from mmagent.worlds.seeds import seed_for
+from mmagent.worlds.words import ACTIONS, ADJECTIVES, FIRST_NAMES, NOUNS, VERBS
 
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-NAMES = _words("""
-Ada Alan Barbara Carla Chen Dana David Elena Emil Fatima Grace Hans Ines Ivan Jamal Jana Kofi Lena Linus Maria Mei
-Nadia Noah Olga Omar Paul Priya Rosa Sam Sofia Tariq Uma Vera Wei Yuki Zoe
-""")
-THINGS = _words("""
-account address album archive article basket bill book button calendar camera card chart city cloud contact coupon
-document email event file flight folder form game garden group hotel house image invoice key lamp letter list map
-message meeting menu movie music note order page parcel password phone photo plan price profile project recipe
-report result river road school search song station store street table tab task team ticket title train tree video
-visit voucher weather window word
-""")
-QUALITIES = _words("""
-active big blue bright busy calm cheap clean clear closed cold dark deep early easy empty fast final first free
-fresh full good green hidden high hot last late light local long low main new next noisy old open orange plain
-private public quick quiet red rich round safe sharp short simple slow small soft strong tall warm wide yellow
-""")
-DOINGS = _words("""
-adds answers asks books brings buys calls changes checks closes copies counts deletes draws finds gets gives keeps
-likes loads makes moves names needs opens orders paints picks plans prints reads removes saves sees selects sells
-sends shows sorts starts stops stores takes tests uses visits wants watches writes
-""")
-DAYS = _words("""
-Monday Tuesday Wednesday Thursday Friday Saturday Sunday
-""")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 def word(random: Random) -> str:
@@ -54,14 +29,15 @@ def word(random: Random) -> str:
 
 
 def story(random: Random) -> str:
-    """Sentences about who does what, then questions that the text answers."""
+    """Sentences about who does what, then a question that the text answers."""
     facts = []
     for _ in range(random.randint(3, 6)):
-        facts.append((random.choice(NAMES), random.choice(DOINGS), random.choice(QUALITIES), random.choice(THINGS)))
-    lines = [f"{n} {v} the {q} {t} on {random.choice(DAYS)}." for n, v, q, t in facts]
-    name, doing, quality, thing = random.choice(facts)
-    if sum(fact[:2] == (name, doing) for fact in facts) == 1:
-        lines.append(f"What is it that {name} {doing}? The {quality} {thing}.")
+        thing = f"{random.choice(ADJECTIVES)} {random.choice(NOUNS)}"
+        facts.append((random.choice(FIRST_NAMES), random.choice(VERBS), thing))
+    lines = [f"{name} {verb} the {thing} on {random.choice(DAYS)}." for name, verb, thing in facts]
+    name, verb, thing = random.choice(facts)
+    if sum(fact[:2] == (name, verb) for fact in facts) == 1:
+        lines.append(f"What is it that {name} {verb}? The {thing}.")
     return " ".join(lines)
 
 
@@ -89,7 +65,7 @@ def spelling(random: Random) -> str:
     """Words taken apart, turned round and put in capitals."""
     lines = []
     for _ in range(random.randint(3, 6)):
-        w = random.choice((word(random), random.choice(THINGS), random.choice(NAMES)))
+        w = random.choice((word(random), random.choice(NOUNS), random.choice(FIRST_NAMES)))
         lines.append(
             random.choice(
                 (
@@ -107,17 +83,7 @@ def spelling(random: Random) -> str:
 
 def markup(random: Random) -> str:
     """The source of a small page."""
-    color = random.choice(("navy", "teal", "maroon", "#333333", "#0055aa"))
-    style = f"color: {color}; margin: {random.randint(2, 24)}px"
-    rows = [f'<li><a href="#{t}">{random.choice(QUALITIES)} {t}</a></li>' for t in random.sample(THINGS, 3)]
-    fields = [f'<label>{t} <input name="{t}" value="{word(random)}"></label>' for t in random.sample(THINGS, 2)]
-    parts = [
-        f"<h1>{random.choice(QUALITIES).capitalize()} {random.choice(THINGS)}</h1>",
-        f'<p style="{style}">{story(random)}</p>',
-        "<ul>\n" + "\n".join(rows) + "\n</ul>",
-        "<form>\n" + "\n".join(fields) + f"\n<button>{random.choice(THINGS).capitalize()}</button>\n</form>",
-    ]
-    return "<body>\n" + "\n".join(random.sample(parts, random.randint(2, 4))) + "\n</body>"
+    return generate(seed_for("train", random.getrandbits(40)), 320, 240, difficulty=random.randint(1, 3)).html
 
 
 def doing(random: Random) -> str:
@@ -125,8 +91,8 @@ def doing(random: Random) -> str:
     lines = []
     for _ in range(random.randint(3, 6)):
         x, y = random.randrange(FRAME), random.randrange(FRAME)
-        where = f'the button "{random.choice(THINGS).capitalize()}" is at {x},{y}'
-        value = random.choice((word(random), random.choice(NAMES), str(random.randint(0, 9999))))
+        where = f'the button "{random.choice(ACTIONS)}" is at {x},{y}'
+        value = random.choice((word(random), random.choice(FIRST_NAMES), str(random.randint(0, 9999))))
         lines.append(
             random.choice(
                 (

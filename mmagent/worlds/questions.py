@@ -7,7 +7,7 @@ words it was taught. Points and boxes are in the frame of :mod:`mmagent.geometry
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -24,13 +24,14 @@ NOUNS = {
 }  # fmt: skip
 """Roles (and shapes by their tag) whose everyday name differs from their own."""
 COLORS = {
-    "black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "red": (230, 30, 30),
-    "green": (20, 150, 40), "lime": (60, 240, 60), "blue": (30, 60, 230), "yellow": (245, 235, 50),
-    "orange": (250, 150, 30), "purple": (130, 30, 150), "magenta": (245, 40, 245), "cyan": (50, 225, 235),
-    "pink": (255, 160, 190), "brown": (140, 80, 40), "navy": (10, 10, 120),
+    "black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "red": (230, 20, 20),
+    "green": (0, 140, 30), "lime": (50, 245, 50), "blue": (10, 20, 245), "yellow": (250, 240, 30),
+    "orange": (255, 160, 10), "purple": (130, 20, 150), "magenta": (250, 20, 250), "cyan": (20, 235, 245),
+    "pink": (255, 170, 195), "brown": (140, 80, 40), "navy": (0, 0, 110),
 }  # fmt: skip
 _NAMELESS = frozenset({"textbox", "slider", "checkbox", "combobox", "image", "spinbutton", "progressbar", "radio"})
 _LONGEST = 40  # characters of a name that still make a phrase
+_LONGEST_TEXT = 24  # of text that is no control: a sentence is read, not pointed at
 
 
 class Target(NamedTuple):
@@ -74,7 +75,7 @@ def describe(element: Element) -> str | None:
     elif not element.text and element.role not in _NAMELESS:
         return None
     words.append(noun(element))
-    if len(element.text) > _LONGEST:
+    if len(element.text) > (_LONGEST_TEXT if element.role == "text" else _LONGEST):
         return None
     return " ".join(words) + (f' "{element.text}"' if element.text else "")
 
@@ -91,33 +92,50 @@ def targets(elements: Sequence[Element], min_visible: float = 0.5) -> list[Targe
     ]
 
 
+WEIGHTS = {
+    "locate": 8.0, "where": 1.0, "what": 3.0, "read": 3.0, "find": 2.0,
+    "text": 0.3, "count": 0.7, "list": 0.5, "state": 1.0, "colour": 1.0,
+}  # fmt: skip
+"""How often each kind is asked: locating most, as everything an agent does begins with it."""
+
+
 def ask(
-    size: tuple[int, int], elements: Sequence[Element], lines: Sequence[TextLine], random: Random, count: int
+    size: tuple[int, int],
+    elements: Sequence[Element],
+    lines: Sequence[TextLine],
+    random: Random,
+    count: int,
+    weights: Mapping[str, float] = WEIGHTS,
 ) -> list[Question]:
     """At most ``count`` different questions about a screen of ``size (height, width)``, in random order.
 
-    Locating is asked most often, as everything an agent does begins with it.
+    ``weights``: relative frequency of kinds; kinds that are not named are not asked.
     """
     view = ImageView(size, size)
-    kinds = {
-        "locate": (8.0, list(_locate(view, targets(elements)))),
-        "where": (1.0, list(_where(view, targets(elements)))),
-        "what": (3.0, list(_what(view, targets(elements)))),
-        "read": (3.0, list(_read(view, lines))),
-        "find": (2.0, list(_find(view, lines))),
-        "text": (0.3, list(_text(lines))),
-        "count": (0.7, list(_count(elements))),
-        "list": (0.5, list(_list(elements))),
-        "state": (1.0, list(_state(targets(elements)))),
-        "colour": (1.0, list(_colour(targets(elements)))),
+    named = targets(elements)
+    candidates = {
+        "locate": _locate(view, named),
+        "where": _where(view, named),
+        "what": _what(view, named),
+        "read": _read(view, lines),
+        "find": _find(view, lines),
+        "text": _text(lines),
+        "count": _count(elements),
+        "list": _list(elements),
+        "state": _state(named),
+        "colour": _colour(named),
     }
+    unknown = set(weights) - set(candidates)
+    if unknown:
+        raise ValueError(f"no questions of kind {sorted(unknown)}; there are {', '.join(candidates)}")
+    open_questions = {kind: list(candidates[kind]) for kind in candidates if weights.get(kind, 0) > 0}
     asked: list[Question] = []
     while len(asked) < count:
-        left = [kind for kind, (_, questions) in kinds.items() if questions]
+        left = [kind for kind, questions in open_questions.items() if questions]
         if not left:
             break
-        (kind,) = random.choices(left, [kinds[kind][0] for kind in left])
-        questions = kinds[kind][1]
+        (kind,) = random.choices(left, [weights[kind] for kind in left])
+        questions = open_questions[kind]
         asked.append(questions.pop(random.randrange(len(questions))))
     return asked
 
@@ -183,7 +201,8 @@ def _list(elements: Sequence[Element], most: int = 12) -> Iterator[Question]:
 def _state(found: Sequence[Target]) -> Iterator[Question]:
     for phrase, element in found:
         if element.checked is not None:
-            yield Question("state", f"Is {phrase} checked?", "yes" if element.checked else "no")
+            state = "checked" if element.role in ("checkbox", "radio", "switch") else "selected"
+            yield Question("state", f"Is {phrase} {state}?", "yes" if element.checked else "no")
         elif element.role == "textbox":
             yield Question("state", f"What does {phrase} contain?", element.value or "nothing")
 

@@ -81,7 +81,7 @@ def test_settings_are_never_mixed(tmp_path):
 
 
 def test_the_command_line_refuses_and_prints(tmp_path, capsys):
-    with pytest.raises(SystemExit, match=r"pretrain\.poems: no such source; there are text"):
+    with pytest.raises(SystemExit, match=r"pretrain\.poems: no such source; there are .*text"):
         main(["--preset", "debug", f"folder={tmp_path}", "pretrain.poems=3"])
     main(["--preset", "debug", f"folder={tmp_path}", "browser=none", "pretrain.interleaved=0", "pretrain.captions=2"])
     printed = capsys.readouterr()

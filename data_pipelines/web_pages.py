@@ -1,0 +1,97 @@
+"""Rendered pages as training data: questions about what is on them, single clicks, and their source."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
+
+from data_pipelines.making import BuildError
+from data_pipelines.mixture import digest
+from data_pipelines.screens import conversation
+from mmagent.browser import Page
+from mmagent.chat import assistant, user
+from mmagent.prompts import html_prompt
+from mmagent.records import Record, encode_image
+from mmagent.worlds.pages import LEVELS, PageSource, Scene, generate, render
+from mmagent.worlds.questions import WEIGHTS, ask
+from mmagent.worlds.seeds import seed_for
+
+_ATTEMPTS = 20  # pages tried for one record
+SIDES = ((224, 168), (224, 224), (280, 196), (336, 224), (280, 280), (392, 252))
+"""Screens in pixels, width first: 48 to 126 visual tokens of 28 pixels."""
+SMALL = SIDES[:2]
+
+
+class PageQuestions:
+    """Questions about pages of all templates and difficulties. ``weights`` choose the kinds; ``name`` the source."""
+
+    screen = SIDES[0]
+
+    def __init__(
+        self,
+        seed: int,
+        name: str = "pages",
+        questions: int = 8,
+        weights: Mapping[str, float] = WEIGHTS,
+        block: int = 20,
+    ):
+        self.seed, self.name, self.questions, self.weights, self.block = seed, name, questions, dict(weights), block
+        self.settings: dict[str, Any] = {
+            "seed": seed,
+            "questions": questions,
+            "weights": self.weights,
+            "sides": SIDES,
+            "block": block,
+        }
+
+    async def make(self, number: int, page: Page | None) -> Sequence[Record]:
+        assert page is not None
+        return [await self._record(page, number * self.block + n) for n in range(self.block)]
+
+    async def _record(self, page: Page, index: int) -> Record:
+        random = Random(digest(self.seed, self.name, index))
+        for _ in range(_ATTEMPTS):
+            scene = await _show(page, _source(random, random.choice(SIDES), random.randint(1, LEVELS)))
+            height, width = scene.image.shape[:2]
+            asked = ask((height, width), scene.elements, scene.lines, random, self.questions, self.weights)
+            if asked:
+                image = await asyncio.to_thread(encode_image, scene.image)
+                return Record(f"page-{index:06d}", self.name, conversation(asked), images=(image,))
+        raise BuildError(f"{self.name}: {_ATTEMPTS} pages without a question at index {index}")
+
+
+class PageSources:
+    """A small page and the HTML it was rendered from, at most ``longest`` characters."""
+
+    name = "html"
+    screen = SMALL[0]
+
+    def __init__(self, seed: int, longest: int = 900, block: int = 20):
+        self.seed, self.longest, self.block = seed, longest, block
+        self.settings: dict[str, Any] = {"seed": seed, "longest": longest, "sides": SMALL, "block": block}
+
+    async def make(self, number: int, page: Page | None) -> Sequence[Record]:
+        assert page is not None
+        return [await self._record(page, number * self.block + n) for n in range(self.block)]
+
+    async def _record(self, page: Page, index: int) -> Record:
+        random = Random(digest(self.seed, self.name, index))
+        for _ in range(_ATTEMPTS):
+            source = _source(random, random.choice(SMALL), difficulty=1)
+            if len(source.html) > self.longest:
+                continue
+            scene = await _show(page, source)
+            image = await asyncio.to_thread(encode_image, scene.image)
+            talk = (user(*html_prompt()), assistant(source.html))
+            return Record(f"html-{index:06d}", self.name, talk, images=(image,))
+        raise BuildError(f"{self.name}: no page of at most {self.longest} characters at index {index}")
+
+
+def _source(random: Random, side: tuple[int, int], difficulty: int) -> PageSource:
+    return generate(seed_for("train", random.getrandbits(40)), *side, difficulty=difficulty)
+
+
+async def _show(page: Page, source: PageSource) -> Scene:
+    return await render(page, source.html, source.width, source.height, trusted=True)

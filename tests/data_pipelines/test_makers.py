@@ -1,0 +1,111 @@
+"""The makers that need a browser: records that validate, are seeded, and whose actions earned their reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from data_pipelines.build import BuildConfig, build, debug, makers, texts_of
+from data_pipelines.making import Maker
+from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
+from data_pipelines.web_pages import PageQuestions, PageSources
+from mmagent.actions import Click, parse_action
+from mmagent.browser import BrowserPool, perform, run_sync
+from mmagent.chat import Text
+from mmagent.prompts import HTML_REQUEST
+from mmagent.records import Record, decode_image, from_sample, to_sample
+from mmagent.worlds import miniwob
+
+pytestmark = pytest.mark.browser
+TASKS = ("click-button", "enter-text", "focus-text")
+
+
+def make(pool: BrowserPool, maker: Maker, number: int) -> Sequence[Record]:
+    async def run() -> Sequence[Record]:
+        async with pool.page(*maker.screen) as page:
+            return await maker.make(number, page)
+
+    return run_sync(run())
+
+
+@pytest.mark.parametrize(
+    "maker",
+    [
+        ScreenQuestions(TASKS, seed=1, block=3),
+        ExpertEpisodes(TASKS, seed=1, block=3),
+        PageQuestions(seed=1, block=3),
+        PageQuestions(seed=1, name="clicks", weights={"locate": 1.0}, block=3),
+        PageSources(seed=1, block=3),
+    ],
+    ids=lambda maker: maker.name,
+)
+def test_blocks_are_seeded_valid_and_teach(browser_pool, maker):
+    records = make(browser_pool, maker, 4)
+    assert records == make(browser_pool, maker, 4)
+    assert [r.key for r in records] != [r.key for r in make(browser_pool, maker, 5)]
+    assert len({r.key for r in records}) == maker.block
+    for record in records:
+        assert from_sample(to_sample(record)) == record
+        assert record.source == maker.name
+        assert record.messages[0].role == "user"
+        assert record.messages[-1].role == "assistant"
+        for n, image in enumerate(record.images):
+            assert decode_image(image.data, record.key, f"images[{n}]").shape[2] == 3
+
+
+def test_an_image_is_stored_once_for_all_its_questions(browser_pool):
+    for record in make(browser_pool, ScreenQuestions(TASKS, seed=2, questions=6, block=4), 0):
+        assert len(record.images) == 1
+        assert 4 <= len(record.messages) <= 12
+
+
+def test_episodes_show_a_screen_for_every_action_and_replay_to_their_reward(browser_pool):
+    records = make(browser_pool, ExpertEpisodes(TASKS, seed=1, block=2), 1)
+
+    async def replay(record: Record, index: int) -> tuple[bool, float]:
+        async with browser_pool.page(miniwob.WIDTH, miniwob.HEIGHT) as page:
+            screen = await miniwob.start(page, record.task, miniwob.seed_for("train", index * 10))
+            assert record.messages[0].parts[-1] == Text(screen.utterance)
+            for message in record.messages[1::2]:
+                await perform(page, parse_action(message.parts[0].text), miniwob.VIEW)
+            return await miniwob.state(page)
+
+    for index, record in enumerate(records):
+        assert record.task == "enter-text"
+        assert len(record.images) == len(record.messages) // 2
+        assert run_sync(replay(record, index)) == (True, 1.0)
+
+
+def test_clicks_are_actions_and_html_is_asked_for_as_in_evaluation(browser_pool):
+    for record in make(browser_pool, PageQuestions(0, "clicks", weights={"locate": 1.0}, block=2), 0):
+        assert all(isinstance(parse_action(m.parts[0].text), Click) for m in record.messages[1::2])
+    for record in make(browser_pool, PageSources(0, longest=700, block=2), 0):
+        request, html = texts_of(record)
+        assert request == HTML_REQUEST
+        assert html.startswith("<!DOCTYPE html>")
+        assert len(html) <= 700
+
+
+def test_the_two_stages_do_not_share_pages(browser_pool):
+    config = BuildConfig()
+    first, second = (next(m for m in makers(config)[stage] if m.name == "html") for stage in ("pretrain", "sft"))
+    shown = [record.images[0].data for maker in (first, second) for record in make(browser_pool, maker, 0)]
+    assert len(set(shown)) == len(shown)
+
+
+def test_a_whole_build_with_screens(browser_pool, tmp_path):
+    """``browser_pool`` skips where there is no Chromium; the build brings its own."""
+    config = debug()
+    config.folder = str(tmp_path)
+    for stage in (config.pretrain, config.sft):
+        stage.update(dict.fromkeys(stage, 8))
+    cards = build(config)
+    assert len(cards) == len(config.pretrain) + len(config.sft)
+    assert all(card["samples"] == 8 for card in cards.values())
+    assert cards["sft/episodes"]["images"] >= 8
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match="there is no expert for 'win-everything'"):
+        BuildConfig(tasks=["click-test", "win-everything"])
