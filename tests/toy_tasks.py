@@ -89,3 +89,24 @@ def last_request(text: str) -> str:
     """The words of the last user turn in a rendered conversation of :class:`EchoTask`."""
     turn = text.split("<|user|>")[-1].split("<|assistant|>")[0]
     return turn.replace("/nothink", "").split("<|end_of_image|>")[-1].strip()
+
+
+class FourLetters(EchoTask):
+    """As a recipe names it: no arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(letters="abcd")
+
+
+class Hopeless(EchoTask):
+    """Asks for what nobody says."""
+
+    def __init__(self) -> None:
+        super().__init__(letters="~")
+
+
+class Unplayable(FourLetters):
+    """Its items can be drawn, not played."""
+
+    def environment(self, item: Item) -> EchoEnvironment:
+        raise AssertionError("a replay must not play")

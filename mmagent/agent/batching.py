@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from mmagent.agent.advantages import Group, group_advantages
+from mmagent.dist import World, gather_ints
+from mmagent.geometry import GeometryConfig
 from mmagent.packing import Size, empty_pack, pack, plan_packs
 from mmagent.types import PackedBatch, PolicyBatch, Trajectory
+from mmagent.vocab import Vocab
 
 
 def policy_batches(
@@ -45,6 +48,21 @@ def policy_batches(
         )
         out.append(_policy_batch(stream, [rows[n] for n in chosen], [advantages[n].item() for n in chosen]))
     return out + [_policy_batch(empty_pack(pad_id), [], []) for _ in range(packs - len(out))]
+
+
+def rank_batches(
+    groups: Sequence[Group], budget: Size, world: World, vocab: Vocab, geometry: GeometryConfig, estimator: str = "grpo"
+) -> list[PolicyBatch]:
+    """:func:`policy_batches` of this rank's ``groups``, as many on every rank; none anywhere when no rank has a group.
+
+    A collective.
+    """
+    settings = {"image_id": vocab.image_id, "merge_size": geometry.merge_size, "pad_id": vocab.pad_id}
+    batches = policy_batches(groups, budget, estimator=estimator, packs=0, **settings)
+    most = max(gather_ints(len(batches), world.device))
+    if len(batches) == most:
+        return batches
+    return policy_batches(groups, budget, estimator=estimator, packs=most, **settings)
 
 
 def _split(plan: list[list[int]], packs: int) -> list[list[int]]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmagent.agent.advantages import AdvantageConfig, Group, Selection, gather_groups, select
 from mmagent.agent.codec import Codec
 from mmagent.agent.curriculum import Curriculum, CurriculumConfig, ItemStream
 from mmagent.agent.rollout import RolloutConfig, roll_out, stable_seed
+from mmagent.agent.store import load_trajectories, save_trajectories
 from mmagent.dist import World
 from mmagent.protocols import Policy, Task
-from mmagent.types import Status, Trajectory
+from mmagent.types import Item, Status, Trajectory
 
 PASS = 0.5
 """A reward from here on counts as passed, for pass@k."""
@@ -22,9 +24,12 @@ PASS = 0.5
 @dataclass
 class CollectorConfig:
     """``prompts``: groups of one step over all ranks, after those that teach nothing are dropped, as far as the
-    curriculum's oversampling reaches."""
+    curriculum's oversampling reaches. ``record`` is a folder that keeps every rollout; ``replay`` one to take them from
+    instead of playing."""
 
     prompts: int = 16
+    record: str = ""
+    replay: str = ""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -52,7 +57,13 @@ class Collector:
     shared_state = True  # equal on every rank
 
     def __init__(
-        self, tasks: Sequence[Task], policy: Policy, codec: Codec, config: CollectorConfig, world: World, seed: int
+        self,
+        tasks: Sequence[Task],
+        policy: Policy,
+        codec: Codec,
+        config: CollectorConfig,
+        world: World,
+        seed: int,
     ):
         self.policy, self.codec, self.config, self.world, self.seed = policy, codec, config, world, seed
         self.items = ItemStream(tasks, "train", seed)
@@ -65,13 +76,24 @@ class Collector:
         number, weights = self.items.number, self.curriculum.weights()
         drawn = self.items.draw(self.curriculum.draws(self.config.prompts), weights)
         mine = drawn[self.world.rank :: ranks]
-        seed = stable_seed(self.seed, number)
-        trajectories = await roll_out(mine, self.policy, self.codec, self.config.rollout, seed) if mine else []
+        trajectories = await self._play(mine, number)
         selection = select(trajectories, self.config.advantages)
         keep = -(-self.config.prompts // ranks)
         metrics = self._account(trajectories, selection)
         metrics["time/rollout"] = time.perf_counter() - started
         return Collected(selection.groups[:keep], tuple(trajectories), metrics)
+
+    async def _play(self, prompts: Sequence[tuple[Task, Item]], number: int) -> list[Trajectory]:
+        if self.config.replay:
+            return load_trajectories(self._folder(self.config.replay, number))
+        seed = stable_seed(self.seed, number)
+        played = await roll_out(prompts, self.policy, self.codec, self.config.rollout, seed) if prompts else []
+        if self.config.record:
+            save_trajectories(self._folder(self.config.record, number), played)
+        return played
+
+    def _folder(self, root: str, number: int) -> Path:
+        return Path(root) / f"{number:06d}" / f"rank-{self.world.rank:05d}"
 
     def _account(self, trajectories: Sequence[Trajectory], selection: Selection) -> dict[str, float]:
         """Sum over ranks, feed the curriculum, and name the figures."""

@@ -26,11 +26,19 @@ Record = dict[str, float]
 
 
 class Progress:
-    """One line with the step, the loss, tokens a second and the time left. On a terminal it is redrawn; elsewhere a
-    plain line is written every ``interval`` seconds, and for the first and last step."""
+    """One line with the step, ``figures`` of the record, tokens a second and the time left. On a terminal it is
+    redrawn; elsewhere a plain line is written every ``interval`` seconds, and for the first and last step."""
 
-    def __init__(self, title: str, steps: int, *, interval: float = 20.0, out: TextIO | None = None):
-        self.title, self.steps, self.interval = title, steps, interval
+    def __init__(
+        self,
+        title: str,
+        steps: int,
+        *,
+        figures: Sequence[str] = ("loss",),
+        interval: float = 20.0,
+        out: TextIO | None = None,
+    ):
+        self.title, self.steps, self.figures, self.interval = title, steps, tuple(figures), interval
         self.out = out or sys.stderr
         self.live = self.out.isatty()
         self._last_step_at: float | None = None
@@ -59,8 +67,9 @@ class Progress:
         left = "done" if step >= self.steps else f"{_clock(seconds * (self.steps - step))} left"
         filled = int(20 * step / max(self.steps, 1))
         rate = record["time/tokens_per_second"]
+        figures = "  ".join(f"{name} {record[name]:.4g}" for name in self.figures if name in record)
         return (
-            f"{self.title} [{'=' * filled:<20}] {step}/{self.steps}  loss {record['loss']:.4g}  "
+            f"{self.title} [{'=' * filled:<20}] {step}/{self.steps}  {figures}  "
             f"{_short(rate)} tok/s  {seconds:.2f} s/step  {left}"
         )
 

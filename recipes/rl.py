@@ -1,0 +1,150 @@
+"""Reinforce an agent on tasks that verify themselves: GRPO with rollouts in a real browser, in the trainer's process.
+
+    torchrun --standalone --nproc_per_node=2 -m recipes.rl --preset laptop init=runs/sft/agent output=runs/rl
+
+Every step: draw prompts by the curriculum, play a group of episodes for each, keep the groups whose rewards differ,
+take ``updates`` optimizer steps. Ranks share the prompts; each has a generator and browsers of its own. The run resumes
+by itself, bitwise. It leaves an agent folder in ``output/agent``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmagent import dist
+from mmagent.agent.batching import rank_batches
+from mmagent.agent.codec import Codec
+from mmagent.agent.collector import Collector, CollectorConfig
+from mmagent.agent.rollout import RolloutConfig
+from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.schedule import ScheduleConfig, schedule
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.local import LocalPolicy
+from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
+from mmagent.packing import Size
+from mmagent.tasks import open_tasks
+from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog
+from mmagent.train.run import Run
+from mmagent.train.step import train_step
+
+
+def easy_tasks() -> list[str]:
+    """What a few thousand demonstrations bring a small model half of the way to."""
+    names = "button checkboxes dialog link option tab test-2"
+    return [*(f"miniwob/click-{name}" for name in names.split()), "miniwob/enter-text", "miniwob/focus-text"]
+
+
+@dataclass
+class Config:
+    """``tasks``: names of :func:`mmagent.tasks.all_task_names` or import paths of your own. ``pages`` and ``browsers``
+    are a rank's."""
+
+    output: str = "runs/rl"
+    init: str = "runs/sft/agent"
+    tasks: list[str] = field(default_factory=easy_tasks)
+    seed: int = 1
+    steps: int = 100
+    updates: int = 1
+    freeze: list[str] = field(default_factory=lambda: ["encoder", "mtp"])
+    recompute: list[str] = field(default_factory=list)
+    tokens_per_microbatch: int = 16384
+    patches_per_microbatch: int = 16384
+    pages: int = 16
+    browsers: int = 1
+    collector: CollectorConfig = field(default_factory=CollectorConfig)
+    policy: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("constant", warmup=3))
+    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    save_every: int = 20
+    keep: int = 2
+    tensorboard: bool = False
+
+
+def laptop() -> Config:
+    """Four minutes on two cores: the quickstart's stage."""
+    return Config(
+        collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=6, max_context=1024)),
+        generator=GeneratorConfig(dtype="bfloat16"),
+        optim=OptimConfig(lr=2e-4, weight_decay=0.0),
+        engine=TorchEngineConfig(dtype="bfloat16"),
+    )
+
+
+def debug() -> Config:
+    """Seconds: for tests."""
+    rollout = RolloutConfig(group_size=4, max_steps=2, max_tokens=12)
+    return Config(steps=2, pages=2, collector=CollectorConfig(prompts=2, rollout=rollout), save_every=1)
+
+
+def small() -> Config:
+    """About 1B parameters on one node: 64 groups of 16, encoder trained as well."""
+    rollout = RolloutConfig(group_size=16, max_steps=15, max_tokens=512, max_context=16384, lockstep=False)
+    return Config(
+        steps=1000,
+        freeze=["mtp"],
+        recompute=["encoder", "decoder"],
+        tokens_per_microbatch=1 << 15,
+        patches_per_microbatch=1 << 16,
+        pages=32,
+        browsers=4,
+        collector=CollectorConfig(prompts=64, rollout=rollout),
+        generator=GeneratorConfig(max_sequences=512, dtype="bfloat16", parked_tokens=1 << 22),
+        optim=OptimConfig(lr=2e-6, weight_decay=0.0),
+        engine=TorchEngineConfig(dtype="bfloat16"),
+        tensorboard=True,
+    )
+
+
+async def train(config: Config) -> None:
+    """Build everything in order, then collect and step."""
+    if config.engine.parallel == "fsdp2":
+        raise ConfigError("engine.parallel: rollouts in the trainer's process need whole weights; use ddp or none")
+    world = dist.init()
+    dist.seed_everything(config.seed)
+    agent = load_agent(config.init)
+    model, output = agent.model, Path(config.output)
+    model.freeze(config.freeze)
+    model.set_recompute(config.recompute)
+    generator = Generator(model.to(world.device), agent.vocab, config.generator)
+    objective = PolicyGradient(model, config.policy, generator.barred)
+    engine = TorchEngine(objective, build_optimizer(model, config.optim), config.engine, world)
+    policy, codec = LocalPolicy(generator), Codec(agent.vocab, agent.geometry, agent.chat)
+    budget = Size(config.tokens_per_microbatch, config.patches_per_microbatch)
+    estimator = config.collector.advantages.estimator
+    async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages) as tasks:
+        collector = Collector(tasks, policy, codec, config.collector, world, config.seed)
+        parts = {"model": model, "engine": engine, "collector": collector}
+        run = Run(output, world, parts, config=config, keep=config.keep)
+        hooks = [Progress("rl", config.steps, figures=("reward", "entropy")), JsonlLog(output / "log.jsonl")]
+        hooks += [TensorBoardLog(output / "tensorboard")] if config.tensorboard else []
+        hooks += [SaveHook(run, config.save_every), LeaveOnSignal(run)]
+        for step in range(run.resume(), config.steps):
+            started, policy.version, sampled = time.perf_counter(), step, generator.tokens_sampled
+            collected = await collector.collect()
+            record = {"lr_scale": schedule(step, config.steps, config.schedule), **collected.metrics}
+            for part in range(config.updates):
+                groups = collected.groups[part :: config.updates]
+                if packs := rank_batches(groups, budget, world, agent.vocab, agent.geometry, estimator):
+                    record |= train_step(objective, engine, packs, world, record["lr_scale"]).record()
+            seconds = time.perf_counter() - started
+            record |= {"time/step": seconds, "time/rollout_share": record["time/rollout"] / seconds}
+            record["time/sampled_per_second"] = (generator.tokens_sampled - sampled) / seconds
+            record["time/tokens_per_second"] = record.get("tokens", 0.0) / seconds
+            for hook in hooks:
+                hook(step + 1, record)
+        run.save(config.steps)
+    if world.is_main:
+        save_agent(output / "agent", model, agent.vocab, agent.geometry, agent.chat)
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    asyncio.run(train(parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or "")))

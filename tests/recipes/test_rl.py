@@ -1,0 +1,127 @@
+"""The RL recipe on a task without a browser: learns, resumes bitwise after kill -9, replays, runs on two ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmagent.chat import ChatConfig
+from mmagent.config import ConfigError, resolve, to_yaml
+from mmagent.engine.torch_engine import TorchEngineConfig
+from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.train.hooks import read_jsonl
+from recipes import rl
+from tests.agent_kit import GEOMETRY, tiny_vocab
+from tests.unit.agent.test_collector import half_taught
+
+TOY = "tests.toy_tasks:FourLetters"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory) -> Path:
+    """What supervised fine-tuning would leave: a policy that is right half of the time."""
+    folder = tmp_path_factory.mktemp("sft") / "agent"
+    save_agent(folder, half_taught("abcd", steps=30), tiny_vocab(), GEOMETRY, ChatConfig())
+    return folder
+
+
+def config(agent: Path, output: Path, *overrides: str, **settings) -> rl.Config:
+    base = replace(rl.debug(), init=str(agent), output=str(output), tasks=[TOY], steps=4)
+    return resolve(replace(base, **settings), ["collector.prompts=4", "optim.lr=0.003", *overrides])
+
+
+def run(settings: rl.Config) -> list[dict]:
+    asyncio.run(rl.train(settings))
+    return read_jsonl(Path(settings.output) / "log.jsonl")
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "agent" / "model.safetensors")
+
+
+def command(settings: rl.Config, folder: Path, ranks: int = 1) -> list[str]:
+    path = folder / f"{Path(settings.output).name}.yaml"
+    path.write_text(to_yaml(settings))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *launcher, "-m", "recipes.rl", "--preset", "debug", str(path)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_it_logs_what_matters_and_leaves_an_agent(agent, tmp_path):
+    rows = run(config(agent, tmp_path / "run", steps=2))
+    assert [row["step"] for row in rows] == [1, 2]
+    for name in ("reward", "reward/echo", "pass@4/echo", "drift", "entropy", "loss", "grad_norm", "rollout/malformed"):
+        assert name in rows[0], name
+    assert rows[0]["drift"] < 1e-4
+    timing = read_jsonl(tmp_path / "run" / "log.time.jsonl")[0]
+    assert 0 < timing["time/rollout_share"] < 1
+    assert timing["time/sampled_per_second"] > 0
+    before, after = load_file(agent / "model.safetensors"), weights(tmp_path / "run")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("decoder.") for name in moved)
+    assert not any(name.startswith(("encoder.", "mtp.")) or "router.bias" in name for name in moved)
+    load_agent(tmp_path / "run" / "agent")
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(agent, tmp_path):
+    whole, killed = (config(agent, tmp_path / name, steps=8) for name in ("whole", "killed"))
+    expected = run(whole)
+    log = tmp_path / "killed" / "log.jsonl"
+    for after in (2, 5):
+        process = subprocess.Popen(command(killed, tmp_path), env=ENVIRONMENT, start_new_session=True)
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < after):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / "agent").exists()
+    subprocess.run(command(killed, tmp_path), env=ENVIRONMENT, check=True)
+    assert read_jsonl(log) == expected
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_recorded_rollouts_train_the_same_weights(agent, tmp_path):
+    played = config(agent, tmp_path / "played", f"collector.record={tmp_path}/rollouts")
+    nothing = ["tests.toy_tasks:Unplayable"]
+    replayed = config(agent, tmp_path / "replayed", f"collector.replay={tmp_path}/rollouts", tasks=nothing)
+    rows, again = run(played), run(replayed)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in again]
+    one, other = weights(tmp_path / "played"), weights(tmp_path / "replayed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_play_what_one_plays(agent, tmp_path):
+    alone, two = (config(agent, tmp_path / name, steps=2) for name in ("one", "two"))
+    expected = run(alone)
+    subprocess.run(command(two, tmp_path, ranks=2), env=ENVIRONMENT, check=True)
+    rows = read_jsonl(tmp_path / "two" / "log.jsonl")
+    for name in ("reward", "entropy", "loss", "grad_norm", "tokens"):
+        assert rows[0][name] == pytest.approx(expected[0][name], rel=1e-3, abs=1e-5), name
+    assert rows[1]["reward"] == pytest.approx(expected[1]["reward"], abs=0.3)
+
+
+def test_a_step_without_a_teaching_group_changes_nothing(agent, tmp_path):
+    rows = run(config(agent, tmp_path / "run", tasks=["tests.toy_tasks:Hopeless"], steps=2))
+    assert all("loss" not in row and row["rollout/degenerate_groups"] == 1.0 for row in rows)
+    before, after = load_file(agent / "model.safetensors"), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
+    for preset in (rl.laptop, rl.debug, rl.small):
+        assert to_yaml(preset())
+    with pytest.raises(ConfigError, match=r"engine\.parallel"):
+        run(config(agent, tmp_path / "run", engine=TorchEngineConfig(parallel="fsdp2")))
