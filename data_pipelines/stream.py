@@ -11,6 +11,7 @@ The state is that of the last step *delivered*, whatever has been prepared ahead
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,9 @@ from mmagent.packing import CostWeights, Size, balance, empty_pack, pack, plan_p
 from mmagent.records import RecordError, from_sample
 from mmagent.types import Document, PackedBatch
 from mmagent.vocab import Vocab
+
+logger = logging.getLogger(__name__)
+_JUDGED = 20  # steps after which a stream that is short of patches says so
 
 
 @dataclass
@@ -154,6 +158,8 @@ class PackStream(Iterator[list[PackedBatch]]):
         self._decoders = ThreadPoolExecutor(config.threads, "mmagent-decode") if config.threads else None
         self._ahead: deque[Future[_Step]] = deque()
         self._error: BaseException | None = None
+        self._pin = world is not None and world.device.type == "cuda"
+        self._fill: list[tuple[float, float]] = []
 
     def describe(self) -> str:
         """One line for people: how a step is made up."""
@@ -178,7 +184,21 @@ class PackStream(Iterator[list[PackedBatch]]):
         self.steps += 1
         self._delivered = step.packers
         self.metrics = {"time/data": time.perf_counter() - started, **step.metrics}
+        self._judge_budgets()
         return step.batches
+
+    def _judge_budgets(self) -> None:
+        """Say once, early, when patches fill up long before tokens do: steps are then smaller than they are called."""
+        if len(self._fill) == _JUDGED:
+            return
+        self._fill.append((self.metrics["data/fill"], self.metrics["data/fill_patches"]))
+        tokens, patches = (sum(column) / _JUDGED for column in zip(*self._fill, strict=True))
+        if len(self._fill) == _JUDGED and tokens < 0.9:  # an exact packer leaves tokens for no other reason
+            limit = self.config.patches_per_microbatch
+            logger.warning(
+                "packs hold %.0f%% of tokens_per_microbatch, as patches_per_microbatch %d is full; about %d would do",
+                100 * tokens, limit, round(limit * patches / max(tokens, 0.01)),
+            )  # fmt: skip
 
     def _from_worker(self) -> _Step:
         assert self._worker is not None
@@ -210,7 +230,8 @@ class PackStream(Iterator[list[PackedBatch]]):
         if not documents:
             return empty_pack(vocab.pad_id)
         multiple = self.config.tail_multiple
-        return pack(documents, image_id=vocab.image_id, merge_size=merge, multiple=multiple, pad_id=vocab.pad_id)
+        batch = pack(documents, image_id=vocab.image_id, merge_size=merge, multiple=multiple, pad_id=vocab.pad_id)
+        return batch.pin() if self._pin else batch
 
     def _finish(self, waiting: Waiting) -> Document | RecordError:
         try:

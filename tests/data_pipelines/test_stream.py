@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,14 @@ def test_steps_hold_full_packs_within_both_budgets(shards):
     assert record["data/epoch/screens"] > 0
     assert "4 micro-batches of 256 tokens" in packs.describe()
     assert "screens 75% of 90 samples" in packs.describe()
+
+
+def test_a_stream_short_of_patches_says_so_once(shards, caplog):
+    take(stream(shards), 25)
+    assert not caplog.records
+    take(stream(shards, patches_per_microbatch=200), 25)
+    (warning,) = caplog.records
+    assert "patches_per_microbatch 200 is full; about" in warning.getMessage()
 
 
 def test_an_epoch_uses_every_document_once(shards):
@@ -379,14 +388,25 @@ def test_validation_reads_in_order_and_once(shards):
     assert sorted(batch.keys for half in halves for batch in half) == sorted(batch.keys for batch in batches)
 
 
+def resident() -> int:
+    """Bytes this process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.slow
 def test_memory_stays_flat(shards):
-    import psutil
-
-    packs, process, seen = stream(shards, prefetch=2, threads=2), psutil.Process(), []
-    for step in range(600):
+    packs, seen = stream(shards, prefetch=2, threads=2), []
+    for step in range(1200):
         next(packs)
-        if step % 100 == 99:
-            seen.append(process.memory_info().rss)
+        if step % 200 == 199:
+            seen.append(resident())
     packs.close()
     assert max(seen[1:]) < seen[0] * 1.05 + 8e6
+
+
+@pytest.mark.gpu
+def test_batches_for_an_accelerator_are_pinned(shards):
+    batch = next(stream(shards, world=World(0, 1, 0, torch.device("cuda"))))[0]
+    assert batch.input_ids.is_pinned()
+    moved = batch.to("cuda", non_blocking=True)
+    assert same(moved.to("cpu"), batch)
