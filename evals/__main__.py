@@ -63,7 +63,7 @@ def _run(argv: Sequence[str]) -> int:
     options = Options(
         limit=args.limit,
         samples=args.samples,
-        concurrency=args.concurrency,
+        concurrency=(8 if args.url else 32) if args.concurrency is None else args.concurrency,
         retry_errors=args.retry_errors,
         progress=not args.quiet,
     )
@@ -97,7 +97,7 @@ def _run_parser() -> argparse.ArgumentParser:
     how.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, named in full or by their ends")
     how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
     how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
-    how.add_argument("--concurrency", type=int, default=8, metavar="N", help="items at once (default 8)")
+    how.add_argument("--concurrency", type=int, metavar="N", help="items at once (default 32, 8 for an endpoint)")
     how.add_argument("--retry-errors", action="store_true", help="run the items again that ended in an error")
     how.add_argument("--out", type=Path, metavar="DIR", help="where results go (default runs/evals/NAME)")
     how.add_argument("--quiet", action="store_true", help="no progress bar, no pins")

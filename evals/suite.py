@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import random
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 import mmagent
+from mmagent.browser import require_chromium
 from mmagent.geometry import FRAME
 from mmagent.protocols import Task
 from mmagent.types import Item, Observation, Trajectory
@@ -99,8 +101,10 @@ class Suite:
     exhibit: Callable[[Any, Item, Episode], Awaitable[Exhibit]] | None = None
 
     def pins(self) -> dict[str, str]:
+        """What a score depends on. Raises :class:`~mmagent.browser.BrowserMissing` where a browser is needed."""
         play = self.play
-        return {
+        browser = {"browser": browser_version()} if self.needs_browser else {}
+        return browser | {
             "suite.name": self.name,
             "suite.version": str(self.version),
             "suite.seed": str(self.seed),
@@ -153,6 +157,13 @@ def item_key(task: Task, item: Item, sample: int = 0) -> str:
 def stable_seed(*parts: object) -> int:
     """A seed that is the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:6], "big")
+
+
+@functools.cache
+def browser_version() -> str:
+    """Another Chromium may draw other pixels, so it is pinned where a suite needs one."""
+    said = subprocess.run([require_chromium(), "--version"], capture_output=True, text=True, timeout=60, check=True)
+    return said.stdout.strip()
 
 
 @functools.cache

@@ -87,7 +87,7 @@ mmagent_environment() {
 mmagent_browser() {
     local found
     found="$(python -c 'from mmagent.browser import find_chromium; print(find_chromium() or "")')" \
-        || die "mmagent.browser does not import (see above)"
+        || die "could not look for a browser (see above)"
     if [ -z "$found" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         say "no Chromium found; installing Debian's chromium-headless-shell and fonts"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \

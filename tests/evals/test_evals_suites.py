@@ -29,6 +29,7 @@ CEILING = {"miniwob": 0.3, "page_grounding": 0.3, "screenshot_to_html": 0.25}
 def judged(suite: Suite, kind: str, folder) -> float:
     run = evaluate_now(suite, BaselineAgent(kind), folder, Options(progress=False))
     assert [row.error for row in run.rows if row.error] == []
+    assert "." in run.pins["browser"]
     for row in run.rows:
         if suite.name == "page_grounding":
             assert len(row.boxes) == 1
