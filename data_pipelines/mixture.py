@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.shards import ShardSet
@@ -18,9 +19,10 @@ _MASK = (1 << 64) - 1
 
 @dataclass
 class SourceConfig:
-    """Shards at ``path`` (a folder, a glob or one tar) with a ``weight`` in the mixture; weight 0 leaves it out."""
+    """Shards at ``path`` (a folder, a glob or one tar; empty: the sub-folder of the source's name in the stream's
+    folder) with a ``weight`` in the mixture; weight 0 leaves it out."""
 
-    path: str
+    path: str = ""
     weight: float = 1.0
 
 
@@ -110,12 +112,20 @@ class Mixture:
         self.consumed = {name: int(state["consumed"][name]) for name in self.sources}
 
 
-def open_sources(configs: Mapping[str, SourceConfig], seed: int) -> list[Source]:
-    """The sources with a weight. Raises ``ValueError`` when a weight is negative or none is left."""
-    for name, config in configs.items():
+def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "") -> list[Source]:
+    """The sources with a weight: those named, and every sub-folder of ``folder`` that holds shards.
+
+    Raises ``ValueError`` for a negative weight or a path that nobody gave, and when no source is left.
+    """
+    found = {path.parent.name: SourceConfig() for path in Path(folder).glob("*/*.tar")} if folder else {}
+    sources = []
+    for name, config in sorted({**found, **configs}.items()):
         if not config.weight >= 0:
             raise ValueError(f"sources.{name}.weight: {config.weight} is negative")
-    sources = [Source(n, ShardSet(c.path), c.weight, seed) for n, c in sorted(configs.items()) if c.weight > 0]
+        if not config.path and not folder:
+            raise ValueError(f"sources.{name}.path: is empty, and the stream has no folder")
+        if config.weight > 0:
+            sources.append(Source(name, ShardSet(config.path or Path(folder) / name), config.weight, seed))
     if not sources:
-        raise ValueError("sources: none has a weight above 0")
+        raise ValueError(f"sources: none has a weight above 0{f', and {folder} holds no shards' if folder else ''}")
     return sources

@@ -39,6 +39,7 @@ _JUDGED = 20  # steps after which a stream that is short of patches says so
 class StreamConfig:
     """What is mixed, how much makes a step, and how it is prepared.
 
+    Every sub-folder of ``folder`` that holds shards is a source; ``sources`` gives weights and paths by name.
     ``tokens_per_step`` is global and a multiple of ``tokens_per_microbatch``, which is local; accumulation follows
     from both and the world size. ``logical_streams`` 0 means one per micro-batch of a step; a run that may change
     ``tokens_per_step`` later fixes it. ``by_tokens``: weights are shares of tokens, else of documents.
@@ -46,6 +47,7 @@ class StreamConfig:
     ``balance_ranks`` ranks deal packs by cost.
     """
 
+    folder: str = ""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokens_per_step: int = 16384
     tokens_per_microbatch: int = 4096
@@ -132,7 +134,7 @@ class PackStream(Iterator[list[PackedBatch]]):
         self.builder = DocumentBuilder(vocab, geometry, chat, config.budget)
         self.quarantine = Quarantine(config.quarantine, rank)
         unlogged = Quarantine(replace(config.quarantine, folder=""))  # for streams whose owner logs them
-        self.sources = open_sources(config.sources, config.seed)
+        self.sources = open_sources(config.sources, config.seed, config.folder)
         self._shards = {source.name: source.shards for source in self.sources}
         for source in self.sources:
             for torn in source.shards.torn:

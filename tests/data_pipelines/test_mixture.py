@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.mixture import Mixture, Source, SourceConfig, digest, open_sources, permute
+from data_pipelines.stream import StreamConfig
+from mmagent.config import resolve
 
 
 class Shards:
@@ -97,3 +99,13 @@ def test_weights_are_checked():
         open_sources({"web": SourceConfig("x", -1.0)}, 0)
     with pytest.raises(ValueError, match="none has a weight"):
         open_sources({"web": SourceConfig("x", 0.0)}, 0)
+    with pytest.raises(ValueError, match=r"sources\.web\.path: is empty"):
+        open_sources({"web": SourceConfig()}, 0)
+    with pytest.raises(ValueError, match="and /nowhere holds no shards"):
+        open_sources({}, 0, "/nowhere")
+
+
+def test_sources_can_be_named_on_a_command_line():
+    config = resolve(StreamConfig(), ["folder=runs/data", "sources.web.weight=2", "sources.web.path=x", "seed=3"])
+    assert (config.folder, config.seed) == ("runs/data", 3)
+    assert config.sources == {"web": SourceConfig("x", 2.0)}

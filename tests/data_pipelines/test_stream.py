@@ -58,7 +58,7 @@ def config(root: Path, **changes: object) -> StreamConfig:
         "text": SourceConfig(str(root / "text"), 1.0),
     }
     small = StreamConfig(
-        sources,
+        sources=sources,
         tokens_per_step=4 * 256,
         tokens_per_microbatch=256,
         patches_per_microbatch=800,
@@ -121,6 +121,14 @@ def test_a_stream_short_of_patches_says_so_once(shards, caplog):
     take(stream(shards, patches_per_microbatch=200), 25)
     (warning,) = caplog.records
     assert "patches_per_microbatch 200 is full; about" in warning.getMessage()
+
+
+def test_a_folder_of_sources_needs_no_paths(shards):
+    by_path = stream(shards)
+    by_folder = stream(shards, folder=str(shards), sources={"screens": SourceConfig(weight=3.0)})
+    assert keys(take(by_path, 3)) == keys(take(by_folder, 3))
+    only = stream(shards, folder=str(shards), sources={"screens": SourceConfig(weight=0.0)})
+    assert [source.name for source in only.sources] == ["text"]
 
 
 def test_an_epoch_uses_every_document_once(shards):

@@ -69,7 +69,7 @@ def train_vocab(root: Path) -> Vocab:
 def stream(root: Path, builder: DocumentBuilder) -> PackStream:
     folders = sorted(root.iterdir())
     config = StreamConfig(
-        {folder.name: SourceConfig(str(folder), len(ShardSet(folder))) for folder in folders},
+        sources={folder.name: SourceConfig(str(folder), len(ShardSet(folder))) for folder in folders},
         tokens_per_step=BUDGET.tokens,
         tokens_per_microbatch=BUDGET.tokens,
         patches_per_microbatch=BUDGET.patches,
