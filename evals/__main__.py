@@ -146,6 +146,7 @@ def _compare(argv: Sequence[str]) -> int:
         "--allow", action="append", default=[], metavar="PIN", help="compare although this pin differs (repeatable)"
     )
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with bars and tables by task, too")
     args = parser.parse_args(argv)
     first, second = ({run.suite: run for run in map(read_run, find_runs(folder))} for folder in (args.a, args.b))
     shared = [name for name in first if name in second]
@@ -157,7 +158,24 @@ def _compare(argv: Sequence[str]) -> int:
     else:
         for name, result in results.items():
             print(_comparison(name, result))
+    if args.html:
+        from evals.report import Section, page
+        from evals.report.runs import comparison_body
+
+        names = _apart(str(args.a), str(args.b))
+        pairs = {name: dict(zip(names, (first[name], second[name]), strict=True)) for name in shared}
+        sections = [Section(name, comparison_body(pair, args.allow)) for name, pair in pairs.items()]
+        args.html.write_text(page(f"{names[0]} against {names[1]}", sections), encoding="utf-8")
+        print(f"page: {args.html}")
     return 0
+
+
+def _apart(a: str, b: str) -> tuple[str, str]:
+    """Two folders by the last part of their names that differs."""
+    for one, other in zip(reversed(Path(a).parts), reversed(Path(b).parts), strict=False):
+        if one != other:
+            return one, other
+    return f"A: {a}", f"B: {b}"
 
 
 def _comparison(name: str, c: Comparison) -> str:

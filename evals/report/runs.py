@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from markupsafe import Markup
@@ -28,7 +29,7 @@ from evals.report.html import (
     tiles,
 )
 from evals.store import POLICY, Row, Run, StepRecord
-from evals.summary import RIGHT, Summary, summarise
+from evals.summary import RIGHT, Summary, compare_runs, summarise
 from mmagent.geometry import ImageView
 
 SCREENS, EPISODES, PAIRS, ERRORS = 12, 8, 6, 30
@@ -81,6 +82,41 @@ def suite_body(run: Run, summary: Summary | None = None) -> Markup:
     ):
         if body:
             parts += [heading(title), body]
+    return join(parts)
+
+
+def comparison_body(runs: Mapping[str, Run], allow: Iterable[str] = ()) -> Markup:
+    """Several policies on one suite, for a section: by task, and each run tested against the one before.
+
+    Raises :class:`~evals.store.PinsDiffer` when they were not judged alike, but for the pins that ``allow`` names.
+    """
+    allow = tuple(allow)
+    summaries = {name: summarise(run.rows) for name, run in runs.items()}
+    tasks = sorted({task for summary in summaries.values() for task in summary.by_task})
+    by_task = {t: {n: s.by_task[t] for n, s in summaries.items() if t in s.by_task} for t in tasks}
+    means = {name: summary.score for name, summary in summaries.items()}
+    steps = []
+    for (before, a), (after, b) in pairwise(runs.items()):
+        c = compare_runs(a, b, allow)
+        d = c.difference
+        steps.append(
+            {
+                "from": before,
+                "to": after,
+                "difference": f"{100 * d.mean:+.1f} points",
+                "95 % interval": f"{100 * d.low:+.1f} to {100 * d.high:+.1f}",
+                "p (paired)": float(c.p_value),
+                "better on": c.wins,
+                "worse on": c.losses,
+                "equal on": c.ties,
+            }
+        )
+    parts = [bar_chart({"mean over tasks": means} | (by_task if len(tasks) > 1 else {}), "By task")]
+    rows = [{"task": task, **bars} for task, bars in by_task.items()]
+    columns = [Column(name, name) for name in ("task", *runs)]
+    parts.append(table(rows, columns, totals=[{"task": "mean over tasks", **means}]))
+    if steps:
+        parts += [heading("Each against the one before, item by item"), table(steps)]
     return join(parts)
 
 

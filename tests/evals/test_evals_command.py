@@ -71,6 +71,12 @@ def test_compare(tmp_path, capsys):
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
     assert "judge: 'equality' against 'another'" in capsys.readouterr().err
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "c"), "--allow", "judge"]) == 0
+    html = tmp_path / "c.html"
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(html)]) == 0
+    text = html.read_text()
+    assert "a against b" in text
+    assert "+100.0 points" in text
+    assert "mean over tasks" in text
 
 
 @pytest.mark.parametrize(
