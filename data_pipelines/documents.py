@@ -138,6 +138,7 @@ class Quarantine:
 
     @property
     def total(self) -> int:
+        """Bad samples of all sources."""
         return self.bad.total()
 
     def good(self, source: str) -> None:

@@ -98,6 +98,7 @@ class Mixture:
         return name, self.sources[name].sample(position)
 
     def take(self, name: str, amount: int) -> None:
+        """Count ``amount`` (tokens or documents) against the source's share."""
         self.taken[name] += amount
 
     def epoch(self, name: str) -> float:
@@ -105,9 +106,11 @@ class Mixture:
         return self.consumed[name] * self.streams / len(self.sources[name].shards)
 
     def state_dict(self) -> dict[str, Any]:
+        """Two counts a source."""
         return {"taken": dict(self.taken), "consumed": dict(self.consumed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from those counts."""
         self.taken = {name: int(state["taken"][name]) for name in self.sources}
         self.consumed = {name: int(state["consumed"][name]) for name in self.sources}
 

@@ -30,6 +30,7 @@ def picture(random: Random) -> tuple[np.ndarray, str]:
 
 
 def encoded_picture(random: Random) -> tuple[EncodedImage, str]:
+    """:func:`picture`, ready for a record."""
     pixels, caption = picture(random)
     return encode_image(pixels), caption
 

@@ -58,6 +58,7 @@ class ShardIndex:
     checksums: bool
 
     def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
         body = _HEADER.pack(_MAGIC, self.tar_bytes, len(self.entries), self.checksums) + self.entries.tobytes()
         temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         with temporary.open("wb") as file:
@@ -187,6 +188,7 @@ class ShardSet:
 
     @property
     def bytes(self) -> int:
+        """Size of all tars on disk."""
         return sum(index.tar_bytes for index in self._indices)
 
     def fingerprint(self) -> str:

@@ -78,14 +78,17 @@ class StreamConfig:
 
     @property
     def budget(self) -> Size:
+        """What a pack may hold."""
         return Size(self.tokens_per_microbatch, self.patches_per_microbatch)
 
     @property
     def packs_per_step(self) -> int:
+        """Micro-batches of a step, over all ranks."""
         return self.tokens_per_step // self.tokens_per_microbatch
 
     @property
     def streams(self) -> int:
+        """Logical streams."""
         return self.logical_streams or self.packs_per_step
 
 

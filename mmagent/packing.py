@@ -26,13 +26,16 @@ class Size(NamedTuple):
     patches: int
 
     def fits(self, room: Size) -> bool:
+        """Whether neither budget is exceeded."""
         return self.tokens <= room.tokens and self.patches <= room.patches
 
     def less(self, other: Size) -> Size:
+        """What is left when ``other`` is taken away."""
         return Size(self.tokens - other.tokens, self.patches - other.patches)
 
 
 def size_of(document: Document) -> Size:
+    """What ``document`` costs a pack."""
     return Size(len(document), document.num_patches)
 
 

@@ -32,6 +32,7 @@ class PackingReport:
 
     @property
     def ok(self) -> bool:
+        """Whether every output stays within the tolerance."""
         return all(d.relative <= self.tolerance for d in self.differences)
 
     def __str__(self) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 
 from data_pipelines.build import BuildConfig, build, debug, makers, texts_of
 from data_pipelines.making import Maker
 from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
+from data_pipelines.stream import PackStream, StreamConfig
 from data_pipelines.web_pages import PageQuestions, PageSources
 from mmagent.actions import Click, parse_action
 from mmagent.browser import BrowserPool, perform, run_sync
 from mmagent.chat import Text
+from mmagent.geometry import GeometryConfig
 from mmagent.prompts import HTML_REQUEST
 from mmagent.records import Record, decode_image, from_sample, to_sample
+from mmagent.vocab import Vocab
 from mmagent.worlds import miniwob
 
 pytestmark = pytest.mark.browser
@@ -104,6 +108,14 @@ def test_a_whole_build_with_screens(browser_pool, tmp_path):
     assert len(cards) == len(config.pretrain) + len(config.sft)
     assert all(card["samples"] == 8 for card in cards.values())
     assert cards["sft/episodes"]["images"] >= 8
+    for stage in ("pretrain", "sft"):
+        fills = []
+        mix = StreamConfig(folder=str(tmp_path / stage), prefetch=0)  # the default budgets
+        with closing(PackStream(mix, Vocab.load(tmp_path), GeometryConfig())) as packs:
+            for _ in range(6):
+                next(packs)
+                fills.append(packs.metrics["data/fill"])
+        assert sum(fills) / len(fills) >= 0.99
 
 
 def test_unknown_tasks_are_refused():

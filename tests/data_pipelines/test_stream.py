@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from data_pipelines.documents import DocumentBuilder, QuarantineConfig, QuarantineError, read_quarantine
 from data_pipelines.mixture import SourceConfig
@@ -336,6 +337,50 @@ def test_a_source_of_nothing_but_bad_samples_stops_the_run(shards, tmp_path):
     sources = config(shards).sources | {"bad": SourceConfig(str(tmp_path))}
     with pytest.raises(QuarantineError, match="'bad': 200 of 200"):
         take(stream(shards, sources=sources), 50)
+
+
+def test_every_kind_of_bad_sample_is_named_and_every_odd_one_accepted(shards, tmp_path):
+    """Written by plain webdataset, as a user's own shards are."""
+
+    def png(height: int, width: int) -> bytes:
+        return encode_image(np.zeros((height, width, 3), np.uint8)).data
+
+    def talk(text: str, **more: object) -> dict[str, object]:
+        user_turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return {"source": "s", "messages": [user_turn, {"role": "assistant", "content": "a"}], **more}
+
+    outside = {"boxes": [{"image": 0, "box": [0, 0, 9, 900]}]}
+    samples = {
+        "fine": {"json": talk("q"), "0.png": png(20, 20)},
+        "tiny": {"json": talk("q"), "0.png": png(1, 1)},
+        "spelled": {"json": talk("<|image|><|user|></think>"), "0.png": png(20, 20)},
+        "no-json": {"0.png": png(20, 20)},
+        "bad-json": {"json": b"{", "0.png": png(20, 20)},
+        "no-image": {"json": talk("q")},
+        "no-picture": {"json": talk("q"), "0.png": b"GIF89a nothing"},
+        "truncated": {"json": talk("q"), "0.png": screen_record(1).images[0].data[:-300]},
+        "long": {"json": talk("q" * 3000), "0.png": png(20, 20)},
+        "banner": {"json": talk("q"), "0.png": png(8, 20_000)},
+        "outside": {"json": talk("q", **outside), "0.png": png(20, 20)},
+    }
+    with webdataset.TarWriter(str(tmp_path / "mixed.tar"), encoder=False) as writer:
+        for key, files in samples.items():
+            body = {name: v if isinstance(v, bytes) else json.dumps(v).encode() for name, v in files.items()}
+            writer.write({"__key__": key, **body})
+    log = QuarantineConfig(str(tmp_path / "log"), max_share=1.0)
+    packs = stream(shards, sources={"s": SourceConfig(str(tmp_path))}, quarantine=log)
+    assert {key for keys_of in keys(take(packs, 3)) for key in keys_of} == {"fine", "tiny", "spelled"}
+    lines = read_quarantine(tmp_path / "log" / "quarantine-0.jsonl")
+    assert {line["key"]: line["reason"] for line in lines} == {
+        "no-json": "json",
+        "bad-json": "json",
+        "no-image": "images",
+        "no-picture": "images",
+        "truncated": "images",
+        "long": "tokens",
+        "banner": "images",
+        "outside": "boxes",
+    }
 
 
 def test_a_pack_whose_every_document_fails_is_all_tail(shards, tmp_path):

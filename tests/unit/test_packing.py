@@ -85,6 +85,25 @@ def test_select_refuses_what_never_fits():
     check_fits("doc-3", Size(8, 8), Size(8, 8))
 
 
+@given(st.lists(st.builds(Size, st.integers(1, 16), st.integers(0, 8)), min_size=30, max_size=60), st.integers(1, 12))
+@settings(max_examples=60)
+def test_a_buffered_stream_packs_each_once_and_starves_none(arriving, buffer):
+    budget, queue = Size(16, 8), list(enumerate(arriving))
+    waiting: list[tuple[int, Size]] = []
+    latest: dict[int, int] = {}
+    delivered: list[int] = []
+    for pack_number in range(len(arriving)):
+        while queue and len(waiting) < buffer:
+            latest[queue[0][0]] = pack_number + len(waiting)
+            waiting.append(queue.pop(0))
+        chosen = select([size for _, size in waiting], budget)
+        for n in chosen:
+            assert pack_number <= latest[waiting[n][0]]
+            delivered.append(waiting[n][0])
+        waiting = [entry for n, entry in enumerate(waiting) if n not in set(chosen)]
+    assert sorted(delivered) == list(range(len(arriving)))
+
+
 shapes = st.lists(st.tuples(st.integers(1, 9), st.lists(st.sampled_from([(2, 2), (2, 4), (4, 4)]), max_size=2)))
 
 
