@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("area", choices=areas(), help="what to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of each side (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes only: shows that it runs, not how fast")
     args = parser.parse_args(argv)
     module = importlib.import_module(f"tools.benchmarks.{args.area}")

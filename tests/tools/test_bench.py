@@ -38,7 +38,7 @@ def test_areas_run_and_write_json(area, tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert bench.main([area, "--quick", "--repeats", "1", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())
-    assert len(rows) >= 4
+    assert len(rows) >= 2
     assert rows[0].keys() == {"name", "ours", "peer", "peer_name", "ratio", "unit", "spread"}
     assert all(row["ratio"] > 0 for row in rows)
     assert rows[0]["name"] in capsys.readouterr().out

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    repeats: int = 7
+    repeats: int = 5
     quick: bool = False
 
 
