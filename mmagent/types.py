@@ -203,6 +203,10 @@ class PackedBatch:
     visual token fills each slot, None meaning the identity. Documents that share an image (a group of
     rollouts) point at the same tokens, so the image is encoded once. ``sources``, ``keys`` of N names;
     ``tail`` counts padding tokens, which form the last segment and are no document.
+
+    ``prefix_of``: for every segment the index of the segment whose tokens it sees as well, or -1; None for -1 all
+    over. The rollouts of a group share their prompt so: it stands once, right before them, and each of them
+    begins with the prompt's last token, so that its first target lies within itself.
     """
 
     input_ids: Tensor
@@ -215,6 +219,7 @@ class PackedBatch:
     keys: tuple[str, ...]
     visual_index: Tensor | None = None
     tail: int = 0
+    prefix_of: tuple[int, ...] | None = None
 
     @property
     def cu_seqlens(self) -> Tensor:

@@ -118,7 +118,7 @@ async def train(config: Config) -> None:
     engine = TorchEngine(objective, build_optimizer(model, config.optim), config.engine, world)
     policy, codec = LocalPolicy(generator), Codec(agent.vocab, agent.geometry, agent.chat)
     budget = Size(config.tokens_per_microbatch, config.patches_per_microbatch)
-    estimator = config.collector.advantages.estimator
+    how = {"estimator": config.collector.advantages.estimator, "share_prompts": not objective.depths}
     async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages) as tasks:
         collector = Collector(tasks, policy, codec, config.collector, world, config.seed)
         parts = {"model": model, "engine": engine, "collector": collector}
@@ -132,7 +132,7 @@ async def train(config: Config) -> None:
             record = {"lr_scale": schedule(step, config.steps, config.schedule), **collected.metrics}
             for part in range(config.updates):
                 groups = collected.groups[part :: config.updates]
-                if packs := rank_batches(groups, budget, world, agent.vocab, agent.geometry, estimator):
+                if packs := rank_batches(groups, budget, world, agent.vocab, agent.geometry, **how):
                     record |= train_step(objective, engine, packs, world, record["lr_scale"]).record()
             seconds = time.perf_counter() - started
             record |= {"time/step": seconds, "time/rollout_share": record["time/rollout"] / seconds}

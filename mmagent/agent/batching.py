@@ -1,20 +1,23 @@
 """Groups of trajectories to packs for the policy-gradient objective, under two budgets.
 
-A pack holds whole trajectories; the images that the rollouts of a group share are stored, and encoded, once.
+The rollouts of a group share their prompt: it stands, and is computed, once in a pack, and its images are encoded
+once. A trajectory is never split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mmagent.agent.advantages import Group, group_advantages
+from mmagent.agent.sharing import Unit, make_unit
 from mmagent.dist import World, gather_ints
 from mmagent.geometry import GeometryConfig
-from mmagent.packing import Size, empty_pack, pack, plan_packs
-from mmagent.types import PackedBatch, PolicyBatch, Trajectory
+from mmagent.packing import Size, check_fits, empty_pack, pack
+from mmagent.types import Document, PackedBatch, PolicyBatch, Trajectory
 from mmagent.vocab import Vocab
 
 
@@ -27,64 +30,142 @@ def policy_batches(
     pad_id: int = 0,
     estimator: str = "grpo",
     packs: int = 1,
+    share_prompts: bool = True,
 ) -> list[PolicyBatch]:
     """Micro-batches of at most ``budget`` each, and at least ``packs`` of them.
 
     Ranks that bring different numbers of trajectories agree on one ``packs`` and get as many micro-batches each: the
     heaviest are split, and where nothing is left to split, empty packs follow, which count for nothing.
+    ``share_prompts`` false repeats the prompt for every trajectory.
 
     Raises ``ValueError`` naming a trajectory that exceeds the budget, or whose log-probs are not finite numbers (a
     server that does not tell them cannot serve training).
     """
-    rows = [trajectory for group in groups for trajectory in group.trajectories]
-    rewards = torch.tensor([trajectory.reward for trajectory in rows], dtype=torch.float64)
-    advantages = group_advantages(rewards, [group.name for group in groups for _ in group.trajectories], estimator)
-    documents = [trajectory.document() for trajectory in rows]
-    plan = _split(plan_packs(documents, budget, share_images=True) if rows else [], packs)
-    out = []
-    for chosen in plan:
-        stream = pack(
-            [documents[n] for n in chosen], image_id=image_id, merge_size=merge_size, share_images=True, pad_id=pad_id
-        )
-        out.append(_policy_batch(stream, [rows[n] for n in chosen], [advantages[n].item() for n in chosen]))
-    return out + [_policy_batch(empty_pack(pad_id), [], []) for _ in range(packs - len(out))]
+    rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
+    names = [group.name for group in groups for _ in group.trajectories]
+    advantages = group_advantages(rewards, names, estimator).tolist()
+    units: list[Unit] = []
+    for group in groups:
+        own, advantages = advantages[: len(group.trajectories)], advantages[len(group.trajectories) :]
+        units += make_unit(group.trajectories, own, image_id, merge_size, share_prompts)
+    plan = _split(_fill([part for unit in units for part in _fitting(unit, budget)], budget), packs)
+    settings = {"image_id": image_id, "merge_size": merge_size, "pad_id": pad_id}
+    empty = PolicyBatch(empty_pack(pad_id), torch.zeros(1), torch.zeros(1))
+    return [_build(chosen, settings) for chosen in plan] + [empty] * (packs - len(plan))
 
 
 def rank_batches(
-    groups: Sequence[Group], budget: Size, world: World, vocab: Vocab, geometry: GeometryConfig, estimator: str = "grpo"
+    groups: Sequence[Group],
+    budget: Size,
+    world: World,
+    vocab: Vocab,
+    geometry: GeometryConfig,
+    *,
+    estimator: str = "grpo",
+    share_prompts: bool = True,
 ) -> list[PolicyBatch]:
     """:func:`policy_batches` of this rank's ``groups``, as many on every rank; none anywhere when no rank has a group.
 
     A collective.
     """
-    settings = {"image_id": vocab.image_id, "merge_size": geometry.merge_size, "pad_id": vocab.pad_id}
-    batches = policy_batches(groups, budget, estimator=estimator, packs=0, **settings)
+
+    def build(packs: int) -> list[PolicyBatch]:
+        return policy_batches(
+            groups,
+            budget,
+            image_id=vocab.image_id,
+            merge_size=geometry.merge_size,
+            pad_id=vocab.pad_id,
+            estimator=estimator,
+            packs=packs,
+            share_prompts=share_prompts,
+        )
+
+    batches = build(0)
     most = max(gather_ints(len(batches), world.device))
-    if len(batches) == most:
-        return batches
-    return policy_batches(groups, budget, estimator=estimator, packs=most, **settings)
+    return batches if len(batches) == most else build(most)
 
 
-def _split(plan: list[list[int]], packs: int) -> list[list[int]]:
-    """Halve the longest packs until there are ``packs``, or none has two members."""
+def _fitting(unit: Unit, budget: Size) -> list[Unit]:
+    """The unit, or as many parts of it as the budget asks for."""
+    if unit.size.fits(budget):
+        return [unit]
+    if len(unit.rows) == 1:
+        check_fits(unit.rows[0].key, unit.size, budget)
+    return [part for half in unit.halves() for part in _fitting(half, budget)]
+
+
+def _fill(units: Sequence[Unit], budget: Size) -> list[list[Unit]]:
+    """First fit, in the order given."""
+    packs: list[list[Unit]] = []
+    rooms: list[Size] = []
+    for unit in units:
+        for n in range(len(packs) + 1):
+            if n == len(packs):
+                packs.append([])
+                rooms.append(budget)
+            if unit.size.fits(rooms[n]):
+                packs[n].append(unit)
+                rooms[n] = rooms[n].less(unit.size)
+                break
+    return packs
+
+
+def _split(plan: Sequence[Sequence[Unit]], packs: int) -> list[list[Unit]]:
+    """Halve the longest packs until there are ``packs``, or none holds two trajectories."""
     plan = [list(chosen) for chosen in plan]
-    while len(plan) < packs and any(len(chosen) > 1 for chosen in plan):
-        at = max(range(len(plan)), key=lambda n: len(plan[n]))
-        half = len(plan[at]) // 2
-        plan[at : at + 1] = [plan[at][:half], plan[at][half:]]
+    while len(plan) < packs:
+        at = max(range(len(plan)), key=lambda n: sum(len(unit.rows) for unit in plan[n]), default=None)
+        if at is None or sum(len(unit.rows) for unit in plan[at]) < 2:
+            break
+        units = plan[at]
+        if len(units) == 1:
+            units = list(units[0].halves())
+        half = len(units) // 2
+        plan[at : at + 1] = [units[:half], units[half:]]
     return plan
 
 
-def _policy_batch(stream: PackedBatch, rows: Sequence[Trajectory], advantages: Sequence[float]) -> PolicyBatch:
-    total = stream.input_ids.shape[0]
-    spread = [torch.full((len(row),), value) for row, value in zip(rows, advantages, strict=True)]
-    behavior = [_logprobs(row) for row in rows]
-    return PolicyBatch(
-        stream=stream,
-        advantages=_padded(spread, total),
-        behavior_logprobs=_padded(behavior, total),
-        routed_experts=_routed(rows, total),
-    )
+def _build(units: Sequence[Unit], settings: dict[str, int]) -> PolicyBatch:
+    """One pack: behind every shared prompt its continuations, whose positions go on where the prompt ends."""
+    documents: list[Document] = []
+    prefix_of: list[int] = []
+    advantages: list[Tensor] = []
+    behavior: list[Tensor] = []
+    for unit in units:
+        prefix = -1
+        if unit.shared:
+            prefix = len(documents)
+            documents.append(_cut(unit.rows[0], 0, unit.shared, 0, unit.images, "/prompt"))
+            prefix_of.append(-1)
+            advantages.append(torch.zeros(unit.shared))
+            behavior.append(torch.zeros(unit.shared))
+        for row, value in zip(unit.rows, unit.advantages, strict=True):
+            documents.append(_cut(row, unit.shared, len(row), unit.images, len(row.images)))
+            prefix_of.append(prefix)
+            advantages.append(torch.full((len(row) - unit.shared,), value))
+            behavior.append(_logprobs(row)[unit.shared :])
+    stream = pack(documents, share_images=True, **settings)
+    if max(prefix_of) >= 0:
+        stream = replace(stream, positions=_positions(stream, prefix_of), prefix_of=tuple(prefix_of))
+    return PolicyBatch(stream, torch.cat(advantages), torch.cat(behavior), routed_experts=_routed(units))
+
+
+def _cut(row: Trajectory, start: int, end: int, first_image: int, last_image: int, suffix: str = "") -> Document:
+    whole = row.document()
+    images = whole.images[first_image:last_image]
+    return Document(whole.input_ids[start:end], whole.trainable[start:end], images, row.key + suffix, row.source)
+
+
+def _positions(stream: PackedBatch, prefix_of: Sequence[int]) -> Tensor:
+    """Rotary positions count on from the prompt: one more than the largest of them."""
+    segments = stream.segments
+    positions = stream.positions.clone()
+    borders = segments.offsets()
+    for n, prefix in enumerate(prefix_of):
+        if prefix >= 0:
+            positions[:, borders[n] : borders[n + 1]] += positions[:, borders[prefix] : borders[prefix + 1]].max() + 1
+    return positions
 
 
 def _logprobs(trajectory: Trajectory) -> Tensor:
@@ -94,23 +175,19 @@ def _logprobs(trajectory: Trajectory) -> Tensor:
     return values
 
 
-def _padded(parts: Sequence[Tensor], total: int) -> Tensor:
-    out = torch.zeros(total)
-    if parts:
-        joined = torch.cat(list(parts))
-        out[: joined.shape[0]] = joined
-    return out
-
-
-def _routed(rows: Sequence[Trajectory], total: int) -> Tensor | None:
+def _routed(units: Sequence[Unit]) -> Tensor | None:
     """``(T, M, K)`` recorded experts, -1 where none; None when no trajectory recorded any."""
+    rows = [row for unit in units for row in unit.rows]
     known = next((row.routed_experts[0] for row in rows if row.routed_experts), None)
     if known is None:
         return None
-    out = torch.full((total, *known.shape), -1, dtype=torch.int64)
-    at = 0
-    for row in rows:
-        if row.routed_experts:
-            out[at : at + len(row.routed_experts)] = torch.stack(row.routed_experts)
-        at += len(row)
-    return out
+    parts = []
+    for unit in units:
+        if unit.shared:
+            parts.append(torch.full((unit.shared, *known.shape), -1))
+        for row in unit.rows:
+            own = torch.full((len(row), *known.shape), -1)
+            if row.routed_experts:
+                own[: len(row.routed_experts)] = torch.stack(row.routed_experts)
+            parts.append(own[unit.shared :])
+    return torch.cat(parts)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.models.cogvit import CogViT, CogViTConfig
-from mmagent.models.decoder import Attend, Decoder, DecoderConfig, DecoderOutput, PackedAttention
+from mmagent.models.decoder import Attend, Decoder, DecoderConfig, DecoderOutput, PackedAttention, SharedPrefixAttention
 from mmagent.models.layers import Embedding, Head, Recomputed, collect_roles, trainable_blocks
 from mmagent.models.moe import Documents, MoE, Routing
 from mmagent.models.mtp import MTP, MTPConfig
@@ -114,7 +114,7 @@ class AgentModel(nn.Module):
         """
         text = self.embed_tokens(batch.input_ids)
         merged = self._merge(text, batch)
-        attend = PackedAttention(batch.segments)
+        attend = self._attention(batch, mtp)
         documents = Documents(batch.segments, batch.tail) if self.config.decoder.moe_layers else None
         out: DecoderOutput = self.decoder(merged, batch.positions, attend, routed, documents)
         mtp_hidden: tuple[Tensor, ...] = ()
@@ -129,6 +129,13 @@ class AgentModel(nn.Module):
         return ModelOutput(
             out.hidden, mtp_hidden, self._load(out.routings, mtp_routings), balance, out.replay_agreement()
         )
+
+    def _attention(self, batch: PackedBatch, mtp: bool) -> Attend:
+        if batch.prefix_of is None:
+            return PackedAttention(batch.segments)
+        if mtp and self.mtp is not None:  # the prefix's last token lacks the one after it, which MTP would embed
+            raise ValueError(f"pack of {batch.keys[:3]}...: MTP needs every document whole, without shared prefixes")
+        return SharedPrefixAttention(batch.segments, batch.prefix_of)
 
     def _load(self, routings: Sequence[Routing], mtp_routings: Sequence[Routing]) -> Tensor:
         """``(M, E)``: decoder layers, then MTP modules; a tied module's depths add up in one row."""

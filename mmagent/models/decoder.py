@@ -21,6 +21,7 @@ from mmagent.models.moe import Documents, MoE, MoEConfig, Routing
 from mmagent.ops.attention import varlen_attention
 from mmagent.ops.heads import Heads, split_heads
 from mmagent.ops.rotary import Rotation, angles_1d, angles_3d, default_sections
+from mmagent.ops.shared_prefix import shared_prefix_attention
 from mmagent.types import Segments
 
 
@@ -41,6 +42,17 @@ class PackedAttention:
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         return varlen_attention(q_THd, k_TGd, v_TGd, self.segments, causal=True)
+
+
+@dataclass(frozen=True)
+class SharedPrefixAttention:
+    """Causal attention within each segment of a pack and over its prefix."""
+
+    segments: Segments
+    prefix_of: tuple[int, ...]
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        return shared_prefix_attention(q_THd, k_TGd, v_TGd, self.segments, self.prefix_of)
 
 
 @dataclass
