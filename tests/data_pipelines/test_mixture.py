@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.mixture import Mixture, Source, SourceConfig, digest, open_sources, permute
+from data_pipelines.build import BuildConfig, makers
+from data_pipelines.mixture import (
+    DEFAULT_MIX,
+    Mixture,
+    Source,
+    SourceConfig,
+    default_mix,
+    digest,
+    open_sources,
+    permute,
+)
 from data_pipelines.stream import StreamConfig
 from mmagent.config import resolve
 
@@ -103,6 +113,14 @@ def test_weights_are_checked():
         open_sources({"web": SourceConfig()}, 0)
     with pytest.raises(ValueError, match="and /nowhere holds no shards"):
         open_sources({}, 0, "/nowhere")
+
+
+def test_the_default_mix_names_what_is_built_and_no_more(tmp_path):
+    for stage, known in makers(BuildConfig()).items():
+        assert set(DEFAULT_MIX[stage]) == {maker.name for maker in known}
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.tar").touch()
+    assert default_mix("pretrain", tmp_path) == {"text": SourceConfig(str(tmp_path / "text"), 1.0)}
 
 
 def test_sources_can_be_named_on_a_command_line():
