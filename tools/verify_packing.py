@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from data_pipelines.documents import DocumentBuilder
-from data_pipelines.mixture import permute
-from data_pipelines.shards import ShardSet
-from mmagent.interop.agent_folder import load_agent
-from mmagent.packing_check import check_packing
-from mmagent.records import RecordError, from_sample
-from mmagent.types import Document
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # a script starts with its own folder there, not with the repository
+    sys.path.insert(0, str(ROOT))
+
+from data_pipelines.documents import DocumentBuilder  # noqa: E402
+from data_pipelines.mixture import permute  # noqa: E402
+from data_pipelines.shards import ShardSet  # noqa: E402
+from mmagent.interop.agent_folder import load_agent  # noqa: E402
+from mmagent.packing_check import check_packing  # noqa: E402
+from mmagent.records import RecordError, from_sample  # noqa: E402
+from mmagent.types import Document  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
