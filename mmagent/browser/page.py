@@ -84,8 +84,7 @@ class Page:
     @classmethod
     async def open(cls, browser: Chromium, width: int, height: int, options: PageOptions) -> Page:
         """A fresh page in a browser context of its own: it shares no cookie, storage or cache with another."""
-        if width < 1 or height < 1 or width * height > MAX_PIXELS:
-            raise ValueError(f"page of {width}x{height} pixels")
+        _check_size(browser, width, height)
         context = (await browser.send("Target.createBrowserContext", disposeOnDetach=True))["browserContextId"]
         control = {"enableBeginFrameControl": True} if browser.begin_frame else {}
         created = await browser.send(
@@ -160,8 +159,7 @@ class Page:
 
     async def resize(self, width: int, height: int) -> None:
         """Change the viewport."""
-        if width < 1 or height < 1 or width * height > MAX_PIXELS:
-            raise ValueError(f"page of {width}x{height} pixels")
+        _check_size(self._browser, width, height)
         async with self._limited("resizing"):
             await self._resize(width, height)
         self.width, self.height = width, height
@@ -445,3 +443,11 @@ class Page:
         elif method in ("Inspector.targetCrashed", "Inspector.detached"):
             self.broken = True
             self._browser.connection.detach(self._session, "the page's renderer is gone")
+
+
+def _check_size(browser: Chromium, width: int, height: int) -> None:
+    if min(width, height) < browser.least or width * height > MAX_PIXELS:
+        raise ValueError(
+            f"page of {width}x{height} pixels: this browser draws sides from {browser.least} pixels and up to "
+            f"{MAX_PIXELS} pixels in all"
+        )

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmagent.browser.errors import BrowserCrashed, BrowserError
 from mmagent.browser.find import require_chromium
 from mmagent.browser.page import Page, PageOptions
-from mmagent.browser.process import Chromium
+from mmagent.browser.process import ORDINARY_LEAST, Chromium
 
 PROBE_LIMIT = 5.0
 OPEN_ATTEMPTS = 3
@@ -153,11 +153,11 @@ class BrowserPool:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _close_page(self, slot: int, browser: Chromium, page: Page) -> None:
+        if page.broken:  # asked before closing, which an ordinary Chrome reports like a crash
+            self.stats.broken += 1
         closed = await page.close()
         browser.pages -= 1
         self._load[slot] -= 1
-        if page.broken:
-            self.stats.broken += 1
         if not closed or self._served[slot] >= self._recycle:
             self._retire(slot, browser)
         if browser in self._draining and browser.pages == 0:
@@ -200,7 +200,7 @@ class BrowserPool:
         options = PageOptions((), PROBE_LIMIT, True, False)
         try:
             async with asyncio.timeout(PROBE_LIMIT):
-                page = await Page.open(browser, 32, 32, options)
+                page = await Page.open(browser, ORDINARY_LEAST, ORDINARY_LEAST, options)
                 try:
                     await page.screenshot()
                 finally:

@@ -74,12 +74,16 @@ BEGIN_FRAME = (
     "--disable-threaded-animation",
     "--disable-threaded-scrolling",
 )
-FREE_RUNNING = ("--disable-frame-rate-limit", "--disable-gpu-vsync")
+FREE_RUNNING = ("--disable-backgrounding-occluded-windows", "--disable-frame-rate-limit", "--disable-gpu-vsync")
+
+ORDINARY_LEAST = 100
+"""An ordinary Chrome, unlike the headless shell, takes no screenshot of an emulated screen much smaller than this."""
 
 
 @dataclass(eq=False)
 class Chromium:
-    """A running browser under its supervisor. ``drawing`` lets one page draw at a time."""
+    """A running browser under its supervisor. ``drawing`` lets one page draw at a time.
+    ``least``: pixels on a side of the smallest page it can draw."""
 
     connection: Connection
     supervisor: subprocess.Popen[bytes]
@@ -87,6 +91,7 @@ class Chromium:
     lifeline: int
     log: IO[bytes]
     begin_frame: bool
+    least: int = 1
     pages: int = 0
     drawing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -128,7 +133,9 @@ class Chromium:
         browser = cls(Connection(command_write, event_read), supervisor, directory, lifeline_write, log, begin_frame)
         try:
             async with asyncio.timeout(start_limit):
-                await browser.connection.send("Browser.getVersion")
+                version = await browser.connection.send("Browser.getVersion")
+                if not version["product"].startswith("HeadlessChrome"):
+                    browser.least = ORDINARY_LEAST
                 await browser.connection.send("Browser.setDownloadBehavior", {"behavior": "deny"})
         except (BrowserError, TimeoutError) as error:
             said = browser.said()

@@ -80,10 +80,12 @@ def test_pixels_are_those_of_the_page(browser_pool):
 @needs_browser
 def test_full_page_and_resize(browser_pool):
     async def work(page):
+        with pytest.raises(ValueError, match="page of 0x9 pixels"):
+            await page.resize(0, 9)
         await page.set_content("<body style='margin:0'><div style='height:700px'></div><p style='margin:0'>end")
         small, full = await page.screenshot(), await page.screenshot(full_page=True)
         clipped = await page.screenshot(full_page=True, max_height=300)
-        await page.resize(100, 50)
+        await page.resize(100, 110)
         return small.shape, full.shape, clipped.shape, (await page.screenshot()).shape
 
     small, full, clipped, resized = on_page(browser_pool, work, hide_scrollbars=True)
@@ -91,7 +93,7 @@ def test_full_page_and_resize(browser_pool):
     assert full[1] == 240
     assert 700 < full[0] < 740
     assert clipped == (300, 240, 3)
-    assert resized == (50, 100, 3)
+    assert resized == (110, 100, 3)
 
 
 @needs_browser
@@ -182,7 +184,7 @@ def test_typing_and_keys(browser_pool):
 @needs_browser
 def test_many_pages_at_once_keep_their_own_content(browser_pool):
     async def one(number):
-        async with browser_pool.page(40, 40) as page:
+        async with browser_pool.page(120, 120) as page:
             for shade in range(number, number + 5):
                 await page.set_content(f"<body style='background:rgb({shade},0,0)'>")
                 assert (await page.screenshot() == (shade, 0, 0)).all()
@@ -213,7 +215,7 @@ def test_a_browser_that_draws_by_itself_gives_the_same_pixels(browser_pool):
 @needs_browser
 def test_a_pool_refuses_foreign_loops_and_use_before_start(browser_pool):
     async def use(pool):
-        async with pool.page(10, 10):
+        async with pool.page(120, 120):
             pass
 
     with pytest.raises(RuntimeError, match="another event loop"):

@@ -71,7 +71,7 @@ REACHING = {
 @pytest.mark.parametrize("by", ["content", "file"])
 def test_no_page_reaches_the_network(browser_pool, tmp_path, by):
     async def visit(name, html):
-        async with browser_pool.page(60, 60) as page:
+        async with browser_pool.page(120, 120) as page:
             if by == "content":
                 await page.set_content(html)
             else:
@@ -150,7 +150,7 @@ HANGING = {
 @pytest.mark.parametrize("name", HANGING)
 def test_a_page_that_hangs_costs_its_caller_only_the_time_limit(browser_pool, name):
     async def bystander(stop):
-        async with browser_pool.page(40, 40) as page:
+        async with browser_pool.page(120, 120) as page:
             while not stop.is_set():
                 await page.set_content("<p>calm</p>")
                 await page.screenshot()
@@ -165,7 +165,7 @@ def test_a_page_that_hangs_costs_its_caller_only_the_time_limit(browser_pool, na
         calm = asyncio.create_task(bystander(stop))
         before = browser_pool.stats.broken
         start = time.monotonic()
-        async with browser_pool.page(60, 60, time_limit=0.5) as page:
+        async with browser_pool.page(120, 120, time_limit=0.5) as page:
             with pytest.raises(BrowserTimeout, match=r"took longer than 0\.5 s"):
                 await provoke(page)
             with pytest.raises(BrowserCrashed, match="broken before"):
@@ -174,7 +174,7 @@ def test_a_page_that_hangs_costs_its_caller_only_the_time_limit(browser_pool, na
         assert browser_pool.stats.broken == before + 1
         stop.set()
         await calm
-        async with browser_pool.page(60, 60) as page:
+        async with browser_pool.page(120, 120) as page:
             assert await page.evaluate("6 * 7") == 42
 
     run_sync(run())
@@ -182,7 +182,7 @@ def test_a_page_that_hangs_costs_its_caller_only_the_time_limit(browser_pool, na
 
 def test_dialogs_are_answered_and_kept(browser_pool):
     async def run():
-        async with browser_pool.page(60, 60) as page:
+        async with browser_pool.page(120, 120) as page:
             await page.set_content("<script>alert('a'); window.answers = [confirm('b'), prompt('c')]</script>")
             return list(page.dialogs), await page.evaluate("answers")
 
@@ -195,7 +195,7 @@ def test_a_huge_document_is_cut_off_or_rendered_but_never_hangs(browser_pool):
             with contextlib.suppress(BrowserTimeout):
                 await page.set_content("<div>" * 200_000 + "<p>deep")
                 await page.screenshot()
-        async with browser_pool.page(60, 60) as page:
+        async with browser_pool.page(120, 120) as page:
             assert await page.evaluate("1") == 1
 
     start = time.monotonic()
@@ -239,11 +239,11 @@ def test_a_killed_browser_is_replaced_and_counted_and_nothing_is_left():
             supervisor = pool._slots[0].supervisor.pid
             everyone = descendants(supervisor) | {supervisor}
             assert len(everyone) > 2
-            async with pool.page(50, 50) as page:
+            async with pool.page(120, 120) as page:
                 os.kill(browser_of(supervisor), signal.SIGKILL)
                 with pytest.raises(BrowserCrashed):
                     await use_for_ever(page)
-            async with pool.page(50, 50) as page:
+            async with pool.page(120, 120) as page:
                 assert await page.evaluate("2") == 2
             assert (pool.stats.started, pool.stats.crashed, pool.stats.broken) == (2, 1, 1)
             assert gone(everyone)
@@ -260,14 +260,14 @@ def test_a_killed_browser_is_replaced_and_counted_and_nothing_is_left():
 
 def test_a_crashed_renderer_breaks_its_page_only(browser_pool):
     async def run():
-        async with browser_pool.page(50, 50) as calm:
+        async with browser_pool.page(120, 120) as calm:
             await calm.set_content("<p>calm")
-            async with browser_pool.page(50, 50) as page:
+            async with browser_pool.page(120, 120) as page:
                 await page.set_content("<p>x")
                 page._post("Page.crash")
                 with pytest.raises(BrowserCrashed):
                     await use_for_ever(page)
-            assert (await calm.screenshot()).shape == (50, 50, 3)
+            assert (await calm.screenshot()).shape == (120, 120, 3)
 
     run_sync(run())
 
@@ -318,7 +318,7 @@ def test_processes_are_recycled_when_idle():
     async def run():
         async with BrowserPool(recycle=3) as pool:
             for _ in range(7):
-                async with pool.page(20, 20) as page:
+                async with pool.page(120, 120) as page:
                     await page.set_content("<p>")
             return pool.stats
 

@@ -65,6 +65,8 @@ def test_every_expert_earns_the_full_reward_on_fifty_seeds(browser_pool):
 
 def disagreements(pool, tasks, seeds):
     """Tasks whose screens on a page with a past differ from those on a fresh page."""
+    if not pool.begin_frame:
+        pytest.skip("only a headless shell repeats its pixels")
 
     async def one(task):
         different = []
