@@ -50,7 +50,8 @@ class Phase:
 
 @dataclass
 class Config:
-    """``init`` starts from an agent folder; else the model is new, with the ``encoder`` folder of stage 2 if given."""
+    """``init`` starts from an agent folder; else the model is new, with the ``encoder`` folder of stage 2 if given.
+    ``recompute`` names roles whose activations are computed again in the backward pass."""
 
     output: str = "runs/pretrain"
     tokenizer: str = "runs/data/tokenizer.json"
@@ -64,6 +65,7 @@ class Config:
     objective: LanguageModelingConfig = field(default_factory=LanguageModelingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    recompute: list[str] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=lambda: [Phase()])
     save_every: int = 200
     keep: int = 2
@@ -99,7 +101,8 @@ def small() -> Config:
         model=presets.small(),
         data=data,
         optim=OptimConfig(lr=4e-4, role_lr={"encoder": 0.1}),
-        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16", recompute=True),
+        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
+        recompute=["encoder", "decoder", "mtp"],
         phases=[
             Phase("adapter", 2000, freeze=["encoder", "decoder"], schedule=ScheduleConfig(warmup=200)),
             Phase("all", 50_000, schedule=ScheduleConfig(warmup=500)),
@@ -123,6 +126,7 @@ def train(config: Config, title: str) -> None:
         encoder = load_encoder(config.encoder).model if config.encoder else None
         vision = encoder.config if encoder else model_config.vision
         model = AgentModel(replace(model_config, vision=vision), encoder)
+    model.set_recompute(config.recompute)
     objective = LanguageModeling(model, config.objective)
     optimizer = build_optimizer(model, config.optim)
     engine = TorchEngine(objective, optimizer, config.engine, world)

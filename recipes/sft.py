@@ -48,7 +48,8 @@ def small() -> Config:
         data=StreamConfig(tokens_per_step=1 << 20, tokens_per_microbatch=1 << 15, patches_per_microbatch=1 << 16),
         objective=LanguageModelingConfig(mtp_weight=0.1),
         optim=OptimConfig(lr=5e-5),
-        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16", recompute=True),
+        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
+        recompute=["encoder", "decoder", "mtp"],
         phases=[Phase("sft", 5000, freeze=["encoder"], schedule=ScheduleConfig(warmup=100))],
         tensorboard=True,
     )

@@ -25,7 +25,7 @@ def fit(
     schedule: Callable[[int], float] = lambda step: 1.0,
     hooks: Sequence[Hook] = (),
 ) -> None:
-    """Train from where ``run`` stands up to ``steps``, and save at the end. A finished run returns at once.
+    """Train from where ``run`` stands up to ``steps``, and save at the end. A run that is there already returns.
 
     ``stream`` yields the micro-batches of a step, as many on every rank; list it in ``run.parts`` so that it goes on
     where it stopped; what it has in ``metrics`` joins the record. ``schedule(step)`` multiplies every learning rate.
@@ -33,7 +33,8 @@ def fit(
     """
     hooks = sorted(hooks, key=lambda hook: getattr(hook, "saves", False))
     objective.train()  # type: ignore[attr-defined]
-    for step in range(run.resume(), steps):
+    first = run.resume()
+    for step in range(first, steps):
         started = time.perf_counter()
         micro_batches = next(stream, None)
         if micro_batches is None:
@@ -47,4 +48,5 @@ def fit(
         record = {**getattr(stream, "metrics", {}), **result.record(), "lr_scale": lr_scale, **timing}
         for hook in hooks:
             hook(step + 1, record)
-    run.save(steps)
+    if first < steps:
+        run.save(steps)

@@ -104,8 +104,11 @@ class Run:
     def resume(self) -> int:
         """Load the newest whole checkpoint and return its step, or 0 when there is none. A collective.
 
+        A run that has loaded or saved one already stands there, and nothing is read again.
         Checkpoints that are torn or were changed are refused with a warning; when none is whole, that is an error.
         """
+        if self.saved_step:
+            return self.saved_step
         path, error = None, ""
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)

@@ -75,6 +75,26 @@ def test_a_finished_run_returns_at_once(tmp_path):
     assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_phases_that_are_past_are_skipped(tmp_path):
+    def phases(folder: Path, *ends: int) -> list[int]:
+        toy, seen = toy_run(folder), []
+        for end in ends:
+            fit(
+                toy.run,
+                toy.objective,
+                toy.engine,
+                toy.stream,
+                steps=end,
+                hooks=[lambda step, record: seen.append(step)],
+            )
+        return seen
+
+    assert phases(tmp_path, 2, 5) == [1, 2, 3, 4, 5]
+    assert phases(tmp_path, 2, 5, 6) == [6]
+    assert not (tmp_path / "checkpoints" / "step-00000002").exists()
+    assert phases(tmp_path, 3) == []
+
+
 def test_a_torn_checkpoint_is_told_and_the_older_one_taken(tmp_path, caplog):
     whole = train(tmp_path / "whole", 12)
     train(tmp_path / "run", 9)
