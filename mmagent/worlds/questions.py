@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
-from mmagent.actions import Click, format_action
+from mmagent.actions import Click, Type, format_action
 from mmagent.geometry import ImageView
 from mmagent.prompts import grounding_text
 from mmagent.worlds.elements import Element, TextLine
@@ -30,6 +31,8 @@ COLORS = {
     "pink": (255, 170, 195), "brown": (140, 80, 40), "navy": (0, 0, 110),
 }  # fmt: skip
 _NAMELESS = frozenset({"textbox", "slider", "checkbox", "combobox", "image", "spinbutton", "progressbar", "radio"})
+_COUNTED = ("button", "link", "textbox", "checkbox", "radio", "tab", "slider", "combobox", "menuitem", "spinbutton")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _LONGEST = 40  # characters of a name that still make a phrase
 _LONGEST_TEXT = 24  # of text that is no control: a sentence is read, not pointed at
 
@@ -43,7 +46,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """``kind``: locate, where, what, read, find, text, count, list, state or colour."""
+    """``kind``: one of :data:`WEIGHTS`."""
 
     kind: str
     question: str
@@ -82,19 +85,36 @@ def describe(element: Element) -> str | None:
 
 def targets(elements: Sequence[Element], min_visible: float = 0.5) -> list[Target]:
     """What on a screen can be named without a doubt, in the document's order: enough of it shows, and no other
-    element answers to its phrase."""
+    element answers to its phrase. Controls without a name of their own go by their place: "the second text field".
+    """
     phrases = [describe(element) for element in elements]
     often = Counter(phrases)
-    return [
-        Target(phrase, element)
-        for phrase, element in zip(phrases, elements, strict=True)
-        if phrase is not None and often[phrase] == 1 and element.visible >= min_visible
-    ]
+    places = _places(elements)
+    named = []
+    for element, phrase in zip(elements, phrases, strict=True):
+        unique = phrase if phrase is not None and often[phrase] == 1 else places.get(id(element))
+        if unique is not None and element.visible >= min_visible:
+            named.append(Target(unique, element))
+    return named
+
+
+def _places(elements: Sequence[Element]) -> dict[int, str]:
+    """By ``id``: controls counted in reading order, where their kind is few and stands in clear lines."""
+    out: dict[int, str] = {}
+    for role in _COUNTED:
+        same = sorted((e for e in elements if e.role == role), key=lambda e: (e.box[1], e.box[0]))
+        clear = all(
+            after.box[1] - before.box[1] >= 4 or (after.box[1] == before.box[1] and after.box[0] >= before.box[2])
+            for before, after in pairwise(same)
+        )
+        if clear and 2 <= len(same) <= len(_ORDINALS):
+            out |= {id(e): f"the {word} {noun(e)}" for word, e in zip(_ORDINALS, same, strict=False)}
+    return out
 
 
 WEIGHTS = {
     "locate": 8.0, "where": 1.0, "what": 3.0, "read": 3.0, "find": 2.0,
-    "text": 0.3, "count": 0.7, "list": 0.5, "state": 1.0, "colour": 1.0,
+    "text": 0.3, "count": 0.7, "list": 0.5, "state": 1.0, "colour": 1.0, "step": 1.0, "describe": 0.3,
 }  # fmt: skip
 """How often each kind is asked: locating most, as everything an agent does begins with it."""
 
@@ -116,7 +136,7 @@ def ask(
     candidates = {
         "locate": _locate(view, named),
         "where": _where(view, named),
-        "what": _what(view, named),
+        "what": _what(view, [target for target in named if _smallest_there(target.element, elements)]),
         "read": _read(view, lines),
         "find": _find(view, lines),
         "text": _text(lines),
@@ -124,6 +144,8 @@ def ask(
         "list": _list(elements),
         "state": _state(named),
         "colour": _colour(named),
+        "step": _step(view, named),
+        "describe": _describe(elements),
     }
     unknown = set(weights) - set(candidates)
     if unknown:
@@ -159,6 +181,17 @@ def _what(view: ImageView, found: Sequence[Target]) -> Iterator[Question]:
     for phrase, element in found:
         x, y = view.to_frame(*element.point)
         yield Question("what", f"What is at {x},{y}?", phrase.removeprefix("the "))
+
+
+def _smallest_there(element: Element, elements: Sequence[Element]) -> bool:
+    """Whether nothing smaller lies at the element's point, so that "what is here" has one answer."""
+
+    def area(e: Element) -> int:
+        return (e.box[2] - e.box[0]) * (e.box[3] - e.box[1])
+
+    x, y = element.point
+    here = (e for e in elements if e.box[0] <= x < e.box[2] and e.box[1] <= y < e.box[3])
+    return all(e is element or area(e) > area(element) for e in here)
 
 
 def _read(view: ImageView, lines: Sequence[TextLine]) -> Iterator[Question]:
@@ -213,3 +246,38 @@ def _colour(found: Sequence[Target]) -> Iterator[Question]:
             name = color_name(element.color)
             if name is not None:
                 yield Question("colour", f"What colour is the text of {phrase}?", name)
+
+
+def _step(view: ImageView, found: Sequence[Target]) -> Iterator[Question]:
+    """What one action brings about, said as its aim and not as a click."""
+    for phrase, element in found:
+        if not element.enabled:
+            continue
+        click = format_action(Click(*view.to_frame(*element.point)))
+        if element.role == "checkbox":
+            yield Question("step", f"{'Untick' if element.checked else 'Tick'} {phrase}.", click)
+        elif element.role in ("radio", "tab") and not element.checked:
+            yield Question("step", f"Select {phrase}.", click)
+        elif element.role in ("combobox", "link", "menuitem"):
+            yield Question("step", f"Open {phrase}.", click)
+        elif element.role == "textbox" and element.focused and not element.value:
+            yield Question(
+                "step", f'Type "{element.text or "hello"}" into {phrase}.', format_action(Type(element.text or "hello"))
+            )
+        elif element.role == "textbox":
+            yield Question("step", f"Put the cursor into {phrase}.", click)
+
+
+def _describe(elements: Sequence[Element]) -> Iterator[Question]:
+    """A sentence on what a screen holds: its title, how many controls of each kind, the names of its buttons."""
+    counts = Counter(noun(e) for e in elements if e.role not in ("text", "label", "heading", "button"))
+    title = next((e.text for e in elements if e.role == "heading" and e.text), "")
+    buttons = [e.text for e in elements if e.role == "button" and e.text]
+    parts = [f'"{title}"'] if title and len(title) <= _LONGEST else []
+    parts += [
+        f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 'es' if kind.endswith('x') else 's'}" for kind in counts
+    ]
+    if buttons:
+        parts.append("buttons " + ", ".join(f'"{text}"' for text in buttons[:6]))
+    if parts:
+        yield Question("describe", "Describe the screen.", "; ".join(parts))

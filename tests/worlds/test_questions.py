@@ -58,6 +58,38 @@ def test_targets_are_named_without_a_doubt_and_visible():
     assert targets(covered) == []  # the covered one still shows a little
 
 
+def test_controls_without_a_name_of_their_own_go_by_their_place():
+    fields = [element("textbox", "", (0, y, 50, y + 10)) for y in (60, 20, 40)]
+    assert [t.phrase for t in targets(fields)] == [
+        "the third text field",
+        "the first text field",
+        "the second text field",
+    ]
+    assert targets([*fields, element("textbox", "", (0, 42, 50, 52))]) == []  # which of two on a crooked line is first?
+    assert targets([element("text", "a", (0, n, 9, n + 9)) for n in (0, 20)]) == []
+
+
+def test_what_is_asked_only_where_one_thing_is_meant():
+    outer, inner = element("tab", "Outer", (0, 0, 100, 100)), element("button", "Inner", (40, 40, 60, 60))
+    assert [q.answer for q in asked([outer, inner], weights={"what": 1.0})] == ['button "Inner"']
+
+
+def test_steps_are_one_action():
+    elements = [
+        element("checkbox", "news", (0, 100, 10, 110), checked=False),
+        element("tab", "One", (0, 150, 10, 160), checked=True),
+        element("textbox", "Name", (200, 100, 300, 110), focused=True),
+        element("textbox", "City", (200, 140, 300, 150)),
+        element("checkbox", "off", (0, 50, 10, 60), checked=False, enabled=False),
+    ]
+    steps = {q.question: q.answer for q in asked(elements, weights={"step": 1.0})}
+    assert steps == {
+        'Tick the checkbox "news".': "click(12,525)",
+        'Type "Name" into the text field "Name".': 'type("Name")',
+        'Put the cursor into the text field "City".': "click(625,725)",
+    }
+
+
 @pytest.mark.parametrize("name", ["red", "green", "blue", "black", "white", "yellow", "grey", "orange"])
 def test_colours_have_their_everyday_names(name):
     known = {"red": "#ff0000", "green": "#118822", "blue": "#0000ff", "black": "#000000"}
@@ -103,6 +135,8 @@ def test_each_kind_says_what_is_true():
     assert found["state", 'Is the tab "Two" selected?'] == "no"
     assert found["state", 'What does the text field "Name" contain?'] == "Ada"
     assert found["state", 'What does the text field "City" contain?'] == "nothing"
+    assert found["step", 'Untick the checkbox "news".'] == "click(12,525)"
+    assert found["describe", "Describe the screen."] == '1 checkbox; 1 tab; 2 text fields; buttons "OK", "Go"'
     assert found["colour", 'What colour is the text of the button "Go"?'] == "red"
     assert {kind for kind, _ in found} == set(WEIGHTS)
 
