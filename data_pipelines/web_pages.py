@@ -19,9 +19,9 @@ from mmagent.worlds.questions import WEIGHTS, ask
 from mmagent.worlds.seeds import seed_for
 
 _ATTEMPTS = 20  # pages tried for one record
-SIDES = ((224, 168), (224, 224), (280, 196), (336, 224), (280, 280), (392, 252))
-"""Screens in pixels, width first: 48 to 126 visual tokens of 28 pixels."""
-SMALL = SIDES[:2]
+SIDES = ((320, 240), (320, 240), (224, 168), (224, 224), (280, 196), (280, 280), (392, 252))
+"""Screens in pixels, width first, 48 to 126 visual tokens of 28 pixels; the size that tasks use comes twice."""
+SMALL = ((320, 240), (224, 168))
 
 
 class PageQuestions:
@@ -63,12 +63,12 @@ class PageQuestions:
 
 
 class PageSources:
-    """A small page and the HTML it was rendered from, at most ``longest`` characters."""
+    """A small page of the two easiest kinds and the HTML it was rendered from, at most ``longest`` characters."""
 
     name = "html"
     screen = SMALL[0]
 
-    def __init__(self, seed: int, longest: int = 900, block: int = 20):
+    def __init__(self, seed: int, longest: int = 1200, block: int = 20):
         self.seed, self.longest, self.block = seed, longest, block
         self.settings: dict[str, Any] = {"seed": seed, "longest": longest, "sides": SMALL, "block": block}
 
@@ -79,7 +79,7 @@ class PageSources:
     async def _record(self, page: Page, index: int) -> Record:
         random = Random(digest(self.seed, self.name, index))
         for _ in range(_ATTEMPTS):
-            source = _source(random, random.choice(SMALL), difficulty=1)
+            source = _source(random, random.choice(SMALL), random.randint(1, 2))
             if len(source.html) > self.longest:
                 continue
             scene = await _show(page, source)
