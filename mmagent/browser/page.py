@@ -86,6 +86,14 @@ class Page:
         """A fresh page in a browser context of its own: it shares no cookie, storage or cache with another."""
         _check_size(browser, width, height)
         context = (await browser.send("Target.createBrowserContext", disposeOnDetach=True))["browserContextId"]
+        try:
+            return await cls._open_in(context, browser, width, height, options)
+        except BaseException:  # nothing may stay open that nobody holds
+            browser.connection.post("Target.disposeBrowserContext", {"browserContextId": context})
+            raise
+
+    @classmethod
+    async def _open_in(cls, context: str, browser: Chromium, width: int, height: int, options: PageOptions) -> Page:
         control = {"enableBeginFrameControl": True} if browser.begin_frame else {}
         created = await browser.send(
             "Target.createTarget", url="about:blank", width=width, height=height, browserContextId=context, **control
@@ -94,6 +102,7 @@ class Page:
         attached = await browser.send("Target.attachToTarget", targetId=target, flatten=True)
         page = cls(browser, context, target, attached["sessionId"], (width, height), options)
         browser.connection.attach(page._session, page._on_event)
+        calm = [{"name": "prefers-reduced-motion", "value": "reduce"}]
         setup = [
             page._post("Page.enable"),
             page._post("Inspector.enable"),
@@ -101,10 +110,8 @@ class Page:
             page._post("Fetch.enable", patterns=[{"urlPattern": "file://*"}]),
             page._post("Emulation.setFocusEmulationEnabled", enabled=True),
             page._post("Emulation.setScrollbarsHidden", hidden=options.hide_scrollbars),
-            page._post(
-                "Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}]
-            ),
-        ]  # fmt: skip
+            page._post("Emulation.setEmulatedMedia", features=calm),
+        ]
         if not browser.begin_frame:  # a window has a least size; an emulated screen has none
             setup.append(page._resize(width, height))
         if not options.scripts:

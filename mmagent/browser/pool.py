@@ -37,7 +37,8 @@ class BrowserPool:
     place. ``roots``: folders whose files a page may load; nothing else of the disk and no network is in
     reach. ``time_limit``: seconds any call on a page may take. ``recycle``: a process that has served so
     many pages is replaced once its pages are closed. ``begin_frame``: None asks the binary whether it can
-    draw on demand. A pool belongs to the event loop it was started on and to its process.
+    draw on demand. A pool belongs to the event loop it was started on and to its process. Pages share nothing but
+    the clipboard of their browser.
     """
 
     def __init__(

@@ -258,6 +258,44 @@ def test_a_killed_browser_is_replaced_and_counted_and_nothing_is_left():
     asyncio.run(run())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_frozen_browser_is_replaced():
+    async def run():
+        async with BrowserPool(time_limit=0.5) as pool:
+            supervisor = pool._slots[0].supervisor.pid
+            async with pool.page(120, 120) as page:
+                os.kill(browser_of(supervisor), signal.SIGSTOP)
+                with pytest.raises(BrowserTimeout):
+                    await use_for_ever(page)
+            async with pool.page(120, 120) as page:
+                assert await page.evaluate("2") == 2
+            assert (pool.stats.started, pool.stats.retired, pool.stats.broken) == (2, 1, 1)
+            assert gone({supervisor})
+
+    asyncio.run(run())
+
+
+def test_cancelled_work_gives_its_page_back(browser_pool):
+    async def work():
+        async with browser_pool.page(120, 120) as page:
+            await page.wait(30)
+
+    async def run():
+        before = [browser.pages for browser in browser_pool._slots if browser]
+        for patience in (0.0, 0.001, 0.01, 0.03, 0.1):
+            task = asyncio.create_task(work())
+            await asyncio.sleep(patience)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.sleep(0.5)
+        assert [browser.pages for browser in browser_pool._slots if browser] == before
+        targets = (await browser_pool._slots[0].send("Target.getTargets"))["targetInfos"]
+        assert len([target for target in targets if target["type"] == "page"]) <= 1 + sum(before)
+
+    run_sync(run())
+
+
 def test_a_crashed_renderer_breaks_its_page_only(browser_pool):
     async def run():
         async with browser_pool.page(120, 120) as calm:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mmagent.browser import Page
+from mmagent.browser import BrowserTimeout, Page
 from mmagent.geometry import ImageView
 from mmagent.worlds.elements import MOST_ELEMENTS, Element, TextLine, collector, parse
 
 WIDTH, HEIGHT = 160, 210
 VIEW = ImageView((HEIGHT, WIDTH), (HEIGHT, WIDTH))
 """Of the screen as it is; actions of the experts are in its frame."""
+
+READY_ATTEMPTS = 250
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ async def start(page: Page, task: str, seed: int, *, elements: bool = True) -> S
         await page.evaluate(begin, task, seed, 0)
         await page.evaluate("mmagent.settle()")
         begun = await page.evaluate(begin, task, seed, most)
-    while not await page.evaluate("mmagent.ready()"):
+    for _ in range(READY_ATTEMPTS):
+        if await page.evaluate("mmagent.ready()"):
+            return await _screen(page, begun)
         await page.wait(0.02)
-    return await _screen(page, begun)
+    raise BrowserTimeout(f"the page of {task!r} did not become ready for seed {seed}")
 
 
 async def observe(page: Page, *, elements: bool = True) -> Screen:
