@@ -101,7 +101,7 @@ def makers(config: BuildConfig) -> dict[str, list[Maker]]:
         ],
         "sft": [
             ExpertEpisodes(tasks, seed),
-            PageQuestions(seed, "clicks", questions=4, weights={"locate": 1.0}),
+            PageQuestions(seed, "clicks", questions=4, weights={"locate": 2.0, "step": 1.0}),
             PageSources(digest(seed, "sft")),
         ],
     }

@@ -94,11 +94,16 @@ class StreamPacker:
         return {"mixture": self.mixture.state_dict(), "waiting": waiting, "sources": names, "packs": self.packs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Read the waiting documents again. Raises ``RecordError`` if one has become unusable."""
+        """Read the waiting documents again; one that a smaller budget or another geometry refuses is quarantined."""
         self.mixture.load_state_dict(state["mixture"])
         self.waiting = []
         for number, sample in state["waiting"]:
             name = state["sources"][number]
-            draft = self.builder.draft(from_sample(self.mixture.sources[name].shards.read(sample)))
+            shards = self.mixture.sources[name].shards
+            try:
+                draft = self.builder.draft(from_sample(shards.read(sample)))
+            except RecordError as error:
+                self.quarantine.add(name, shards.where(sample), error, counted=True)
+                continue
             self.waiting.append(Waiting(name, sample, draft))
         self.packs = int(state["packs"])

@@ -278,6 +278,16 @@ def test_a_fixed_number_of_logical_streams_allows_larger_steps(shards):
     assert len(first[0]) == 4
 
 
+def test_a_smaller_budget_refuses_what_waited_and_no_longer_fits(shards, tmp_path):
+    packs = stream(shards)
+    take(packs, 2)
+    log = QuarantineConfig(str(tmp_path), max_share=1.0)
+    smaller = stream(shards, tokens_per_step=4 * 80, tokens_per_microbatch=80, quarantine=log)
+    smaller.load_state_dict(packs.state_dict())
+    assert all(batch.num_tokens <= 80 for step in take(smaller, 3) for batch in step)
+    assert {line["reason"] for line in read_quarantine(tmp_path / "quarantine-0.jsonl")} == {"tokens"}
+
+
 def spoil(root: Path, tmp_path: Path, every: int, how: str) -> dict[str, SourceConfig]:
     """The screens, with every so many images damaged."""
     with ShardWriter(tmp_path / "spoiled", max_samples=30) as writer:
