@@ -69,10 +69,10 @@ class BuildConfig:
 
 
 def laptop() -> BuildConfig:
-    """What the quickstart trains on: some minutes on two cores."""
+    """What a laptop's lineage trains on: two or three minutes on two idle cores."""
     return BuildConfig(
-        pretrain={"screens": 4000, "pages": 4000, "html": 1000, "captions": 1500, "interleaved": 500, "text": 2000},
-        sft={"episodes": 4000, "clicks": 1000, "html": 500},
+        pretrain={"screens": 3000, "pages": 2500, "html": 500, "captions": 1200, "interleaved": 400, "text": 1500},
+        sft={"episodes": 3000, "clicks": 500, "html": 200},
     )
 
 
