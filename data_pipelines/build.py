@@ -111,7 +111,7 @@ def plan(config: BuildConfig) -> Iterator[tuple[str, Maker, int]]:
     """``(stage, maker, samples)`` of everything to build. Raises :class:`~mmagent.config.ConfigError` for a source
     that nobody makes."""
     for stage, known in makers(config).items():
-        wanted: dict[str, int] = getattr(config, stage)
+        wanted = {"pretrain": config.pretrain, "sft": config.sft}[stage]
         unknown = set(wanted) - {maker.name for maker in known}
         if unknown:
             names = ", ".join(maker.name for maker in known)

@@ -42,6 +42,7 @@ def item_values(rows: Iterable[Row]) -> dict[tuple[str, str], list[float]]:
 
 
 def summarise(rows: Sequence[Row], *, seed: int = 0) -> Summary:
+    """Scores with bootstrap intervals over tasks, by task and by part; items that failed are counted, not averaged."""
     values = item_values(rows)
     tasks = [task for task, _ in values]
     means = [float(np.mean(v)) for v in values.values()]

@@ -106,6 +106,11 @@ class Policy(Protocol):
 
 
 class Environment(Protocol):
+    """One episode: ``reset`` once, then ``step`` with what the policy said until the observation is ``done``.
+
+    Nonsense is answered by an observation; only a broken environment raises. ``close`` may be called twice.
+    """
+
     async def reset(self) -> Observation: ...
 
     async def step(self, action: str) -> Observation: ...

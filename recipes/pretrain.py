@@ -10,7 +10,6 @@ in ``output/agent``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from mmagent import dist
 from mmagent.chat import ChatConfig
 from mmagent.config import parse_cli
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.schedule import ScheduleConfig, schedule
+from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.agent_folder import load_agent, save_agent
@@ -29,23 +28,9 @@ from mmagent.models.agent_model import AgentModel, AgentModelConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog
 from mmagent.train.loop import fit
+from mmagent.train.phases import Phase
 from mmagent.train.run import Run
 from mmagent.vocab import Vocab
-
-
-@dataclass
-class Phase:
-    """``steps`` with the roles in ``freeze`` frozen and every learning rate times ``lr``, under its own schedule."""
-
-    name: str = "all"
-    steps: int = 1000
-    freeze: list[str] = field(default_factory=list)
-    lr: float = 1.0
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-
-    def rate(self, start: int) -> Callable[[int], float]:
-        """The learning-rate multiplier by global step, for a phase that begins at step ``start``."""
-        return lambda step: self.lr * schedule(step - start, self.steps, self.schedule)
 
 
 @dataclass
@@ -144,6 +129,8 @@ def train(config: Config, title: str) -> None:
     for phase in config.phases:
         start, end = end, end + phase.steps
         model.freeze(phase.freeze)
+        if world.is_main:
+            print(phase.describe(start), flush=True)
         fit(run, objective, engine, stream, steps=end, schedule=phase.rate(start), hooks=hooks)
     stream.close()
     if world.is_main:

@@ -30,6 +30,7 @@ def end_orphans(root: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(root: Path) -> Iterator[None]:
+    """Hold ``root`` for this process alone. Raises :class:`Busy` where another has it."""
     with (root / "lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,8 +17,9 @@ from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.objectives.language_modeling import LanguageModelingConfig
+from mmagent.train.phases import Phase
 from recipes import pretrain
-from recipes.pretrain import Config, Phase
+from recipes.pretrain import Config
 
 
 def debug() -> Config:

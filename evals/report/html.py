@@ -273,6 +273,7 @@ def data_uri(data: bytes) -> str:
 
 
 def image(picture: Picture, alt: str = "") -> Markup:
+    """An ``img`` with the picture inside the page, at its own size."""
     data = png(picture)
     width, height = picture_size(data)
     return Markup('<img class="screen" src="{}" width="{}" height="{}" alt="{}" loading="lazy">').format(

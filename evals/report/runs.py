@@ -45,6 +45,7 @@ def write_report(runs: Sequence[Run], path: Path, title: str = "Evaluation") -> 
 
 
 def render_report(runs: Sequence[Run], title: str = "Evaluation") -> str:
+    """One self-contained HTML page over ``runs``: scores, every suite, and the pins they compare under."""
     if not runs:
         raise ValueError("runs: nothing to report")
     summaries = [summarise(run.rows) for run in runs]

@@ -65,6 +65,7 @@ def alive(pid):
 
 
 def children():
+    """Process ids of everything handed to this process, or started by it."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             return [int(pid) for pid in file.read().split()]

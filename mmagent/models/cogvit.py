@@ -58,6 +58,8 @@ class CogViTConfig:
 
 
 class VisionAttention(nn.Module):
+    """Self-attention within each frame: per-head RMSNorm on queries and keys, then 2-D rotary."""
+
     def __init__(self, config: CogViTConfig):
         super().__init__()
         width = config.width
@@ -74,6 +76,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(Recomputed):
+    """Pre-norm attention and SwiGLU, each added to the residual stream; ``(P, W)`` to ``(P, W)``."""
+
     def __init__(self, config: CogViTConfig):
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps, inner=True)

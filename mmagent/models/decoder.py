@@ -57,6 +57,8 @@ class SharedPrefixAttention:
 
 @dataclass
 class DecoderConfig:
+    """The defaults are GLM-4.5-Air's (arXiv 2508.06471)."""
+
     width: int = 4096
     layers: int = 46
     dense_layers: int = 1  # the first so many have a dense FFN; without experts all have
@@ -124,6 +126,8 @@ class DecoderOutput:
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with partial rotary; ``attend`` decides who sees whom."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         d = config.head_dim
@@ -141,6 +145,8 @@ class Attention(nn.Module):
 
 
 class DecoderBlock(Recomputed):
+    """Attention, then a dense or a mixture-of-experts feed-forward, each added to the residual stream."""
+
     def __init__(self, config: DecoderConfig, sparse: bool):
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps, inner=True)

@@ -92,6 +92,8 @@ class Head(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` with gate and up stacked in one matrix (arXiv 2002.05202)."""
+
     def __init__(self, width: int, ffn: int, bias: bool = False, depth: int = 0, limit: float = 0.0):
         super().__init__()
         self.limit = limit

@@ -81,6 +81,8 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
+    """Chooses K experts a token by sigmoid score plus a bias that only the choice sees (loss-free balancing)."""
+
     def __init__(self, config: MoEConfig, width: int):
         super().__init__()
         self.config = config

@@ -31,6 +31,8 @@ MODES = ("shared", "fused", "masked")
 
 @dataclass
 class MTPConfig:
+    """``mode`` is one of :data:`MODES`: what an MTP module is fed where the next token is an image."""
+
     depths: int = 1  # 0 for no multi-token prediction
     tied: bool = True  # all depths share one module's parameters
     mode: str = "shared"
@@ -47,6 +49,8 @@ class MTPConfig:
 
 
 class MTPModule(nn.Module):
+    """One depth: normed hidden state and embedding of the next token, joined, through one decoder block."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.embedding_norm = RMSNorm(config.width, config.norm_eps, inner=True)
@@ -71,6 +75,8 @@ class MTPModule(nn.Module):
 
 
 class MTP(nn.Module):
+    """Predicts the tokens after the next: depth k sees the hidden state of depth k - 1 and the embedding k ahead."""
+
     def __init__(self, config: MTPConfig, decoder: DecoderConfig):
         super().__init__()
         self.config, self.decoder_config = config, decoder

@@ -22,6 +22,8 @@ class ProjectorConfig:
 
 
 class Projector(nn.Module):
+    """Merges ``merge_size**2`` neighbouring patches into one visual token of the decoder's width."""
+
     def __init__(self, config: ProjectorConfig, encoder_width: int, merge_size: int, decoder_width: int):
         super().__init__()
         self.block = merge_size**2

@@ -34,6 +34,8 @@ class TextTowerConfig:
 
 
 class TextBlock(Recomputed):
+    """Pre-norm attention within each caption and SwiGLU, each added to the residual stream."""
+
     def __init__(self, config: TextTowerConfig):
         super().__init__()
         width = config.width

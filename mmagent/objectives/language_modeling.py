@@ -17,6 +17,8 @@ from mmagent.types import IGNORE, PackedBatch, Ratio, StepOutput
 
 @dataclass
 class LanguageModelingConfig:
+    """Weights of the terms beside next-token loss, and how the router is kept in balance."""
+
     mtp_weight: float = 0.3  # divided by the number of depths; GLM-4.5 lowers it to 0.1 late in pretraining
     detach_mtp: bool = False  # the MTP loss then reaches MTP parameters alone
     balance_weight: float = 1e-4  # of the sequence-wise auxiliary loss

@@ -44,6 +44,7 @@ def swiglu(gate_up: Tensor, limit: float = 0.0) -> Tensor:
 
 
 def swiglu_reference(gate_up: Tensor, limit: float = 0.0) -> Tensor:
+    """Eager ``silu(gate) * up`` of stacked ``(..., 2F)``; ``limit`` clamps gate from above and up on both sides."""
     gate, up = gate_up.chunk(2, dim=-1)
     if limit:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
