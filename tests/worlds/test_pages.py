@@ -12,7 +12,7 @@ import pytest
 from mmagent.browser import run_sync
 from mmagent.worlds.elements import collector
 from mmagent.worlds.pages import LEVELS, TEMPLATES, Scene, generate, render
-from mmagent.worlds.pages.kit import Kit, luminance
+from mmagent.worlds.pages.kit import Kit, contrast, luminance
 from mmagent.worlds.questions import targets
 from mmagent.worlds.seeds import SPLITS, seed_for
 from mmagent.worlds.words import Words
@@ -61,6 +61,15 @@ def test_difficulty_is_graded():
     dark = [np.mean([Kit(seed, 320, 240, level).theme.dark for seed in range(200)]) for level in (1, LEVELS)]
     assert dark[0] == 0
     assert 0.2 < dark[1] < 0.6
+
+
+def test_themes_can_be_read():
+    for seed in range(300):
+        theme = Kit(seed, 320, 240, 1 + seed % LEVELS).theme
+        assert contrast(theme.text, theme.ground) > 6, theme
+        assert contrast(theme.muted, theme.ground) > 2.2, theme
+        assert contrast(theme.accent, theme.ground) > 2.2, theme
+        assert contrast(theme.on_accent, theme.accent) > 2.5, theme
 
 
 def test_html_is_short_closed_and_self_contained():

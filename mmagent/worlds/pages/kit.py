@@ -19,6 +19,8 @@ FONTS = (
     "system-ui",
 )
 LEVELS = 5
+READABLE = 3.2
+"""Least contrast of links and buttons against the page."""
 ICONS = ("☰", "★", "♥", "✎", "✉", "⚙", "⌂", "✓", "✕", "＋", "▶", "■", "↑", "↓", "→", "↺", "⚑", "♪", "☀", "⚠")
 
 
@@ -46,22 +48,45 @@ def luminance(color: str) -> float:
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
 
 
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours, 1..21 (WCAG 2)."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
 def make_theme(rng: random.Random, difficulty: int) -> Theme:
     """Light or dark, plain or tinted; the higher the difficulty, the more often dark and the weaker the contrast."""
     hue, tint = rng.random(), rng.choice((0.0, 0.0, 0.1, 0.35))
     dark = rng.random() < (0.0, 0.15, 0.25, 0.35, 0.4)[difficulty - 1]
     fade = 0.05 * (difficulty - 1)
-    accent_light = rng.uniform(0.3, 0.45)
-    accent = _hex(hue + rng.choice((0, 0.33, 0.5, rng.random())), accent_light + 0.15 * dark, rng.uniform(0.5, 1))
+    dark_ground = rng.uniform(0.06, 0.16)
+    accent_hue, accent_light, strength = hue + rng.choice((0, 0.33, 0.5, rng.random())), 0.4, rng.uniform(0.5, 1)
+    ground = _hex(hue, dark_ground, tint) if dark else "#ffffff"
+    while contrast(accent := _hex(accent_hue, accent_light, strength), ground) < READABLE:
+        accent_light += 0.04 if dark else -0.04
     on_accent = "#ffffff" if luminance(accent) < 0.35 else "#111111"
     if dark:
-        ground = rng.uniform(0.06, 0.16)
-        return Theme(True, _hex(hue, ground, tint), _hex(hue, ground + 0.07, tint), _hex(hue, 0.93 - fade, tint),
-                     _hex(hue, 0.66 - fade, tint), accent, on_accent, _hex(hue, ground + 0.2, tint))  # fmt: skip
-    ground = rng.choice((1.0, 1.0, 0.97, 0.94, 0.9))
-    return Theme(False, _hex(hue, ground, tint), "#ffffff" if ground < 1 else _hex(hue, 0.96, tint),
-                 _hex(hue, 0.08 + fade, tint), _hex(hue, 0.38 + fade, tint), accent, on_accent,
-                 _hex(hue, 0.78, tint))  # fmt: skip
+        return Theme(
+            dark=True,
+            ground=ground,
+            surface=_hex(hue, dark_ground + 0.07, tint),
+            text=_hex(hue, 0.93 - fade, tint),
+            muted=_hex(hue, 0.66 - 0.6 * fade, tint),
+            accent=accent,
+            on_accent=on_accent,
+            border=_hex(hue, dark_ground + 0.2, tint),
+        )
+    light = rng.choice((1.0, 1.0, 0.97, 0.94, 0.9))
+    return Theme(
+        dark=False,
+        ground=_hex(hue, light, tint),
+        surface="#ffffff" if light < 1 else _hex(hue, 0.96, tint),
+        text=_hex(hue, 0.08 + fade, tint),
+        muted=_hex(hue, 0.38 + 0.6 * fade, tint),
+        accent=accent,
+        on_accent=on_accent,
+        border=_hex(hue, 0.78, tint),
+    )
 
 
 class Kit:
