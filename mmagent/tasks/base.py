@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,8 @@ from mmagent.types import Observation, Score, Status, Trajectory
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+SPARE = 10.0
+"""Added to the cost of a page that another episode would like to find again."""
 
 
 def malformed(reason: str) -> Observation:
@@ -39,20 +42,23 @@ async def retried(call: Callable[[], Awaitable[T]]) -> T:
 
 @dataclass(eq=False)
 class Seat:
-    """One open page. ``kind`` names what is loaded in it, ``owner`` whose episode it shows."""
+    """One open page. ``kind`` names what is loaded in it; ``state`` what it shows, in the words of whoever brought it
+    there, and None while nobody can say. ``owner``: who would like to find it so again."""
 
     page: Page
     context: contextlib.AbstractAsyncContextManager[Page]
-    kind: str = ""
+    kind: str
+    state: object = None
     owner: object | None = None
-    busy: bool = False
+    busy: bool = True
 
 
 class Screens:
     """At most ``pages`` pages of one size for any number of episodes.
 
-    An episode borrows a page for as long as one call takes. It finds its page as it left it, unless another needed
-    the place meanwhile; then ``seat.owner`` is someone else, and it must bring the page to its state again.
+    A page is borrowed for as long as one call takes, and keeps what is loaded in it: to load another document costs
+    many times what an action does. Each kind of document may have an equal share of the pages, and gets another one
+    of them when all it has are busy.
     """
 
     def __init__(self, pool: BrowserPool, width: int, height: int, pages: int = 16, *, scripts: bool = True):
@@ -60,13 +66,19 @@ class Screens:
             raise ValueError(f"screens: at least one page is needed, got {pages}")
         self.pool, self.width, self.height, self.pages, self.scripts = pool, width, height, pages, scripts
         self._seats: list[Seat] = []  # least recently used first
-        self._opening = 0
+        self._opening: Counter[str] = Counter()
+        self._kinds: set[str] = set()
         self._freed = asyncio.Condition()
 
     @contextlib.asynccontextmanager
-    async def borrow(self, owner: object, kind: str) -> AsyncIterator[Seat]:
-        """A page for ``owner``, preferably its own, else one that shows ``kind``. One that breaks is replaced."""
-        seat = await self._take(owner, kind)
+    async def borrow(
+        self, kind: str, owner: object | None = None, cost: Callable[[Seat], float] = lambda seat: 0.0
+    ) -> AsyncIterator[Seat]:
+        """A page that holds ``kind``, or is free to: the one of least ``cost``, sparing those that others own.
+
+        A page that breaks is closed, and replaced when next one is needed.
+        """
+        seat = await self._take(kind, owner, cost)
         try:
             yield seat
         except BaseException:
@@ -75,7 +87,7 @@ class Screens:
         finally:
             seat.busy = False
             async with self._freed:
-                self._freed.notify()
+                self._freed.notify_all()
 
     def release(self, owner: object) -> None:
         """``owner`` is done: its page may go to anyone."""
@@ -89,35 +101,48 @@ class Screens:
         for seat in seats:
             await seat.context.__aexit__(None, None, None)
 
-    async def _take(self, owner: object, kind: str) -> Seat:
+    async def _take(self, kind: str, owner: object | None, cost: Callable[[Seat], float]) -> Seat:
+        self._kinds.add(kind)
         async with self._freed:
-            while (seat := self._choose(owner, kind)) is None and len(self._seats) + self._opening >= self.pages:
+            while (seat := self._choose(kind, owner, cost)) is None and not self._may_open(kind):
                 await self._freed.wait()
             if seat is not None:
-                seat.busy = True
+                if seat.kind != kind:
+                    seat.kind, seat.state = kind, None
+                seat.busy, seat.owner = True, owner
                 self._seats.remove(seat)
                 self._seats.append(seat)
                 return seat
-            self._opening += 1
+            self._opening[kind] += 1
         try:
             context = self.pool.page(self.width, self.height, scripts=self.scripts)
-            seat = Seat(await context.__aenter__(), context, busy=True)
+            seat = Seat(await context.__aenter__(), context, kind, owner=owner)
         finally:
-            self._opening -= 1
+            self._opening[kind] -= 1
         self._seats.append(seat)
         return seat
 
-    def _choose(self, owner: object, kind: str) -> Seat | None:
-        """The best free seat. One that belongs to another episode is taken only when no page can be added."""
+    def _choose(self, kind: str, owner: object | None, cost: Callable[[Seat], float]) -> Seat | None:
         free = [seat for seat in self._seats if not seat.busy]
-        full = len(self._seats) + self._opening >= self.pages
-        wishes = (
-            [seat for seat in free if seat.owner is owner],
-            [seat for seat in free if seat.owner is None and seat.kind == kind],
-            [seat for seat in free if seat.owner is None],
-            [seat for seat in free if full],
-        )
-        return next((seats[0] for seats in wishes if seats), None)
+        own = [seat for seat in free if seat.kind == kind]
+        if own:
+            return min(own, key=lambda seat: cost(seat) + (0.0 if seat.owner in (None, owner) else SPARE))
+        if self._held(kind) >= self._share() or self._room() > 0:
+            return None
+        over = [seat for seat in free if self._held(seat.kind) > self._share() or self._held(kind) == 0]
+        return min(over, key=lambda seat: seat.owner is not None, default=None)
+
+    def _may_open(self, kind: str) -> bool:
+        return self._room() > 0 and self._held(kind) < self._share()
+
+    def _room(self) -> int:
+        return self.pages - len(self._seats) - self._opening.total()
+
+    def _held(self, kind: str) -> int:
+        return sum(seat.kind == kind for seat in self._seats) + self._opening[kind]
+
+    def _share(self) -> int:
+        return max(self.pages // len(self._kinds), 1)
 
     async def _drop(self, seat: Seat) -> None:
         if seat in self._seats:

@@ -1,8 +1,9 @@
 """MiniWoB++ tasks: a screen of 160 x 210 pixels, an utterance, and the benchmark's own reward.
 
-The environment is replayable: the same seed and the same actions give the same screen. So an episode needs a page
-only while it acts, hundreds of episodes share a few pages, the rollouts of a group share their first screen, and a
-page that breaks is made up for once by playing the episode again.
+The environment is a function: the same seed and the same actions give the same screen. So an episode needs a page
+only while it acts, and any page that shows what it has seen so far, or a part of it, will do; hundreds of episodes
+share a few pages. What was seen once is remembered: the rollouts of a group share their first screen, and those that
+act alike share what follows. A page that breaks is made up for once by playing the episode again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mmagent.actions import Action, ActionError, Finished, format_action, parse_
 from mmagent.browser import BrowserPool
 from mmagent.browser.perform import perform
 from mmagent.browser.sync import run_sync
-from mmagent.tasks.base import Screens, Seat, malformed, retried, score_of
+from mmagent.tasks.base import Screens, malformed, retried, score_of
 from mmagent.types import Item, Observation, Score, Trajectory
 from mmagent.worlds import miniwob
 
@@ -31,8 +32,14 @@ LONG = {
     "use-spinner": 20,
 }
 """Actions after which an episode ends; more on pages where the expert itself takes up to 15."""
-REMEMBERED = 256
+REMEMBERED = 512
+"""Moments of a task whose observation is kept."""
 EXPERT_STEPS = 40
+RESTART = 6.0
+"""To start an episode anew costs about so many actions."""
+Actions = tuple[Action, ...]
+Moment = tuple[int, Actions]
+"""A seed and the actions taken since: what is seen then is always the same."""
 
 
 class MiniWobTask:
@@ -47,8 +54,8 @@ class MiniWobTask:
             raise ValueError(f"MiniWoB++ task {page!r} is not supported; see mmagent.worlds.miniwob.TASKS")
         self.name, self.page, self.screens = f"miniwob/{page}", page, screens
         self.max_steps = LONG.get(page, MAX_STEPS) if max_steps is None else max_steps
-        self._first: OrderedDict[int, Observation] = OrderedDict()
-        self._looking: dict[int, asyncio.Task[Observation]] = {}
+        self._seen: OrderedDict[Moment, Observation] = OrderedDict()
+        self._looking: dict[Moment, asyncio.Task[Observation]] = {}
 
     def items(self, split: str, seed: int) -> Iterator[Item]:
         """Endless. Splits never share a scene, whatever the seeds."""
@@ -70,46 +77,63 @@ class MiniWobTask:
         """The expert's actions from the first screen to the end of the episode."""
         act = miniwob.expert(self.page)
         actions: list[str] = []
-        owner = object()
-        async with self.screens.borrow(owner, self.page) as seat:
-            await self.start(seat, item, owner)
+        async with self.screens.borrow(self.page) as seat:
+            seat.state = None
+            await miniwob.start(seat.page, self.page, item.seed, elements=False)
             while len(actions) < EXPERT_STEPS and not (await miniwob.state(seat.page))[0]:
                 action = await act(seat.page)
                 actions.append(format_action(action))
                 if isinstance(action, Finished):
                     break
                 await perform(seat.page, action, miniwob.VIEW)
-        self.screens.release(owner)
         return actions
 
-    async def start(self, seat: Seat, item: Item, owner: object) -> miniwob.Screen:
-        """Begin ``item`` on a page, for ``owner``."""
-        seat.kind, seat.owner = self.page, None  # nobody's while it is between two states
-        screen = await miniwob.start(seat.page, self.page, item.seed, elements=False)
-        seat.owner = owner
-        return screen
-
-    async def first_look(self, item: Item) -> Observation:
-        """The first screen of ``item``, looked at once for all episodes that begin with it."""
-        if item.seed in self._first:
-            self._first.move_to_end(item.seed)
-            return self._first[item.seed]
-        looking = self._looking.get(item.seed)
+    async def see(self, item: Item, actions: Actions, owner: object) -> Observation:
+        """What is seen after ``actions``; many who ask for the same at once wait for one answer."""
+        moment = (item.seed, actions)
+        if moment in self._seen:
+            self._seen.move_to_end(moment)
+            return self._seen[moment]
+        looking = self._looking.get(moment)
         if looking is None:
-            looking = self._looking[item.seed] = asyncio.create_task(self._look(item))
-            looking.add_done_callback(lambda _: self._looking.pop(item.seed, None))
-        return await asyncio.shield(looking)
-
-    async def _look(self, item: Item) -> Observation:
-        screen = await retried(lambda: self._start_alone(item))
-        seen = self._first[item.seed] = Observation(screen.utterance, (screen.image,))
-        if len(self._first) > REMEMBERED:
-            self._first.popitem(last=False)
+            looking = asyncio.create_task(retried(lambda: self._look(moment, owner)))
+            self._looking[moment] = looking
+            looking.add_done_callback(lambda _: self._looking.pop(moment, None))
+        seen = self._seen[moment] = await asyncio.shield(looking)
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
         return seen
 
-    async def _start_alone(self, item: Item) -> miniwob.Screen:
-        async with self.screens.borrow(None, self.page) as seat:
-            return await self.start(seat, item, None)
+    async def _look(self, moment: Moment, owner: object) -> Observation:
+        seed, actions = moment
+        async with self.screens.borrow(self.page, owner, lambda seat: _cost(seat.state, moment)) as seat:
+            taken, screen = _taken(seat.state, moment), None
+            seat.state = None  # nobody can say, should the page break on the way
+            if taken is None:
+                taken, screen = 0, await miniwob.start(seat.page, self.page, seed, elements=False)
+            for action in actions[taken:]:
+                await perform(seat.page, action, miniwob.VIEW)
+                screen = None
+            done, reward = await miniwob.state(seat.page) if actions else (False, 0.0)
+            if done:
+                return Observation("done", done=True, reward=min(max(reward, 0.0), 1.0), parts={"raw": reward})
+            screen = screen or await miniwob.observe(seat.page, elements=False)
+            seat.state = moment
+            return Observation("" if actions else screen.utterance, (screen.image,))
+
+
+def _taken(state: object, moment: Moment) -> int | None:
+    """How many of the moment's actions a page in ``state`` has seen, None if it must start anew."""
+    if not isinstance(state, tuple):
+        return None
+    (shown, before), (seed, actions) = state, moment
+    return len(before) if shown == seed and actions[: len(before)] == before else None
+
+
+def _cost(state: object, moment: Moment) -> float:
+    """What it takes to bring a page from ``state`` to ``moment``, in actions."""
+    taken = _taken(state, moment)
+    return len(moment[1]) + RESTART if taken is None else len(moment[1]) - taken
 
 
 class MiniWobEnvironment:
@@ -117,10 +141,10 @@ class MiniWobEnvironment:
 
     def __init__(self, task: MiniWobTask, item: Item):
         self.task, self.item = task, item
-        self._done: list[Action] = []
+        self._taken: Actions = ()
 
     async def reset(self) -> Observation:
-        return await self.task.first_look(self.item)
+        return await self.task.see(self.item, (), None)
 
     async def step(self, action: str) -> Observation:
         try:
@@ -129,27 +153,14 @@ class MiniWobEnvironment:
             return malformed(str(error))
         if isinstance(parsed, Finished):
             return Observation("the policy ended the episode", done=True, reward=0.0)
-        seen = await retried(lambda: self._act(parsed))
-        self._done.append(parsed)
-        if not seen.done and len(self._done) >= self.task.max_steps:
-            return Observation(f"not done after {len(self._done)} actions", done=True, reward=0.0)
+        self._taken = (*self._taken, parsed)
+        seen = await self.task.see(self.item, self._taken, self)
+        if not seen.done and len(self._taken) >= self.task.max_steps:
+            return Observation(f"not done after {len(self._taken)} actions", done=True, reward=0.0)
         return seen
 
     async def close(self) -> None:
         self.task.screens.release(self)
-
-    async def _act(self, action: Action) -> Observation:
-        async with self.task.screens.borrow(self, self.task.page) as seat:
-            if seat.owner is not self:
-                await self.task.start(seat, self.item, self)
-                for before in self._done:
-                    await perform(seat.page, before, miniwob.VIEW)
-            await perform(seat.page, action, miniwob.VIEW)
-            done, reward = await miniwob.state(seat.page)
-            if done:
-                return Observation("done", done=True, reward=min(max(reward, 0.0), 1.0), parts={"raw": reward})
-            screen = await miniwob.observe(seat.page, elements=False)
-            return Observation("", (screen.image,))
 
 
 async def _demonstrate_alone(page: str, item: Item) -> list[str]:

@@ -57,8 +57,7 @@ class PageScenes:
 
     async def render(self, html: str, *, trusted: bool) -> pages.Scene:
         """Any page at the screens' size, without scripts. Raises what the browser raises."""
-        async with self.screens.borrow(None, "pages") as seat:
-            seat.kind = "pages"
+        async with self.screens.borrow("pages") as seat:
             return await pages.render(seat.page, html, self.screens.width, self.screens.height, trusted=trusted)
 
     async def _render_item(self, seed: int) -> pages.Scene:

@@ -17,6 +17,7 @@ from mmagent.browser import BrowserCrashed, BrowserPool, find_chromium
 from mmagent.config import ConfigError
 from mmagent.protocols import Task
 from mmagent.tasks import all_task_names, open_tasks
+from mmagent.tasks import miniwob as miniwob_task
 from mmagent.types import Completion, Limits, Status, Trajectory
 from mmagent.worlds import miniwob
 from tests.agent_kit import GEOMETRY, tiny_vocab
@@ -129,7 +130,7 @@ def test_an_episode_goes_on_when_its_page_was_needed_elsewhere():
 def test_a_crashed_browser_is_made_up_for_once_and_then_no_zero():
     async def work(tasks):
         task = tasks[0]
-        item = next(iter(task.items("train", 0)))
+        item, other = islice(task.items("train", 0), 2)
         plan = await task.demonstrate(item)
         environment = task.environment(item)
         await environment.reset()
@@ -141,10 +142,10 @@ def test_a_crashed_browser_is_made_up_for_once_and_then_no_zero():
         async def broken(*_):
             raise BrowserCrashed("the browser is gone")
 
-        task.start = broken
+        task._look = broken
         policy = ScriptedPolicy(tiny_vocab(), lambda *_: plan[0])
         with pytest.raises(RuntimeError, match=r"all 2 episodes failed; .*BrowserCrashed"):
-            await roll_out([(task, item)], policy, Codec(tiny_vocab(), GEOMETRY), RolloutConfig(group_size=2), seed=0)
+            await roll_out([(task, other)], policy, Codec(tiny_vocab(), GEOMETRY), RolloutConfig(group_size=2), seed=0)
         return seen
 
     assert run(work).reward == 1.0
@@ -183,3 +184,58 @@ def test_unknown_names_and_tasks_of_ones_own():
 
     assert run(names, ["tests.toy_tasks:EchoTask"]) == ["echo"]
     assert "miniwob/click-button" in all_task_names()
+
+
+def test_pages_keep_their_document_and_are_shared_fairly():
+    """No page changes what is loaded in it while each task can have one of its own; one task alone takes them all."""
+
+    async def work(tasks):
+        screens = tasks[0].screens
+        loads = []
+
+        async def look(task, n):
+            item = next(islice(task.items("train", n), n, None))
+            environment = task.environment(item)
+            await environment.reset()
+            await environment.step("click(5,990)")
+            await environment.close()
+            loads.append({seat.kind for seat in screens._seats})
+
+        await asyncio.gather(*(look(tasks[0], n) for n in range(6)))
+        alone = [seat.kind for seat in screens._seats]
+        await asyncio.gather(*(look(task, n) for n in range(4) for task in tasks))
+        return alone, sorted(seat.kind for seat in screens._seats), screens._freed.locked()
+
+    alone, together, locked = run(work, pages=4)
+    assert alone == ["click-test-2"] * 4
+    assert together == ["click-checkboxes", "click-test-2", "enter-text", "focus-text"]
+    assert not locked
+
+
+def test_what_was_seen_once_is_not_played_again(monkeypatch):
+    performed = []
+    real = miniwob_task.perform
+
+    async def counted(page, action, view):
+        performed.append(action)
+        await real(page, action, view)
+
+    monkeypatch.setattr(miniwob_task, "perform", counted)
+
+    async def play(task, item, *actions):
+        environment = task.environment(item)
+        seen = [await environment.reset(), *[await environment.step(action) for action in actions]]
+        await environment.close()
+        return seen
+
+    async def work(tasks):
+        task = tasks[0]
+        item = next(iter(task.items("train", 0)))
+        seen = [await play(task, item, "click(5,990)", "click(6,990)") for _ in range(3)]
+        counts = [len(performed)]
+        await play(task, item, "click(5,990)", "click(7,990)")  # its page has gone on: both are played again
+        return seen, [*counts, len(performed)]
+
+    seen, counts = run(work)
+    assert counts == [2, 4]
+    assert all(a is b for a, b in zip(seen[0], seen[2], strict=True))
