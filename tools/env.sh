@@ -49,10 +49,15 @@ mmagent_pip() {  # pip install, its words in a log, one moving line on a termina
     trap - INT TERM
 }
 
+mmagent_pins() {  # what an environment of a kind was made from
+    local files=("$MMAGENT_ROOT/tools/requirements.txt" "$MMAGENT_ROOT/setup.py")
+    [ "$1" = test ] && files+=("$MMAGENT_ROOT/tools/requirements-test.txt")
+    printf '%s %s %s\n' "$(cat "${files[@]}" | sha256sum | cut -c1-64)" "$MMAGENT_ROOT" \
+        "$("$MMAGENT_VENV/bin/python" -c 'import sys; print(sys.version)' | tr '\n' ' ')"
+}
+
 mmagent_environment() {
-    local kind="$1" python pins stamp version files
-    files=("$MMAGENT_ROOT/tools/requirements.txt" "$MMAGENT_ROOT/setup.py")
-    [ "$kind" = test ] && files+=("$MMAGENT_ROOT/tools/requirements-test.txt")
+    local kind="$1" python pins stamp
     if [ ! -x "$MMAGENT_VENV/bin/python" ] || ! "$MMAGENT_VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(mmagent_python)" || exit 1
         "$python" -c 'import venv, ensurepip' 2>/dev/null \
@@ -61,8 +66,7 @@ mmagent_environment() {
         rm -rf "$MMAGENT_VENV"  # left half-made by an interrupted run
         "$python" -m venv "$MMAGENT_VENV" || die "could not make $MMAGENT_VENV (disk full? read-only?)"
     fi
-    version="$("$MMAGENT_VENV/bin/python" -c 'import sys; print(sys.version)')"
-    pins="$(cat "${files[@]}" | sha256sum | cut -c1-64) $version $MMAGENT_ROOT"
+    pins="$(mmagent_pins "$kind")"
     stamp="$MMAGENT_VENV/.mmagent-$kind"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$pins" ]; then
         local started=$SECONDS torch
@@ -78,6 +82,7 @@ mmagent_environment() {
         mmagent_pip "${wanted[@]}" || die "could not install the pinned packages (see above)"
         mmagent_pip --no-deps --no-build-isolation -e "$MMAGENT_ROOT" || die "could not install mmagent itself"
         printf '%s\n' "$pins" >"$stamp"
+        [ "$kind" = runtime ] || mmagent_pins runtime >"$MMAGENT_VENV/.mmagent-runtime"  # tests need more, not less
         say "environment ready after $((SECONDS - started)) s"
     fi
     # shellcheck disable=SC1091
