@@ -228,8 +228,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     ``fn`` must be importable (no lambda). A child's error is raised here with the child's traceback, and its peers are
     stopped; after ``timeout`` seconds all are, with their stacks printed, and ``TimeoutError`` is raised.
     """
-    context = multiprocessing.get_context("forkserver")  # one import of torch serves all children
-    context.set_forkserver_preload([__name__, "torch.distributed.tensor", "torch.distributed.fsdp"])
+    context = multiprocessing.get_context("forkserver")  # one import of torch, and of what it loads late, serves all
+    context.set_forkserver_preload([__name__, "torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"])
     folder = Path(tempfile.mkdtemp(prefix="mmagent-ranks-"))
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     children = [

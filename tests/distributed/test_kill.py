@@ -36,7 +36,6 @@ def compare(whole: Path, parts: Path, ranks: int = 1) -> None:
 
 def test_killed_at_random_moments_and_resumed_bitwise(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmagent.dist", "tests.distributed.kill_me"])
 
     def start(folder: Path, *flags: str) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=kill_me.main, args=(str(folder), str(STEPS), "ddp", *flags))

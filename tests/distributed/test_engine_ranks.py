@@ -1,0 +1,145 @@
+"""What only several ranks can show: errors that reach all of them, state that fits another number of them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmagent.dist import World, run_ranks
+from mmagent.engine.checkpoint import gather_weights
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.train.hooks import JsonlLog, LeaveOnSignal, SaveHook, Validate, read_jsonl
+from mmagent.train.loop import fit
+from mmagent.train.run import Run
+from mmagent.train.step import train_step
+from mmagent.types import ParamRole
+from tests.engine_kit import ALONE, Toy, ToyBatch, ToyStream, toy_run
+
+
+def message_of(error: type[Exception], call) -> str:
+    try:
+        call()
+    except error as problem:
+        return str(problem)
+    return "nothing was raised"
+
+
+def not_finite(world: World, parallel: str) -> str:
+    torch.manual_seed(0)
+    toy = Toy()
+    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig(parallel), world)
+    values = torch.ones(2, 6) if world.rank == 0 else torch.full((2, 6), float("nan"))
+    batches = [ToyBatch(torch.ones(1, 6), ("good",)), ToyBatch(values, ("one", "two"))]
+    return message_of(FloatingPointError, lambda: train_step(toy, engine, batches, world))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_bad_sample_on_one_rank_is_named_on_all(parallel):
+    for told in run_ranks(not_finite, 2, parallel):
+        assert "rank 1, micro-batch 1: common is nan; samples: one, two" in told
+        assert "rank 0" not in told
+
+
+def uneven(world: World) -> str:
+    toy = toy_run(Path("unused"), ALONE).objective
+    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("fsdp2"), world)
+    batches = [ToyBatch(torch.ones(1, 6))] * (1 + world.rank)
+    return message_of(ValueError, lambda: train_step(toy, engine, batches, world))
+
+
+def test_ranks_must_bring_equally_many_micro_batches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for told in run_ranks(uneven, 2):
+        assert told == "ranks bring [1, 2] micro-batches to one step: the numbers must be equal"
+
+
+class SplitStream(ToyStream):
+    """A stream that any number of ranks can take up: they all stand at one position."""
+
+    def load_state_dicts(self, states):
+        assert len({state["position"] for state in states}) == 1
+        self.position = states[0]["position"]
+
+
+def continued(world: World, folder: str, parallel: str, steps: int) -> dict[str, torch.Tensor]:
+    toy = toy_run(Path(folder), world, parallel, dropout=0.0)
+    stream = SplitStream(world)
+    run = Run(folder, world, {"model": toy.objective, "engine": toy.engine, "stream": stream})
+    log = JsonlLog(Path(folder) / "m.jsonl")
+    fit(run, toy.objective, toy.engine, stream, steps=steps, hooks=[log, SaveHook(run, 2)])
+    moments = {f"{n}/{k}": v for n, s in toy.engine.state_dict()["optimizer"].items() for k, v in s.items()}
+    return gather_weights(toy.objective) | moments
+
+
+def test_a_run_goes_on_sharded_or_not_and_on_another_number_of_ranks(tmp_path):
+    """Written by two FSDP2 ranks; read by two DDP ranks, one plain process and three FSDP2 ranks."""
+    folder = str(tmp_path / "run")
+    written = run_ranks(continued, 2, folder, "fsdp2", 3)[0]
+    for ranks, parallel in ((2, "ddp"), (2, "fsdp2"), (3, "fsdp2")):
+        read = run_ranks(continued, ranks, folder, parallel, 3)[0]
+        assert set(read) == set(written)
+        assert all(torch.equal(read[name], tensor) for name, tensor in written.items())
+    alone = continued(ALONE, folder, "none", 3)
+    assert all(torch.equal(alone[name], tensor) for name, tensor in written.items())
+    run_ranks(continued, 2, folder, "ddp", 5)
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "m.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def validated(world: World) -> dict[str, float]:
+    toy = toy_run(Path("unused"), ALONE)
+    torch.manual_seed(1)
+    batches = [ToyBatch(torch.randn(3, 6)) for _ in range(4)]
+    record: dict[str, float] = {}
+    Validate(toy.objective, lambda: batches[world.rank :: world.size], world)(1, record)
+    return record
+
+
+def test_validation_is_the_same_on_any_number_of_ranks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = validated(ALONE)
+    for record in run_ranks(validated, 2):
+        assert record == pytest.approx(alone, rel=1e-5)
+
+
+def told_to_leave(world: World, folder: str) -> tuple[int, int]:
+    toy = toy_run(Path(folder), world)
+
+    def terminate(step, record):
+        if step == 2 and world.rank == 1:  # one rank only
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        fit(toy.run, toy.objective, toy.engine, toy.stream, steps=9, hooks=[terminate, LeaveOnSignal(toy.run)])
+    except SystemExit as left:
+        return left.code, toy.run.saved_step
+    return 0, 0
+
+
+def test_a_signal_to_one_rank_makes_all_save_and_leave(tmp_path):
+    assert run_ranks(told_to_leave, 2, str(tmp_path)) == [(143, 2), (143, 2)]
+
+
+class Scalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    def roles(self):
+        return {"temperature": ParamRole("head", False)}
+
+    def blocks(self):
+        return ()
+
+    def leaves(self):
+        return ()
+
+
+def test_scalars_cannot_be_sharded_and_are_named():
+    model = Scalar()
+    with pytest.raises(ValueError, match=r"give these the shape \(1,\): temperature"):
+        TorchEngine(model, build_optimizer(model, OptimConfig()), TorchEngineConfig("fsdp2"), ALONE)
