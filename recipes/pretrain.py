@@ -11,7 +11,6 @@ in ``output/agent``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from data_pipelines.stream import PackStream, StreamConfig
 from mmagent import dist
@@ -122,9 +121,8 @@ def train(config: Config, title: str) -> None:
         print(stream.describe(), flush=True)
 
     total, end = sum(phase.steps for phase in config.phases), 0
-    output = Path(config.output)
-    hooks = [Progress(title, total), JsonlLog(output / "log.jsonl"), SaveHook(run, config.save_every)]
-    hooks += [TensorBoardLog(output / "tensorboard")] if config.tensorboard else []
+    hooks = [Progress(title, total), JsonlLog(run.directory / "log.jsonl"), SaveHook(run, config.save_every)]
+    hooks += [TensorBoardLog(run.directory / "tensorboard")] if config.tensorboard else []
     hooks += [LeaveOnSignal(run)]
     for phase in config.phases:
         start, end = end, end + phase.steps
@@ -134,7 +132,7 @@ def train(config: Config, title: str) -> None:
         fit(run, objective, engine, stream, steps=end, schedule=phase.rate(start), hooks=hooks)
     stream.close()
     if world.is_main:
-        save_agent(output / "agent", model, vocab, geometry, chat)
+        save_agent(run.directory / "agent", model, vocab, geometry, chat)
     dist.shutdown()
 
 
