@@ -123,7 +123,8 @@ class MuonAdamW(Optimizer):
         self.config = config
         for group in groups:
             group.setdefault("initial_lr", group["lr"])
-        super().__init__(groups, {"muon": False, "splits": (), "weight_decay": config.weight_decay})
+        # "fused" also tells Optimizer.load_state_dict to put AdamW's step counts on the device
+        super().__init__(groups, {"muon": False, "splits": (), "weight_decay": config.weight_decay, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -154,7 +155,7 @@ class MuonAdamW(Optimizer):
             [s["exp_avg_sq"] for s in states],
             [],
             [s["step"] for s in states],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=self.config.beta1,
             beta2=self.config.beta2,

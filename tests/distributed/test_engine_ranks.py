@@ -90,20 +90,27 @@ def test_a_run_goes_on_sharded_or_not_and_on_another_number_of_ranks(tmp_path):
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "m.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def validated(world: World) -> dict[str, float]:
-    toy = toy_run(Path("unused"), ALONE)
-    torch.manual_seed(1)
+def validated(world: World, parallel: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """A step, a validation, and another step."""
+    torch.manual_seed(0)
+    toy = Toy()
+    optimizer = torch.optim.SGD(toy.parameters(), lr=0.1)
+    engine = TorchEngine(toy, optimizer, TorchEngineConfig(parallel), world)
     batches = [ToyBatch(torch.randn(3, 6)) for _ in range(4)]
+    mine = batches[world.rank :: world.size]
     record: dict[str, float] = {}
-    Validate(toy.objective, lambda: batches[world.rank :: world.size], world)(1, record)
-    return record
+    train_step(toy, engine, mine, world)
+    Validate(toy, lambda: mine, world)(1, record)
+    train_step(toy, engine, mine, world)
+    return record, gather_weights(toy)
 
 
-def test_validation_is_the_same_on_any_number_of_ranks(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    alone = validated(ALONE)
-    for record in run_ranks(validated, 2):
-        assert record == pytest.approx(alone, rel=1e-5)
+def test_validation_is_the_same_on_any_number_of_ranks_and_disturbs_nothing():
+    alone, weights = validated(ALONE, "none")
+    for parallel in ("ddp", "fsdp2"):
+        for record, found in run_ranks(validated, 2, parallel):
+            assert record == pytest.approx(alone, rel=1e-4)
+            assert all(torch.allclose(found[name], weights[name], atol=1e-5) for name in found)
 
 
 def told_to_leave(world: World, folder: str) -> tuple[int, int]:
