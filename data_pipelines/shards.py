@@ -242,7 +242,9 @@ def _find(location: str) -> list[Path]:
     else:
         found = sorted(Path(name) for name in glob.glob(location))
     if not found:
-        raise ShardError(f"{location}: no shard (*.tar) there")
+        below = path.is_dir() and any(path.glob("*/*.tar"))
+        hint = "; its sub-folders hold some: give it as the stream's folder, and each is a source" if below else ""
+        raise ShardError(f"{location}: no shard (*.tar) there{hint}")
     return found
 
 

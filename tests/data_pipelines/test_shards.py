@@ -179,8 +179,10 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path):
         pass
     with pytest.raises(ShardError, match="not one whole sample"):
         ShardSet(tmp_path / "empty.tar")
-    write(tmp_path / "packed", 2)
-    plain = (tmp_path / "packed" / "shard-00000.tar").read_bytes()
+    write(tmp_path / "mix" / "packed", 2)
+    with pytest.raises(ShardError, match=r"mix: no shard .*; its sub-folders hold some"):
+        ShardSet(tmp_path / "mix")
+    plain = (tmp_path / "mix" / "packed" / "shard-00000.tar").read_bytes()
     with tarfile.open(tmp_path / "squeezed.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.json"))
     with pytest.raises(ShardError, match=r"squeezed\.tar: a compressed tar"):
