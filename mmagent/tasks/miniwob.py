@@ -79,7 +79,7 @@ class MiniWobTask:
         actions: list[str] = []
         async with self.screens.borrow(self.page) as seat:
             seat.state = None
-            await miniwob.start(seat.page, self.page, item.seed, elements=False)
+            await miniwob.restart(seat.page, self.page, item.seed)
             while len(actions) < EXPERT_STEPS and not (await miniwob.state(seat.page))[0]:
                 action = await act(seat.page)
                 actions.append(format_action(action))
@@ -107,17 +107,17 @@ class MiniWobTask:
     async def _look(self, moment: Moment, owner: object) -> Observation:
         seed, actions = moment
         async with self.screens.borrow(self.page, owner, lambda seat: _cost(seat.state, moment)) as seat:
-            taken, screen = _taken(seat.state, moment), None
+            taken = _taken(seat.state, moment)
             seat.state = None  # nobody can say, should the page break on the way
             if taken is None:
-                taken, screen = 0, await miniwob.start(seat.page, self.page, seed, elements=False)
+                taken = 0
+                await miniwob.restart(seat.page, self.page, seed)
             for action in actions[taken:]:
                 await perform(seat.page, action, miniwob.VIEW)
-                screen = None
             done, reward = await miniwob.state(seat.page) if actions else (False, 0.0)
             if done:
                 return Observation("done", done=True, reward=min(max(reward, 0.0), 1.0), parts={"raw": reward})
-            screen = screen or await miniwob.observe(seat.page, elements=False)
+            screen = await miniwob.observe(seat.page, elements=False)
             seat.state = moment
             return Observation("" if actions else screen.utterance, (screen.image,))
 

@@ -8,6 +8,7 @@ from mmagent.worlds.miniwob.pages import (
     Screen,
     html_folder,
     observe,
+    restart,
     start,
     state,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "expert",
     "html_folder",
     "observe",
+    "restart",
     "seed_for",
     "start",
     "state",

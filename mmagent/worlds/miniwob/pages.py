@@ -54,9 +54,17 @@ async def start(page: Page, task: str, seed: int, *, elements: bool = True) -> S
 
     The same seed gives the same pixels whatever the page showed before.
     """
+    return await _screen(page, await _begin(page, task, seed, MOST_ELEMENTS if elements else 0))
+
+
+async def restart(page: Page, task: str, seed: int) -> None:
+    """:func:`start` without looking, for an episode that is known: a third of its cost is saved."""
+    await _begin(page, task, seed, 0)
+
+
+async def _begin(page: Page, task: str, seed: int, most: int) -> dict:
     if (page.width, page.height) != (WIDTH, HEIGHT):
         raise ValueError(f"MiniWoB++ needs a page of {WIDTH}x{HEIGHT} pixels, this one has {page.width}x{page.height}")
-    most = MOST_ELEMENTS if elements else 0
     begin = "(task, seed, most) => window.mmagent && mmagent.task === task ? mmagent.start(seed, most) : null"
     await page.move(0, 0)  # where nothing lies under the mouse
     begun = None if task in RELOADED else await page.evaluate(begin, task, seed, most)
@@ -71,7 +79,7 @@ async def start(page: Page, task: str, seed: int, *, elements: bool = True) -> S
         begun = await page.evaluate(begin, task, seed, most)
     for _ in range(READY_ATTEMPTS):
         if await page.evaluate("mmagent.ready()"):
-            return await _screen(page, begun)
+            return begun
         await page.wait(0.02)
     raise BrowserTimeout(f"the page of {task!r} did not become ready for seed {seed}")
 
