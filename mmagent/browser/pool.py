@@ -12,7 +12,7 @@ from pathlib import Path
 from mmagent.browser.errors import BrowserCrashed, BrowserError
 from mmagent.browser.find import require_chromium
 from mmagent.browser.page import Page, PageOptions
-from mmagent.browser.process import ORDINARY_LEAST, Chromium
+from mmagent.browser.process import ORDINARY_LEAST, Chromium, sweep
 
 PROBE_LIMIT = 5.0
 OPEN_ATTEMPTS = 3
@@ -85,6 +85,7 @@ class BrowserPool:
         """
         self._loop = asyncio.get_running_loop()
         self._binary = self._binary or require_chromium()
+        sweep()
         await self._process(0)
 
     async def close(self) -> None:

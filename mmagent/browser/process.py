@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,7 @@ from mmagent.browser.connection import Connection
 from mmagent.browser.errors import BrowserError
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
+PREFIX, LOCK = "mmagent-browser-", "mmagent.lock"
 SMALL_SHARED_MEMORY = 512 << 20
 
 DISABLED_FEATURES = (
@@ -106,7 +109,9 @@ class Chromium:
         Raises :class:`BrowserError` with the end of the browser's own error output if it does not within
         ``start_limit`` seconds.
         """
-        directory = Path(tempfile.mkdtemp(prefix="mmagent-browser-"))
+        directory = Path(tempfile.mkdtemp(prefix=PREFIX))
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the supervisor inherits it: a directory without it belongs to nobody
         command_read, command_write = os.pipe()
         event_read, event_write = os.pipe()
         lifeline_read, lifeline_write = os.pipe()
@@ -116,7 +121,7 @@ class Chromium:
         try:
             supervisor = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(SUPERVISOR), *map(str, theirs), str(directory), *arguments],
-                pass_fds=theirs,
+                pass_fds=(*theirs, lock),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -128,7 +133,7 @@ class Chromium:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         finally:
-            for descriptor in theirs:
+            for descriptor in (*theirs, lock):
                 os.close(descriptor)
         browser = cls(Connection(command_write, event_read), supervisor, directory, lifeline_write, log, begin_frame)
         try:
@@ -172,6 +177,26 @@ class Chromium:
         """The end of what the browser wrote to its standard error."""
         written = os.pread(self.log.fileno(), 1 << 16, 0)  # seeking would move the browser's own position
         return " | ".join(written.decode(errors="replace").splitlines()[-lines:])
+
+
+def sweep(least_age: float = 60.0) -> list[Path]:
+    """Remove directories whose supervisor was killed before it could (out of memory, a job's end), and name them.
+
+    ``least_age`` in seconds spares what is just being made.
+    """
+    removed = []
+    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, held by its supervisor, or just gone
+            if time.time() - directory.stat().st_mtime < least_age:
+                continue
+            lock = os.open(directory / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(directory, ignore_errors=True)
+                removed.append(directory)
+            finally:
+                os.close(lock)
+    return removed
 
 
 def flags(begin_frame: bool) -> list[str]:

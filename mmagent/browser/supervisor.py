@@ -22,6 +22,7 @@ import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 ABSENT = 127
+LOCK = "mmagent.lock"
 
 
 def prctl(option, value):
@@ -43,7 +44,7 @@ def start(command_fd, event_fd, argv):
         null = os.open(os.devnull, os.O_RDWR)
         for source, target in ((null, 0), (null, 1), (command_fd, 3), (event_fd, 4)):
             os.dup2(source, target, inheritable=True)
-        os.closerange(5, 256)
+        os.closerange(5, 1 << 16)
         os.execv(argv[0], argv)
     except OSError as error:
         os.write(2, f"cannot execute {argv[0]}: {error}\n".encode())
@@ -88,6 +89,18 @@ def end(pid, patience=10.0):
         time.sleep(0.005)
 
 
+def clear(directory):
+    """Remove it, the lock last: what is left of an interrupted removal can then still be swept."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name != LOCK:
+                os.unlink(path)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def main():
     command_fd, event_fd, lifeline = (int(argument) for argument in sys.argv[1:4])
     directory, argv = sys.argv[4], sys.argv[5:]
@@ -109,7 +122,7 @@ def main():
         if lifeline in readable or os.getppid() != parent:
             break
     end(pid)
-    shutil.rmtree(directory, ignore_errors=True)
+    clear(directory)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mmagent.browser import BrowserCrashed, BrowserError, BrowserPool, BrowserTimeout, run_sync
+from mmagent.browser.process import sweep
 
 pytestmark = pytest.mark.browser
 
@@ -329,6 +330,7 @@ def test_nothing_survives_a_kill(kill):
     supervisor, directory = owner.stdout.readline().split()
     everyone = descendants(int(supervisor))
     assert len(everyone) > 1
+    assert Path(directory) not in sweep(least_age=0)
     if kill == "owner":
         owner.kill()
         assert gone(everyone | {int(supervisor)})
@@ -341,6 +343,8 @@ def test_nothing_survives_a_kill(kill):
             time.sleep(0.02)
         assert not any(is_running(pid) for pid in everyone)
         owner.kill()
+        assert Path(directory) in sweep(least_age=0)
+        assert not Path(directory).exists()
     owner.wait()
 
 
