@@ -223,6 +223,14 @@ def from_patches(patches: Tensor, grid: tuple[int, int, int], config: GeometryCo
     return blocks.reshape(frames * t, 3, rows * p, cols * p)
 
 
+def unpatchify(image: PatchedImage, config: GeometryConfig) -> np.ndarray:
+    """The first frame of ``image`` as the encoder sees it, ``(height, width, 3)`` uint8: exact, but for the resize
+    that came before."""
+    frame = from_patches(image.patches.float().cpu(), image.grid, config)[0]
+    pixels = frame * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    return (pixels * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
 def patch_coordinates(grid: Sequence[int], merge_size: int) -> Tensor:
     """``(p, 2)`` int64: row and column of every patch of one image, in the stream's merge-block-major order."""
     frames, rows, cols = (int(n) for n in grid)

@@ -128,6 +128,10 @@ class Vocab:
         known = {*self._special.values(), *self._plain.get_vocab().values()}
         return tuple(n for n in range(rows) if n in self.never_sampled or n not in known)
 
+    def is_control(self, index: int) -> bool:
+        """Whether ``index`` is a control token."""
+        return index in self._names
+
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; never a control id, whatever the text says."""
         return self._plain.encode(text, add_special_tokens=False).ids
