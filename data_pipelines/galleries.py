@@ -18,6 +18,7 @@ from data_pipelines.shards import ShardSet
 from mmagent.chat import Text
 from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
+from mmagent.worlds.images import PHOTO_KINDS, crop_photo, draw_panel, draw_scene
 
 _PATTERN = 1000  # positions after which a mixture's order of galleries repeats
 _ATTEMPTS = 100  # samples tried in place of one that cannot be used
@@ -118,3 +119,24 @@ def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gal
     if unknown := sorted(set(weights) - set(galleries)):
         raise ValueError(f"mix names unknown galleries {unknown}; there are {', '.join(galleries)}")
     return MixedGallery({name: (galleries[name], weight) for name, weight in weights.items() if weight})
+
+
+def built_in(mix: Mapping[str, float]) -> Gallery:
+    """Galleries that need no download, under their weights: ``scenes``, ``panels`` and the kinds of photographs."""
+
+    def scenes(position: int) -> Picture:
+        scene = draw_scene(position)
+        return Picture(scene.image, scene.caption, f"scene-{position}")
+
+    def panels(position: int) -> Picture:
+        panel = draw_panel(position)
+        return Picture(panel.image, panel.caption, f"panel-{position}")
+
+    def photos(kind: str) -> Gallery:
+        def pick(position: int) -> Picture:
+            crop = crop_photo(position, kind)
+            return Picture(crop.image, crop.caption, f"{kind}-{position}")
+
+        return pick
+
+    return mixed({"scenes": scenes, "panels": panels, **{kind: photos(kind) for kind in PHOTO_KINDS}}, mix)

@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from mmagent.browser import find_chromium
-from recipes import quickstart_report as report
 from recipes.lineage import LineageError, Stage, run_lineage
 from recipes.processes import Busy
+from recipes.quickstart_page import write
 from recipes.quickstart_plan import SIZES, plan
+from recipes.quickstart_report import shown, summarise
 
 
 def main() -> int:
@@ -55,9 +56,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    summary = report.summarise(args.output, seconds)
-    report.write(args.output, summary)
-    print(report.shown(summary))
+    summary = summarise(args.output, seconds)
+    write(args.output, summary)
+    print(shown(summary))
     print(f"this call: {(time.monotonic() - started) / 60:.1f} min. Look at {args.output / 'report.html'}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What the quickstart measured: ``summary.json`` for machines, a few lines for the terminal, a page to look at."""
+"""What the quickstart measured: ``summary.json`` for machines and a few lines for the terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evals.report import Section, bar_chart, facts, heading, join, line_chart, page, paragraph, series_of, table, tiles
-from evals.report.runs import pairs, screens
-from evals.statistics import Estimate
 from evals.store import Run, RunError, read_run
 from evals.summary import summarise as summarise_rows
 from mmagent.train.hooks import read_jsonl
@@ -20,7 +17,7 @@ TAIL = 20  # steps at the end of a log over which a final figure is taken
 
 def summarise(root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Read every stage's own records into one plain dictionary, and write it to ``root/summary.json``."""
-    runs = {name: _run(root / "evals" / name / "miniwob") for name in STAGES}
+    runs = {name: run_of(root / "evals" / name / "miniwob") for name in STAGES}
     summary: dict[str, Any] = {
         "miniwob": _miniwob({name: run for name, run in runs.items() if run is not None}),
         "encoder": _json(root / "probes" / "probes.json"),
@@ -29,13 +26,14 @@ def summarise(root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
         "seconds_total": round(sum(seconds.values()), 1),
     }
     for name in ("page_grounding", "screenshot_to_html"):
-        run = _run(root / "evals" / "rl" / name)
+        run = run_of(root / "evals" / "rl" / name)
         summary[name] = _score(run) if run is not None else None
     (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def _run(folder: Path) -> Run | None:
+def run_of(folder: Path) -> Run | None:
+    """The evaluation in ``folder``, or None where there is none."""
     try:
         return read_run(folder)
     except (RunError, FileNotFoundError):  # a stage that this machine left out for want of a browser
@@ -102,68 +100,3 @@ def shown(summary: Mapping[str, Any]) -> str:
         f"  wall time {summary['seconds_total'] / 60:.1f} min: " + ", ".join(f"{n} {s:.0f} s" for n, s in slowest)
     )
     return "\n".join(lines)
-
-
-def write(root: Path, summary: Mapping[str, Any]) -> Path:
-    """``root/report.html``: figures, curves, screens with clicks, a rendered page beside its target."""
-    sections = [Section("At a glance", _overview(summary))]
-    curves = [_curves(root / name, title) for name, title in CURVES.items()]
-    sections.append(Section("Loss curves", join(c for c in curves if c), "One line a loss term, by optimizer step."))
-    for stage, title in (
-        ("rl", "Clicks after RL"),
-        ("sft", "Clicks after fine-tuning"),
-        ("untrained", "Clicks before"),
-    ):
-        run = _run(root / "evals" / stage / "miniwob")
-        if run is not None:
-            intro = "Held-out seeds; the ring is where the agent clicked, as the benchmark judged it."
-            sections.append(Section(title, screens(run), intro))
-    grounding = _run(root / "evals" / "rl" / "page_grounding")
-    if grounding is not None:
-        sections.append(Section("Grounding on rendered pages", screens(grounding)))
-    html = _run(root / "evals" / "rl" / "screenshot_to_html")
-    if html is not None:
-        sections.append(Section("Screenshot to HTML", pairs(html), "The page asked for beside what the model wrote."))
-    sections.append(Section("Wall time", _times(summary)))
-    path = root / "report.html"
-    path.write_text(page("mmagent quickstart", sections, subtitle="from two teachers to an agent that clicks"))
-    return path
-
-
-CURVES = {
-    "distill": "Distillation from two teachers",
-    "align": "Contrastive alignment",
-    "pretrain": "Pretraining",
-    "sft": "Fine-tuning",
-    "rl": "Reinforcement learning",
-}
-
-
-def _overview(summary: Mapping[str, Any]) -> Any:
-    parts = []
-    if summary["miniwob"]:
-        scores = summary["miniwob"]
-        parts.append(tiles({f"MiniWoB++ {name}": f"{scores[name]:.1%}" for name in scores["intervals"]}))
-        estimates = {
-            name: {"success": Estimate(scores[name], *interval, scores["episodes"][name])}
-            for name, interval in scores["intervals"].items()
-        }
-        parts.append(bar_chart(estimates, "Mean success on held-out seeds, with 95 % bootstrap intervals"))
-        rows = [{"task": task, **values} for task, values in summary["miniwob"]["tasks"].items()]
-        parts += [heading("By task"), table(rows)]
-    if summary["encoder"]:
-        parts += [heading("Encoder probes"), table([{"encoder": n, **v} for n, v in summary["encoder"].items()])]
-    if summary["pretrain"]:
-        parts += [heading("Pretraining"), facts({k: f"{v:.4g}" for k, v in summary["pretrain"].items()})]
-    return join(parts) if parts else paragraph("No stage has left a figure yet.")
-
-
-def _curves(folder: Path, title: str) -> Any:
-    rows = read_jsonl(folder / "log.jsonl")
-    names = sorted({k for row in rows for k in row if k == "reward" or (k.startswith("loss/") and k.count("/") == 1)})
-    series = series_of(rows, {name: name.removeprefix("loss/") for name in names if name != "loss/balance"})
-    return line_chart(series, title, smooth=0.8) if series else ""
-
-
-def _times(summary: Mapping[str, Any]) -> Any:
-    return bar_chart({name: {"seconds": value} for name, value in summary["seconds"].items()}, "Seconds a stage")

@@ -33,7 +33,7 @@ def laptop() -> Config:
     return Config(
         output="runs/sft",
         init="runs/pretrain/agent",
-        data=StreamConfig(tokens_per_step=4096, tokens_per_microbatch=4096, patches_per_microbatch=8192),
+        data=StreamConfig(tokens_per_step=8192, tokens_per_microbatch=4096, patches_per_microbatch=16384),
         optim=OptimConfig(lr=1e-3),
         engine=TorchEngineConfig(dtype="bfloat16"),
         phases=[Phase("sft", 100, freeze=["encoder"], schedule=ScheduleConfig("wsd", warmup=5, floor=0.0, decay=0.5))],

@@ -1,0 +1,105 @@
+"""Stage 2: contrastive image-text training of an encoder at native resolution, packed, with the sigmoid loss.
+
+    torchrun --standalone --nproc_per_node=2 -m recipes.align_encoder --preset laptop \\
+        init=runs/distill/encoder tokenizer=runs/data/tokenizer.json output=runs/align
+
+Negatives come from every rank by a two-way ring. Learning rates go by role (``optim.role_lr``: encoder, text, head).
+The run resumes by itself and leaves an encoder folder in ``output/encoder``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from data_pipelines.galleries import built_in
+from data_pipelines.vision import VisionStreamConfig, pair_stream
+from mmagent import dist
+from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.schedule import ScheduleConfig
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.interop.encoder_folder import load_encoder, save_encoder
+from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug, text_laptop
+from mmagent.objectives.alignment import Alignment, AlignmentConfig
+from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook
+from mmagent.train.loop import fit
+from mmagent.train.phases import Phase
+from mmagent.train.run import Run
+from mmagent.vocab import Vocab
+
+
+@dataclass
+class Config:
+    """``init``: the encoder folder of stage 1. ``text.vocab_size`` is raised to the tokenizer's if it is smaller."""
+
+    output: str = "runs/align"
+    init: str = "runs/distill/encoder"
+    tokenizer: str = "runs/data/tokenizer.json"
+    seed: int = 0
+    steps: int = 1000
+    max_text: int = 64
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.2})
+    data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
+    objective: AlignmentConfig = field(default_factory=AlignmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=5))
+    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    save_every: int = 50
+
+
+def debug() -> Config:
+    """Seconds: for tests."""
+    data = VisionStreamConfig(images_per_step=8, patches_per_microbatch=512, sequence_lengths=[64])
+    return Config(steps=4, text=text_debug(512), data=data, objective=AlignmentConfig(width=32), save_every=2)
+
+
+def laptop() -> Config:
+    """Three quarters of a minute on two cores: the quickstart's stage."""
+    return Config(
+        steps=60,
+        text=text_laptop(2048),
+        data=VisionStreamConfig(images_per_step=64, patches_per_microbatch=8192, sequence_lengths=[64, 128]),
+        objective=AlignmentConfig(width=128),
+        optim=OptimConfig(lr=1e-3),
+        engine=TorchEngineConfig(dtype="bfloat16"),
+    )
+
+
+def large() -> Config:
+    """The published stage's shape: global batch 64K, sequence lengths drawn per step."""
+    return Config(
+        steps=100_000,
+        data=VisionStreamConfig(1 << 16, 1 << 18, sequence_lengths=[128, 256, 576, 784, 1024]),
+        optim=OptimConfig(lr=1e-3, role_lr={"encoder": 0.1}),
+        schedule=ScheduleConfig(warmup=2000),
+        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
+        save_every=1000,
+    )
+
+
+def main() -> None:
+    """Build encoder, text tower, objective, engine, stream and run; fit."""
+    config = parse_cli({"laptop": laptop, "debug": debug, "large": large}, __doc__ or "")
+    if not config.init:
+        raise ConfigError("init: alignment starts from an encoder folder, such as runs/distill/encoder")
+    world = dist.init()
+    dist.seed_everything(config.seed)
+    vocab = Vocab.load(config.tokenizer)
+    encoder, geometry = load_encoder(config.init)
+    tower = TextTower(replace(config.text, vocab_size=max(config.text.vocab_size, vocab.size)))
+    objective = Alignment(encoder, tower, config.objective)
+    engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
+    stream = pair_stream(config.data, built_in(config.mix), geometry, vocab, config.max_text, world)
+    run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
+    hooks = [Progress("align", config.steps), JsonlLog(run.directory / "log.jsonl"), SaveHook(run, config.save_every)]
+    rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
+    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=[*hooks, LeaveOnSignal(run)])
+    stream.close()
+    if world.is_main:
+        save_encoder(run.directory / "encoder", encoder, geometry)
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    main()
