@@ -7,12 +7,14 @@ sampled tokens without touching trunk, embedding table or head, because entropy 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mmagent import dist
 from mmagent.losses.language import language_counts
 from mmagent.losses.policy import PolicySum, cispo, gspo, importance_weights, ppo_clip, reinforce, reverse_kl
 from mmagent.models.agent_model import AgentModel
@@ -22,6 +24,8 @@ from mmagent.types import IGNORE, ModelOutput, PackedBatch, PolicyBatch, Ratio, 
 
 LOSSES = ("ppo", "gspo", "cispo", "reinforce")
 REDUCTIONS = ("trajectory", "token", "constant")
+DRIFT_UNIT = 1e-9
+"""Nats; ranks compare their largest drift in whole units."""
 
 
 @dataclass
@@ -64,6 +68,8 @@ class PolicyGradient(nn.Module):
         super().__init__()
         self.model, self.config, self.barred = model, config, tuple(barred)
         self.depths = model.config.mtp.depths if config.mtp_weight else 0
+        # a largest value cannot be summed over micro-batches: it waits for after_step
+        self._drift_peak: Tensor | None = None
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -105,11 +111,18 @@ class PolicyGradient(nn.Module):
             reference = shift(batch.reference_logprobs, 1, segments, fill=0)[rows]
             sums["kl"] = reverse_kl(logprobs, reference, weights)
         sums |= self._mtp(output, stream)
+        if self.training and torch.is_grad_enabled() and rows.numel():
+            peak = (logprobs.detach() - behavior).abs().max()
+            self._drift_peak = peak if self._drift_peak is None else torch.maximum(self._drift_peak, peak)
         with torch.no_grad():
             return StepOutput(sums, _metrics(logprobs, behavior, entropy, policy.clipped))
 
-    def after_step(self) -> None:
-        """Nothing: the router bias stays where supervised training left it."""
+    def after_step(self) -> dict[str, float]:
+        """The largest drift of one token over all ranks. The router bias stays where supervised training left it."""
+        mine = 0.0 if self._drift_peak is None else self._drift_peak.item()
+        self._drift_peak = None
+        peaks = dist.gather_ints(round(mine / DRIFT_UNIT), self.model.head_weight.device)
+        return {"drift_peak": max(peaks) * DRIFT_UNIT}
 
     def _sampled(self, stream: PackedBatch) -> Tensor:
         return shift(stream.labels, 1, stream.segments) != IGNORE
@@ -148,16 +161,15 @@ class PolicyGradient(nn.Module):
 
 
 def _metrics(logprobs: Tensor, behavior: Tensor, entropy: Tensor, clipped: Tensor) -> dict[str, Ratio]:
-    """Over sampled tokens. ``drift``: mean distance of the sampler's log-probs from the trainer's; ``drift_peak``: the
-    largest of each micro-batch, averaged; ``approx_kl``: the estimator ``r - 1 - log r`` of how far the policy is
-    from the one that sampled."""
+    """Over sampled tokens. ``drift``: mean distance of the sampler's log-probs from the trainer's; ``drift_outliers``:
+    share of tokens whose probabilities differ by more than a factor of two; ``approx_kl``: the estimator ``r - 1 - log
+    r`` of how far the policy is from the one that sampled."""
     tokens = torch.tensor(float(logprobs.shape[0]), device=logprobs.device)
     difference = logprobs.detach() - behavior
-    some = (tokens > 0).float()
     return {
         "entropy": Ratio(entropy.detach().sum(), tokens),
         "clip_fraction": Ratio(clipped.float(), tokens),
         "drift": Ratio(difference.abs().sum(), tokens),
-        "drift_peak": Ratio(difference.abs().max() if tokens else tokens, some),
+        "drift_outliers": Ratio((difference.abs() > math.log(2)).float().sum(), tokens),
         "approx_kl": Ratio((difference.exp() - 1 - difference).sum(), tokens),
     }

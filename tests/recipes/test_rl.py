@@ -63,7 +63,17 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 def test_it_logs_what_matters_and_leaves_an_agent(agent, tmp_path):
     rows = run(config(agent, tmp_path / "run", steps=2))
     assert [row["step"] for row in rows] == [1, 2]
-    for name in ("reward", "reward/echo", "pass@4/echo", "drift", "entropy", "loss", "grad_norm", "rollout/malformed"):
+    for name in (
+        "reward",
+        "reward/echo",
+        "pass@4/echo",
+        "drift",
+        "drift_peak",
+        "entropy",
+        "loss",
+        "grad_norm",
+        "rollout/malformed",
+    ):
         assert name in rows[0], name
     assert rows[0]["drift"] < 1e-4
     timing = read_jsonl(tmp_path / "run" / "log.time.jsonl")[0]

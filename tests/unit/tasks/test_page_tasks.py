@@ -14,6 +14,7 @@ from mmagent.browser import find_chromium
 from mmagent.tasks import open_tasks
 from mmagent.tasks.screenshot_to_html import MAX_CHARACTERS, extract_html
 from mmagent.tasks.visual import hog_cosine, lab_intersection, text_match, visual_similarity
+from mmagent.testing import check_environment, check_task
 from mmagent.types import Status
 from mmagent.worlds.elements import TextLine
 from tests.agent_kit import GEOMETRY, tiny_vocab
@@ -34,6 +35,18 @@ async def answer(task, item, text: str):
     environment = task.environment(item)
     await environment.reset()
     return await environment.step(text)
+
+
+@pytest.mark.parametrize("name", ["grounding", "screenshot-to-html", "miniwob/click-button"])
+@pytest.mark.browser
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium here")
+def test_the_public_kit_finds_no_fault(name):
+    async def work(task):
+        await check_task(task, count=1, null=("click(1,1)",))
+        item = next(iter(task.items("train", 5)))
+        await check_environment(lambda: task.environment(item), ["click(1,1)", "click(500,990)"])
+
+    run(name, work)
 
 
 class TestGrounding:
