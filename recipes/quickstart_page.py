@@ -27,10 +27,10 @@ def write(root: Path, summary: Mapping[str, Any]) -> Path:
         if run is not None:
             intro = "Held-out seeds; the ring is where the agent clicked, as the benchmark judged it."
             sections.append(Section(title, screens(run), intro))
-    grounding = run_of(root / "evals" / "rl" / "page_grounding")
+    grounding = run_of(root / "evals" / "pages" / "page_grounding")
     if grounding is not None:
         sections.append(Section("Grounding on rendered pages", screens(grounding)))
-    html = run_of(root / "evals" / "rl" / "screenshot_to_html")
+    html = run_of(root / "evals" / "pages" / "screenshot_to_html")
     if html is not None:
         sections.append(Section("Screenshot to HTML", pairs(html), "The page asked for beside what the model wrote."))
     sections.append(Section("Wall time", _times(summary)))

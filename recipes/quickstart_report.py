@@ -26,7 +26,7 @@ def summarise(root: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
         "seconds_total": round(sum(seconds.values()), 1),
     }
     for name in ("page_grounding", "screenshot_to_html"):
-        run = run_of(root / "evals" / "rl" / name)
+        run = run_of(root / "evals" / "pages" / name)
         summary[name] = _score(run) if run is not None else None
     (root / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

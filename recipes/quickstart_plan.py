@@ -1,0 +1,120 @@
+"""The quickstart's stages: what each is told, what it leaves, and how the next one opens that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from evals.store import read_run
+from mmagent.interop.agent_folder import load_agent
+from mmagent.interop.encoder_folder import load_encoder
+from mmagent.vocab import Vocab
+from recipes.lineage import Stage
+
+SIZES = ("laptop", "debug")
+TASKS = (
+    "click-test", "click-test-2", "click-dialog", "click-dialog-2", "click-color", "click-tab", "click-button",
+    "click-widget", "focus-text", "focus-text-2", "grid-coordinate", "identify-shape",
+)  # fmt: skip
+"""Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
+JUDGED = {"laptop": 20, "debug": 1}
+"""Held-out episodes a page."""
+_SAMPLES = {
+    "laptop": {
+        "pretrain": {"screens": 2400, "pages": 800, "html": 100, "captions": 300, "interleaved": 100, "text": 300},
+        "sft": {"episodes": 2400, "clicks": 200, "html": 100},
+    },
+    "debug": {
+        "pretrain": {"screens": 60, "pages": 20, "html": 10, "captions": 20, "interleaved": 20, "text": 20},
+        "sft": {"episodes": 60, "clicks": 20, "html": 10},
+    },
+}
+_WEIGHTS = {"pretrain": {"screens": 5, "pages": 2, "html": 0.5, "captions": 0.3, "interleaved": 0.2, "text": 0.3}}
+_WEIGHTS["sft"] = {"episodes": 4, "clicks": 0.5, "html": 0.5}
+_BLIND = ("captions", "interleaved", "text")  # what can be made without a browser
+
+
+def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
+    """All stages in order; without a ``browser`` those that look at pages are left out."""
+    stages = [_data(root, size)]
+    stages += [_teacher(root, kind, size, processes) for kind in ("siglip2", "dinov3")]
+    stages.append(_distil(root, size, processes))
+    vocabulary = f"tokenizer={root}/data/tokenizer.json"
+    preset = ("--preset", size)
+    align = ("recipes.align_encoder", *preset, f"init={root}/distill/encoder", vocabulary, f"output={root}/align")
+    about = "contrast images with captions at native resolution, packed"
+    stages.append(Stage("align", about, align, root / "align", _encoder, 45, processes))
+    pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
+    pretrain += _shards(root, "pretrain", browser)
+    untrained = ("recipes.pretrain", *preset, vocabulary, *_shards(root, "pretrain", browser), "phases=[]")
+    about = "a new model, to compare with"
+    stages.append(Stage("untrained", about, (*untrained, f"output={root}/untrained"), root / "untrained", _agent, 6))
+    about = "CogViT + merger + MoE decoder + MTP learn to read screens"
+    stages.append(
+        Stage("pretrain", about, (*pretrain, f"output={root}/pretrain"), root / "pretrain", _agent, 240, processes)
+    )
+    if not browser:
+        return stages
+    sft = ("recipes.sft", *preset, f"init={root}/pretrain/agent", *_shards(root, "sft", browser), f"output={root}/sft")
+    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 70, processes))
+    tasks = "tasks=[" + ",".join(f"miniwob/{task}" for task in TASKS) + "]"
+    rl = ("recipes.rl", *preset, f"init={root}/sft/agent", tasks, f"output={root}/rl")
+    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 240, processes))
+    stages += [_judge(root, who, who, ("miniwob",), size) for who in ("untrained", "sft", "rl")]
+    return [*stages, _judge(root, "pages", "rl", ("page_grounding", "screenshot_to_html"), size)]
+
+
+def _data(root: Path, size: str) -> Stage:
+    samples = [f"{stage}.{n}={count}" for stage, mix in _SAMPLES[size].items() for n, count in mix.items()]
+    tasks = "tasks=[" + ",".join(TASKS) + "]"
+    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", tasks, *samples)
+    about = "draw scenes, render pages, play experts; write shards"
+    return Stage("data", about, arguments, root / "data", Vocab.load, 90, 0)
+
+
+def _teacher(root: Path, kind: str, size: str, processes: int) -> Stage:
+    output = root / "teachers" / kind
+    arguments = ("recipes.teachers", "--preset", kind, f"tokenizer={root}/data/tokenizer.json", f"output={output}")
+    arguments += ("steps=2", "data.images_per_step=8") if size == "debug" else ()
+    about = f"train a small {kind} teacher, as none can be downloaded here"
+    return Stage(f"teacher-{kind}", about, arguments, output, _file("teacher/model.safetensors"), 30, processes)
+
+
+def _distil(root: Path, size: str, processes: int) -> Stage:
+    sources = tuple(f"teachers.{kind}.source={root}/teachers/{kind}/teacher" for kind in ("siglip2", "dinov3"))
+    arguments = ("recipes.distill_encoder", "--preset", size, *sources, f"output={root}/distill")
+    return Stage("distill", "CogViT learns from both teachers", arguments, root / "distill", _encoder, 60, processes)
+
+
+def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
+    names = [name for name in _WEIGHTS[stage] if browser or name in _BLIND]
+    weights = tuple(f"data.sources.{name}.weight={_WEIGHTS[stage][name]}" for name in names)
+    return (f"data.folder={root}/data/{stage}", *weights)
+
+
+def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str) -> Stage:
+    output = root / "evals" / name
+    tasks = ("--tasks", *(f"miniwob/{task}" for task in TASKS)) if suites == ("miniwob",) else ()
+    limit = ("--limit", str(JUDGED[size] * (len(TASKS) if tasks else 3)))
+    arguments = ("evals", *suites, "--checkpoint", str(root / who / "agent"), *tasks, *limit, "--out", str(output))
+    return Stage(f"judge-{name}", "held-out seeds in a real browser", arguments, output, _judged(suites), 20, 0)
+
+
+def _encoder(folder: Path) -> None:
+    load_encoder(folder / "encoder")
+
+
+def _agent(folder: Path) -> None:
+    load_agent(folder / "agent")
+
+
+def _judged(suites: tuple[str, ...]) -> Callable[[Path], None]:
+    return lambda folder: [read_run(folder / suite) for suite in suites] and None
+
+
+def _file(name: str) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+
+    return check

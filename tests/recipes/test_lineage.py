@@ -1,0 +1,111 @@
+"""A lineage of real processes: skipped when done, gone on with after a kill, refused twice, checked at hand-over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipes.lineage import LineageError, Stage, run_lineage
+from recipes.processes import Busy, only_one
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _stage(folder: Path, name: str, code: str, wanted: str = "") -> Stage:
+    """A stage that runs ``code`` as a module of its own."""
+    module = f"stage_{name}"
+    (folder / f"{module}.py").write_text(code)
+
+    def check(output: Path) -> None:
+        if not (output / (wanted or "out")).is_file():
+            raise ValueError("nothing was left")
+
+    return Stage(name, "a test", (module, str(folder / name)), folder / name, check, processes=0)
+
+
+COUNTING = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[1]); out.mkdir(parents=True, exist_ok=True)
+runs = out.parent / (out.name + ".runs"); runs.write_text((runs.read_text() if runs.exists() else "") + "x")
+(out / "out").write_text("done")
+"""
+
+
+@pytest.fixture(autouse=True)
+def importable(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+
+def test_done_stages_are_skipped_and_a_changed_command_runs_what_follows_again(tmp_path):
+    first, second = _stage(tmp_path, "a", COUNTING), _stage(tmp_path, "b", COUNTING)
+    said: list[str] = []
+    run_lineage([first, second], tmp_path / "root", said.append)
+    seconds = run_lineage([first, second], tmp_path / "root", said.append)
+    assert (tmp_path / "a.runs").read_text() == "x"
+    assert (tmp_path / "b.runs").read_text() == "x"
+    assert set(seconds) == {"a", "b"}
+    assert "done before" in said[-1]
+    changed = Stage("a", "a test", (*first.arguments, "more"), first.output, first.check, processes=0)
+    run_lineage([changed, second], tmp_path / "root", said.append)
+    assert (tmp_path / "b.runs").read_text() == "xx"
+
+
+def test_an_unusable_folder_and_a_failing_stage_are_named(tmp_path):
+    with pytest.raises(LineageError, match=r"stage a left .* unusable"):
+        run_lineage([_stage(tmp_path, "a", COUNTING, wanted="other")], tmp_path / "root")
+    with pytest.raises(LineageError, match="stage b ended with exit code 3"):
+        run_lineage([_stage(tmp_path, "b", "raise SystemExit(3)")], tmp_path / "root")
+
+
+def test_a_damaged_output_runs_its_stage_again(tmp_path):
+    stage = _stage(tmp_path, "a", COUNTING)
+    run_lineage([stage], tmp_path / "root")
+    (tmp_path / "a" / "out").unlink()
+    run_lineage([stage], tmp_path / "root")
+    assert (tmp_path / "a.runs").read_text() == "xx"
+
+
+def test_a_second_lineage_on_the_same_folder_is_refused(tmp_path):
+    (tmp_path / "root").mkdir()
+    with only_one(tmp_path / "root"), pytest.raises(Busy, match="another run"):
+        run_lineage([_stage(tmp_path, "a", COUNTING)], tmp_path / "root")
+
+
+def test_a_killed_lineage_leaves_no_worker_behind_once_started_again(tmp_path):
+    slow = """
+import os, pathlib, sys, time
+out = pathlib.Path(sys.argv[1]); out.mkdir(parents=True, exist_ok=True)
+seen = out / "pids"; seen.write_text((seen.read_text() if seen.exists() else "") + f"{os.getpid()}\\n")
+if len(seen.read_text().split()) == 1: time.sleep(600)
+(out / "out").write_text("done")
+"""
+    _stage(tmp_path, "a", slow)
+    driver = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from recipes.lineage import Stage, run_lineage
+out = Path({str(tmp_path / "a")!r})
+def check(folder):
+    if not (folder / "out").is_file(): raise ValueError("nothing")
+stage = Stage("a", "slow", ("stage_a", str(out)), out, check, processes=0)
+print(run_lineage([stage], Path({str(tmp_path / "root")!r})))
+"""
+    first = subprocess.Popen([sys.executable, "-c", driver])
+    pids = tmp_path / "a" / "pids"
+    deadline = time.monotonic() + 60
+    while not (pids.exists() and pids.read_text().endswith("\n")):
+        assert time.monotonic() < deadline, "the stage did not start"
+        time.sleep(0.05)
+    worker = int(pids.read_text().split()[0])
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert Path(f"/proc/{worker}").exists()
+    subprocess.run([sys.executable, "-c", driver], check=True, timeout=120)
+    state = Path(f"/proc/{worker}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    assert json.loads((tmp_path / "root" / "stages" / "a.json").read_text())["done"]
