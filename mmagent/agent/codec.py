@@ -17,7 +17,7 @@ from mmagent.prompts import system_prompt, turn
 from mmagent.types import Observation, PatchedImage, Trajectory
 from mmagent.vocab import Vocab
 
-REMEMBERED = 512
+REMEMBERED = 64
 """Screens whose patches are kept: all rollouts of a group look at the same first one."""
 
 

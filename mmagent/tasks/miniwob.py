@@ -32,7 +32,7 @@ LONG = {
     "use-spinner": 20,
 }
 """Actions after which an episode ends; more on pages where the expert itself takes up to 15."""
-REMEMBERED = 512
+REMEMBERED = 128
 """Moments of a task whose observation is kept."""
 EXPERT_STEPS = 40
 RESTART = 6.0

@@ -18,7 +18,7 @@ from mmagent.worlds.seeds import seed_for
 T = TypeVar("T")
 STRIDE = 1_000_000
 """Items of one ``seed``; the next seed's begin behind them."""
-REMEMBERED = 256
+REMEMBERED = 64
 
 
 class PageScenes:
