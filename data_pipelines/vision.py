@@ -190,7 +190,7 @@ def distillation_stream(
             random = np.random.default_rng([config.seed, position])
             square = crop_square(picture.image, crop, random)
             images.append(patchify(resize(square, side, side), exact))
-            pixels.append(torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).float() / 255.0)
+            pixels.append(torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255.0)
             masks.append(mask_patches(images[-1].grid, geometry.merge_size, mask, random))
         keys = tuple(picture.key for picture in pictures)
         return MaskedVision(PackedVision.pack(images), torch.cat(masks), tuple(pixels), keys)

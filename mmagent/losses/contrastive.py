@@ -1,4 +1,5 @@
-"""The sigmoid image-text loss of SigLIP (arXiv 2303.15343), on one process or round a ring of ranks."""
+"""Losses between images and texts: SigLIP's sigmoid loss (arXiv 2303.15343), on one process or round a ring of ranks,
+and the classification of a caption's words."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmagent import dist
+from mmagent.types import Segments
 
 
 def sigmoid_pairs(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor, *, matched: bool) -> Tensor:
@@ -47,6 +49,20 @@ def sigmoid_loss(images: Tensor, texts: Tensor, log_scale: Tensor, bias: Tensor)
             for block in (leftward, rightward):
                 loss = loss + sigmoid_pairs(images, block, log_scale, bias, matched=False)
     return loss
+
+
+def word_loss(logits: Tensor, text_ids: Tensor, segments: Segments) -> Tensor:
+    """Sum over images of the cross-entropy between ``logits (I, V)`` and the caption's words: ``()``, in float32.
+
+    The target of an image shares its mass evenly over the distinct ids of its caption, the closing end left out; an
+    empty caption adds nothing (SuperClass, arXiv 2411.03313, without its weights by rarity).
+    """
+    inner = torch.ones_like(text_ids, dtype=torch.bool)
+    inner[segments.cu_seqlens[1:].long() - 1] = False
+    targets = logits.new_zeros(logits.shape, dtype=torch.float32)
+    targets[segments.ids()[inner], text_ids[inner]] = 1.0
+    targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1.0)
+    return -(targets * logits.float().log_softmax(dim=1)).sum()
 
 
 class _Ring(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.losses.contrastive import sigmoid_loss
+from mmagent.losses.contrastive import sigmoid_loss, word_loss
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.text_tower import TextTower
 from mmagent.protocols import VisionEncoder
@@ -20,12 +20,14 @@ from mmagent.types import PackedVision, PairedBatch, ParamRole, Ratio, Segments,
 @dataclass
 class AlignmentConfig:
     """``width`` of the common space. ``scale`` and ``bias`` are where the learned temperature and bias start (SigLIP,
-    arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``."""
+    arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``. ``words_weight`` adds a classifier of the
+    caption's words over the image's summary (SuperClass, arXiv 2411.03313): it needs no large batch to learn from."""
 
     width: int = 768
     scale: float = 10.0
     bias: float = -10.0
     max_scale: float = 100.0
+    words_weight: float = 0.0
 
 
 class Alignment(nn.Module):
@@ -41,31 +43,43 @@ class Alignment(nn.Module):
         self.encoder, self.text_tower, self.config = encoder, text_tower, config
         self.image_head = Linear(encoder.width, config.width)
         self.text_head = Linear(text_tower.width, config.width)
+        self.word_head = Linear(encoder.width, text_tower.config.vocab_size, bias=True) if config.words_weight else None
         # of shape (1,), for sharded engines have no place for scalars
         self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
         self.bias = nn.Parameter(torch.tensor([config.bias]))
 
     @property
     def weights(self) -> Mapping[str, float]:
-        return {"contrastive": 1.0}
+        words = {"words": self.config.words_weight} if self.word_head is not None else {}
+        return {"contrastive": 1.0, **words}
 
     def counts(self, batch: PairedBatch) -> dict[str, Tensor]:
-        return {"contrastive": torch.tensor(len(batch.keys), device=batch.text_ids.device)}
+        device = batch.text_ids.device
+        counts = {"contrastive": torch.tensor(len(batch.keys), device=device)}
+        if self.word_head is not None:
+            counts["words"] = torch.tensor(sum(n > 1 for n in batch.segments.lengths), device=device)
+        return counts
 
     def embed_images(self, vision: PackedVision) -> Tensor:
         """``(I, width)`` float32 of unit length."""
-        return F.normalize(self.image_head(self.encoder(vision).pooled).float(), dim=-1)
+        return self._project(self.encoder(vision).pooled)
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        return F.normalize(self.image_head(pooled).float(), dim=-1)
 
     def embed_texts(self, text_ids: Tensor, segments: Segments) -> Tensor:
         """``(N, width)`` float32 of unit length."""
         return F.normalize(self.text_head(self.text_tower(text_ids, segments)).float(), dim=-1)
 
     def forward(self, batch: PairedBatch) -> StepOutput:
-        images, texts = self.embed_images(batch.vision), self.embed_texts(batch.text_ids, batch.segments)
+        pooled = self.encoder(batch.vision).pooled
+        images, texts = self._project(pooled), self.embed_texts(batch.text_ids, batch.segments)
         with torch.autocast(images.device.type, enabled=False):
-            loss = sigmoid_loss(images, texts, self.log_scale, self.bias)
+            sums = {"contrastive": sigmoid_loss(images, texts, self.log_scale, self.bias)}
+        if self.word_head is not None:
+            sums["words"] = word_loss(self.word_head(pooled), batch.text_ids, batch.segments)
         with torch.no_grad():
-            return StepOutput({"contrastive": loss}, self._metrics(images, texts))
+            return StepOutput(sums, self._metrics(images, texts))
 
     def _metrics(self, images: Tensor, texts: Tensor) -> dict[str, Ratio]:
         """How often an image's own caption is the nearest of its micro-batch on this rank, and the temperature."""
@@ -88,6 +102,8 @@ class Alignment(nn.Module):
         roles |= {f"text_tower.{name}": role for name, role in self.text_tower.roles().items()}
         roles |= collect_roles(self.image_head, "projection", "image_head.")
         roles |= collect_roles(self.text_head, "projection", "text_head.")
+        if self.word_head is not None:
+            roles |= collect_roles(self.word_head, "projection", "word_head.")
         return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
 
     def blocks(self) -> Iterable[nn.Module]:

@@ -30,6 +30,10 @@ COLOURS = {
     "white": (242, 242, 242),
     "black": (32, 32, 32),
 }
+PLACES = (
+    *("top left", "top", "top right", "left", "centre", "right"),
+    *("bottom left", "bottom", "bottom right"),
+)
 WIDGETS = ("button", "checkbox", "radio", "field", "slider", "link")
 SPLITS = {"train": 0, "test": 1}
 SIDES = (112, 225)  # least and, exclusive, most pixels on a side where no size is asked for
@@ -38,10 +42,6 @@ _WORDS = (
     *("ok", "cancel", "send", "open", "save", "next", "back", "menu", "login", "search", "name", "email", "city"),
     *("date", "price", "total", "reply", "share", "delete", "edit", "add", "buy", "cart", "news", "help", "about"),
     *("home", "file", "view", "sort", "filter", "print", "copy", "paste", "undo", "zoom", "play", "stop", "one"),
-)
-_PLACES = (
-    *("top left", "top", "top right", "left", "centre", "right"),
-    *("bottom left", "bottom", "bottom right"),
 )
 _PHOTOS = {
     "natural": (
@@ -70,12 +70,15 @@ PHOTO_KINDS = tuple(_PHOTOS)
 
 @dataclass(frozen=True)
 class Scene:
-    """``image (h, w, 3)`` uint8, its ``caption``, the number of its main shape in :data:`SHAPES`, and two ``(h, w)``
-    int64 maps: ``shapes`` (0 for the ground, else 1 + shape) and ``materials``."""
+    """``image (h, w, 3)`` uint8, its ``caption``, of its largest shape the number in :data:`SHAPES`, the number of its
+    colour in :data:`COLOURS` and of its place in :data:`PLACES`, and two ``(h, w)`` int64 maps: ``shapes`` (0 for the
+    ground, else 1 + shape) and ``materials``."""
 
     image: np.ndarray
     caption: str
-    label: int
+    shape: int
+    colour: int
+    place: int
     shapes: np.ndarray
     materials: np.ndarray
 
@@ -88,33 +91,55 @@ class Captioned:
     caption: str
 
 
-def draw_scene(seed: int, split: str = "train", size: tuple[int, int] | None = None) -> Scene:
-    """One to three coloured shapes of some material on a ground of another. ``size`` is ``(height, width)`` pixels."""
+@dataclass(frozen=True)
+class _Level:
+    """How many shapes, how large (radius over the shorter side), and how many of :data:`MATERIALS` may occur."""
+
+    shapes: tuple[int, int]
+    radius: tuple[float, float]
+    materials: int
+
+
+_LEVELS = (_Level((1, 1), (0.22, 0.4), 1), _Level((1, 1), (0.15, 0.3), 8), _Level((1, 3), (0.13, 0.28), 8))
+LEVELS = len(_LEVELS)
+
+
+def draw_scene(seed: int, split: str = "train", size: tuple[int, int] | None = None, level: int | None = None) -> Scene:
+    """Coloured shapes of some material on a ground of another. ``size`` is ``(height, width)`` pixels.
+
+    ``level`` 0 shows one large plain shape on a plain ground, 1 one shape of any material, 2 up to three, which may
+    hide each other; None draws the level, too.
+    """
     random = _generator("scene", seed, split)
+    drawn = int(random.integers(LEVELS))
+    if level is not None and not 0 <= level < LEVELS:
+        raise ValueError(f"scenes have levels 0 to {LEVELS - 1}, not {level}")
+    rules = _LEVELS[drawn if level is None else level]
     height, width = size or _size(random)
     names = list(COLOURS)
     tint = int(random.integers(len(names)))
-    ground = int(random.integers(len(MATERIALS)))
+    ground = int(random.integers(rules.materials))
     image = _material(MATERIALS[ground], _soften(COLOURS[names[tint]]), height, width, random)
     shapes = np.zeros((height, width), dtype=np.int64)
     materials = np.full((height, width), ground, dtype=np.int64)
-    placed: list[tuple[float, int, str, tuple[float, float]]] = []
-    for _ in range(int(random.integers(1, 4))):
-        radius = float(random.uniform(0.13, 0.28)) * min(height, width)
+    placed: list[tuple[float, int, int, int]] = []
+    for _ in range(int(random.integers(rules.shapes[0], rules.shapes[1] + 1))):
+        radius = float(random.uniform(*rules.radius)) * min(height, width)
         centre = (float(random.uniform(radius, height - radius)), float(random.uniform(radius, width - radius)))
         shape, colour = int(random.integers(len(SHAPES))), int(random.integers(len(names)))
         colour = (colour + 1) % len(names) if colour == tint else colour
-        material = int(random.integers(len(MATERIALS)))
+        material = int(random.integers(rules.materials))
         inside = _silhouette(SHAPES[shape], centre, radius, float(random.uniform(-0.5, 0.5)), height, width)
         fill = _material(MATERIALS[material], COLOURS[names[colour]], height, width, random)
         image[inside] = fill[inside]
         shapes[inside], materials[inside] = shape + 1, material
-        placed.append((radius, shape, _a(f"{names[colour]} {SHAPES[shape]}"), centre))
+        placed.append((radius, shape, colour, 3 * int(3 * centre[0] / height) + int(3 * centre[1] / width)))
     noise = _noise()[_window(height, width, _noise().shape, random)]
     image = np.clip(image.astype(np.int16) + noise[..., None], 0, 255).astype(np.uint8)
     placed.sort(key=lambda item: -item[0])
-    said = ", ".join(f"{words} in the {_place(centre, height, width)}" for _, _, words, centre in placed)
-    return Scene(image, f"{said}, on {_a(names[tint])} ground", placed[0][1], shapes, materials)
+    said = ", ".join(f"{_a(f'{names[c]} {SHAPES[s]}')} in the {PLACES[p]}" for _, s, c, p in placed)
+    _, shape, colour, place = placed[0]
+    return Scene(image, f"{said}, on {_a(names[tint])} ground", shape, colour, place, shapes, materials)
 
 
 def draw_panel(seed: int, split: str = "train", size: tuple[int, int] | None = None) -> Captioned:
@@ -168,10 +193,6 @@ def _size(random: np.random.Generator) -> tuple[int, int]:
 def _soften(colour: Sequence[int]) -> tuple[int, ...]:
     """Grounds are paler than what stands on them."""
     return tuple(round(0.55 * c + 0.45 * 150) for c in colour)
-
-
-def _place(centre: tuple[float, float], height: int, width: int) -> str:
-    return _PLACES[3 * int(3 * centre[0] / height) + int(3 * centre[1] / width)]
 
 
 def _a(words: str) -> str:

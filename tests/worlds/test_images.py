@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from mmagent.worlds.images import COLOURS, MATERIALS, PHOTO_KINDS, SHAPES, crop_photo, draw_panel, draw_scene
+from mmagent.worlds.images import COLOURS, MATERIALS, PHOTO_KINDS, PLACES, SHAPES, crop_photo, draw_panel, draw_scene
 
 
 def test_a_seed_gives_the_same_picture_for_ever():
@@ -30,12 +30,13 @@ def test_splits_never_share_a_picture():
 def test_maps_fit_the_picture_and_the_words():
     seen_shapes, seen_materials = set(), set()
     for seed in range(80):
-        scene = draw_scene(seed)
+        scene = draw_scene(seed, level=2)
         assert scene.image.shape == (*scene.shapes.shape, 3)
         assert scene.materials.shape == scene.shapes.shape
         named = {1 + n for n, name in enumerate(SHAPES) if name in scene.caption}
         assert set(np.unique(scene.shapes)) - {0} <= named  # a shape may hide behind another
-        assert SHAPES[scene.label] in scene.caption.split(" in the ")[0]
+        main = f"{list(COLOURS)[scene.colour]} {SHAPES[scene.shape]} in the {PLACES[scene.place]}"
+        assert scene.caption.split(",")[0].split(" ", 1)[1] == main
         assert not any(f" {material} " in scene.caption for material in MATERIALS)
         seen_shapes |= set(np.unique(scene.shapes))
         seen_materials |= set(np.unique(scene.materials))
@@ -45,8 +46,8 @@ def test_maps_fit_the_picture_and_the_words():
 
 def test_a_plain_shape_has_the_colour_its_caption_names():
     checked = 0
-    for seed in range(200):
-        scene = draw_scene(seed, size=(120, 120))
+    for seed in range(60):
+        scene = draw_scene(seed, size=(120, 120), level=1)
         plain = (scene.shapes > 0) & (scene.materials == 0)
         if scene.caption.count(" in the ") == 1 and plain.any():
             colour = scene.caption.split()[1]
@@ -54,6 +55,17 @@ def test_a_plain_shape_has_the_colour_its_caption_names():
             assert np.abs(mean - COLOURS[colour]).max() < 12
             checked += 1
     assert checked > 3
+
+
+def test_levels_grade_the_difficulty():
+    for seed in range(20):
+        easy, hard = draw_scene(seed, level=0), draw_scene(seed, level=2)
+        assert set(np.unique(easy.materials)) == {0}
+        assert len(np.unique(easy.shapes)) == 2
+        assert easy.caption.count(" in the ") == 1
+        assert hard.caption.count(" in the ") <= 3
+    with pytest.raises(ValueError, match="levels 0 to 2"):
+        draw_scene(0, level=3)
 
 
 def test_sizes_are_what_was_asked_for():

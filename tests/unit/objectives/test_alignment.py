@@ -78,6 +78,26 @@ def test_the_loss_is_the_sigmoid_loss_of_images_and_texts_embedded_one_by_one():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_words_are_classified_and_empty_captions_add_nothing():
+    pairs = batch()
+    torch.manual_seed(0)
+    model = Alignment(
+        CogViT(CogViTConfig(width=32, depth=1, heads=2, ffn=64)),
+        TextTower(text_debug(50)),
+        AlignmentConfig(width=16, words_weight=0.5),
+    )
+    out = model(pairs)
+    logits = model.word_head(model.encoder(pairs.vision).pooled)
+    expected = 0.0
+    for row, ids in zip(logits, pairs.text_ids.split(LENGTHS), strict=True):
+        words = sorted(set(ids[:-1].tolist()))
+        expected -= sum(row.log_softmax(0)[word].item() / len(words) for word in words)
+    assert out.sums["words"].item() == pytest.approx(expected, rel=1e-4)
+    assert int(model.counts(pairs)["words"]) == 3  # the caption of one id is nothing but its end
+    assert model.weights["words"] == 0.5
+    assert set(model.roles()) == {name for name, _ in model.named_parameters()}
+
+
 def test_every_parameter_has_a_role_and_a_learning_rate_of_its_own():
     model = alignment()
     roles = model.roles()
