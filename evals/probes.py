@@ -159,8 +159,8 @@ def class_mean_accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 @dataclass(frozen=True)
 class ProbeSets:
-    """What :func:`probe_encoder` asks about: ``digits`` written by hand (scikit-learn's), ``scenes`` of one plain shape, and
-    ``places``: scenes of several shapes with maps. Pairs of a training and a test set, never trained on."""
+    """What :func:`probe_encoder` asks about: ``digits`` written by hand (scikit-learn's), ``scenes`` of one plain
+    shape, and ``places``: scenes of several shapes with maps. Pairs of a training and a test set, never trained on."""
 
     digits: tuple[LabelledImages, LabelledImages]
     scenes: tuple[LabelledImages, LabelledImages]

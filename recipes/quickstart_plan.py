@@ -38,12 +38,13 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     """All stages in order; without a ``browser`` those that look at pages are left out."""
     stages = [_data(root, size)]
     stages += [_teacher(root, kind, size, processes) for kind in ("siglip2", "dinov3")]
-    stages.append(_distil(root, size, processes))
+    stages += [_distil(root, size, processes, only) for only in ("", "siglip2", "dinov3")]
     vocabulary = f"tokenizer={root}/data/tokenizer.json"
     preset = ("--preset", size)
     align = ("recipes.align_encoder", *preset, f"init={root}/distill/encoder", vocabulary, f"output={root}/align")
     about = "contrast images with captions at native resolution, packed"
     stages.append(Stage("align", about, align, root / "align", _encoder, 45, processes))
+    stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
     pretrain += _shards(root, "pretrain", browser)
     untrained = ("recipes.pretrain", *preset, vocabulary, *_shards(root, "pretrain", browser), "phases=[]")
@@ -80,10 +81,22 @@ def _teacher(root: Path, kind: str, size: str, processes: int) -> Stage:
     return Stage(f"teacher-{kind}", about, arguments, output, _file("teacher/model.safetensors"), 30, processes)
 
 
-def _distil(root: Path, size: str, processes: int) -> Stage:
-    sources = tuple(f"teachers.{kind}.source={root}/teachers/{kind}/teacher" for kind in ("siglip2", "dinov3"))
-    arguments = ("recipes.distill_encoder", "--preset", size, *sources, f"output={root}/distill")
-    return Stage("distill", "CogViT learns from both teachers", arguments, root / "distill", _encoder, 60, processes)
+def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
+    """From both teachers, or from ``only`` one of them, to compare with."""
+    name = f"distill-{only}" if only else "distill"
+    kinds = (only,) if only else ("siglip2", "dinov3")
+    sources = tuple(f"teachers.{kind}.source={root}/teachers/{kind}/teacher" for kind in kinds)
+    arguments = ("recipes.distill_encoder", "--preset", size, *sources, f"output={root}/{name}")
+    about = f"the same from {only} alone, to compare with" if only else "CogViT learns from both teachers"
+    return Stage(name, about, arguments, root / name, _encoder, 40, processes)
+
+
+def _probes(root: Path, size: str) -> Stage:
+    names = {"siglip2": "distill-siglip2", "dinov3": "distill-dinov3", "both": "distill", "aligned": "align"}
+    pairs = tuple(f"{name}={root}/{folder}/encoder" for name, folder in names.items())
+    images = ("--images", "60" if size == "debug" else "600")
+    arguments = ("recipes.probe_encoders", *pairs, f"output={root}/probes", *images)
+    return Stage("probes", "what each encoder knows", arguments, root / "probes", _file("probes.json"), 25, 0)
 
 
 def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def test_a_bad_sample_on_one_rank_is_named_on_all(parallel):
 
 
 def uneven(world: World) -> str:
-    toy = toy_run(Path("unused"), ALONE).objective
+    toy = toy_run(Path(f"rank{world.rank}"), ALONE).objective  # one folder a rank: each is the only writer of its own
     engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("fsdp2"), world)
     batches = [ToyBatch(torch.ones(1, 6))] * (1 + world.rank)
     return message_of(ValueError, lambda: train_step(toy, engine, batches, world))
