@@ -7,6 +7,7 @@ OmegaConf checks types and interpolates; no ``DictConfig`` leaves this file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ class ConfigError(ValueError):
 def resolve(default: T, argv: Sequence[str] | None = None) -> T:
     """``default`` (a dataclass instance) + YAML files + ``dotted.key=value`` overrides, as plain dataclasses.
 
-    Arguments that contain ``=`` are overrides; others are YAML files, applied in order before them.
+    Arguments that contain ``=`` are overrides; others are YAML files, applied in order before them. An item of a list
+    goes by its number: ``phases.0.steps=20``.
     Raises :class:`ConfigError` for an unknown key, with the nearest known name, or a value of a wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -37,13 +39,35 @@ def resolve(default: T, argv: Sequence[str] | None = None) -> T:
         if not Path(path).is_file():
             raise ConfigError(f"{path!r} is neither a YAML file nor an override of the form key=value")
         config = _merge(default, config, OmegaConf.load(path), path)
-    overrides = [a for a in argv if "=" in a]
-    if overrides:
-        config = _merge(default, config, OmegaConf.from_dotlist(overrides), "the command line")
+    for override in (a for a in argv if "=" in a):
+        config = _override(default, config, override)
     try:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
+
+
+def _override(default: Any, config: DictConfig, override: str) -> DictConfig:
+    """``key=value`` into ``config``; merging alone would not reach into lists."""
+    key, origin = override.partition("=")[0], "the command line"
+    path = key.replace("[", ".").replace("]", "").split(".")
+    for n, part in enumerate(path[1:], 1):
+        with contextlib.suppress(OmegaConfBaseException):  # an unknown key is named by the merge below
+            items = OmegaConf.select(config, ".".join(path[:n]))
+            if isinstance(items, ListConfig):
+                if not part.isdigit() or int(part) >= len(items):
+                    raise ConfigError(f"{key}: {'.'.join(path[:n])} has {len(items)} items, numbered from 0 ({origin})")
+                return _update(config, key, override, origin)
+    return _merge(default, config, OmegaConf.from_dotlist([override]), origin)
+
+
+def _update(config: DictConfig, key: str, override: str, origin: str) -> DictConfig:
+    value = OmegaConf.from_dotlist(["value=" + override.partition("=")[2]])["value"]
+    try:
+        OmegaConf.update(config, key, value)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {_first_line(error)} (in {origin})") from error
+    return config
 
 
 def _merge(default: Any, config: DictConfig, overlay: Any, origin: str) -> DictConfig:
@@ -56,6 +80,8 @@ def _merge(default: Any, config: DictConfig, overlay: Any, origin: str) -> DictC
         raise ConfigError(f"unknown config key {key!r} in {origin}{hint}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or error.key}: {_first_line(error)} (in {origin})") from error
+    except TypeError as error:  # a mapping where a list stands, or the other way round
+        raise ConfigError(f"{', '.join(overlay)}: {_first_line(error)} (in {origin})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -21,12 +21,20 @@ class DataConfig:
 
 
 @dataclass
+class Phase:
+    name: str = "all"
+    steps: int = 5
+    freeze: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Config:
     steps: int = 10
     lr: float = 1e-3
     fast: bool = False
     note: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
+    phases: list[Phase] = field(default_factory=lambda: [Phase("first"), Phase("second")])
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -57,6 +65,12 @@ def test_what_comes_out_is_plain():
     assert not any(isinstance(v, DictConfig | ListConfig) for v in vars(config).values())
 
 
+def test_items_of_lists_go_by_their_number():
+    config = resolve(Config(), ["phases.1.steps=7", "phases[0].freeze=[encoder]", "data.sizes.0=9"])
+    assert config.phases == [Phase("first", freeze=["encoder"]), Phase("second", steps=7)]
+    assert config.data.sizes == [9, 2]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -67,6 +81,11 @@ def test_what_comes_out_is_plain():
         ("lr=fast", r"^lr: "),
         ("fast=perhaps", r"^fast: "),
         ("data.sizes=[1,x]", r"sizes"),
+        ("data.sizes.2=3", r"^data.sizes.2: data.sizes has 2 items, numbered from 0"),
+        ("phases.last.steps=3", r"^phases.last.steps: phases has 2 items"),
+        ("phases.0.stepz=3", r"^phases.0.stepz: .*Did you mean: 'steps'"),
+        ("phases.0.steps=many", r"^phases.0.steps: .*many"),
+        ("phases={steps: 3}", r"^phases: "),
     ],
 )
 def test_typos_and_wrong_types_are_refused_by_name(override, message):
@@ -108,7 +127,8 @@ def test_yaml_round_trips(tmp_path_factory, steps, lr, fast, note, sizes):
 
 
 def test_known_keys_are_dotted():
-    assert known_keys(Config()) == ["steps", "lr", "fast", "note", "data", "data.path", "data.weights", "data.sizes"]
+    data = ["data", "data.path", "data.weights", "data.sizes"]
+    assert known_keys(Config()) == ["steps", "lr", "fast", "note", *data, "phases"]
 
 
 def test_the_command_line(capsys):
