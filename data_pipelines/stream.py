@@ -215,12 +215,14 @@ class PackStream(Iterator[list[PackedBatch]]):
 
     def _prepare(self) -> _Step:
         """Plan the group's packs of one step, and decode those dealt to this rank."""
+        before = self.quarantine.total
         each = self.config.packs_per_step // self.config.streams
         plans = [self._packers[n].next() for _ in range(each) for n in self._packers]
         costs = [self.config.cost(plan.cost()) for plan in plans]
         mine = balance(costs, self._group)[self._place]
         batches = [self._decode(plans[n]) for n in mine]
-        return _Step(batches, self._packer_states(), self._measure(batches))
+        quarantined = float(self.quarantine.total - before)  # of this step: a running sum would not survive a kill
+        return _Step(batches, self._packer_states(), {**self._measure(batches), "data/quarantined": quarantined})
 
     def _decode(self, plan: PackPlan) -> PackedBatch:
         run = map if self._decoders is None else self._decoders.map
@@ -252,7 +254,6 @@ class PackStream(Iterator[list[PackedBatch]]):
             "data/fill_patches": sum(b.num_patches for b in batches)
             / (len(batches) * self.config.patches_per_microbatch),
             "data/documents": float(sum(len(batch.keys) for batch in batches)),
-            "data/quarantined": float(self.quarantine.total),
             **{f"data/epoch/{name}": first.epoch(name) for name in first.sources},
         }
 

@@ -114,7 +114,7 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         self.steps += 1
         patches = sum(batch.vision.patches.shape[0] for batch in batches)
         self.metrics = {
-            "data/wait_s": time.perf_counter() - started,
+            "time/data": time.perf_counter() - started,
             "data/images": float(sum(len(batch.keys) for batch in batches)),
             "data/fill_patches": patches / (len(batches) * self.config.patches_per_microbatch),
         }

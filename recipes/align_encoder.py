@@ -15,6 +15,7 @@ from data_pipelines.galleries import built_in
 from data_pipelines.vision import VisionStreamConfig, pair_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.checkpoint import gather_weights
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
@@ -96,8 +97,9 @@ def main() -> None:
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
     fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=[*hooks, LeaveOnSignal(run)])
     stream.close()
+    weights = gather_weights(encoder)  # by all ranks, for they may be sharded
     if world.is_main:
-        save_encoder(run.directory / "encoder", encoder, geometry)
+        save_encoder(run.directory / "encoder", encoder, geometry, weights=weights)
     dist.shutdown()
 
 

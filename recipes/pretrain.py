@@ -16,6 +16,7 @@ from data_pipelines.stream import PackStream, StreamConfig
 from mmagent import dist
 from mmagent.chat import ChatConfig
 from mmagent.config import parse_cli
+from mmagent.engine.checkpoint import gather_weights
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
@@ -131,10 +132,16 @@ def train(config: Config, title: str) -> None:
             print(phase.describe(start), flush=True)
         fit(run, objective, engine, stream, steps=end, schedule=phase.rate(start), hooks=hooks)
     stream.close()
+    weights = gather_weights(model)  # by all ranks, for they may be sharded
     if world.is_main:
-        save_agent(run.directory / "agent", model, vocab, geometry, chat)
+        save_agent(run.directory / "agent", model, vocab, geometry, chat, weights=weights)
     dist.shutdown()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Parse and train."""
     train(parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or ""), "pretrain")
+
+
+if __name__ == "__main__":
+    main()

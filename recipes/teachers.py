@@ -93,6 +93,8 @@ def backbone(config: Config) -> Any:
 def main() -> None:
     """Build backbone, objective, engine, stream and run; fit; save the teacher's folder."""
     config = parse_cli({"siglip2": siglip2, "dinov3": dinov3}, __doc__ or "")
+    if config.engine.parallel == "fsdp2":
+        raise ConfigError("engine.parallel: a teacher is written by transformers, which needs whole weights; use ddp")
     world = dist.init()
     dist.seed_everything(config.seed)
     encoder = BackboneEncoder(wrap(backbone(config)))

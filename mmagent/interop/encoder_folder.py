@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from mmagent.config import load_yaml, to_yaml
 from mmagent.geometry import GeometryConfig
@@ -34,13 +37,16 @@ class Encoder(NamedTuple):
     geometry: GeometryConfig
 
 
-def save_encoder(folder: Path | str, encoder: CogViT, geometry: GeometryConfig) -> None:
-    """Write the folder beside its place and move it there whole, replacing an older one."""
+def save_encoder(
+    folder: Path | str, encoder: CogViT, geometry: GeometryConfig, *, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the folder beside its place and move it there whole, replacing an older one. ``weights`` is the full state
+    dict of a sharded encoder, gathered by all ranks; one rank writes."""
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".new")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_weights(encoder, beside / WEIGHTS)
+    save_weights(encoder if weights is None else weights, beside / WEIGHTS)
     (beside / CONFIG).write_text(to_yaml(EncoderConfig(encoder.config, geometry)), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

@@ -1,0 +1,63 @@
+"""Every training recipe at debug size on data that needs no browser, each on what the one before it leaves."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from data_pipelines.build import BuildConfig, build
+from mmagent.train.hooks import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+RECIPES = ("teacher-siglip2", "teacher-dinov3", "distill", "align", "pretrain", "sft")
+STEPS = 4
+
+
+def make_data(folder: Path) -> None:
+    """Shards and a vocabulary from drawn scenes and texts."""
+    pretrain = {"captions": 40, "interleaved": 20, "text": 40}
+    build(BuildConfig(folder=str(folder), pretrain=pretrain, browser="none", vocab_size=600))
+
+
+def arguments(recipe: str, root: Path, output: Path) -> list[str]:
+    """``MODULE --preset ...`` of a recipe whose inputs lie in ``root``, the outputs of :func:`train_all`."""
+    tokenizer, shards = f"tokenizer={root}/data/tokenizer.json", f"data.folder={root}/data/pretrain"
+    end = [f"output={output}"]
+    teacher = [f"steps={STEPS}", "width=32", "depth=2", "heads=2", "save_every=2", "data.images_per_step=8"]
+    teacher += ["data.patches_per_microbatch=256", tokenizer, *end]
+    sources = [f"teachers.{kind}.source={root}/teacher-{kind}/teacher" for kind in ("siglip2", "dinov3")]
+    return {
+        "teacher-siglip2": ["recipes.teachers", "--preset", "siglip2", *teacher],
+        "teacher-dinov3": ["recipes.teachers", "--preset", "dinov3", *teacher],
+        "distill": ["recipes.distill_encoder", "--preset", "debug", *sources, *end],
+        "align": ["recipes.align_encoder", "--preset", "debug", f"init={root}/distill/encoder", tokenizer, *end],
+        "pretrain": ["recipes.pretrain", "--preset", "debug", f"encoder={root}/align/encoder", tokenizer, shards, *end],
+        "sft": ["recipes.sft", "--preset", "debug", f"init={root}/pretrain/agent", shards, *end],
+    }[recipe]
+
+
+def run_here(recipe: str, root: Path, output: Path, *overrides: str) -> list[dict[str, Any]]:
+    """One recipe in this process; the rows of its log."""
+    module, *rest = arguments(recipe, root, output)
+    with mock.patch.object(sys, "argv", [module, *rest, *overrides]):
+        importlib.import_module(module).main()
+    return read_jsonl(output / "log.jsonl")
+
+
+def train_all(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Data and all recipes in order, into folders of their names; ``{recipe: rows}``."""
+    make_data(root / "data")
+    return {recipe: run_here(recipe, root, root / recipe) for recipe in RECIPES}
+
+
+def start(recipe: str, root: Path, output: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """One recipe as a user launches it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", *arguments(recipe, root, output), *overrides]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
