@@ -18,7 +18,7 @@ from data_pipelines.shards import ShardSet
 from mmagent.chat import Text
 from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
-from mmagent.worlds.images import PHOTO_KINDS, crop_photo, draw_panel, draw_scene
+from mmagent.worlds.images import LEVELS, PHOTO_KINDS, crop_photo, draw_panel, draw_scene
 
 _PATTERN = 1000  # positions after which a mixture's order of galleries repeats
 _ATTEMPTS = 100  # samples tried in place of one that cannot be used
@@ -26,11 +26,13 @@ _ATTEMPTS = 100  # samples tried in place of one that cannot be used
 
 @dataclass(frozen=True)
 class Picture:
-    """``image (height, width, 3)`` uint8 with the text that belongs to it; ``key`` names it in every error."""
+    """``image (height, width, 3)`` uint8 with the text that belongs to it; ``key`` names it in every error. ``classes
+    (height, width)`` int64 says what every pixel is, where that is known."""
 
     image: np.ndarray
     caption: str
     key: str
+    classes: np.ndarray | None = None
 
 
 class Gallery(Protocol):
@@ -122,11 +124,17 @@ def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gal
 
 
 def built_in(mix: Mapping[str, float]) -> Gallery:
-    """Galleries that need no download, under their weights: ``scenes``, ``panels`` and the kinds of photographs."""
+    """Galleries that need no download, under their weights: ``scenes``, or their levels apart (``scenes0`` is the
+    plainest), ``panels`` and the kinds of photographs. The classes of scenes are their materials."""
 
-    def scenes(position: int) -> Picture:
-        scene = draw_scene(position)
-        return Picture(scene.image, scene.caption, f"scene-{position}")
+    def scenes(level: int | None) -> Gallery:
+        name = "scene" if level is None else f"scene{level}"
+
+        def draw(position: int) -> Picture:
+            scene = draw_scene(position, level=level)
+            return Picture(scene.image, scene.caption, f"{name}-{position}", scene.materials)
+
+        return draw
 
     def panels(position: int) -> Picture:
         panel = draw_panel(position)
@@ -139,4 +147,5 @@ def built_in(mix: Mapping[str, float]) -> Gallery:
 
         return pick
 
-    return mixed({"scenes": scenes, "panels": panels, **{kind: photos(kind) for kind in PHOTO_KINDS}}, mix)
+    drawn = {"scenes": scenes(None), **{f"scenes{level}": scenes(level) for level in range(LEVELS)}, "panels": panels}
+    return mixed({**drawn, **{kind: photos(kind) for kind in PHOTO_KINDS}}, mix)

@@ -22,7 +22,7 @@ from data_pipelines.galleries import Gallery, Picture
 from data_pipelines.masking import MaskConfig, mask_patches
 from data_pipelines.mixture import digest
 from mmagent.dist import World
-from mmagent.geometry import GeometryConfig, patchify, resize
+from mmagent.geometry import GeometryConfig, patch_labels, patchify, resize
 from mmagent.types import MaskedVision, PackedVision, PairedBatch, PatchedImage, Segments
 from mmagent.vocab import Vocab
 
@@ -185,15 +185,18 @@ def distillation_stream(
     def build(pictures: Sequence[Picture], positions: Sequence[int], length: int) -> MaskedVision:
         side = _square_side(length, geometry)
         exact = replace(geometry, min_tokens=1, max_tokens=max(geometry.max_tokens, length))
-        images, pixels, masks = [], [], []
+        images, pixels, masks, classes = [], [], [], []
         for picture, position in zip(pictures, positions, strict=True):
             random = np.random.default_rng([config.seed, position])
-            square = crop_square(picture.image, crop, random)
+            window = crop_window(picture.image.shape[:2], crop, random)
+            square = picture.image[window]
             images.append(patchify(resize(square, side, side), exact))
             pixels.append(torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255.0)
             masks.append(mask_patches(images[-1].grid, geometry.merge_size, mask, random))
+            known = None if picture.classes is None else picture.classes[window]
+            classes.append(_patch_classes(known, images[-1].grid, geometry.merge_size))
         keys = tuple(picture.key for picture in pictures)
-        return MaskedVision(PackedVision.pack(images), torch.cat(masks), tuple(pixels), keys)
+        return MaskedVision(PackedVision.pack(images), torch.cat(masks), tuple(pixels), keys, torch.cat(classes))
 
     return VisionStream(config, gallery, build, world)
 
@@ -235,13 +238,19 @@ def caption_ids(caption: str, vocab: Vocab, max_text: int) -> list[int]:
     return [*vocab.encode(caption)[: max_text - 1], vocab.pad_id]
 
 
-def crop_square(image: np.ndarray, config: CropConfig, random: np.random.Generator) -> np.ndarray:
-    """A square of ``(height, width, 3)`` at a random place."""
-    height, width = image.shape[:2]
+def _patch_classes(known: np.ndarray | None, grid: Sequence[int], merge_size: int) -> torch.Tensor:
+    if known is None:
+        return torch.full((math.prod(grid),), -1)
+    return patch_labels(known, grid, merge_size)
+
+
+def crop_window(size: Sequence[int], config: CropConfig, random: np.random.Generator) -> tuple[slice, slice]:
+    """A square at a random place of ``(height, width)``: its rows and columns."""
+    height, width = size
     share = math.sqrt(random.uniform(config.min_area, 1.0))
     side = max(round(min(height, width) * share), 1)
     top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
-    return image[top : top + side, left : left + side]
+    return slice(top, top + side), slice(left, left + side)
 
 
 def _square_side(length: int, geometry: GeometryConfig) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.geometry import GeometryConfig, patch_coordinates, patchify
+from mmagent.geometry import GeometryConfig, patch_labels, patchify
 from mmagent.protocols import VisionEncoder
 from mmagent.types import PackedVision
 from mmagent.worlds.images import draw_scene
@@ -136,21 +136,6 @@ class _Ridge:
         return ((x - self.x_mean) @ (self.vectors @ (self.right / damped[:, None])) + self.y_mean).argmax(dim=1)
 
 
-def patch_labels(mask: np.ndarray, grid: Sequence[int], geometry: GeometryConfig) -> Tensor:
-    """The commonest class of a ``(height, width)`` map under every patch, in the stream's order: ``(p,)`` int64."""
-    _, rows, cols = grid
-    tops = np.linspace(0, mask.shape[0], rows + 1).round().astype(int)
-    lefts = np.linspace(0, mask.shape[1], cols + 1).round().astype(int)
-    classes = int(mask.max()) + 1
-    counts = np.zeros((rows, cols, classes))
-    for c in range(classes):
-        area = np.pad((mask == c).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-        corner = area[np.ix_(tops, lefts)]
-        counts[:, :, c] = corner[1:, 1:] - corner[:-1, 1:] - corner[1:, :-1] + corner[:-1, :-1]
-    at = patch_coordinates(grid, geometry.merge_size)
-    return torch.from_numpy(counts.argmax(axis=2))[at[:, 0], at[:, 1]]
-
-
 def class_mean_accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Accuracy averaged over the classes that occur, so that the background does not decide."""
     classes = labels.unique()
@@ -239,7 +224,12 @@ def probe_scores(encoder: nn.Module, geometry: GeometryConfig, sets: ProbeSets) 
     both = [extract(encoder, part.images, geometry) for part in sets.places]
     for question in sets.places[0].maps:
         answers = [
-            torch.cat([patch_labels(m, g, geometry) for m, g in zip(p.maps[question], f.grids.tolist(), strict=True)])
+            torch.cat(
+                [
+                    patch_labels(m, g, geometry.merge_size)
+                    for m, g in zip(p.maps[question], f.grids.tolist(), strict=True)
+                ]
+            )
             for p, f in zip(sets.places, both, strict=True)
         ]
         scores[f"dense/{question}"] = linear_accuracy(both[0].tokens, answers[0], both[1].tokens, answers[1])

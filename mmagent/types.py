@@ -342,15 +342,19 @@ class PairedBatch:
 @dataclass(frozen=True)
 class MaskedVision:
     """Images for distillation: ``vision``, ``masked (P,)`` bool (true where the student is blind), and the
-    untouched RGB ``pixels`` (I of ``(3, height, width)`` float32 in [0, 1]) that the teachers look at."""
+    untouched RGB ``pixels`` (I of ``(3, height, width)`` float32 in [0, 1]) that the teachers look at; ``classes (P,)``
+    int64 says what is known of the patches, -1 for nothing."""
 
     vision: PackedVision
     masked: Tensor
     pixels: tuple[Tensor, ...]
     keys: tuple[str, ...]
+    classes: Tensor | None = None
 
     def __post_init__(self) -> None:
         images = self.vision.grids.shape[0]
+        if self.classes is not None and self.classes.shape != self.masked.shape:
+            raise ValueError(f"classes {tuple(self.classes.shape)} for masked {tuple(self.masked.shape)}")
         if self.masked.shape != (self.vision.patches.shape[0],):
             raise ValueError(f"masked {tuple(self.masked.shape)} for {self.vision.patches.shape[0]} patches")
         if len(self.pixels) != images or len(self.keys) != images:
@@ -366,6 +370,7 @@ class MaskedVision:
             self.masked.to(device, non_blocking=non_blocking),
             tuple(p.to(device, non_blocking=non_blocking) for p in self.pixels),
             self.keys,
+            None if self.classes is None else self.classes.to(device, non_blocking=non_blocking),
         )
 
 

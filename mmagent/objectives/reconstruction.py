@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmagent.geometry import patch_coordinates
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
+from mmagent.models.teachers import resize_pixels
 from mmagent.protocols import VisionEncoder
 from mmagent.types import MaskedVision, ParamRole, Ratio, StepOutput
 
@@ -23,10 +24,13 @@ _WINDOW = 16  # pixels of a patch at which its frequencies are measured; a windo
 @dataclass
 class ReconstructionConfig:
     """``cells``: a patch is described in ``cells x cells`` parts. ``visible_weight``: the same loss on seen patches,
-    where it asks for a description and not for a guess."""
+    where it asks for a description and not for a guess. ``classes`` adds a classifier of that many classes over seen
+    patches, where the batch says what they are; ``classes_weight`` weighs it."""
 
     cells: int = 2
     visible_weight: float = 0.5
+    classes: int = 0
+    classes_weight: float = 1.0
 
 
 class MaskedReconstruction(nn.Module):
@@ -35,7 +39,8 @@ class MaskedReconstruction(nn.Module):
 
     The targets are those of MaskFeat (arXiv 2112.09133), histograms of oriented gradients, and beside them mean colours
     and how much each band of spatial frequencies holds, whichever way it is turned: what tells materials apart. The
-    loss is the mean squared error over a patch's values. The encoder must accept ``masked=``.
+    loss is the mean squared error over a patch's values. The encoder must accept ``masked=``. Beside them it may learn
+    what patches are, from maps (``config.classes``): supervision, where a world knows the truth.
     """
 
     def __init__(self, encoder: nn.Module, config: ReconstructionConfig):
@@ -43,39 +48,64 @@ class MaskedReconstruction(nn.Module):
         assert isinstance(encoder, VisionEncoder)
         self.encoder, self.config = encoder, config
         self.head = Linear(encoder.width, config.cells**2 * (ORIENTATIONS + 3) + len(RINGS) - 1, bias=True)
+        self.class_head = Linear(encoder.width, config.classes, bias=True) if config.classes else None
 
     @property
     def weights(self) -> Mapping[str, float]:
-        return {"hidden": 1.0, "visible": self.config.visible_weight}
+        classes = {"classes": self.config.classes_weight} if self.class_head is not None else {}
+        return {"hidden": 1.0, "visible": self.config.visible_weight, **classes}
 
     def counts(self, batch: MaskedVision) -> dict[str, Tensor]:
         hidden = batch.masked.sum()
-        return {"hidden": hidden, "visible": batch.masked.shape[0] - hidden}
+        counts = {"hidden": hidden, "visible": batch.masked.shape[0] - hidden}
+        if self.class_head is not None:
+            counts["classes"] = (self._classes(batch) >= 0).sum()
+        return counts
+
+    def _classes(self, batch: MaskedVision) -> Tensor:
+        """``(P,)``: -1 where a patch is hidden or nothing is known of it."""
+        known = torch.full_like(batch.masked, -1, dtype=torch.int64) if batch.classes is None else batch.classes
+        return torch.where(batch.masked, -1, known)
 
     def forward(self, batch: MaskedVision) -> StepOutput:
-        answers = self.head(self.encoder(batch.vision, masked=batch.masked).tokens).float()
+        tokens = self.encoder(batch.vision, masked=batch.masked).tokens
+        answers = self.head(tokens).float()
         with torch.no_grad():
             targets = self.targets(batch)
         errors = (answers - targets).square().mean(dim=1)
         sums = {"hidden": errors[batch.masked].sum(), "visible": errors[~batch.masked].sum()}
-        spread = (targets - targets.mean(dim=0)).square().mean(dim=1)[batch.masked].sum()
-        return StepOutput(sums, {"unexplained": Ratio(sums["hidden"].detach(), spread)})
+        spread = targets.square().mean(dim=1)[batch.masked].sum()
+        metrics = {"unexplained": Ratio(sums["hidden"].detach(), spread)}
+        if self.class_head is not None:
+            logits, classes = self.class_head(tokens).float(), self._classes(batch)
+            sums["classes"] = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
+            right = (logits.argmax(dim=1) == classes).sum()
+            metrics["classes"] = Ratio(right, (classes >= 0).sum())
+        return StepOutput(sums, metrics)
 
     def targets(self, batch: MaskedVision) -> Tensor:
-        """``(P, values)`` descriptors in the stream's order, from the untouched pixels."""
-        out = []
-        for pixels, grid in zip(batch.pixels, batch.vision.grids.tolist(), strict=True):
-            cells = describe_cells(pixels, grid[1], grid[2], self.config.cells)
-            plane = torch.cat([cells, describe_frequencies(pixels, grid[1], grid[2])], dim=-1)
-            at = patch_coordinates(grid, self.encoder.merge_size).to(plane.device)
-            out.append(plane[at[:, 0], at[:, 1]])
+        """``(P, values)`` descriptors in the stream's order, from the untouched pixels, of 16 x 16 to a patch."""
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for i, grid in enumerate(batch.vision.grids.tolist()):
+            alike.setdefault(tuple(grid), []).append(i)
+        out: list[Tensor] = [torch.empty(0)] * len(batch.pixels)
+        for grid, members in alike.items():
+            rows, cols = grid[1:]
+            seen = [resize_pixels(batch.pixels[i], rows * _WINDOW, cols * _WINDOW) for i in members]
+            pixels = torch.stack(seen)
+            cells = describe_cells(pixels, rows, cols, self.config.cells)
+            planes = torch.cat([cells, describe_frequencies(pixels)], dim=-1)
+            at = patch_coordinates(grid, self.encoder.merge_size).to(planes.device)
+            for i, plane in zip(members, planes, strict=True):
+                out[i] = plane[at[:, 0], at[:, 1]]
         return torch.cat(out)
 
     def after_step(self) -> None:
         """Nothing moves outside the gradient."""
 
     def roles(self) -> Mapping[str, ParamRole]:
-        return {**encoder_roles(self.encoder, "encoder."), **collect_roles(self.head, "head", "head.")}
+        roles = {**encoder_roles(self.encoder, "encoder."), **collect_roles(self.head, "head", "head.")}
+        return roles if self.class_head is None else {**roles, **collect_roles(self.class_head, "head", "class_head.")}
 
     def blocks(self) -> Iterable[nn.Module]:
         return trainable_blocks(self.encoder)
@@ -85,40 +115,39 @@ class MaskedReconstruction(nn.Module):
 
 
 def describe_cells(pixels: Tensor, rows: int, cols: int, cells: int) -> Tensor:
-    """``(3, height, width)`` in [0, 1] to ``(rows, cols, cells**2 * (ORIENTATIONS + 3))``: of every cell the histogram
-    of gradient orientations, weighted by strength and of unit length within its patch, and the mean colour, centred."""
-    grey = pixels.mean(dim=0, keepdim=True)
-    padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
-    dy, dx = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1])[0], (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2])[0]
+    """``(B, 3, height, width)`` in [0, 1] to ``(B, rows, cols, cells**2 * (ORIENTATIONS + 3))``: of every cell the
+    histogram of gradient orientations, weighted by strength and of unit length within its patch, and the mean colour,
+    centred."""
+    padded = F.pad(pixels.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    dy, dx = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1], padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
     strength = torch.hypot(dy, dx)
     turn = torch.remainder(torch.atan2(dy, dx), torch.pi) / torch.pi * ORIENTATIONS
     low = turn.floor().long() % ORIENTATIONS
     share = turn - turn.floor()
-    planes = strength.new_zeros(ORIENTATIONS, *strength.shape)
-    planes.scatter_add_(0, low[None], (strength * (1 - share))[None])
-    planes.scatter_add_(0, (low[None] + 1) % ORIENTATIONS, (strength * share)[None])
-    maps = F.adaptive_avg_pool2d(torch.cat([planes, pixels * 4 - 2]), (rows * cells, cols * cells))
-    maps = maps.unflatten(2, (cols, cells)).unflatten(1, (rows, cells)).permute(1, 3, 2, 4, 0)
+    planes = strength.new_zeros(len(pixels), ORIENTATIONS, *pixels.shape[2:])
+    planes.scatter_add_(1, low, strength * (1 - share))
+    planes.scatter_add_(1, (low + 1) % ORIENTATIONS, strength * share)
+    maps = F.adaptive_avg_pool2d(torch.cat([planes, pixels * 4 - 2], dim=1), (rows * cells, cols * cells))
+    maps = maps.unflatten(3, (cols, cells)).unflatten(2, (rows, cells)).permute(0, 2, 4, 3, 5, 1)
     gradients = maps[..., :ORIENTATIONS]
-    norm = gradients.flatten(2).norm(dim=2)[:, :, None, None, None]
+    norm = gradients.flatten(3).norm(dim=3)[:, :, :, None, None, None]
     gradients = gradients / (norm + 0.02) * (ORIENTATIONS * cells**2) ** 0.5
-    return torch.cat([gradients, maps[..., ORIENTATIONS:]], dim=-1).flatten(2)
+    return torch.cat([gradients, maps[..., ORIENTATIONS:]], dim=-1).flatten(3)
 
 
-def describe_frequencies(pixels: Tensor, rows: int, cols: int) -> Tensor:
-    """``(3, height, width)`` in [0, 1] to ``(rows, cols, len(RINGS) - 1)``: logarithms of the power of every ring of
-    frequencies in a Hann window round each patch, twice its size; near zero mean and unit variance on photographs."""
-    grey = pixels.mean(dim=0)[None, None]
-    grey = F.interpolate(grey, (rows * _WINDOW, cols * _WINDOW), mode="bilinear", antialias=True, align_corners=False)
+def describe_frequencies(pixels: Tensor) -> Tensor:
+    """``(B, 3, 16 rows, 16 cols)`` in [0, 1] to ``(B, rows, cols, len(RINGS) - 1)``: logarithms of the power of every
+    ring of frequencies in a Hann window round each patch, twice its size; near zero mean and unit variance on
+    photographs."""
+    grey = pixels.mean(dim=1, keepdim=True)
     margin = _WINDOW // 2
-    windows = F.unfold(F.pad(grey, (margin,) * 4, mode="replicate"), 2 * _WINDOW, stride=_WINDOW)[0].T
-    windows = windows.unflatten(1, (2 * _WINDOW, 2 * _WINDOW))
+    windows = F.unfold(F.pad(grey, (margin,) * 4, mode="replicate"), 2 * _WINDOW, stride=_WINDOW).transpose(1, 2)
+    windows = windows.unflatten(2, (2 * _WINDOW, 2 * _WINDOW))
     hann = torch.hann_window(2 * _WINDOW, device=pixels.device)
-    windows = (windows - windows.mean(dim=(1, 2), keepdim=True)) * hann[:, None] * hann
+    windows = (windows - windows.mean(dim=(2, 3), keepdim=True)) * hann[:, None] * hann
     power = torch.fft.rfft2(windows, norm="ortho").abs().square()
-    ring = _rings(pixels.device)
-    total = power.flatten(1) @ ring
-    return ((total + 1e-4).log() * 0.5 + 2.5).view(rows, cols, -1)
+    total = power.flatten(2) @ _rings(pixels.device)
+    return ((total + 1e-4).log() * 0.5 + 2.5).unflatten(1, (pixels.shape[2] // _WINDOW, -1))
 
 
 def _rings(device: torch.device) -> Tensor:

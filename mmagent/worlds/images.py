@@ -119,7 +119,8 @@ def draw_scene(seed: int, split: str = "train", size: tuple[int, int] | None = N
     names = list(COLOURS)
     tint = int(random.integers(len(names)))
     ground = int(random.integers(rules.materials))
-    image = _material(MATERIALS[ground], _soften(COLOURS[names[tint]]), height, width, random)
+    everywhere = np.ones((height, width), dtype=bool)
+    image = _material(MATERIALS[ground], _soften(COLOURS[names[tint]]), everywhere, random).reshape(height, width, 3)
     shapes = np.zeros((height, width), dtype=np.int64)
     materials = np.full((height, width), ground, dtype=np.int64)
     placed: list[tuple[float, int, int, int]] = []
@@ -130,8 +131,7 @@ def draw_scene(seed: int, split: str = "train", size: tuple[int, int] | None = N
         colour = (colour + 1) % len(names) if colour == tint else colour
         material = int(random.integers(rules.materials))
         inside = _silhouette(SHAPES[shape], centre, radius, float(random.uniform(-0.5, 0.5)), height, width)
-        fill = _material(MATERIALS[material], COLOURS[names[colour]], height, width, random)
-        image[inside] = fill[inside]
+        image[inside] = _material(MATERIALS[material], COLOURS[names[colour]], inside, random)
         shapes[inside], materials[inside] = shape + 1, material
         placed.append((radius, shape, colour, 3 * int(3 * centre[0] / height) + int(3 * centre[1] / width)))
     noise = _noise()[_window(height, width, _noise().shape, random)]
@@ -240,13 +240,19 @@ def _silhouette(
     return np.asarray(canvas)
 
 
-def _material(name: str, colour: Sequence[int], height: int, width: int, random: np.random.Generator) -> np.ndarray:
-    """``(height, width, 3)`` uint8: a window of the material's sheet, between the colour and a darker one."""
+def _material(name: str, colour: Sequence[int], inside: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """``(n, 3)`` uint8 for the n pixels of ``inside (height, width)``: what they see of a window of the material's
+    sheet, between the colour and a darker one."""
     variants = _sheets(name)
     sheet = variants[int(random.integers(len(variants)))]
-    shade = sheet[_window(height, width, sheet.shape, random)][..., None]
-    bright = np.asarray(colour, dtype=np.float32)
-    return (bright * (1.0 - 0.55 * shade)).astype(np.uint8)
+    window = _window(*inside.shape, sheet.shape, random)
+    if name == "plain":
+        return np.tile(np.asarray(colour, dtype=np.uint8), (int(inside.sum()), 1))
+    shade = 1.0 - 0.55 * sheet[window][inside]
+    painted = np.empty((len(shade), 3), dtype=np.uint8)
+    for channel, bright in enumerate(np.asarray(colour, dtype=np.float32)):
+        np.multiply(shade, bright, out=painted[:, channel], casting="unsafe")
+    return painted
 
 
 def _window(height: int, width: int, shape: Sequence[int], random: np.random.Generator) -> tuple[slice, slice]:

@@ -16,7 +16,7 @@ from data_pipelines.vision import (
     CropConfig,
     VisionStreamConfig,
     caption_ids,
-    crop_square,
+    crop_window,
     distillation_stream,
     pair_pictures,
     pair_stream,
@@ -145,8 +145,8 @@ def test_extreme_images(vocab):
     with pytest.raises(ValueError, match="ribbon: image of 20000x8 pixels: aspect ratio"):
         pair_pictures([ribbon], GEOMETRY, vocab, 64)
     random = np.random.default_rng(0)
-    assert crop_square(ribbon.image, CropConfig(), random).shape[0] <= 8
-    assert crop_square(pixel.image, CropConfig(0.1), random).shape == (1, 1, 3)
+    assert ribbon.image[crop_window(ribbon.image.shape[:2], CropConfig(), random)].shape[0] <= 8
+    assert pixel.image[crop_window(pixel.image.shape[:2], CropConfig(0.1), random)].shape == (1, 1, 3)
 
 
 def test_bad_configurations_are_refused():

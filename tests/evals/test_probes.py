@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from evals.probes import class_mean_accuracy, knn_accuracy, linear_accuracy, patch_labels
-from mmagent.geometry import GeometryConfig
+from evals.probes import class_mean_accuracy, knn_accuracy, linear_accuracy
+from mmagent.geometry import patch_labels
 
 
 def _clusters(classes: int, each: int, spread: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,5 +30,5 @@ def test_classes_weigh_alike():
 def test_a_patch_takes_its_commonest_class_in_the_order_of_the_stream():
     mask = np.zeros((56, 56), dtype=np.int64)
     mask[:14, 14:28] = 3  # row 0, column 1: the second patch of the first merge block
-    labels = patch_labels(mask, (1, 4, 4), GeometryConfig())
+    labels = patch_labels(mask, (1, 4, 4), 2)
     assert labels.tolist() == [0, 3] + [0] * 14
