@@ -31,6 +31,7 @@ setup(
         "webdataset>=1.0.2,<1.1",
         "numpy>=2.0",
         "pillow>=11",
+        "tensorboard>=2.20",
         "tqdm>=4.66",
         "markupsafe>=2.1",
         "miniwob>=1.1,<1.2",
@@ -39,7 +40,6 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
-        "tensorboard": ["tensorboard>=2.20"],
-        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff==0.17.6", "tensorboard>=2.20", "pytest-timeout>=2.3"],
+        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff==0.17.6", "pytest-timeout>=2.3"],
     },
 )

@@ -17,15 +17,22 @@ class Busy(RuntimeError):
     """Another process is at work in the folder."""
 
 
-def end_orphans(root: Path) -> None:
-    """End processes that a killed lineage on this root left behind (Linux; elsewhere there is no /proc to read)."""
+def orphans(root: Path) -> list[int]:
+    """Processes that a killed lineage on this root left behind (Linux; elsewhere there is no /proc to read)."""
     mark = f"{MARK}={root.resolve()}".encode()
+    found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        if int(entry.name) == os.getpid():
-            continue
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
+            if int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def end_orphans(root: Path) -> None:
+    """End them, so that two do not write to one folder."""
+    for process in orphans(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def _pretrain(folder: Path) -> dict[str, float] | None:
     timing = read_jsonl(folder / "log.time.jsonl")
     if not rows:
         return None
-    keys = [k for k in rows[-1] if k in ("loss/lm", "visual_share", "fill") or (k.startswith("mtp_") and "/" in k)]
+    keys = [k for k in rows[-1] if k in ("loss/lm", "visual_share", "data/fill") or (k.startswith("mtp_") and "/" in k)]
     keys += [k for k in rows[-1] if k.startswith("loss/mtp_")]
     found = {k: [row[k] for row in rows if k in row] for k in keys}
     rates = sorted(row["time/tokens_per_second"] for row in timing)

@@ -124,7 +124,7 @@ def _drop_from(path: Path, step: int) -> None:
 
 
 class TensorBoardLog:
-    """Every figure as a TensorBoard scalar (needs the ``tensorboard`` extra). Resumed runs overwrite what follows."""
+    """Every figure as a TensorBoard scalar. Resumed runs overwrite what follows."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -134,7 +134,7 @@ class TensorBoardLog:
         if not dist.is_main():
             return
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self._writer = SummaryWriter(str(self.directory), purge_step=step)
         for name, value in record.items():
