@@ -208,10 +208,15 @@ def pair_stream(
     vocab: Vocab,
     max_text: int = 64,
     world: World | None = None,
+    square: bool = False,
 ) -> VisionStream[PairedBatch]:
-    """Images at their own aspect, shrunk to the step's sequence length where they exceed it, with their captions."""
+    """Images at their own aspect, shrunk to the step's sequence length where they exceed it, with their captions; or
+    all brought to one ``square``, as models of one resolution see them."""
 
     def build(pictures: Sequence[Picture], positions: Sequence[int], length: int) -> PairedBatch:
+        if square:
+            side = _square_side(length, geometry)
+            pictures = [replace(picture, image=resize(picture.image, side, side)) for picture in pictures]
         most = max(length // geometry.merge_size**2, 1)
         room = replace(geometry, max_tokens=most, min_tokens=min(geometry.min_tokens, most))
         return pair_pictures(pictures, room, vocab, max_text)

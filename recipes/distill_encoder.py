@@ -78,9 +78,12 @@ def debug() -> Config:
 def laptop() -> Config:
     """A minute on two cores: the quickstart's stage."""
     return Config(
-        steps=100,
-        data=VisionStreamConfig(images_per_step=64, patches_per_microbatch=8192, sequence_lengths=[64]),
-        optim=OptimConfig(lr=2e-3),
+        steps=150,
+        teacher_dtype="bfloat16",
+        data=VisionStreamConfig(images_per_step=32, patches_per_microbatch=8192, sequence_lengths=[64]),
+        mask=MaskConfig(ratio=0.2),
+        objective=DistillationConfig(visible_weight=1.0),
+        optim=OptimConfig(lr=3e-3),
         engine=TorchEngineConfig(dtype="bfloat16"),
     )
 

@@ -4,14 +4,18 @@
         output=runs/teachers/siglip2
     torchrun --standalone --nproc_per_node=1 -m recipes.teachers --preset dinov3 output=runs/teachers/dinov3
 
-SigLIP2 learns semantics from captions by the sigmoid loss, DINOv3 texture by describing hidden patches. The folder
-``output/teacher`` loads in transformers, and as a teacher of `recipes.distill_encoder`.
+They stand in for models that billions of images taught, so they are told what those found out. SigLIP2 learns words for
+shapes, colours and places: the sigmoid loss, a classifier of the caption's words, and descriptors of its patches.
+DINOv3 learns texture: descriptors of hidden patches, and the drawn scenes' exact maps of materials, which no caption
+names. The folder ``output/teacher`` loads in transformers, and as a teacher of `recipes.distill_encoder`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import nn
 
 from data_pipelines.galleries import built_in
 from data_pipelines.masking import MaskConfig
@@ -22,6 +26,7 @@ from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
+from mmagent.models.layers import matrix_std
 from mmagent.models.teachers import BackboneEncoder, save_backbone, wrap
 from mmagent.models.text_tower import TextTower, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
@@ -32,6 +37,7 @@ from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
 from mmagent.vocab import Vocab
+from mmagent.worlds.images import MATERIALS
 
 
 @dataclass
@@ -42,17 +48,17 @@ class Config:
     output: str = "runs/teachers/siglip2"
     tokenizer: str = "runs/data/tokenizer.json"
     seed: int = 0
-    steps: int = 100
+    steps: int = 200
     width: int = 128
     depth: int = 4
-    heads: int = 4
+    heads: int = 2
     patch_size: int = 16
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.2})
     data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     alignment: AlignmentConfig = field(default_factory=lambda: AlignmentConfig(width=96))
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=5))
     engine: TorchEngineConfig = field(default_factory=lambda: TorchEngineConfig(dtype="bfloat16"))
     save_every: int = 50
@@ -64,13 +70,23 @@ class Config:
 
 def siglip2() -> Config:
     """Half a minute on two cores."""
-    return Config(data=VisionStreamConfig(images_per_step=64, patches_per_microbatch=8192, sequence_lengths=[64]))
+    return Config(
+        mix={"scenes0": 0.6, "scenes1": 0.3, "panels": 0.1},
+        data=VisionStreamConfig(images_per_step=32, patches_per_microbatch=8192, sequence_lengths=[64]),
+        alignment=AlignmentConfig(width=96, words_weight=8.0, describe_weight=1.0),
+    )
 
 
 def dinov3() -> Config:
     """Half a minute on two cores."""
-    data = VisionStreamConfig(images_per_step=64, patches_per_microbatch=8192, sequence_lengths=[64])
-    return Config("dinov3", "runs/teachers/dinov3", data=data)
+    return Config(
+        "dinov3",
+        "runs/teachers/dinov3",
+        mix={"scenes1": 0.45, "scenes2": 0.45, "panels": 0.1},
+        data=VisionStreamConfig(images_per_step=32, patches_per_microbatch=8192, sequence_lengths=[64]),
+        mask=MaskConfig(ratio=0.2),
+        reconstruction=ReconstructionConfig(visible_weight=0.5, classes=len(MATERIALS)),
+    )
 
 
 def backbone(config: Config) -> Any:
@@ -86,8 +102,14 @@ def backbone(config: Config) -> Any:
         "patch_size": config.patch_size,
     }
     if config.kind == "siglip2":
-        return Siglip2VisionModel(Siglip2VisionConfig(num_patches=64, **sizes))
-    return DINOv3ViTModel(DINOv3ViTConfig(**sizes))
+        module: Any = Siglip2VisionModel(Siglip2VisionConfig(num_patches=64, **sizes))
+    else:
+        module = DINOv3ViTModel(DINOv3ViTConfig(**sizes))
+    module.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
+    for layer in module.modules():  # their own 0.02 is meant for wide models
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, std=matrix_std(layer.weight[0].numel(), 0))
+    return module
 
 
 def main() -> None:
@@ -102,8 +124,8 @@ def main() -> None:
     pictures, objective, stream = built_in(config.mix), None, None
     if config.kind == "siglip2":
         vocab = Vocab.load(config.tokenizer)
-        objective = Alignment(encoder, TextTower(text_laptop(vocab.size)), config.alignment)
-        stream = pair_stream(config.data, pictures, geometry, vocab, world=world)
+        objective = Alignment(encoder, TextTower(replace(text_laptop(vocab.size), depth=1)), config.alignment)
+        stream = pair_stream(config.data, pictures, geometry, vocab, world=world, square=True)
     else:
         objective = MaskedReconstruction(encoder, config.reconstruction)
         stream = distillation_stream(config.data, pictures, geometry, config.mask, world=world)

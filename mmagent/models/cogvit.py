@@ -228,7 +228,7 @@ def cogvit_403m() -> CogViTConfig:
 
 def cogvit_laptop() -> CogViTConfig:
     """Trains on two CPU cores within minutes."""
-    return CogViTConfig(width=192, depth=6, heads=6, ffn=512)
+    return CogViTConfig(width=128, depth=4, heads=2, ffn=344)
 
 
 def cogvit_debug() -> CogViTConfig:

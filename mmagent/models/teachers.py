@@ -9,6 +9,7 @@ student's order. :class:`BackboneEncoder` is the same backbone as a trainable
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ class Teacher:
             raise ValueError(f"teacher {self.name}: {len(pixels)} images for {grids.shape[0]} grids")
         tokens: list[Tensor] = [torch.empty(0)] * len(pixels)
         summaries: list[Tensor] = [torch.empty(0)] * len(pixels)
-        for grid, members in _equal_grids(grids).items():
+        for grid, members in equal_grids(grids).items():
             rows, cols = self.grid or grid[1:]
             patch = self.backbone.patch_size
             seen = torch.stack([resize_pixels(pixels[i], rows * patch, cols * patch) for i in members])
@@ -154,7 +155,7 @@ class BackboneEncoder(nn.Module):
         hidden = None if masked is None else masked.split(sizes)
         tokens: list[Tensor] = [torch.empty(0)] * len(sizes)
         pooled: list[Tensor] = [torch.empty(0)] * len(sizes)
-        for grid, members in _equal_grids(vision.grids).items():
+        for grid, members in equal_grids(vision.grids).items():
             order = _stream_order(grid, self.merge_size, vision.patches.device)
             back = order.argsort()
             planes = torch.stack([from_patches(patches[i], grid, self.geometry)[0] for i in members])
@@ -198,7 +199,8 @@ def resample(plane: Tensor, size: tuple[int, int]) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
-def _equal_grids(grids: Tensor) -> dict[tuple[int, int, int], list[int]]:
+def equal_grids(grids: Tensor) -> dict[tuple[int, int, int], list[int]]:
+    """Which of ``grids (I, 3)`` are alike, so that they can run as one batch. Raises ``ValueError`` for clips."""
     groups: dict[tuple[int, int, int], list[int]] = {}
     for i, grid in enumerate(grids.tolist()):
         if grid[0] != 1:
@@ -274,8 +276,6 @@ def wrap(module: nn.Module, mean: Sequence[float] | None = None, std: Sequence[f
     ``mean`` and ``std`` default to those its family was trained with. For any other module build a :class:`Backbone`.
     """
     ensure_torchvision()
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
     from transformers import DINOv3ViTModel, Siglip2VisionModel, SiglipVisionModel
 
     fixed = None
@@ -286,7 +286,7 @@ def wrap(module: nn.Module, mean: Sequence[float] | None = None, std: Sequence[f
         patch, width = int(config.patch_size), int(config.hidden_size)
         dino = isinstance(module, DINOv3ViTModel)
         defaults = (IMAGENET_MEAN, IMAGENET_STD) if dino else (HALF, HALF)
-    elif isinstance(module, VisionTransformer | Eva):
+    elif "timm" in sys.modules and isinstance(module, _timm_classes()):  # importing it takes seconds
         call, patch, width = _timm, int(module.patch_embed.patch_size[0]), int(module.num_features)
         pretrained = module.pretrained_cfg or {}
         defaults = (pretrained.get("mean", HALF), pretrained.get("std", HALF))
@@ -294,6 +294,13 @@ def wrap(module: nn.Module, mean: Sequence[float] | None = None, std: Sequence[f
     else:
         raise ValueError(f"{type(module).__name__} is no known teacher; describe it with a Backbone of your own")
     return Backbone(module, call, patch, width, width, tuple(mean or defaults[0]), tuple(std or defaults[1]), fixed)
+
+
+def _timm_classes() -> tuple[type, ...]:
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer, Eva
 
 
 def _siglip2(module: Any, pixels: Tensor, masked: Tensor | None) -> GridFeatures:

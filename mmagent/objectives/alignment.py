@@ -13,21 +13,28 @@ from torch import Tensor, nn
 from mmagent.losses.contrastive import sigmoid_loss, word_loss
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.text_tower import TextTower
+from mmagent.objectives.reconstruction import describe_patches, descriptor_values
 from mmagent.protocols import VisionEncoder
 from mmagent.types import PackedVision, PairedBatch, ParamRole, Ratio, Segments, StepOutput
+
+_CELLS = 2
 
 
 @dataclass
 class AlignmentConfig:
     """``width`` of the common space. ``scale`` and ``bias`` are where the learned temperature and bias start (SigLIP,
     arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``. ``words_weight`` adds a classifier of the
-    caption's words over the image's summary (SuperClass, arXiv 2411.03313): it needs no large batch to learn from."""
+    caption's words over the image's summary (SuperClass, arXiv 2411.03313): it needs no large batch to learn from.
+    ``describe_weight`` adds a regression of every patch's own descriptors
+    (:class:`mmagent.objectives.reconstruction.MaskedReconstruction`), which keeps patches local: SigLIP2 (arXiv
+    2502.14786) adds dense losses to the sigmoid's for the same reason."""
 
     width: int = 768
     scale: float = 10.0
     bias: float = -10.0
     max_scale: float = 100.0
     words_weight: float = 0.0
+    describe_weight: float = 0.0
 
 
 class Alignment(nn.Module):
@@ -44,6 +51,8 @@ class Alignment(nn.Module):
         self.image_head = Linear(encoder.width, config.width)
         self.text_head = Linear(text_tower.width, config.width)
         self.word_head = Linear(encoder.width, text_tower.config.vocab_size, bias=True) if config.words_weight else None
+        values = descriptor_values(_CELLS)
+        self.patch_head = Linear(encoder.width, values, bias=True) if config.describe_weight else None
         # of shape (1,), for sharded engines have no place for scalars
         self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
         self.bias = nn.Parameter(torch.tensor([config.bias]))
@@ -51,13 +60,16 @@ class Alignment(nn.Module):
     @property
     def weights(self) -> Mapping[str, float]:
         words = {"words": self.config.words_weight} if self.word_head is not None else {}
-        return {"contrastive": 1.0, **words}
+        patches = {"patches": self.config.describe_weight} if self.patch_head is not None else {}
+        return {"contrastive": 1.0, **words, **patches}
 
     def counts(self, batch: PairedBatch) -> dict[str, Tensor]:
         device = batch.text_ids.device
         counts = {"contrastive": torch.tensor(len(batch.keys), device=device)}
         if self.word_head is not None:
             counts["words"] = torch.tensor(sum(n > 1 for n in batch.segments.lengths), device=device)
+        if self.patch_head is not None:
+            counts["patches"] = torch.tensor(batch.vision.patches.shape[0], device=device)
         return counts
 
     def embed_images(self, vision: PackedVision) -> Tensor:
@@ -72,12 +84,16 @@ class Alignment(nn.Module):
         return F.normalize(self.text_head(self.text_tower(text_ids, segments)).float(), dim=-1)
 
     def forward(self, batch: PairedBatch) -> StepOutput:
-        pooled = self.encoder(batch.vision).pooled
+        seen = self.encoder(batch.vision)
+        pooled = seen.pooled
         images, texts = self._project(pooled), self.embed_texts(batch.text_ids, batch.segments)
         with torch.autocast(images.device.type, enabled=False):
             sums = {"contrastive": sigmoid_loss(images, texts, self.log_scale, self.bias)}
         if self.word_head is not None:
             sums["words"] = word_loss(self.word_head(pooled), batch.text_ids, batch.segments)
+        if self.patch_head is not None:
+            targets = describe_patches(batch.vision, self.encoder.patch_size, self.encoder.merge_size, _CELLS)
+            sums["patches"] = (self.patch_head(seen.tokens).float() - targets).square().mean(dim=1).sum()
         with torch.no_grad():
             return StepOutput(sums, self._metrics(images, texts))
 
@@ -104,6 +120,8 @@ class Alignment(nn.Module):
         roles |= collect_roles(self.text_head, "projection", "text_head.")
         if self.word_head is not None:
             roles |= collect_roles(self.word_head, "projection", "word_head.")
+        if self.patch_head is not None:
+            roles |= collect_roles(self.patch_head, "projection", "patch_head.")
         return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
 
     def blocks(self) -> Iterable[nn.Module]:

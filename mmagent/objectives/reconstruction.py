@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.geometry import patch_coordinates
+from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches, patch_coordinates
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
-from mmagent.models.teachers import resize_pixels
+from mmagent.models.teachers import equal_grids
 from mmagent.protocols import VisionEncoder
-from mmagent.types import MaskedVision, ParamRole, Ratio, StepOutput
+from mmagent.types import MaskedVision, PackedVision, ParamRole, Ratio, StepOutput
 
 ORIENTATIONS = 9
 RINGS = (1.0, 1.6, 2.4, 3.4, 4.6, 6.0, 8.0, 11.0)
@@ -47,7 +47,7 @@ class MaskedReconstruction(nn.Module):
         super().__init__()
         assert isinstance(encoder, VisionEncoder)
         self.encoder, self.config = encoder, config
-        self.head = Linear(encoder.width, config.cells**2 * (ORIENTATIONS + 3) + len(RINGS) - 1, bias=True)
+        self.head = Linear(encoder.width, descriptor_values(config.cells), bias=True)
         self.class_head = Linear(encoder.width, config.classes, bias=True) if config.classes else None
 
     @property
@@ -70,8 +70,7 @@ class MaskedReconstruction(nn.Module):
     def forward(self, batch: MaskedVision) -> StepOutput:
         tokens = self.encoder(batch.vision, masked=batch.masked).tokens
         answers = self.head(tokens).float()
-        with torch.no_grad():
-            targets = self.targets(batch)
+        targets = self.targets(batch)
         errors = (answers - targets).square().mean(dim=1)
         sums = {"hidden": errors[batch.masked].sum(), "visible": errors[~batch.masked].sum()}
         spread = targets.square().mean(dim=1)[batch.masked].sum()
@@ -84,21 +83,8 @@ class MaskedReconstruction(nn.Module):
         return StepOutput(sums, metrics)
 
     def targets(self, batch: MaskedVision) -> Tensor:
-        """``(P, values)`` descriptors in the stream's order, from the untouched pixels, of 16 x 16 to a patch."""
-        alike: dict[tuple[int, int, int], list[int]] = {}
-        for i, grid in enumerate(batch.vision.grids.tolist()):
-            alike.setdefault(tuple(grid), []).append(i)
-        out: list[Tensor] = [torch.empty(0)] * len(batch.pixels)
-        for grid, members in alike.items():
-            rows, cols = grid[1:]
-            seen = [resize_pixels(batch.pixels[i], rows * _WINDOW, cols * _WINDOW) for i in members]
-            pixels = torch.stack(seen)
-            cells = describe_cells(pixels, rows, cols, self.config.cells)
-            planes = torch.cat([cells, describe_frequencies(pixels)], dim=-1)
-            at = patch_coordinates(grid, self.encoder.merge_size).to(planes.device)
-            for i, plane in zip(members, planes, strict=True):
-                out[i] = plane[at[:, 0], at[:, 1]]
-        return torch.cat(out)
+        """``(P, values)`` descriptors in the stream's order, from the patches before any is hidden."""
+        return describe_patches(batch.vision, self.encoder.patch_size, self.encoder.merge_size, self.config.cells)
 
     def after_step(self) -> None:
         """Nothing moves outside the gradient."""
@@ -114,25 +100,55 @@ class MaskedReconstruction(nn.Module):
         return ()
 
 
+def descriptor_values(cells: int) -> int:
+    """How many numbers describe one patch."""
+    return cells**2 * (ORIENTATIONS + 3) + len(RINGS) - 1
+
+
+@torch.no_grad()
+def describe_patches(vision: PackedVision, patch_size: int, merge_size: int, cells: int) -> Tensor:
+    """``(P, values)`` float32 descriptors of still images in the stream's order; images of equal grids as one batch."""
+    geometry = GeometryConfig(patch_size=patch_size, merge_size=merge_size)
+    std, mean = (torch.tensor(v, device=vision.patches.device).view(3, 1, 1) for v in (CLIP_STD, CLIP_MEAN))
+    images = vision.patches.float().split(vision.grids.prod(dim=1).tolist())
+    out: list[Tensor] = [torch.empty(0)] * len(images)
+    for grid, members in equal_grids(vision.grids).items():
+        rows, cols = grid[1:]
+        pixels = torch.stack([from_patches(images[i], grid, geometry)[0] for i in members]) * std + mean
+        if patch_size != _WINDOW:
+            size = (rows * _WINDOW, cols * _WINDOW)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
+        planes = torch.cat([describe_cells(pixels, rows, cols, cells), describe_frequencies(pixels)], dim=-1)
+        at = patch_coordinates(grid, merge_size).to(planes.device)
+        for i, plane in zip(members, planes, strict=True):
+            out[i] = plane[at[:, 0], at[:, 1]]
+    return torch.cat(out)
+
+
 def describe_cells(pixels: Tensor, rows: int, cols: int, cells: int) -> Tensor:
     """``(B, 3, height, width)`` in [0, 1] to ``(B, rows, cols, cells**2 * (ORIENTATIONS + 3))``: of every cell the
     histogram of gradient orientations, weighted by strength and of unit length within its patch, and the mean colour,
     centred."""
     padded = F.pad(pixels.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    dy, dx = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1], padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    dy, dx = padded[:, 0, 2:, 1:-1] - padded[:, 0, :-2, 1:-1], padded[:, 0, 1:-1, 2:] - padded[:, 0, 1:-1, :-2]
     strength = torch.hypot(dy, dx)
     turn = torch.remainder(torch.atan2(dy, dx), torch.pi) / torch.pi * ORIENTATIONS
     low = turn.floor().long() % ORIENTATIONS
     share = turn - turn.floor()
-    planes = strength.new_zeros(len(pixels), ORIENTATIONS, *pixels.shape[2:])
-    planes.scatter_add_(1, low, strength * (1 - share))
-    planes.scatter_add_(1, (low + 1) % ORIENTATIONS, strength * share)
-    maps = F.adaptive_avg_pool2d(torch.cat([planes, pixels * 4 - 2], dim=1), (rows * cells, cols * cells))
-    maps = maps.unflatten(3, (cols, cells)).unflatten(2, (rows, cells)).permute(0, 2, 4, 3, 5, 1)
-    gradients = maps[..., :ORIENTATIONS]
+    height, width = pixels.shape[2:]
+    row = torch.arange(height, device=pixels.device) * (rows * cells) // height
+    col = torch.arange(width, device=pixels.device) * (cols * cells) // width
+    first = ((row[:, None] * (cols * cells) + col) * ORIENTATIONS).flatten()  # where the histogram of a pixel begins
+    histograms = strength.new_zeros(len(pixels), rows * cols * cells**2 * ORIENTATIONS)
+    for turned, part in ((low, 1 - share), ((low + 1) % ORIENTATIONS, share)):
+        histograms.scatter_add_(1, first + turned.flatten(1), (strength * part).flatten(1))
+    histograms *= rows * cols * cells**2 / (height * width)
+    gradients = histograms.unflatten(1, (rows, cells, cols, cells, ORIENTATIONS)).transpose(2, 3)
+    colours = F.adaptive_avg_pool2d(pixels, (rows * cells, cols * cells)) * 4 - 2
+    colours = colours.unflatten(3, (cols, cells)).unflatten(2, (rows, cells)).permute(0, 2, 4, 3, 5, 1)
     norm = gradients.flatten(3).norm(dim=3)[:, :, :, None, None, None]
     gradients = gradients / (norm + 0.02) * (ORIENTATIONS * cells**2) ** 0.5
-    return torch.cat([gradients, maps[..., ORIENTATIONS:]], dim=-1).flatten(3)
+    return torch.cat([gradients, colours], dim=-1).flatten(3)
 
 
 def describe_frequencies(pixels: Tensor) -> Tensor:
@@ -145,8 +161,8 @@ def describe_frequencies(pixels: Tensor) -> Tensor:
     windows = windows.unflatten(2, (2 * _WINDOW, 2 * _WINDOW))
     hann = torch.hann_window(2 * _WINDOW, device=pixels.device)
     windows = (windows - windows.mean(dim=(2, 3), keepdim=True)) * hann[:, None] * hann
-    power = torch.fft.rfft2(windows, norm="ortho").abs().square()
-    total = power.flatten(2) @ _rings(pixels.device)
+    waves = torch.view_as_real(torch.fft.rfft2(windows, norm="ortho")).flatten(2)
+    total = waves.square_() @ _rings(pixels.device).repeat_interleave(2, dim=0)
     return ((total + 1e-4).log() * 0.5 + 2.5).unflatten(1, (pixels.shape[2] // _WINDOW, -1))
 
 

@@ -128,6 +128,29 @@ def test_pairs_keep_aspect_and_follow_the_sequence_length(vocab):
     assert len(shapes) > 4
 
 
+def test_square_pairs_are_all_of_one_grid(vocab):
+    config = VisionStreamConfig(images_per_step=6, patches_per_microbatch=500, sequence_lengths=[70], prefetch=False)
+    (pairs,) = next(pair_stream(config, tiny_picture, GEOMETRY, vocab, square=True))
+    assert pairs.vision.grids.tolist() == [[1, 8, 8]] * 6
+
+
+def test_classes_follow_the_crop_to_the_patches():
+    def halves(position: int) -> Picture:
+        classes = np.zeros((60, 60), dtype=np.int64)
+        classes[:, 30:] = 5
+        image = np.zeros((60, 60, 3), np.uint8)
+        image[:, 30:] = 255
+        return Picture(image, "", f"halves/{position}", classes if position else None)
+
+    config = VisionStreamConfig(images_per_step=4, patches_per_microbatch=500, sequence_lengths=[64], prefetch=False)
+    (batch,) = next(distillation_stream(config, halves, GEOMETRY, MaskConfig()))
+    nothing, *known = batch.classes.split(64)
+    assert set(nothing.tolist()) == {-1}
+    bright = [patches.mean(dim=1) > 0.2 for patches in batch.vision.patches.split(64)[1:]]
+    agree = [((classes == 5) == seen).float().mean() for classes, seen in zip(known, bright, strict=True)]
+    assert min(agree) >= 0.85  # a patch on the border may be rounded either way: one column of eight
+
+
 def test_captions_end_and_empty_ones_have_an_end_too(vocab):
     end = vocab.pad_id
     assert caption_ids("", vocab, 64) == [end]

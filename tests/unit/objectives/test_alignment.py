@@ -14,6 +14,7 @@ from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
+from mmagent.objectives.reconstruction import describe_patches
 from mmagent.types import PackedVision, PairedBatch, Segments
 
 LENGTHS = [3, 1, 7, 3]
@@ -95,6 +96,24 @@ def test_words_are_classified_and_empty_captions_add_nothing():
     assert out.sums["words"].item() == pytest.approx(expected, rel=1e-4)
     assert int(model.counts(pairs)["words"]) == 3  # the caption of one id is nothing but its end
     assert model.weights["words"] == 0.5
+    assert set(model.roles()) == {name for name, _ in model.named_parameters()}
+
+
+def test_patches_answer_with_their_own_descriptors():
+    pairs = batch()
+    torch.manual_seed(0)
+    encoder, tower = CogViT(CogViTConfig(width=32, depth=1, heads=2, ffn=64)), TextTower(text_debug(50))
+    model = Alignment(encoder, tower, AlignmentConfig(width=16, describe_weight=2.0))
+    answers = model.patch_head(encoder(pairs.vision).tokens)
+    sizes = pairs.vision.grids.prod(dim=1).tolist()
+    expected = 0.0
+    images = zip(answers.split(sizes), pairs.vision.patches.split(sizes), pairs.vision.grids, strict=True)
+    for rows, patches, grid in images:
+        wanted = describe_patches(PackedVision(patches, grid[None]), 14, 2, 2)
+        expected += (rows - wanted).square().mean(dim=1).sum().item()
+    assert model(pairs).sums["patches"].item() == pytest.approx(expected, rel=1e-4)
+    assert int(model.counts(pairs)["patches"]) == sum(sizes)
+    assert model.weights["patches"] == 2.0
     assert set(model.roles()) == {name for name, _ in model.named_parameters()}
 
 
