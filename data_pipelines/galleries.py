@@ -123,26 +123,28 @@ def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gal
     return MixedGallery({name: (galleries[name], weight) for name, weight in weights.items() if weight})
 
 
-def built_in(mix: Mapping[str, float]) -> Gallery:
+def built_in(mix: Mapping[str, float], side: int = 0) -> Gallery:
     """Galleries that need no download, under their weights: ``scenes``, or their levels apart (``scenes0`` is the
-    plainest), ``panels`` and the kinds of photographs. The classes of scenes are their materials."""
+    plainest), ``panels`` and the kinds of photographs. The classes of scenes are their materials. ``side``: squares of
+    so many pixels, which a stage that looks at squares need not resize; else sizes vary."""
+    size = (side, side) if side else None
 
     def scenes(level: int | None) -> Gallery:
         name = "scene" if level is None else f"scene{level}"
 
         def draw(position: int) -> Picture:
-            scene = draw_scene(position, level=level)
+            scene = draw_scene(position, size=size, level=level)
             return Picture(scene.image, scene.caption, f"{name}-{position}", scene.materials)
 
         return draw
 
     def panels(position: int) -> Picture:
-        panel = draw_panel(position)
+        panel = draw_panel(position, size=size)
         return Picture(panel.image, panel.caption, f"panel-{position}")
 
     def photos(kind: str) -> Gallery:
         def pick(position: int) -> Picture:
-            crop = crop_photo(position, kind)
+            crop = crop_photo(position, kind, size=size)
             return Picture(crop.image, crop.caption, f"{kind}-{position}")
 
         return pick

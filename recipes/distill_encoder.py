@@ -59,6 +59,7 @@ class Config:
     vision: CogViTConfig = field(default_factory=cogvit_laptop)
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.1, "scientific": 0.1})
+    side: int = 0  # pixels of drawn squares; 0 draws many sizes
     data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     crop: CropConfig = field(default_factory=CropConfig)
@@ -78,12 +79,14 @@ def debug() -> Config:
 def laptop() -> Config:
     """A minute on two cores: the quickstart's stage."""
     return Config(
-        steps=150,
+        steps=120,
+        side=112,
         teacher_dtype="bfloat16",
         data=VisionStreamConfig(images_per_step=32, patches_per_microbatch=8192, sequence_lengths=[64]),
         mask=MaskConfig(ratio=0.2),
-        objective=DistillationConfig(visible_weight=1.0),
-        optim=OptimConfig(lr=3e-3),
+        crop=CropConfig(1.0),
+        objective=DistillationConfig("whiten", visible_weight=1.0, summary_weight=0.2),
+        optim=OptimConfig(lr=2e-3),
         engine=TorchEngineConfig(dtype="bfloat16"),
     )
 
@@ -116,7 +119,7 @@ def main() -> None:
     student = CogViT(replace(config.vision, mask_token=True))
     objective = Distillation(student, [teacher.to(world.device) for teacher in load.values()], config.objective)
     engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
-    pictures = built_in(config.mix)
+    pictures = built_in(config.mix, config.side)
     stream = distillation_stream(config.data, pictures, config.geometry, config.mask, config.crop, world)
     run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
     if not run.resume():

@@ -79,6 +79,34 @@ class PhiS(nn.Module):
         return targets.float() @ (self.rotation * self.phi) + self.mean
 
 
+class Whitening(nn.Module):
+    """Principal directions of the centred features, each divided by its deviation: what varies little weighs as much as
+    what varies much. ``x = (values + shrinkage * mean value)^(-1/2) U^T (y - mean)`` with eigenvalues and -vectors of
+    the covariance; ``shrinkage`` keeps directions that hardly vary from becoming noise.
+    """
+
+    def __init__(self, width: int, shrinkage: float = 0.01):
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.register_buffer("mean", torch.full((width,), math.nan))
+        self.register_buffer("matrix", torch.full((width, width), math.nan))
+
+    @torch.no_grad()
+    def fit(self, moments: Moments) -> None:
+        """Set the statistics. Raises ``ValueError`` where the features do not vary at all."""
+        covariance = moments.covariance().cpu()
+        variance = covariance.diagonal().mean()
+        if not float(variance) > 0.0:
+            raise ValueError(f"features of width {covariance.shape[0]} do not vary over {int(moments.count)} rows")
+        values, vectors = torch.linalg.eigh(covariance)
+        self.mean.copy_(moments.mean().cpu())
+        self.matrix.copy_(vectors / (values.clamp_min(0.0) + self.shrinkage * variance).sqrt())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(N, C)`` teacher features to ``(N, C)`` float32 targets."""
+        return (features.float() - self.mean) @ self.matrix
+
+
 class LayerStandardiser(nn.Module):
     """Each row to zero mean and unit variance over its channels, like a LayerNorm without weights. No statistics."""
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches, patch_coordinates
-from mmagent.models.layers import collect_roles
+from mmagent.models.layers import collect_roles, matrix_std
 from mmagent.ops.torchvision_shim import ensure_torchvision
 from mmagent.types import PackedVision, ParamRole, VisionFeatures
 
@@ -294,6 +294,32 @@ def wrap(module: nn.Module, mean: Sequence[float] | None = None, std: Sequence[f
     else:
         raise ValueError(f"{type(module).__name__} is no known teacher; describe it with a Backbone of your own")
     return Backbone(module, call, patch, width, width, tuple(mean or defaults[0]), tuple(std or defaults[1]), fixed)
+
+
+def new_backbone(kind: str, width: int, depth: int, heads: int, patch_size: int) -> Backbone:
+    """An untrained ``siglip2`` or ``dinov3`` of transformers, to be trained on the spot. Raises ``ValueError`` for
+    another kind."""
+    ensure_torchvision()
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel, Siglip2VisionConfig, Siglip2VisionModel
+
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "patch_size": patch_size,
+    }
+    if kind == "siglip2":
+        module: Any = Siglip2VisionModel(Siglip2VisionConfig(num_patches=64, **sizes))
+    elif kind == "dinov3":
+        module = DINOv3ViTModel(DINOv3ViTConfig(**sizes))
+    else:
+        raise ValueError(f"kind {kind!r} is neither siglip2 nor dinov3")
+    module.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU
+    for layer in module.modules():  # their own 0.02 is meant for wide models
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, std=matrix_std(layer.weight[0].numel(), 0))
+    return wrap(module)
 
 
 def _timm_classes() -> tuple[type, ...]:

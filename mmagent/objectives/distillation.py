@@ -11,20 +11,25 @@ from torch import Tensor, nn
 
 from mmagent import dist
 from mmagent.losses.distillation import feature_distance
-from mmagent.losses.standardisers import Cone, LayerStandardiser, Moments, NoStandardiser, PhiS
+from mmagent.losses.standardisers import Cone, LayerStandardiser, Moments, NoStandardiser, PhiS, Whitening
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.teachers import Teacher, TeacherFeatures
 from mmagent.protocols import VisionEncoder
 from mmagent.types import MaskedVision, PackedVision, ParamRole, Ratio, StepOutput, VisionFeatures
 
-STANDARDISERS = {"phi-s": PhiS, "layer": lambda width: LayerStandardiser(), "none": lambda width: NoStandardiser()}
+STANDARDISERS = {
+    "phi-s": PhiS,
+    "whiten": Whitening,
+    "layer": lambda width: LayerStandardiser(),
+    "none": lambda width: NoStandardiser(),
+}
 BLINDFOLDS = ("token", "zero")
 
 
 @dataclass
 class DistillationConfig:
-    """``standardise``: how teachers are made comparable: phi-s (arXiv 2410.01680), layer or none. ``blind``: a hidden
-    patch becomes the student's mask ``token``, or ``zero`` pixels for an encoder of the protocol that has none.
+    """``standardise``: how teachers are made comparable: phi-s (arXiv 2410.01680), whiten, layer or none. ``blind``: a
+    hidden patch becomes the student's mask ``token``, or ``zero`` pixels for an encoder of the protocol that has none.
     ``visible_weight`` adds the same loss on the patches that the student does see. ``mlp`` gives every head a hidden
     layer. ``drop`` is the chance that a teacher sits out an image; the one with the largest loss never does (teacher
     dropping of UNIC, arXiv 2408.05088)."""

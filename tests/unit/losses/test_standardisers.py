@@ -10,6 +10,7 @@ from mmagent.losses.standardisers import (
     Moments,
     NoStandardiser,
     PhiS,
+    Whitening,
     equalising_rotation,
     hadamard,
 )
@@ -91,3 +92,17 @@ def test_layer_and_identity_need_no_statistics():
     assert torch.allclose(rows.var(dim=1, unbiased=False), torch.ones(20), atol=1e-3)
     assert torch.equal(NoStandardiser()(features), features)
     assert not LayerStandardiser().state_dict()
+
+
+def test_whitening_makes_every_direction_weigh_alike():
+    torch.manual_seed(0)
+    features = torch.randn(4000, 6) @ torch.diag(torch.tensor([5.0, 3.0, 1.0, 1.0, 0.3, 0.2])) @ torch.randn(6, 6) + 2.0
+    moments = Moments(6)
+    moments.add(features)
+    whitening = Whitening(6, shrinkage=0.0)
+    whitening.fit(moments)
+    torch.testing.assert_close(torch.cov(whitening(features).T), torch.eye(6), atol=2e-3, rtol=0)  # 3999 against 4000
+    constant = Moments(6)
+    constant.add(torch.ones(5, 6))
+    with pytest.raises(ValueError, match="do not vary"):
+        whitening.fit(constant)
