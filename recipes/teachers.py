@@ -69,6 +69,7 @@ class Config:
 def siglip2() -> Config:
     """Half a minute on two cores."""
     return Config(
+        steps=160,
         mix={"scenes0": 0.6, "scenes1": 0.3, "panels": 0.1},
         alignment=AlignmentConfig(width=96, words_weight=8.0, describe_weight=1.0),
     )
