@@ -406,9 +406,9 @@ class ParamRole(NamedTuple):
     """What the optimizer needs to know of one parameter, said by the model and never guessed from its name.
 
     ``role``: "encoder", "projector", "decoder", "mtp", "text", "head", ... (learning rates go by it).
-    ``matrix``: a hidden weight matrix that Muon may orthogonalise. ``splits``: sizes along the row
-    dimension when several logical matrices are stacked in one (qkv, gate_up); a 3-D parameter is a batch
-    of matrices. ``decay``: whether weight decay applies.
+    ``matrix``: a weight matrix that Muon may orthogonalise. ``splits``: sizes along the row dimension when
+    several logical matrices are stacked in one (qkv, gate_up); a 3-D parameter is a batch of matrices, one of
+    more dimensions a convolution's kernel. ``decay``: whether weight decay applies.
     """
 
     role: str

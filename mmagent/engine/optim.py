@@ -102,7 +102,7 @@ def _check_roles(model: nn.Module, roles: Mapping[str, ParamRole], role_lr: Mapp
 
 
 def _check_matrix(name: str, parameter: Tensor, splits: tuple[int, ...]) -> None:
-    if parameter.ndim not in (2, 3):
+    if parameter.ndim < 2:
         raise ValueError(f"{name} of shape {tuple(parameter.shape)} is no matrix, nor a batch of matrices, for Muon")
     if splits and sum(splits) != parameter.shape[-2]:
         raise ValueError(f"{name}: splits {splits} do not add up to its {parameter.shape[-2]} rows")
@@ -175,7 +175,7 @@ class MuonAdamW(Optimizer):
             momentum.lerp_(gradient, 1 - self.config.momentum)
             nesterov = gradient.lerp(momentum, self.config.momentum)
             gathered.append(_gather(nesterov.to(getattr(torch, self.config.newton_schulz_dtype)), p))
-        stacked = torch.stack(gathered)
+        stacked = _as_matrices(torch.stack(gathered))
         pieces = stacked.split(list(group["splits"] or (stacked.shape[-2],)), dim=-2)
         scaled = []
         for piece in pieces:
@@ -184,7 +184,7 @@ class MuonAdamW(Optimizer):
         for p, update in zip(parameters, torch.cat(scaled, dim=-2), strict=True):
             local = _local(p)
             local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(_keep(update, p).to(local.dtype), alpha=-group["lr"])
+            local.add_(_keep(update.view(p.shape), p).to(local.dtype), alpha=-group["lr"])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
@@ -200,6 +200,12 @@ def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape)
+
+
+def _as_matrices(stacked: Tensor) -> Tensor:
+    """Of ``(N, *parameter)``: a kernel of a convolution ``(out, in, ...)`` is one matrix ``(out, in * ...)``, a
+    three-dimensional parameter a batch of matrices."""
+    return stacked.flatten(2) if stacked.ndim > 4 else stacked
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.geometry import patch_coordinates
-from mmagent.models.layers import EMBEDDING_STD, InputLinear, Linear, Recomputed, RMSNorm, SwiGLU
+from mmagent.models.layers import EMBEDDING_STD, Linear, Recomputed, RMSNorm, SwiGLU
 from mmagent.ops.attention import varlen_attention
 from mmagent.ops.heads import Heads, split_heads
 from mmagent.ops.rotary import Rotation, angles_2d
@@ -163,7 +163,7 @@ class CogViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_size, self.merge_size, self.width = config.patch_size, config.merge_size, config.width
-        self.embed = InputLinear(config.patch_values, config.width, bias=True)
+        self.embed = Linear(config.patch_values, config.width, bias=True)
         self.embed_norm = RMSNorm(config.width, config.norm_eps) if config.embedding_norm else None
         self.positions = PositionTable(config.position_table, config.width) if config.position_table else None
         self.mask_token = nn.Parameter(torch.empty(config.width)) if config.mask_token else None

@@ -43,10 +43,6 @@ def matrix_std(fan_in: int, depth: int) -> float:
     return fan_in**-0.5 / (2 * depth) ** 0.5 if depth else fan_in**-0.5
 
 
-class InputLinear(Linear):
-    """The matrix that reads raw values: not a hidden matrix, so not one that Muon orthogonalises."""
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with ``x`` runs in: the autocast dtype where one is on."""
     kind = x.device.type
@@ -142,7 +138,11 @@ def collect_roles(module: nn.Module, role: str, prefix: str = "") -> dict[str, P
     """What each parameter under ``module`` is, by the type of its owner.
 
     An owner with a ``parameter_roles(role)`` method answers for itself. Otherwise weights of linear layers
-    are matrices; biases, norms, embeddings and single vectors take no weight decay.
+    are matrices, and so are convolutions; biases, norms, embeddings and single vectors take no weight decay.
+
+    What reads pixels is a matrix like any other: neighbouring pixels agree, so AdamW's equal step on every weight adds
+    up over a thousand inputs, and within ten steps the mean brightness drowns all that tells two images apart. Muon's
+    step is bounded in every direction.
     """
     roles: dict[str, ParamRole] = {}
     for name, owner in module.named_modules():
@@ -155,9 +155,9 @@ def collect_roles(module: nn.Module, role: str, prefix: str = "") -> dict[str, P
 
 
 def _role_of(owner: nn.Module, key: str, parameter: nn.Parameter, role: str) -> ParamRole:
-    if isinstance(owner, InputLinear | Head):
-        return ParamRole(role, matrix=False, decay=parameter.ndim > 1)
-    if isinstance(owner, nn.Linear):
+    if isinstance(owner, Head):
+        return ParamRole(role, matrix=False)
+    if isinstance(owner, nn.Linear | nn.Conv2d | nn.Conv3d):
         if parameter.ndim < 2:
             return ParamRole(role, matrix=False, decay=False)
         return ParamRole(role, matrix=True, splits=getattr(owner, "splits", ()))

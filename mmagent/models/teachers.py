@@ -166,14 +166,8 @@ class BackboneEncoder(nn.Module):
         return VisionFeatures(torch.cat(tokens), {}, torch.stack(pooled))
 
     def roles(self) -> Mapping[str, ParamRole]:
-        """As elsewhere, but for the layer that reads pixels: it is no hidden matrix."""
-        inputs = getattr(self.module, "get_input_embeddings", lambda: None)()
-        reads_pixels = {id(p) for p in inputs.parameters()} if isinstance(inputs, nn.Module) else set()
-        roles = collect_roles(self.module, "encoder", prefix="module.")
-        for name, parameter in self.named_parameters():
-            if id(parameter) in reads_pixels:
-                roles[name] = roles[name]._replace(matrix=False)
-        return roles
+        """By the types of the backbone's layers."""
+        return collect_roles(self.module, "encoder", prefix="module.")
 
     def blocks(self) -> Iterable[nn.Module]:
         return ()

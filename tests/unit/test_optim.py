@@ -101,6 +101,18 @@ def test_experts_are_a_batch_of_matrices():
     torch.testing.assert_close(packed.w.data, torch.stack(list(separate.parameters())).data)
 
 
+@pytest.mark.parametrize("kernel", [(2, 2), (2, 3, 3)])
+def test_a_convolution_is_one_matrix(kernel):
+    torch.manual_seed(0)
+    start, grads = torch.randn(8, 3, *kernel), {"w": draws(8, 3, *kernel)}
+    whole = Bag(w=(start, MATRIX))
+    flat = Bag(w=(start.flatten(1), MATRIX))
+    config = OptimConfig(lr=0.01)
+    train(whole, build_optimizer(whole, config), grads)
+    train(flat, build_optimizer(flat, config), {"w": [g.flatten(1) for g in grads["w"]]})
+    torch.testing.assert_close(whole.w.flatten(1), flat.w, rtol=0, atol=0)
+
+
 def test_float32_newton_schulz_makes_singular_values_near_one():
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalise(torch.randn(5, 40, 16)))

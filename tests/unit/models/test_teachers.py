@@ -142,7 +142,7 @@ def test_backbone_encoder_roles_cover_every_parameter():
     encoder = BackboneEncoder(wrap(small("siglip2")))
     roles = encoder.roles()
     assert set(roles) == {name for name, _ in encoder.named_parameters()}
-    assert not roles["module.embeddings.patch_embedding.weight"].matrix
+    assert roles["module.embeddings.patch_embedding.weight"].matrix
     assert roles["module.encoder.layers.0.mlp.fc1.weight"].matrix
 
 
