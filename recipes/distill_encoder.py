@@ -40,10 +40,11 @@ TEACHERS = ("siglip2", "dinov3")
 @dataclass
 class TeacherConfig:
     """``source`` as in :func:`mmagent.models.teachers.load_backbone`; empty leaves the teacher out. ``resolution`` 0
-    matches the teacher's grid to the student's."""
+    matches the teacher's grid to the student's. ``summary`` false: nothing has trained its summary, none is learned."""
 
     source: str = ""
     resolution: int = 0
+    summary: bool = True
 
 
 @dataclass
@@ -115,7 +116,8 @@ def main() -> None:
     if not sources:
         raise ConfigError(f"teachers: give at least one of {', '.join(config.teachers)} a source (a folder or hub id)")
     dtype = getattr(torch, config.teacher_dtype)
-    load = {n: Teacher.load(t.source, n, resolution=t.resolution, dtype=dtype) for n, t in sources.items()}
+    known = {n: {"resolution": t.resolution, "summary": t.summary} for n, t in sources.items()}
+    load = {n: Teacher.load(t.source, n, dtype=dtype, **known[n]) for n, t in sources.items()}
     student = CogViT(replace(config.vision, mask_token=True))
     objective = Distillation(student, [teacher.to(world.device) for teacher in load.values()], config.objective)
     engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)

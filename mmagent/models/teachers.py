@@ -81,10 +81,20 @@ class Teacher:
     ``resolution`` 0 resizes each image so that the teacher's grid *is* the student's (256 pixels at patch 16 where the
     student sees 224 at patch 14); a positive one shows the teacher squares of that many pixels, its training size, and
     resamples its features to the student's grid. A backbone that accepts one grid only always does the latter.
+    ``summary`` is false for a backbone whose summary nothing has trained: only its patches teach then.
     """
 
-    def __init__(self, backbone: Backbone, name: str, *, resolution: int = 0, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        name: str,
+        *,
+        resolution: int = 0,
+        dtype: torch.dtype | None = None,
+        summary: bool = True,
+    ):
         self.name = name.replace(".", "_")  # names of heads and metrics, where a dot would be a path
+        self.summary = summary
         self.width, self.summary_width = backbone.width, backbone.summary_width
         self.backbone = backbone
         backbone.module.requires_grad_(False).eval()
@@ -97,10 +107,17 @@ class Teacher:
 
     @classmethod
     def load(
-        cls, source: str | Path, name: str = "", *, resolution: int = 0, dtype: torch.dtype | None = None
+        cls,
+        source: str | Path,
+        name: str = "",
+        *,
+        resolution: int = 0,
+        dtype: torch.dtype | None = None,
+        summary: bool = True,
     ) -> Teacher:
         """From a local folder, a hub id, or ``timm:`` and a model name: see :func:`load_backbone`."""
-        return cls(load_backbone(source), name or Path(str(source)).name, resolution=resolution, dtype=dtype)
+        name = name or Path(str(source)).name
+        return cls(load_backbone(source), name, resolution=resolution, dtype=dtype, summary=summary)
 
     def to(self, device: torch.device | str) -> Teacher:
         self.backbone.module.to(device)

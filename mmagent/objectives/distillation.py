@@ -58,9 +58,9 @@ class TeacherHead(nn.Module):
     def __init__(self, width: int, teacher: Teacher, config: DistillationConfig):
         super().__init__()
         self.patches = _head(width, teacher.width, config.mlp)
-        self.summary = _head(width, teacher.summary_width, config.mlp)
         self.standardiser = STANDARDISERS[config.standardise](teacher.width)
-        self.cone = Cone(teacher.summary_width)
+        self.summary = _head(width, teacher.summary_width, config.mlp) if teacher.summary else None
+        self.cone = Cone(teacher.summary_width) if teacher.summary else None
 
 
 def _head(width: int, outputs: int, mlp: bool) -> nn.Module:
@@ -89,8 +89,10 @@ class Distillation(nn.Module):
     @property
     def weights(self) -> Mapping[str, float]:
         weights: dict[str, float] = {}
-        for name in self.heads:
-            weights |= {f"{name}_patches": 1.0, f"{name}_summary": self.config.summary_weight}
+        for name, head in self.heads.items():
+            weights[f"{name}_patches"] = 1.0
+            if head.summary is not None:
+                weights[f"{name}_summary"] = self.config.summary_weight
             if self.config.visible_weight:
                 weights[f"{name}_visible"] = self.config.visible_weight
         return weights
@@ -98,8 +100,10 @@ class Distillation(nn.Module):
     def counts(self, batch: MaskedVision) -> dict[str, Tensor]:
         hidden = batch.masked.sum()
         counts: dict[str, Tensor] = {}
-        for name in self.heads:
-            counts |= {f"{name}_patches": hidden, f"{name}_summary": torch.full_like(hidden, len(batch.keys))}
+        for name, head in self.heads.items():
+            counts[f"{name}_patches"] = hidden
+            if head.summary is not None:
+                counts[f"{name}_summary"] = torch.full_like(hidden, len(batch.keys))
             if self.config.visible_weight:
                 counts[f"{name}_visible"] = batch.masked.shape[0] - hidden
         return counts
@@ -139,7 +143,8 @@ class Distillation(nn.Module):
             )
             if place == "patches":
                 cosine = F.cosine_similarity(answer.detach().float(), targets[rows], dim=-1)
-        losses[f"{name}_summary"] = head.cone(head.summary(seen.pooled), features.summary)
+        if head.summary is not None:
+            losses[f"{name}_summary"] = head.cone(head.summary(seen.pooled), features.summary)
         return losses, cosine
 
     def _drop(self, rows: Mapping[str, Tensor], batch: MaskedVision) -> dict[str, Tensor]:
@@ -150,7 +155,7 @@ class Distillation(nn.Module):
         images, device = len(batch.keys), batch.masked.device
         owners = torch.repeat_interleave(batch.vision.grids.prod(dim=1)).to(device)
         hidden, visible = owners[batch.masked], owners[~batch.masked]
-        losses = rows[f"{self.teachers[0].name}_summary"].new_zeros(len(self.teachers), images)
+        losses = rows[f"{self.teachers[0].name}_patches"].new_zeros(len(self.teachers), images)
         for n, teacher in enumerate(self.teachers):
             losses[n].index_add_(0, hidden, rows[f"{teacher.name}_patches"].detach())
         stays = torch.rand(losses.shape).to(device) >= self.config.drop
@@ -182,7 +187,8 @@ class Distillation(nn.Module):
             for tensor in moments.tensors():
                 dist.all_reduce(tensor)
             self.heads[name].standardiser.fit(moments)
-            self.heads[name].cone.fit(torch.cat([seen.summary for seen in all_seen]), dist.all_reduce)
+            if self.heads[name].cone is not None:
+                self.heads[name].cone.fit(torch.cat([seen.summary for seen in all_seen]), dist.all_reduce)
 
     def after_step(self) -> None:
         """Nothing moves outside the gradient."""

@@ -207,6 +207,21 @@ def test_dropping_keeps_the_worst_teacher_of_every_image_and_is_seeded():
         assert torch.equal(dropped[f"{worst}_patches"], alone[f"{worst}_patches"])
 
 
+def test_a_summary_that_nothing_trained_is_not_learned():
+    batch = batch_of([(64, 96)])
+    whole, dense = teacher("a", 24, 1), teacher("b", 48, 2)
+    dense.summary = False
+    distillation = Distillation(
+        CogViT(CogViTConfig(32, 2, 2, 64, mask_token=True)), [whole, dense], DistillationConfig(drop=0.5)
+    )
+    distillation.calibrate([batch])
+    terms = {"a_patches", "a_summary", "b_patches"}
+    assert (
+        set(distillation.train()(batch).sums) == set(distillation.weights) == set(distillation.counts(batch)) == terms
+    )
+    assert not any(name.startswith(("heads.b.summary", "heads.b.cone")) for name in distillation.state_dict())
+
+
 @pytest.mark.parametrize("bad", [{"standardise": "phis"}, {"blind": "eyes"}, {"drop": 1.0}])
 def test_bad_configurations_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
