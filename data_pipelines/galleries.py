@@ -123,10 +123,10 @@ def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gal
     return MixedGallery({name: (galleries[name], weight) for name, weight in weights.items() if weight})
 
 
-def built_in(mix: Mapping[str, float], side: int = 0) -> Gallery:
+def built_in(mix: Mapping[str, float], side: int = 0, classes: str = "materials") -> Gallery:
     """Galleries that need no download, under their weights: ``scenes``, or their levels apart (``scenes0`` is the
-    plainest), ``panels`` and the kinds of photographs. The classes of scenes are their materials. ``side``: squares of
-    so many pixels, which a stage that looks at squares need not resize; else sizes vary."""
+    plainest), ``panels`` and the kinds of photographs. The classes of scenes are their ``materials`` or ``shapes``.
+    ``side``: squares of so many pixels, which a stage that looks at squares need not resize; else sizes vary."""
     size = (side, side) if side else None
 
     def scenes(level: int | None) -> Gallery:
@@ -134,7 +134,7 @@ def built_in(mix: Mapping[str, float], side: int = 0) -> Gallery:
 
         def draw(position: int) -> Picture:
             scene = draw_scene(position, size=size, level=level)
-            return Picture(scene.image, scene.caption, f"{name}-{position}", scene.materials)
+            return Picture(scene.image, scene.caption, f"{name}-{position}", getattr(scene, classes))
 
         return draw
 

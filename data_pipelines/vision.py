@@ -230,11 +230,14 @@ def pair_pictures(pictures: Sequence[Picture], geometry: GeometryConfig, vocab: 
     Raises ``ValueError`` naming a picture whose shape no geometry accepts.
     """
     texts = [caption_ids(picture.caption, vocab, max_text) for picture in pictures]
+    images = [_patchify(picture, geometry) for picture in pictures]
+    known = [_patch_classes(p.classes, i.grid, geometry.merge_size) for p, i in zip(pictures, images, strict=True)]
     return PairedBatch(
-        PackedVision.pack([_patchify(picture, geometry) for picture in pictures]),
+        PackedVision.pack(images),
         torch.tensor([i for ids in texts for i in ids]),
         Segments([len(ids) for ids in texts]),
         tuple(picture.key for picture in pictures),
+        torch.cat(known),
     )
 
 

@@ -309,18 +309,22 @@ class PackedBatch:
 class PairedBatch:
     """Images with their texts, for contrastive training: image ``i`` belongs to text segment ``i``.
 
-    ``vision`` holds I images; ``text_ids (T,)`` int64 is their captions in one stream with I segments.
+    ``vision`` holds I images; ``text_ids (T,)`` int64 is their captions in one stream with I segments; ``classes (P,)``
+    int64 says what is known of the patches, -1 for nothing.
     """
 
     vision: PackedVision
     text_ids: Tensor
     segments: Segments
     keys: tuple[str, ...]
+    classes: Tensor | None = None
 
     def __post_init__(self) -> None:
         images = self.vision.grids.shape[0]
         if len(self.segments) != images or len(self.keys) != images or self.segments.total != self.text_ids.shape[0]:
             raise ValueError(f"{images} images, {len(self.segments)} texts, {len(self.keys)} keys")
+        if self.classes is not None and len(self.classes) != self.vision.patches.shape[0]:
+            raise ValueError(f"{len(self.classes)} classes for {self.vision.patches.shape[0]} patches")
 
     @property
     def num_tokens(self) -> int:
@@ -336,6 +340,7 @@ class PairedBatch:
             self.text_ids.to(device, non_blocking=non_blocking),
             self.segments.to(device, non_blocking),
             self.keys,
+            None if self.classes is None else self.classes.to(device, non_blocking=non_blocking),
         )
 
 

@@ -43,7 +43,7 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     preset = ("--preset", size)
     align = ("recipes.align_encoder", *preset, f"init={root}/distill/encoder", vocabulary, f"output={root}/align")
     about = "contrast images with captions at native resolution, packed"
-    stages.append(Stage("align", about, align, root / "align", _encoder, 45, processes))
+    stages.append(Stage("align", about, align, root / "align", _encoder, 30, processes))
     stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
     pretrain += _shards(root, "pretrain", browser)
@@ -78,7 +78,7 @@ def _teacher(root: Path, kind: str, size: str, processes: int) -> Stage:
     arguments = ("recipes.teachers", "--preset", kind, f"tokenizer={root}/data/tokenizer.json", f"output={output}")
     arguments += ("steps=2", "data.images_per_step=8") if size == "debug" else ()
     about = f"train a small {kind} teacher, as none can be downloaded here"
-    return Stage(f"teacher-{kind}", about, arguments, output, _file("teacher/model.safetensors"), 30, processes)
+    return Stage(f"teacher-{kind}", about, arguments, output, _file("teacher/model.safetensors"), 35, processes)
 
 
 def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
@@ -88,7 +88,7 @@ def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
     sources = tuple(f"teachers.{kind}.source={root}/teachers/{kind}/teacher" for kind in kinds)
     arguments = ("recipes.distill_encoder", "--preset", size, *sources, f"output={root}/{name}")
     about = f"the same from {only} alone, to compare with" if only else "CogViT learns from both teachers"
-    return Stage(name, about, arguments, root / name, _encoder, 40, processes)
+    return Stage(name, about, arguments, root / name, _encoder, 30, processes)
 
 
 def _probes(root: Path, size: str) -> Stage:

@@ -5,7 +5,7 @@
     torchrun --standalone --nproc_per_node=1 -m recipes.teachers --preset dinov3 output=runs/teachers/dinov3
 
 They stand in for models that billions of images taught, so they are told what those found out. SigLIP2 learns words for
-shapes, colours and places: the sigmoid loss, a classifier of the caption's words, and descriptors of its patches.
+shapes, colours and places: the sigmoid loss, a classifier of the caption's words, and of which shape each patch shows.
 DINOv3 learns texture: descriptors of hidden patches, and the drawn scenes' exact maps of materials, which no caption
 names. The folder ``output/teacher`` loads in transformers, and as a teacher of `recipes.distill_encoder`.
 """
@@ -33,7 +33,7 @@ from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
 from mmagent.vocab import Vocab
-from mmagent.worlds.images import MATERIALS
+from mmagent.worlds.images import MATERIALS, SHAPES
 
 
 @dataclass
@@ -69,9 +69,9 @@ class Config:
 def siglip2() -> Config:
     """Half a minute on two cores."""
     return Config(
-        steps=160,
-        mix={"scenes0": 0.6, "scenes1": 0.3, "panels": 0.1},
-        alignment=AlignmentConfig(width=96, words_weight=8.0, describe_weight=1.0),
+        steps=280,
+        mix={"scenes0": 0.6, "scenes1": 0.4},
+        alignment=AlignmentConfig(96, words_weight=4.0, classes=1 + len(SHAPES), classes_weight=12.0),
     )
 
 
@@ -95,10 +95,10 @@ def main() -> None:
     dist.seed_everything(config.seed)
     encoder = BackboneEncoder(new_backbone(config.kind, config.width, config.depth, config.heads, config.patch_size))
     geometry = GeometryConfig(patch_size=config.patch_size, min_tokens=1)
-    pictures, objective = built_in(config.mix, config.side), None
+    pictures = built_in(config.mix, config.side, classes="shapes" if config.kind == "siglip2" else "materials")
     if config.kind == "siglip2":
         vocab = Vocab.load(config.tokenizer)
-        objective = Alignment(encoder, TextTower(replace(text_laptop(vocab.size), depth=1)), config.alignment)
+        objective: Any = Alignment(encoder, TextTower(replace(text_laptop(vocab.size), depth=1)), config.alignment)
         stream = pair_stream(config.data, pictures, geometry, vocab, world=world, square=True)
     else:
         objective = MaskedReconstruction(encoder, config.reconstruction)

@@ -27,7 +27,9 @@ class AlignmentConfig:
     caption's words over the image's summary (SuperClass, arXiv 2411.03313): it needs no large batch to learn from.
     ``describe_weight`` adds a regression of every patch's own descriptors
     (:class:`mmagent.objectives.reconstruction.MaskedReconstruction`), which keeps patches local: SigLIP2 (arXiv
-    2502.14786) adds dense losses to the sigmoid's for the same reason."""
+    2502.14786) adds dense losses to the sigmoid's for the same reason. ``classes`` adds a classifier of that many
+    classes over patches, where the batch says what they are; ``classes_weight`` weighs it: it ties words to places, as
+    SigLIP2's captioning of regions does."""
 
     width: int = 768
     scale: float = 10.0
@@ -35,6 +37,8 @@ class AlignmentConfig:
     max_scale: float = 100.0
     words_weight: float = 0.0
     describe_weight: float = 0.0
+    classes: int = 0
+    classes_weight: float = 1.0
 
 
 class Alignment(nn.Module):
@@ -53,6 +57,7 @@ class Alignment(nn.Module):
         self.word_head = Linear(encoder.width, text_tower.config.vocab_size, bias=True) if config.words_weight else None
         values = descriptor_values(_CELLS)
         self.patch_head = Linear(encoder.width, values, bias=True) if config.describe_weight else None
+        self.class_head = Linear(encoder.width, config.classes, bias=True) if config.classes else None
         # of shape (1,), for sharded engines have no place for scalars
         self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
         self.bias = nn.Parameter(torch.tensor([config.bias]))
@@ -61,7 +66,8 @@ class Alignment(nn.Module):
     def weights(self) -> Mapping[str, float]:
         words = {"words": self.config.words_weight} if self.word_head is not None else {}
         patches = {"patches": self.config.describe_weight} if self.patch_head is not None else {}
-        return {"contrastive": 1.0, **words, **patches}
+        classes = {"classes": self.config.classes_weight} if self.class_head is not None else {}
+        return {"contrastive": 1.0, **words, **patches, **classes}
 
     def counts(self, batch: PairedBatch) -> dict[str, Tensor]:
         device = batch.text_ids.device
@@ -70,7 +76,13 @@ class Alignment(nn.Module):
             counts["words"] = torch.tensor(sum(n > 1 for n in batch.segments.lengths), device=device)
         if self.patch_head is not None:
             counts["patches"] = torch.tensor(batch.vision.patches.shape[0], device=device)
+        if self.class_head is not None:
+            counts["classes"] = (self._classes(batch) >= 0).sum()
         return counts
+
+    def _classes(self, batch: PairedBatch) -> Tensor:
+        unknown = torch.full((batch.vision.patches.shape[0],), -1, device=batch.text_ids.device)
+        return unknown if batch.classes is None else batch.classes
 
     def embed_images(self, vision: PackedVision) -> Tensor:
         """``(I, width)`` float32 of unit length."""
@@ -95,7 +107,12 @@ class Alignment(nn.Module):
             targets = describe_patches(batch.vision, self.encoder.patch_size, self.encoder.merge_size, _CELLS)
             sums["patches"] = (self.patch_head(seen.tokens).float() - targets).square().mean(dim=1).sum()
         with torch.no_grad():
-            return StepOutput(sums, self._metrics(images, texts))
+            metrics = self._metrics(images, texts)
+        if self.class_head is not None:
+            logits, classes = self.class_head(seen.tokens).float(), self._classes(batch)
+            sums["classes"] = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
+            metrics["classes"] = Ratio((logits.argmax(dim=1) == classes).sum(), (classes >= 0).sum())
+        return StepOutput(sums, metrics)
 
     def _metrics(self, images: Tensor, texts: Tensor) -> dict[str, Ratio]:
         """How often an image's own caption is the nearest of its micro-batch on this rank, and the temperature."""
@@ -122,6 +139,8 @@ class Alignment(nn.Module):
             roles |= collect_roles(self.word_head, "projection", "word_head.")
         if self.patch_head is not None:
             roles |= collect_roles(self.patch_head, "projection", "patch_head.")
+        if self.class_head is not None:
+            roles |= collect_roles(self.class_head, "projection", "class_head.")
         return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
 
     def blocks(self) -> Iterable[nn.Module]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipelines.documents import Quarantine, QuarantineConfig
-from data_pipelines.galleries import MixedGallery, Picture, ShardGallery, mixed
+from data_pipelines.galleries import MixedGallery, Picture, ShardGallery, built_in, mixed
 from data_pipelines.masking import MaskConfig
 from data_pipelines.shards import ShardWriter
 from data_pipelines.vision import (
@@ -26,6 +26,7 @@ from mmagent.dist import World
 from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches
 from mmagent.records import EncodedImage, Record, encode_image
 from mmagent.vocab import Vocab
+from mmagent.worlds.images import SHAPES
 from tests.vision_kit import tiny_picture
 
 GEOMETRY = GeometryConfig(min_tokens=4)
@@ -149,6 +150,15 @@ def test_classes_follow_the_crop_to_the_patches():
     bright = [patches.mean(dim=1) > 0.2 for patches in batch.vision.patches.split(64)[1:]]
     agree = [((classes == 5) == seen).float().mean() for classes, seen in zip(known, bright, strict=True)]
     assert min(agree) >= 0.85  # a patch on the border may be rounded either way: one column of eight
+
+
+def test_pairs_bring_the_shapes_of_their_patches(vocab):
+    """The largest shape's class is the one that the caption names first."""
+    config = VisionStreamConfig(images_per_step=6, patches_per_microbatch=500, sequence_lengths=[64], prefetch=False)
+    pictures = built_in({"scenes0": 1.0}, side=112, classes="shapes")
+    for pairs in next(pair_stream(config, pictures, GEOMETRY, vocab, square=True)):
+        for ids, classes in zip(pairs.text_ids.split(pairs.segments.lengths), pairs.classes.split(64), strict=True):
+            assert SHAPES[classes.max() - 1] in vocab.decode(ids.tolist())
 
 
 def test_captions_end_and_empty_ones_have_an_end_too(vocab):

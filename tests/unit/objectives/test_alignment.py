@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.losses.contrastive import sigmoid_pairs
@@ -131,3 +133,21 @@ def test_the_temperature_stays_in_bounds():
         model.log_scale.fill_(9.0)
     model.after_step()
     assert model.log_scale.exp().item() == pytest.approx(100.0)
+
+
+def test_patches_are_told_apart_where_the_batch_knows_them():
+    """Unknown patches count nowhere; without any knowledge the loss is 0, not a number that is none."""
+    pairs = batch()
+    built = alignment()
+    told = Alignment(built.encoder, built.text_tower, AlignmentConfig(width=16, classes=3, classes_weight=2.0))
+    classes = torch.arange(pairs.num_patches) % 4 - 1
+    known = replace(pairs, classes=classes)
+    output = told(known)
+    logits = told.class_head(told.encoder(pairs.vision).tokens)[classes >= 0]
+    expected = F.cross_entropy(logits, classes[classes >= 0], reduction="sum")
+    assert torch.allclose(output.sums["classes"], expected, rtol=1e-5)
+    assert int(told.counts(known)["classes"]) == int((classes >= 0).sum())
+    assert told(pairs).sums["classes"] == 0
+    assert told.counts(pairs)["classes"] == 0
+    with pytest.raises(ValueError, match="classes for"):
+        replace(pairs, classes=classes[1:])
