@@ -94,7 +94,7 @@ def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
 def _probes(root: Path, size: str) -> Stage:
     names = {"siglip2": "distill-siglip2", "dinov3": "distill-dinov3", "both": "distill", "aligned": "align"}
     pairs = tuple(f"{name}={root}/{folder}/encoder" for name, folder in names.items())
-    images = ("--images", "60" if size == "debug" else "600")
+    images = ("--images", "60" if size == "debug" else "400")
     arguments = ("recipes.probe_encoders", *pairs, f"output={root}/probes", *images)
     return Stage("probes", "what each encoder knows", arguments, root / "probes", _file("probes.json"), 25, 0)
 
