@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WHITE_MEAN = (1.0, 1.0, 1.0)
 FRAME = 1000
 """Coordinates of actions and boxes are integers in ``[0, FRAME)``, relative to the image."""
 
 
 @dataclass
 class GeometryConfig:
-    """How images become patches. Defaults are those of the GLM-4.5V / GLM-OCR family."""
+    """How images become patches. Defaults are those of the GLM-4.5V / GLM-OCR family.
+
+    ``mean`` and ``std`` of a channel, in [0, 1]: a training from scratch learns soonest where what most patches show
+    becomes zero, so :data:`WHITE_MEAN` suits screens.
+    """
 
     patch_size: int = 14
     temporal_patch: int = 2
@@ -38,10 +43,14 @@ class GeometryConfig:
     min_tokens: int = 16
     max_tokens: int = 8000
     max_aspect: float = 200.0
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
         if min(self.patch_size, self.temporal_patch, self.merge_size, self.min_tokens) < 1:
             raise ValueError(f"geometry: every size must be at least 1, got {self}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"geometry: mean and std are three values each, std positive; got {self.mean}, {self.std}")
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"geometry: max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
 
@@ -186,22 +195,23 @@ def _cut(frames: Sequence[np.ndarray], config: GeometryConfig) -> np.ndarray:
             continue
         blocks = frame.reshape(height // (p * m), m, p, width // (p * m), m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         blocks = np.ascontiguousarray(blocks)
-        for channel, table in enumerate(_normalised()):
+        for channel, table in enumerate(_normalised(tuple(config.mean), tuple(config.std))):
             into[..., channel, :, :] = np.take(table, blocks[..., channel, :, :])
         before = frame
     return patches.reshape(-1, config.patch_values)
 
 
 @cache
-def _normalised() -> np.ndarray:
+def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """``(3, 256)`` float32: what :func:`normalise` makes of every value of every channel."""
-    return normalise(torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 3))[0, :, 0].numpy()
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 3)
+    return normalise(values, mean, std)[0, :, 0].numpy()
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """``(F, height, width, 3)`` uint8 to ``(F, 3, height, width)`` float32 with CLIP's mean and deviation."""
+def normalise(pixels: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """``(F, height, width, 3)`` uint8 to ``(F, 3, height, width)`` float32."""
     scaled = pixels.permute(0, 3, 1, 2).float() / 255.0
-    return (scaled - torch.tensor(CLIP_MEAN).view(1, 3, 1, 1)) / torch.tensor(CLIP_STD).view(1, 3, 1, 1)
+    return (scaled - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
 
 def to_patches(pixels: Tensor, config: GeometryConfig) -> tuple[Tensor, tuple[int, int, int]]:
@@ -227,7 +237,7 @@ def unpatchify(image: PatchedImage, config: GeometryConfig) -> np.ndarray:
     """The first frame of ``image`` as the encoder sees it, ``(height, width, 3)`` uint8: exact, but for the resize
     that came before."""
     frame = from_patches(image.patches.float().cpu(), image.grid, config)[0]
-    pixels = frame * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    pixels = frame * torch.tensor(config.std).view(3, 1, 1) + torch.tensor(config.mean).view(3, 1, 1)
     return (pixels * 255.0).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 

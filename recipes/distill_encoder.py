@@ -24,7 +24,7 @@ from mmagent.engine.checkpoint import gather_weights
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
-from mmagent.geometry import GeometryConfig
+from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.encoder_folder import save_encoder
 from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_403m, cogvit_debug, cogvit_laptop
 from mmagent.models.teachers import Teacher
@@ -82,6 +82,7 @@ def laptop() -> Config:
     return Config(
         steps=200,
         teachers={"siglip2": TeacherConfig(), "dinov3": TeacherConfig(summary=False)},
+        geometry=GeometryConfig(mean=WHITE_MEAN),
         side=112,
         teacher_dtype="bfloat16",
         data=VisionStreamConfig(images_per_step=16, patches_per_microbatch=8192, sequence_lengths=[64]),

@@ -20,7 +20,7 @@ from mmagent.engine.checkpoint import gather_weights
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
-from mmagent.geometry import GeometryConfig
+from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.models import presets
@@ -66,14 +66,15 @@ def debug() -> Config:
 
 def laptop() -> Config:
     """Minutes on two cores: the quickstart's stage."""
-    data = StreamConfig(tokens_per_step=8192, tokens_per_microbatch=4096, patches_per_microbatch=8192)
+    data = StreamConfig(tokens_per_step=4096, tokens_per_microbatch=2048, patches_per_microbatch=4096)
     return Config(
+        geometry=GeometryConfig(mean=WHITE_MEAN),
         data=data,
-        optim=OptimConfig(lr=2e-3),
+        optim=OptimConfig(lr=4e-3),
         engine=TorchEngineConfig(dtype="bfloat16"),
         phases=[
-            Phase("adapter", 20, freeze=["encoder"], schedule=ScheduleConfig("constant", warmup=10)),
-            Phase("all", 200, schedule=ScheduleConfig("wsd", warmup=10, floor=0.0, decay=0.4)),
+            Phase("adapter", 10, freeze=["encoder"], schedule=ScheduleConfig("constant", warmup=10)),
+            Phase("all", 270, schedule=ScheduleConfig("wsd", warmup=10, floor=0.0, decay=0.4)),
         ],
         save_every=50,
     )
@@ -106,11 +107,11 @@ def train(config: Config, title: str) -> None:
     if config.init:
         model, _, geometry, chat = load_agent(config.init)
     else:
-        geometry, chat = config.geometry, config.chat
-        model_config = replace(config.model, image_id=vocab.image_id)
-        encoder = load_encoder(config.encoder).model if config.encoder else None
-        vision = encoder.config if encoder else model_config.vision
-        model = AgentModel(replace(model_config, vision=vision), encoder)
+        geometry, chat, encoder, vision = config.geometry, config.chat, None, config.model.vision
+        if config.encoder:  # an encoder brings the geometry it was trained at
+            encoder, geometry = load_encoder(config.encoder)
+            vision = encoder.config
+        model = AgentModel(replace(config.model, image_id=vocab.image_id, vision=vision), encoder)
     model.set_recompute(config.recompute)
     objective = LanguageModeling(model, config.objective)
     optimizer = build_optimizer(model, config.optim)

@@ -1,6 +1,6 @@
 """The whole lineage at laptop size: from two teachers to an agent that clicks, in one resumable command.
 
-    python -m recipes.quickstart [--output runs/quickstart] [--processes 1] [--size laptop|debug]
+    python -m recipes.quickstart [--output runs/quickstart] [--processes 2] [--size laptop|debug]
 
 Kill it at any moment; the same command goes on where it was. At the end it prints what it measured and leaves
 ``summary.json`` and ``report.html`` in the output folder.
@@ -28,7 +28,10 @@ def main() -> int:
         "python -m recipes.quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--processes", type=int, default=1, help="training processes a stage (default: %(default)s)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--processes", type=int, default=min(cores, 2), help="training processes a stage (here: %(default)s)"
+    )
     parser.add_argument("--size", choices=SIZES, default="laptop", help="debug runs everything, but learns nothing")
     parser.add_argument("--plan", action="store_true", help="print the stages with their commands and exit")
     args = parser.parse_args()

@@ -21,16 +21,16 @@ JUDGED = {"laptop": 20, "debug": 1}
 """Held-out episodes a page."""
 _SAMPLES = {
     "laptop": {
-        "pretrain": {"screens": 2400, "pages": 800, "html": 100, "captions": 300, "interleaved": 100, "text": 300},
-        "sft": {"episodes": 2400, "clicks": 200, "html": 100},
+        "pretrain": {"screens": 3000, "pages": 500, "html": 100, "captions": 200, "interleaved": 60, "text": 200},
+        "sft": {"episodes": 1200, "clicks": 100, "html": 60},
     },
     "debug": {
         "pretrain": {"screens": 60, "pages": 20, "html": 10, "captions": 20, "interleaved": 20, "text": 20},
         "sft": {"episodes": 60, "clicks": 20, "html": 10},
     },
 }
-_WEIGHTS = {"pretrain": {"screens": 5, "pages": 2, "html": 0.5, "captions": 0.3, "interleaved": 0.2, "text": 0.3}}
-_WEIGHTS["sft"] = {"episodes": 4, "clicks": 0.5, "html": 0.5}
+_WEIGHTS = {"pretrain": {"screens": 6, "pages": 1.5, "html": 0.3, "captions": 0.2, "interleaved": 0.1, "text": 0.1}}
+_WEIGHTS["sft"] = {"episodes": 5, "clicks": 0.5, "html": 0.4}
 _BLIND = ("captions", "interleaved", "text")  # what can be made without a browser
 
 

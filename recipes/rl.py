@@ -36,8 +36,7 @@ from mmagent.train.step import train_step
 
 def easy_tasks() -> list[str]:
     """What a few thousand demonstrations bring a small model half of the way to."""
-    names = "button checkboxes dialog link option tab test-2"
-    return [*(f"miniwob/click-{name}" for name in names.split()), "miniwob/enter-text", "miniwob/focus-text"]
+    return [f"miniwob/click-{name}" for name in "button checkboxes dialog link option tab test-2 test".split()]
 
 
 @dataclass
@@ -69,11 +68,13 @@ class Config:
 
 
 def laptop() -> Config:
-    """Four minutes on two cores: the quickstart's stage."""
+    """Three minutes on two cores: the quickstart's stage, an action an episode."""
     return Config(
-        collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=6, max_context=1024)),
+        steps=60,
+        collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=1, max_context=512)),
         generator=GeneratorConfig(dtype="bfloat16"),
-        optim=OptimConfig(lr=2e-4, weight_decay=0.0),
+        optim=OptimConfig(lr=4e-4, weight_decay=0.0),
+        schedule=ScheduleConfig("wsd", warmup=3, floor=0.1, decay=0.3),
         engine=TorchEngineConfig(dtype="bfloat16"),
     )
 

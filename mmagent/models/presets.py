@@ -36,12 +36,12 @@ def laptop(vocab_size: int = 2048, image_id: int = 1) -> AgentModelConfig:
         vocab_size=vocab_size,
         image_id=image_id,
         vision=cogvit_laptop(),
-        projector=ProjectorConfig(ffn=512),
+        projector=ProjectorConfig(ffn=256),
         decoder=DecoderConfig(
-            width=256, layers=5, dense_layers=1, heads=8, kv_heads=4, head_dim=32, ffn=704, qk_norm=True, rope_base=1e4,
-            moe=MoEConfig(experts=8, top_k=2, shared=1, ffn=256, scale=1.0),
+            width=192, layers=4, dense_layers=1, heads=3, kv_heads=3, head_dim=64, ffn=512, qk_norm=True, rope_base=1e4,
+            moe=MoEConfig(experts=4, top_k=2, shared=1, ffn=192, scale=1.0),
         ),
-        mtp=MTPConfig(depths=2),
+        mtp=MTPConfig(depths=1),
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ COLORS = {
 _NAMELESS = frozenset({"textbox", "slider", "checkbox", "combobox", "image", "spinbutton", "progressbar", "radio"})
 _COUNTED = ("button", "link", "textbox", "checkbox", "radio", "tab", "slider", "combobox", "menuitem", "spinbutton")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_REGION = 16  # times the area of a box within it
 _LONGEST = 40  # characters of a name that still make a phrase
 _LONGEST_TEXT = 24  # of text that is no control: a sentence is read, not pointed at
 
@@ -46,11 +47,12 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """``kind``: one of :data:`WEIGHTS`."""
+    """``kind``: one of :data:`WEIGHTS`. ``box``: the pixels asked about, where it is not the whole screen."""
 
     kind: str
     question: str
     answer: str
+    box: tuple[float, ...] | None = None
 
 
 def color_name(color: str) -> str | None:
@@ -129,6 +131,9 @@ def ask(
 ) -> list[Question]:
     """At most ``count`` different questions about a screen of ``size (height, width)``, in random order.
 
+    No two are about the same place: an answer to one would tell the other's coordinates, and a model that can copy
+    them from the text does not learn to find them in the image.
+
     ``weights``: relative frequency of kinds; kinds that are not named are not asked.
     """
     view = ImageView(size, size)
@@ -158,8 +163,19 @@ def ask(
             break
         (kind,) = random.choices(left, [weights[kind] for kind in left])
         questions = open_questions[kind]
-        asked.append(questions.pop(random.randrange(len(questions))))
+        chosen = questions.pop(random.randrange(len(questions)))
+        asked.append(chosen)
+        if chosen.box is not None:
+            for name, others in open_questions.items():
+                open_questions[name] = [q for q in others if q.box is None or not _same_place(q.box, chosen.box)]
     return asked
+
+
+def _same_place(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes overlap so that one tells where the other is: not where one is a whole region round it."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    areas = sorted((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return width > 0 and height > 0 and 2 * width * height > areas[0] and areas[1] < _REGION * areas[0]
 
 
 def _box(view: ImageView, box: Sequence[float]) -> str:
@@ -169,18 +185,18 @@ def _box(view: ImageView, box: Sequence[float]) -> str:
 def _locate(view: ImageView, found: Sequence[Target]) -> Iterator[Question]:
     for phrase, element in found:
         point = view.to_frame(*element.point)
-        yield Question("locate", grounding_text(phrase), format_action(Click(*point)))
+        yield Question("locate", grounding_text(phrase), format_action(Click(*point)), element.box)
 
 
 def _where(view: ImageView, found: Sequence[Target]) -> Iterator[Question]:
     for phrase, element in found:
-        yield Question("where", f"Where is {phrase}?", _box(view, element.box))
+        yield Question("where", f"Where is {phrase}?", _box(view, element.box), element.box)
 
 
 def _what(view: ImageView, found: Sequence[Target]) -> Iterator[Question]:
     for phrase, element in found:
         x, y = view.to_frame(*element.point)
-        yield Question("what", f"What is at {x},{y}?", phrase.removeprefix("the "))
+        yield Question("what", f"What is at {x},{y}?", phrase.removeprefix("the "), element.box)
 
 
 def _smallest_there(element: Element, elements: Sequence[Element]) -> bool:
@@ -196,14 +212,14 @@ def _smallest_there(element: Element, elements: Sequence[Element]) -> bool:
 
 def _read(view: ImageView, lines: Sequence[TextLine]) -> Iterator[Question]:
     for line in lines:
-        yield Question("read", f"Read the text at {_box(view, line.box)}.", line.text)
+        yield Question("read", f"Read the text at {_box(view, line.box)}.", line.text, line.box)
 
 
 def _find(view: ImageView, lines: Sequence[TextLine]) -> Iterator[Question]:
     often = Counter(line.text for line in lines)
     for line in lines:
         if often[line.text] == 1 and len(line.text) <= _LONGEST:
-            yield Question("find", f'Where does it say "{line.text}"?', _box(view, line.box))
+            yield Question("find", f'Where does it say "{line.text}"?', _box(view, line.box), line.box)
 
 
 def _text(lines: Sequence[TextLine], most: int = 400) -> Iterator[Question]:
@@ -255,17 +271,17 @@ def _step(view: ImageView, found: Sequence[Target]) -> Iterator[Question]:
             continue
         click = format_action(Click(*view.to_frame(*element.point)))
         if element.role == "checkbox":
-            yield Question("step", f"{'Untick' if element.checked else 'Tick'} {phrase}.", click)
+            yield Question("step", f"{'Untick' if element.checked else 'Tick'} {phrase}.", click, element.box)
         elif element.role in ("radio", "tab") and not element.checked:
-            yield Question("step", f"Select {phrase}.", click)
+            yield Question("step", f"Select {phrase}.", click, element.box)
         elif element.role in ("combobox", "link", "menuitem"):
-            yield Question("step", f"Open {phrase}.", click)
+            yield Question("step", f"Open {phrase}.", click, element.box)
         elif element.role == "textbox" and element.focused and not element.value:
             yield Question(
                 "step", f'Type "{element.text or "hello"}" into {phrase}.', format_action(Type(element.text or "hello"))
             )
         elif element.role == "textbox":
-            yield Question("step", f"Put the cursor into {phrase}.", click)
+            yield Question("step", f"Put the cursor into {phrase}.", click, element.box)
 
 
 def _describe(elements: Sequence[Element]) -> Iterator[Question]:

@@ -123,11 +123,14 @@ def test_each_kind_says_what_is_true():
         element("textbox", "Name", (200, 100, 300, 110), value="Ada"),
         element("textbox", "City", (200, 120, 300, 130)),
     ]
-    found = {(q.kind, q.question): q.answer for q in asked(elements, [line("Hello", (0, 0, 100, 20))])}
+    found = {}
+    for seed in range(60):  # one about a place rules out others about it
+        some = ask(SIZE, elements, [line("Hello", (0, 0, 100, 19))], Random(seed), 50)
+        found |= {(q.kind, q.question): q.answer for q in some}
     assert found["where", 'Where is the button "OK"?'] == "100,100,200,200"
     assert found["what", "What is at 150,150?"] == 'button "OK"'
-    assert found["read", "Read the text at 0,0,250,100."] == "Hello"
-    assert found["find", 'Where does it say "Hello"?'] == "0,0,250,100"
+    assert found["read", "Read the text at 0,0,250,95."] == "Hello"
+    assert found["find", 'Where does it say "Hello"?'] == "0,0,250,95"
     assert found["text", "Read all the text."] == "Hello"
     assert found["count", 'How many elements of kind "button" are there?'] == "2"
     assert found["list", 'List the elements of kind "button".'] == "OK\nGo"
@@ -160,3 +163,14 @@ def test_unknown_kinds_are_refused():
 
 def test_shapes_are_called_by_their_tag():
     assert noun(element("shape", tag="polygon")) == "polygon"
+
+
+@given(st.integers(0, 2**32))
+def test_no_answer_tells_where_another_one_is(seed):
+    button, words = element("button", "OK"), line("OK", (50, 25, 70, 35))
+    apart, dialog = element("link", "Help", (100, 100, 130, 110)), element("dialog", "Box", (0, 0, 200, 200))
+    questions = ask(SIZE, [button, apart, dialog], [words], Random(seed), 50)
+    about = [q for q in questions if q.box in (button.box, words.box)]
+    assert len(about) == 1
+    assert sum(q.box == apart.box for q in questions) == 1
+    assert sum(q.box == dialog.box for q in questions) == 1

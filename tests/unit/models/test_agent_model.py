@@ -115,7 +115,7 @@ def test_every_parameter_has_a_role(model):
     assert roles["decoder.blocks.0.attention.qkv.weight"].splits == (32, 16, 16)
     assert roles["decoder.blocks.1.moe.experts.gate_up"] == ("decoder", True, (32, 32), True)
     assert roles["decoder.blocks.1.moe.router.weight"].matrix
-    assert not roles["encoder.embed.weight"].matrix  # it reads pixels: not a hidden matrix
+    assert roles["encoder.embed.weight"].matrix  # pixels agree with their neighbours: only a bounded step is safe
     assert not any(role.decay for name, role in roles.items() if name.endswith(".bias"))
 
 
