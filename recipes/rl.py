@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node=2 -m recipes.rl --preset laptop init=runs/sft/agent output=runs/rl
 
 Every step: draw prompts by the curriculum, play a group of episodes for each, keep the groups whose rewards differ,
-take ``updates`` optimizer steps. Ranks share the prompts; each has a generator and browsers of its own. The run resumes
-by itself, bitwise. It leaves an agent folder in ``output/agent``.
+take ``updates`` optimizer steps. Ranks share the prompts, and each has its browsers. A run resumes by itself, bitwise,
+and leaves an agent folder in ``output/agent``.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ from mmagent.train.step import train_step
 
 def easy_tasks() -> list[str]:
     """What a few thousand demonstrations bring a small model half of the way to."""
-    return [f"miniwob/click-{name}" for name in "button checkboxes dialog link option tab test-2 test".split()]
+    return [f"miniwob/click-{name}" for name in ("button", "dialog", "link", "option", "tab", "test", "test-2")]
 
 
 @dataclass
 class Config:
-    """``tasks``: names of :func:`mmagent.tasks.all_task_names` or import paths of your own. ``pages`` and ``browsers``
-    are a rank's."""
+    """``tasks``: :func:`mmagent.tasks.all_task_names` or import paths. ``pages`` and ``browsers`` are a rank's."""
 
     output: str = "runs/rl"
     init: str = "runs/sft/agent"
@@ -136,9 +135,9 @@ async def train(config: Config) -> None:
                 if packs := rank_batches(groups, budget, world, agent.vocab, agent.geometry, **how):
                     record |= train_step(objective, engine, packs, world, record["lr_scale"]).record()
             seconds = time.perf_counter() - started
+            rates = {"tokens": record.get("tokens", 0.0), "sampled": generator.tokens_sampled - sampled}
             record |= {"time/step": seconds, "time/rollout_share": record["time/rollout"] / seconds}
-            record["time/sampled_per_second"] = (generator.tokens_sampled - sampled) / seconds
-            record["time/tokens_per_second"] = record.get("tokens", 0.0) / seconds
+            record |= {f"time/{name}_per_second": amount / seconds for name, amount in rates.items()}
             for hook in hooks:
                 hook(step + 1, record)
         run.save(config.steps)
