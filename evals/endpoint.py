@@ -89,4 +89,5 @@ class EndpointAgent:
 
 def describe_geometry(geometry: GeometryConfig) -> str:
     """One line for the pins: how a screen becomes patches."""
-    return ", ".join(f"{name} {value:g}" for name, value in asdict(geometry).items())
+    values = asdict(geometry).items()
+    return ", ".join(f"{name} {' '.join(f'{v:g}' for v in np.ravel(value))}" for name, value in values)
