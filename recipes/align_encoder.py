@@ -58,7 +58,7 @@ def debug() -> Config:
 def laptop() -> Config:
     """Three quarters of a minute on two cores: the quickstart's stage."""
     return Config(
-        steps=60,
+        steps=30,
         text=text_laptop(2048),
         data=VisionStreamConfig(images_per_step=64, patches_per_microbatch=8192, sequence_lengths=[64, 128]),
         objective=AlignmentConfig(width=128),

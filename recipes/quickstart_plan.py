@@ -13,16 +13,16 @@ from recipes.lineage import Stage
 
 SIZES = ("laptop", "debug")
 TASKS = (
-    "click-test", "click-test-2", "click-dialog", "click-dialog-2", "click-color", "click-tab", "click-button",
-    "click-widget", "focus-text", "focus-text-2", "grid-coordinate", "identify-shape",
+    "click-test", "click-dialog", "click-dialog-2", "click-tab", "click-button", "click-widget", "focus-text",
+    "grid-coordinate",
 )  # fmt: skip
 """Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
 JUDGED = {"laptop": 20, "debug": 1}
 """Held-out episodes a page."""
 _SAMPLES = {
     "laptop": {
-        "pretrain": {"screens": 3000, "pages": 500, "html": 100, "captions": 200, "interleaved": 60, "text": 200},
-        "sft": {"episodes": 1200, "clicks": 100, "html": 60},
+        "pretrain": {"screens": 2000, "pages": 400, "html": 100, "captions": 200, "interleaved": 60, "text": 200},
+        "sft": {"episodes": 800, "clicks": 100, "html": 60},
     },
     "debug": {
         "pretrain": {"screens": 60, "pages": 20, "html": 10, "captions": 20, "interleaved": 20, "text": 20},
@@ -94,7 +94,7 @@ def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
 def _probes(root: Path, size: str) -> Stage:
     names = {"siglip2": "distill-siglip2", "dinov3": "distill-dinov3", "both": "distill", "aligned": "align"}
     pairs = tuple(f"{name}={root}/{folder}/encoder" for name, folder in names.items())
-    images = ("--images", "60" if size == "debug" else "400")
+    images = ("--images", "60" if size == "debug" else "300")
     arguments = ("recipes.probe_encoders", *pairs, f"output={root}/probes", *images)
     return Stage("probes", "what each encoder knows", arguments, root / "probes", _file("probes.json"), 25, 0)
 

@@ -44,7 +44,7 @@ class Config:
     output: str = "runs/teachers/siglip2"
     tokenizer: str = "runs/data/tokenizer.json"
     seed: int = 0
-    steps: int = 240
+    steps: int = 180
     width: int = 128
     depth: int = 4
     heads: int = 2
@@ -69,7 +69,7 @@ class Config:
 def siglip2() -> Config:
     """Half a minute on two cores."""
     return Config(
-        steps=280,
+        steps=210,
         mix={"scenes0": 0.6, "scenes1": 0.4},
         alignment=AlignmentConfig(96, words_weight=4.0, classes=1 + len(SHAPES), classes_weight=12.0),
     )
