@@ -52,15 +52,15 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     stages.append(Stage("untrained", about, (*untrained, f"output={root}/untrained"), root / "untrained", _agent, 6))
     about = "CogViT + merger + MoE decoder + MTP learn to read screens"
     stages.append(
-        Stage("pretrain", about, (*pretrain, f"output={root}/pretrain"), root / "pretrain", _agent, 240, processes)
+        Stage("pretrain", about, (*pretrain, f"output={root}/pretrain"), root / "pretrain", _agent, 330, processes)
     )
     if not browser:
         return stages
     sft = ("recipes.sft", *preset, f"init={root}/pretrain/agent", *_shards(root, "sft", browser), f"output={root}/sft")
-    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 70, processes))
+    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 50, processes))
     tasks = "tasks=[" + ",".join(f"miniwob/{task}" for task in TASKS) + "]"
     rl = ("recipes.rl", *preset, f"init={root}/sft/agent", tasks, f"output={root}/rl")
-    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 240, processes))
+    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 190, processes))
     stages += [_judge(root, who, who, ("miniwob",), size) for who in ("untrained", "sft", "rl")]
     return [*stages, _judge(root, "pages", "rl", ("page_grounding", "screenshot_to_html"), size)]
 
