@@ -19,6 +19,8 @@ TASKS = (
 """Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
 JUDGED = {"laptop": 20, "debug": 1}
 """Held-out episodes a page."""
+PAGES = {"laptop": 8, "debug": 3}
+"""Items of the suites on rendered pages: one answer in HTML takes seconds."""
 _SAMPLES = {
     "laptop": {
         "pretrain": {"screens": 2000, "pages": 400, "html": 100, "captions": 200, "interleaved": 60, "text": 200},
@@ -108,7 +110,7 @@ def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
 def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str) -> Stage:
     output = root / "evals" / name
     tasks = ("--tasks", *(f"miniwob/{task}" for task in TASKS)) if suites == ("miniwob",) else ()
-    limit = ("--limit", str(JUDGED[size] * (len(TASKS) if tasks else 3)))
+    limit = ("--limit", str(JUDGED[size] * len(TASKS) if tasks else PAGES[size]))
     arguments = ("evals", *suites, "--checkpoint", str(root / who / "agent"), *tasks, *limit, "--out", str(output))
     return Stage(f"judge-{name}", "held-out seeds in a real browser", arguments, output, _judged(suites), 20, 0)
 
