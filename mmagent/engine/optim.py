@@ -184,7 +184,8 @@ class MuonAdamW(Optimizer):
         for p, update in zip(parameters, torch.cat(scaled, dim=-2), strict=True):
             local = _local(p)
             local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(_keep(update.view(p.shape), p).to(local.dtype), alpha=-group["lr"])
+            whole = update.view(p.shape) if p.ndim > 3 else update  # experts may be here in part, kernels never
+            local.add_(_keep(whole, p).to(local.dtype), alpha=-group["lr"])
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
