@@ -9,6 +9,7 @@ is the older tower of GLM-4.1V and GLM-4.5V.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,8 +25,8 @@ from mmagent.ops.heads import Heads, split_heads
 from mmagent.ops.rotary import Rotation, angles_2d
 from mmagent.types import PackedVision, Segments, VisionFeatures
 
-POSITION_STD = 0.3
-"""Of a new position table: what is read from pixels has unit scale, and a place should be heard beside it at once."""
+POSITION_STD = 0.6
+"""Scale of a new position table: what is read from pixels has unit scale, and a place should be heard beside it."""
 
 
 @dataclass
@@ -97,7 +98,8 @@ class VisionBlock(Recomputed):
 
 
 class PositionTable(nn.Module):
-    """A learned ``(n, n)`` table, resampled bicubically to each image's grid and added to its patches."""
+    """A learned ``(n, n)`` table, resampled bicubically to each image's grid and added to its patches. It starts as
+    waves, not at random: rows and columns can be read off it linearly, and what is learned at one holds beside it."""
 
     def __init__(self, side: int, width: int):
         super().__init__()
@@ -106,7 +108,8 @@ class PositionTable(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=POSITION_STD)
+        with torch.no_grad():
+            self.weight.copy_(POSITION_STD * sine_cosine_2d(self.side, self.weight.shape[1]))
 
     def forward(self, grids: Tensor, coordinates_P2: Tensor) -> Tensor:
         """``(P, W)`` for images of ``grids (I, 3)`` with ``coordinates`` (row, column) of every patch."""
@@ -116,6 +119,17 @@ class PositionTable(nn.Module):
         grid = points.flip(-1).view(1, -1, 1, 2)  # grid_sample wants (x, y)
         sampled = F.grid_sample(table, grid, mode="bicubic", padding_mode="border", align_corners=False)
         return sampled[0, :, :, 0].T
+
+
+def sine_cosine_2d(side: int, width: int) -> Tensor:
+    """``(side * side, width)`` of unit scale: one half of the width tells the row, the other the column, by waves of
+    twice the side down to two places (the two-dimensional form of arXiv 1706.03762, as in arXiv 2111.06377)."""
+    pairs = width // 4
+    waves = math.pi / side * torch.logspace(0, 1, pairs, base=side)
+    angles = torch.outer(torch.arange(side) + 0.5, waves)
+    line = math.sqrt(2.0) * torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 class AttentionPool(nn.Module):

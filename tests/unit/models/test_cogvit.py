@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_403m, cogvit_debug
+from mmagent.models.cogvit import POSITION_STD, CogViT, CogViTConfig, cogvit_403m, cogvit_debug, sine_cosine_2d
 from mmagent.models.layers import collect_roles
 from mmagent.types import PackedVision
 from tests.model_kit import gradients, image_patches
@@ -124,3 +124,27 @@ def test_impossible_configs_are_refused():
         CogViTConfig(width=36, heads=6)
     with pytest.raises(ValueError, match="pooling"):
         CogViTConfig(pooling="max")
+
+
+@pytest.mark.parametrize("side, width", [(16, 128), (24, 64)])
+def test_rows_and_columns_are_read_off_a_new_position_table(side, width):
+    """A linear map from a new table finds them to half a place; off a random table of as many numbers it cannot where
+    places outnumber them. And what is learned at one place holds beside it: neighbours resemble each other."""
+    table = sine_cosine_2d(side, width)
+    assert table.square().mean().item() == pytest.approx(1.0, abs=0.1)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    for codes, most in ((table, 0.5), (torch.randn_like(table), None)):
+        told = torch.cat([codes, torch.ones(side * side, 1)], dim=1).double()
+        known = torch.rand(side * side, generator=torch.Generator().manual_seed(0)) < 0.5  # enough to find the rest
+        fitted = torch.linalg.lstsq(told[known], places[known].double(), driver="gelsd").solution
+        error = (told[~known] @ fitted - places[~known]).abs().max().item()
+        assert error < most if most else error > 2
+    grid = table.unflatten(0, (side, side))
+    near = torch.cosine_similarity(grid[0, 0], grid[0, 1], dim=0)
+    assert near > torch.cosine_similarity(grid[0, 0], grid[0, side // 2], dim=0)
+    assert near > torch.cosine_similarity(grid[0, 0], grid[side - 1, side - 1], dim=0)
+
+
+def test_a_new_encoder_has_its_table_at_the_scale_that_is_said():
+    table = build(position_table=8).positions
+    assert table.weight.square().mean().sqrt().item() == pytest.approx(POSITION_STD, rel=0.1)
