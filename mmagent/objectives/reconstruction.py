@@ -25,15 +25,12 @@ _WINDOW = 16  # pixels of a patch at which its frequencies are measured; a windo
 class ReconstructionConfig:
     """``cells``: a patch is described in ``cells x cells`` parts. ``visible_weight``: the same loss on seen patches,
     where it asks for a description and not for a guess. ``classes`` adds a classifier of that many classes over seen
-    patches, where the batch says what they are; ``classes_weight`` weighs it. ``summary_weight`` weighs what the
-    image's summary must say: the mean descriptors of ``summary_cells x summary_cells`` parts of the image."""
+    patches, where the batch says what they are; ``classes_weight`` weighs it."""
 
     cells: int = 2
     visible_weight: float = 0.5
     classes: int = 0
     classes_weight: float = 1.0
-    summary_cells: int = 4
-    summary_weight: float = 0.0
 
 
 class MaskedReconstruction(nn.Module):
@@ -51,23 +48,18 @@ class MaskedReconstruction(nn.Module):
         assert isinstance(encoder, VisionEncoder)
         self.encoder, self.config = encoder, config
         self.head = Linear(encoder.width, descriptor_values(config.cells), bias=True)
-        outlines = config.summary_cells**2 * descriptor_values(config.cells)
-        self.summary_head = Linear(encoder.width, outlines, bias=True) if config.summary_weight else None
         self.class_head = Linear(encoder.width, config.classes, bias=True) if config.classes else None
 
     @property
     def weights(self) -> Mapping[str, float]:
         classes = {"classes": self.config.classes_weight} if self.class_head is not None else {}
-        summary = {"summary": self.config.summary_weight} if self.summary_head is not None else {}
-        return {"hidden": 1.0, "visible": self.config.visible_weight, **classes, **summary}
+        return {"hidden": 1.0, "visible": self.config.visible_weight, **classes}
 
     def counts(self, batch: MaskedVision) -> dict[str, Tensor]:
         hidden = batch.masked.sum()
         counts = {"hidden": hidden, "visible": batch.masked.shape[0] - hidden}
         if self.class_head is not None:
             counts["classes"] = (self._classes(batch) >= 0).sum()
-        if self.summary_head is not None:
-            counts["summary"] = torch.full_like(hidden, len(batch.keys))
         return counts
 
     def _classes(self, batch: MaskedVision) -> Tensor:
@@ -76,8 +68,7 @@ class MaskedReconstruction(nn.Module):
         return torch.where(batch.masked, -1, known)
 
     def forward(self, batch: MaskedVision) -> StepOutput:
-        seen = self.encoder(batch.vision, masked=batch.masked)
-        tokens = seen.tokens
+        tokens = self.encoder(batch.vision, masked=batch.masked).tokens
         answers = self.head(tokens).float()
         targets = self.targets(batch)
         errors = (answers - targets).square().mean(dim=1)
@@ -89,20 +80,7 @@ class MaskedReconstruction(nn.Module):
             sums["classes"] = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
             right = (logits.argmax(dim=1) == classes).sum()
             metrics["classes"] = Ratio(right, (classes >= 0).sum())
-        if self.summary_head is not None:
-            wanted = self._outlines(targets, batch.vision.grids)
-            sums["summary"] = (self.summary_head(seen.pooled).float() - wanted).square().mean(dim=1).sum()
         return StepOutput(sums, metrics)
-
-    def _outlines(self, targets: Tensor, grids: Tensor) -> Tensor:
-        """``(I, summary_cells**2 * values)``: patches' descriptors, averaged over parts of each image."""
-        out, parts = [], self.config.summary_cells
-        for rows, grid in zip(targets.split(grids.prod(dim=1).tolist()), grids.tolist(), strict=True):
-            at = patch_coordinates(grid, self.encoder.merge_size).to(rows.device)
-            plane = torch.empty(grid[1], grid[2], rows.shape[1], device=rows.device)
-            plane[at[:, 0], at[:, 1]] = rows
-            out.append(F.adaptive_avg_pool2d(plane.permute(2, 0, 1), parts).flatten())
-        return torch.stack(out)
 
     def targets(self, batch: MaskedVision) -> Tensor:
         """``(P, values)`` descriptors in the stream's order, from the patches before any is hidden."""
@@ -113,9 +91,7 @@ class MaskedReconstruction(nn.Module):
 
     def roles(self) -> Mapping[str, ParamRole]:
         roles = {**encoder_roles(self.encoder, "encoder."), **collect_roles(self.head, "head", "head.")}
-        for name, head in (("class_head.", self.class_head), ("summary_head.", self.summary_head)):
-            roles |= {} if head is None else collect_roles(head, "head", name)
-        return roles
+        return roles if self.class_head is None else roles | collect_roles(self.class_head, "head", "class_head.")
 
     def blocks(self) -> Iterable[nn.Module]:
         return trainable_blocks(self.encoder)

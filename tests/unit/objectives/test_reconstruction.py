@@ -40,7 +40,7 @@ def _split(batch: MaskedVision) -> list[MaskedVision]:
 def _objective(classes: int = 4) -> MaskedReconstruction:
     torch.manual_seed(0)
     encoder = CogViT(CogViTConfig(width=32, depth=1, heads=2, ffn=64, mask_token=True))
-    return MaskedReconstruction(encoder, ReconstructionConfig(classes=classes, summary_weight=0.5))
+    return MaskedReconstruction(encoder, ReconstructionConfig(classes=classes))
 
 
 def test_descriptors_of_a_batch_are_those_of_its_images():
