@@ -45,7 +45,8 @@ class Options:
 
     A transport error is retried ``retries`` times after ``backoff`` seconds, doubling. An item may take
     ``item_seconds``. ``give_up_after`` errors with nothing judged end the run. ``retry_errors`` runs the items
-    again that ended in an error before.
+    again that ended in an error before. ``blind`` shows white images of the same size in place of every screen: what
+    an agent scores from words alone, without which no score says whether it looks.
     """
 
     limit: int | None = None
@@ -57,6 +58,7 @@ class Options:
     give_up_after: int = 8
     retry_errors: bool = False
     progress: bool = True
+    blind: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.concurrency < 1 or self.retries < 0 or (self.limit is not None and self.limit < 1):
@@ -82,6 +84,8 @@ async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | 
     """
     options = options or Options()
     pins = {**suite.pins(), **agent.pins(), "samples": str(options.samples), "code": code_version()}
+    if options.blind:
+        pins["images"] = "blank"
     facts = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     with Store(folder, pins, facts) as store:
         if options.retry_errors:
@@ -155,7 +159,7 @@ class _Judge:
         return replace(row, seconds=round(time.monotonic() - started, 3), attempts=attempt)
 
     async def _attempt(self, job: _Job) -> Row:
-        recorded = _RecordedTask(job.task)
+        recorded = _RecordedTask(job.task, self.options.blind)
         seed = stable_seed(self.suite.seed, job.key)
         clock = asyncio.timeout(self.options.item_seconds)
         try:
@@ -257,10 +261,10 @@ def action_points(text: str) -> tuple[tuple[int, int], ...]:
 
 
 class _RecordedTask:
-    """A task whose environments remember what they showed, were told, and broke of."""
+    """A task whose environments remember what they showed, were told, and broke of; ``blind`` ones show nothing."""
 
-    def __init__(self, task: Task):
-        self._task = task
+    def __init__(self, task: Task, blind: bool = False):
+        self._task, self.blind = task, blind
         self.name, self.category = task.name, task.category
         self.observations: list[Observation] = []
         self.actions: list[str] = []
@@ -300,6 +304,8 @@ class _RecordedEnvironment:
         except Exception as error:  # whoever plays may turn it into a failed trajectory; its kind decides on a retry
             self._log.fault = error
             raise
+        if self._log.blind:
+            seen = replace(seen, images=tuple(np.full_like(image, 255) for image in seen.images))
         self._log.observations.append(seen)
         return seen
 

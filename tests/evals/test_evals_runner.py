@@ -43,6 +43,28 @@ def test_rows_carry_what_happened(tmp_path):
     assert run.facts["started"]
 
 
+class Looker(RuleAgent):
+    """Answers what the screen shows."""
+
+    async def play(self, task, item, play):
+        environment = task.environment(item)
+        seen = await environment.reset()
+        end = await environment.step(str(seen.images[0][0, 0, 0]))
+        trajectory = Trajectory(item.key, task.name)
+        trajectory.reward, trajectory.status = end.reward, Status.FINISHED
+        return Played(trajectory)
+
+
+def test_blind_shows_nothing_and_is_pinned(tmp_path):
+    run = evaluate_now(guess_suite(), Looker(gold), tmp_path / "seeing", QUIET)
+    assert summarise(run.rows).score.mean == 1.0
+    blind = evaluate_now(guess_suite(), Looker(gold), tmp_path / "blind", options(blind=True))
+    assert summarise(blind.rows).score.mean == 0.0
+    assert blind.pins["images"] == "blank"
+    with pytest.raises(PinsDiffer, match="images"):
+        evaluate_now(guess_suite(), Looker(gold), tmp_path / "blind", QUIET)
+
+
 def test_limit_keeps_tasks_balanced_and_can_be_raised(tmp_path):
     agent = RuleAgent(gold)
     run = evaluate_now(guess_suite(), agent, tmp_path, options(limit=4))
