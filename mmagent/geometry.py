@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE_MEAN = (1.0, 1.0, 1.0)
+"""Makes white, of which screens are mostly made, zero."""
 FRAME = 1000
 """Coordinates of actions and boxes are integers in ``[0, FRAME)``, relative to the image."""
 

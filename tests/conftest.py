@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from mmagent.browser import BrowserPool, find_chromium, run_sync
+if TYPE_CHECKING:  # house tests run where nothing but pytest is installed
+    from mmagent.browser import BrowserPool
 
 
 @pytest.fixture(scope="session")
 def browser_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserPool]:
     """One pool on the loop of ``run_sync`` for the whole session; its pages may read pytest's folder and MiniWoB++."""
+    from mmagent.browser import BrowserPool, find_chromium, run_sync
+
     if find_chromium() is None:
         pytest.skip("no Chromium on this machine; `apt-get install chromium-headless-shell`")
     from mmagent.worlds.miniwob import html_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mmagent.geometry import (
     FRAME,
+    WHITE_MEAN,
     GeometryConfig,
     ImageView,
     document_positions,
@@ -23,6 +25,7 @@ from mmagent.geometry import (
     patchify,
     resize,
     to_patches,
+    unpatchify,
     visual_tokens,
 )
 
@@ -252,3 +255,20 @@ def test_positions_refuse_counts_that_disagree():
         document_positions(torch.tensor([False, True, True, False]), [(1, 4, 4)], 2)
     with pytest.raises(ValueError, match="2 images, but visual slots for 1"):
         document_positions(torch.tensor([True]), [(1, 2, 2), (1, 2, 2)], 2)
+
+
+def test_mean_and_std_are_the_configs_and_go_back():
+    """White is zero under :data:`WHITE_MEAN`, and pixels come back from patches under any statistics."""
+    for config in (SMALL, replace(SMALL, mean=WHITE_MEAN), replace(SMALL, mean=(0.1, 0.5, 0.9), std=(0.2, 1.0, 0.05))):
+        image = pixels(16, 24)
+        patched = patchify(image, config)
+        assert np.array_equal(unpatchify(patched, config), image)
+    white = np.full((16, 24, 3), 255, np.uint8)
+    assert patchify(white, replace(SMALL, mean=WHITE_MEAN)).patches.abs().max() < 1e-6
+    assert patchify(white, SMALL).patches.min() > 1.5, "and is far from zero under CLIP's"
+
+
+@pytest.mark.parametrize("bad", [{"mean": (0.5, 0.5)}, {"std": (0.2, 0.0, 0.2)}, {"std": (0.2,)}])
+def test_statistics_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match="mean and std are three values each"):
+        replace(SMALL, **bad)
