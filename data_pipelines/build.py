@@ -31,7 +31,7 @@ from data_pipelines.pictures import Captions, Interleaved
 from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
 from data_pipelines.shards import ShardError, ShardSet
 from data_pipelines.texts import Texts
-from data_pipelines.web_pages import PageQuestions, PageSources
+from data_pipelines.web_pages import PageQuestions, PageSources, Tiles
 from mmagent.browser import BrowserPool, find_chromium
 from mmagent.chat import ChatConfig, Text, Thinking, ToolCall
 from mmagent.config import ConfigError, parse_cli
@@ -39,6 +39,7 @@ from mmagent.geometry import GeometryConfig
 from mmagent.records import Record, from_sample
 from mmagent.vocab import Vocab
 from mmagent.worlds.miniwob import TASKS, html_folder
+from mmagent.worlds.questions import WEIGHTS
 
 _VOCAB_PLAN = "tokenizer.plan.json"
 
@@ -47,7 +48,8 @@ _VOCAB_PLAN = "tokenizer.plan.json"
 class BuildConfig:
     """``pretrain`` and ``sft`` give the number of samples of every source; 0 leaves one out. ``tasks`` of MiniWoB++
     are shown and acted in, all that have an expert when empty. ``pages`` are open at a time in ``processes``
-    browsers. ``vocab_texts`` samples of every source train the vocabulary."""
+    browsers. ``vocab_texts`` samples of every source train the vocabulary. A screen is asked at most ``questions``,
+    ``ask`` weighs their kinds."""
 
     folder: str = "data/laptop"
     seed: int = 0
@@ -60,6 +62,8 @@ class BuildConfig:
     shard_samples: int = 1000
     vocab_size: int = 2048
     vocab_texts: int = 2000
+    questions: int = 8
+    ask: dict[str, float] = field(default_factory=lambda: dict(WEIGHTS))
 
     def __post_init__(self) -> None:
         if self.browser not in ("auto", "required", "none"):
@@ -71,7 +75,15 @@ class BuildConfig:
 def laptop() -> BuildConfig:
     """What a laptop's lineage trains on: two or three minutes on two idle cores."""
     return BuildConfig(
-        pretrain={"screens": 3000, "pages": 2500, "html": 500, "captions": 1200, "interleaved": 400, "text": 1500},
+        pretrain={
+            "screens": 3000,
+            "tiles": 3000,
+            "pages": 2500,
+            "html": 500,
+            "captions": 1200,
+            "interleaved": 400,
+            "text": 1500,
+        },
         sft={"episodes": 3000, "clicks": 500, "html": 200},
     )
 
@@ -80,7 +92,7 @@ def debug() -> BuildConfig:
     """Seconds."""
     return BuildConfig(
         folder="data/debug",
-        pretrain={"screens": 80, "pages": 60, "html": 20, "captions": 40, "interleaved": 20, "text": 60},
+        pretrain={"screens": 80, "tiles": 48, "pages": 60, "html": 20, "captions": 40, "interleaved": 20, "text": 60},
         sft={"episodes": 80, "clicks": 20, "html": 20},
         tasks=["click-test", "click-button", "focus-text", "enter-text"],
         vocab_size=600,
@@ -92,8 +104,9 @@ def makers(config: BuildConfig) -> dict[str, list[Maker]]:
     seed, tasks = config.seed, config.tasks or list(TASKS)
     return {
         "pretrain": [
-            ScreenQuestions(tasks, seed),
-            PageQuestions(seed),
+            ScreenQuestions(tasks, seed, config.questions, config.ask),
+            Tiles(seed, config.questions, config.ask),
+            PageQuestions(seed, questions=config.questions, weights=config.ask),
             PageSources(seed),
             Captions(seed),
             Interleaved(seed),

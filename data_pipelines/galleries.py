@@ -6,7 +6,7 @@ continues by going on counting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,8 @@ from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
 from mmagent.worlds.images import LEVELS, PHOTO_KINDS, crop_photo, draw_panel, draw_scene
 
+Box = Sequence[float]
+"""``x1, y1, x2, y2`` in pixels."""
 _PATTERN = 1000  # positions after which a mixture's order of galleries repeats
 _ATTEMPTS = 100  # samples tried in place of one that cannot be used
 
@@ -27,12 +29,14 @@ _ATTEMPTS = 100  # samples tried in place of one that cannot be used
 @dataclass(frozen=True)
 class Picture:
     """``image (height, width, 3)`` uint8 with the text that belongs to it; ``key`` names it in every error. ``classes
-    (height, width)`` int64 says what every pixel is, where that is known."""
+    (height, width)`` int64 says what every pixel is, where that is known; or ``things`` says of everything there its
+    box in pixels and its class, and all the rest is class 0."""
 
     image: np.ndarray
     caption: str
     key: str
     classes: np.ndarray | None = None
+    things: tuple[tuple[Box, int], ...] | None = None
 
 
 class Gallery(Protocol):
@@ -66,7 +70,8 @@ class MixedGallery:
 
 
 class ShardGallery:
-    """Records with one or more images and a text in webdataset shards: the first image, captioned by all plain text.
+    """Records with one or more images and a text in webdataset shards: the first image, captioned by all plain text, or
+    by the labels of its boxes where it has some. ``kinds``: what the boxes' labels begin with, class 1 and on.
 
     Every epoch has an order of its own. A record that cannot be used is counted and logged by ``quarantine``, and
     another one, the same on every rank, stands in for it.
@@ -79,18 +84,20 @@ class ShardGallery:
         seed: int = 0,
         name: str = "pictures",
         quarantine: Quarantine | None = None,
+        kinds: Sequence[str] = (),
     ):
         """``geometry`` refuses images of impossible shape before a stream meets them."""
         self.shards, self.geometry = ShardSet(path), geometry
         self.source = Source(name, self.shards, 1.0, seed)
         self.quarantine = quarantine or Quarantine(QuarantineConfig())
+        self.kinds = tuple(kinds)
 
     def __call__(self, position: int) -> Picture:
         """Raises :class:`~data_pipelines.documents.QuarantineError` when too many records are unusable."""
         sample = self.source.sample(position)
         for attempt in range(_ATTEMPTS):
             try:
-                picture = picture_of(from_sample(self.shards.read(sample)), self.geometry)
+                picture = picture_of(from_sample(self.shards.read(sample)), self.geometry, self.kinds)
             except RecordError as error:
                 self.quarantine.add(self.source.name, self.shards.where(sample), error)
                 sample = digest(self.source.seed, position, attempt) % len(self.shards)
@@ -100,8 +107,9 @@ class ShardGallery:
         raise RecordError(self.source.name, "sample", f"{_ATTEMPTS} samples in a row cannot be used")
 
 
-def picture_of(record: Record, geometry: GeometryConfig) -> Picture:
-    """The first image of a record and all its plain text. Raises :class:`~mmagent.records.RecordError`."""
+def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = ()) -> Picture:
+    """The first image of a record with its boxes or all its plain text. A box of a kind that is not among ``kinds``
+    counts as ground. Raises :class:`~mmagent.records.RecordError`."""
     if not record.images:
         raise RecordError(record.key, "images", "a picture needs an image")
     try:
@@ -110,9 +118,16 @@ def picture_of(record: Record, geometry: GeometryConfig) -> Picture:
         raise
     except ValueError as error:
         raise RecordError(record.key, "images[0]", str(error)) from error
+    image = decode_image(record.images[0].data, record.key, "images[0]")
+    boxes = [region for region in record.boxes if region.image == 0]
+    if boxes:
+        number = {kind: n for n, kind in enumerate(kinds, 1)}
+        classes = [number.get(region.label.split(' "')[0], 0) for region in boxes]
+        things = tuple((region.coordinates, n) for region, n in zip(boxes, classes, strict=True) if n)
+        return Picture(image, "; ".join(region.label for region in boxes), record.key, things=things if kinds else None)
     parts = record.parts or tuple(part for message in record.messages for part in message.parts)
     caption = " ".join(part.text.strip() for part in parts if isinstance(part, Text))
-    return Picture(decode_image(record.images[0].data, record.key, "images[0]"), caption, record.key)
+    return Picture(image, caption, record.key)
 
 
 def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gallery:
@@ -123,10 +138,13 @@ def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gal
     return MixedGallery({name: (galleries[name], weight) for name, weight in weights.items() if weight})
 
 
-def built_in(mix: Mapping[str, float], side: int = 0, classes: str = "materials") -> Gallery:
-    """Galleries that need no download, under their weights: ``scenes``, or their levels apart (``scenes0`` is the
-    plainest), ``panels`` and the kinds of photographs. The classes of scenes are their ``materials`` or ``shapes``.
-    ``side``: squares of so many pixels, which a stage that looks at squares need not resize; else sizes vary."""
+def built_in(
+    mix: Mapping[str, float], side: int = 0, classes: str = "materials", others: Mapping[str, Gallery] | None = None
+) -> Gallery:
+    """Galleries that need no download, and ``others`` by name, under their weights: ``scenes``, or their levels apart
+    (``scenes0`` is the plainest), ``panels`` and the kinds of photographs. The classes of scenes are ``materials`` or
+    ``shapes``, or none (""). ``side``: squares of so many pixels, which a stage that looks at squares need not resize;
+    else sizes vary."""
     size = (side, side) if side else None
 
     def scenes(level: int | None) -> Gallery:
@@ -134,7 +152,9 @@ def built_in(mix: Mapping[str, float], side: int = 0, classes: str = "materials"
 
         def draw(position: int) -> Picture:
             scene = draw_scene(position, size=size, level=level)
-            return Picture(scene.image, scene.caption, f"{name}-{position}", getattr(scene, classes))
+            return Picture(
+                scene.image, scene.caption, f"{name}-{position}", getattr(scene, classes) if classes else None
+            )
 
         return draw
 
@@ -150,4 +170,4 @@ def built_in(mix: Mapping[str, float], side: int = 0, classes: str = "materials"
         return pick
 
     drawn = {"scenes": scenes(None), **{f"scenes{level}": scenes(level) for level in range(LEVELS)}, "panels": panels}
-    return mixed({**drawn, **{kind: photos(kind) for kind in PHOTO_KINDS}}, mix)
+    return mixed({**drawn, **{kind: photos(kind) for kind in PHOTO_KINDS}, **(others or {})}, mix)

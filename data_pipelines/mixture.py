@@ -27,7 +27,15 @@ class SourceConfig:
 
 
 DEFAULT_MIX = {
-    "pretrain": {"screens": 4.0, "pages": 3.0, "html": 1.0, "captions": 0.5, "interleaved": 0.5, "text": 1.0},
+    "pretrain": {
+        "screens": 4.0,
+        "tiles": 1.0,
+        "pages": 3.0,
+        "html": 1.0,
+        "captions": 0.5,
+        "interleaved": 0.5,
+        "text": 1.0,
+    },
     "sft": {"episodes": 4.0, "clicks": 1.0, "html": 0.5},
 }
 """Shares of tokens of what ``data_pipelines.build`` makes, by stage."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -14,10 +14,11 @@ from mmagent.browser import Page
 from mmagent.browser.perform import perform
 from mmagent.chat import Image, Message, assistant, user
 from mmagent.prompts import gui_follow_up, gui_prompt
-from mmagent.records import EncodedImage, Record, encode_image
+from mmagent.records import EncodedImage, Record, Region, encode_image
 from mmagent.worlds import miniwob
+from mmagent.worlds.elements import Element
 from mmagent.worlds.miniwob import VIEW, Screen
-from mmagent.worlds.questions import Question, ask
+from mmagent.worlds.questions import WEIGHTS, Question, ask, labels
 from mmagent.worlds.seeds import seed_for
 
 MAX_STEPS = 32
@@ -35,15 +36,35 @@ def conversation(questions: Sequence[Question]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
+def regions(elements: Sequence[Element]) -> tuple[Region, ...]:
+    """What stands on the one screen of a record, as its boxes."""
+    return tuple(Region(0, box, label) for box, label in labels(elements))
+
+
 class ScreenQuestions:
-    """Questions about screens of ``tasks`` (train seeds), at the start of an episode or some right steps into it."""
+    """Questions about screens of ``tasks`` (train seeds), at the start of an episode or some right steps into it.
+    ``weights`` choose their kinds."""
 
     name = "screens"
     screen = (miniwob.WIDTH, miniwob.HEIGHT)
 
-    def __init__(self, tasks: Sequence[str], seed: int, questions: int = 8, block: int = 20):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        seed: int,
+        questions: int = 8,
+        weights: Mapping[str, float] = WEIGHTS,
+        block: int = 20,
+    ):
         self.tasks, self.seed, self.questions, self.block = tuple(tasks), seed, questions, block
-        self.settings: dict[str, Any] = {"tasks": self.tasks, "seed": seed, "questions": questions, "block": block}
+        self.weights = dict(weights)
+        self.settings: dict[str, Any] = {
+            "tasks": self.tasks,
+            "seed": seed,
+            "questions": questions,
+            "weights": self.weights,
+            "block": block,
+        }
 
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         assert page is not None
@@ -64,10 +85,11 @@ class ScreenQuestions:
                     screen = await miniwob.start(page, task, _train_seed(index, attempt))
                     break
                 screen = await miniwob.observe(page)
-            asked = ask(VIEW.original, screen.elements, screen.lines, random, self.questions)
+            asked = ask(VIEW.original, screen.elements, screen.lines, random, self.questions, self.weights)
             if asked:
                 image = await asyncio.to_thread(encode_image, screen.image)
-                return Record(f"{task}-{index:06d}", self.name, conversation(asked), images=(image,), task=task)
+                talk, boxes = conversation(asked), regions(screen.elements)
+                return Record(f"{task}-{index:06d}", self.name, talk, images=(image,), task=task, boxes=boxes)
         raise BuildError(f"{self.name}: nothing to ask about {task} from index {index}")
 
 

@@ -231,19 +231,36 @@ def pair_pictures(pictures: Sequence[Picture], geometry: GeometryConfig, vocab: 
     """
     texts = [caption_ids(picture.caption, vocab, max_text) for picture in pictures]
     images = [_patchify(picture, geometry) for picture in pictures]
-    known = [_patch_classes(p.classes, i.grid, geometry.merge_size) for p, i in zip(pictures, images, strict=True)]
+    truths = [_patch_truth(p, i.grid, geometry.merge_size) for p, i in zip(pictures, images, strict=True)]
     return PairedBatch(
         PackedVision.pack(images),
         torch.tensor([i for ids in texts for i in ids]),
         Segments([len(ids) for ids in texts]),
         tuple(picture.key for picture in pictures),
-        torch.cat(known),
+        torch.cat([classes for classes, _ in truths]),
+        torch.cat([places for _, places in truths]),
     )
 
 
 def caption_ids(caption: str, vocab: Vocab, max_text: int) -> list[int]:
     """At most ``max_text`` ids, the last of them the end; an empty caption is the end alone."""
     return [*vocab.encode(caption)[: max_text - 1], vocab.pad_id]
+
+
+def _patch_truth(picture: Picture, grid: Sequence[int], merge_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(p,)`` classes and ``(p, 2)`` places of a picture's patches: of the smallest thing that covers most of each."""
+    nowhere = torch.full((math.prod(grid), 2), float("nan"))
+    if picture.things is None:
+        return _patch_classes(picture.classes, grid, merge_size), nowhere
+    height, width = picture.image.shape[:2]
+    owners = np.zeros((height, width), dtype=np.int64)
+    things = sorted(picture.things, key=lambda thing: -(thing[0][2] - thing[0][0]) * (thing[0][3] - thing[0][1]))
+    for n, ((x1, y1, x2, y2), _) in enumerate(things, 1):
+        owners[round(y1) : round(y2), round(x1) : round(x2)] = n
+    owner = patch_labels(owners, grid, merge_size)
+    classes = torch.tensor([0, *(kind for _, kind in things)])
+    middles = [((x1 + x2) / (2 * width), (y1 + y2) / (2 * height)) for (x1, y1, x2, y2), _ in things]
+    return classes[owner], torch.tensor([(math.nan, math.nan), *middles])[owner]
 
 
 def _patch_classes(known: np.ndarray | None, grid: Sequence[int], merge_size: int) -> torch.Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 
 from data_pipelines.making import BuildError
 from data_pipelines.mixture import digest
-from data_pipelines.screens import conversation
+from data_pipelines.screens import conversation, regions
 from mmagent.browser import Page
 from mmagent.chat import assistant, user
 from mmagent.prompts import html_prompt
 from mmagent.records import Record, encode_image
 from mmagent.worlds.pages import LEVELS, PageSource, Scene, generate, render
+from mmagent.worlds.pages.tiles import cut, tile_sheet
 from mmagent.worlds.questions import WEIGHTS, ask
 from mmagent.worlds.seeds import seed_for
 
@@ -58,8 +59,47 @@ class PageQuestions:
             asked = ask((height, width), scene.elements, scene.lines, random, self.questions, self.weights)
             if asked:
                 image = await asyncio.to_thread(encode_image, scene.image)
-                return Record(f"page-{index:06d}", self.name, conversation(asked), images=(image,))
+                boxes = regions(scene.elements)
+                return Record(f"page-{index:06d}", self.name, conversation(asked), images=(image,), boxes=boxes)
         raise BuildError(f"{self.name}: {_ATTEMPTS} pages without a question at index {index}")
+
+
+class Tiles:
+    """First lessons in pointing: small screens with one to four controls anywhere on them, cut from sheets."""
+
+    name = "tiles"
+    columns, rows, width, height = 4, 4, 160, 210
+    screen = (columns * width, rows * height)
+    block = columns * rows
+
+    def __init__(self, seed: int, questions: int = 4, weights: Mapping[str, float] = WEIGHTS):
+        self.seed, self.questions, self.weights = seed, questions, dict(weights)
+        self.settings: dict[str, Any] = {
+            "seed": seed,
+            "questions": questions,
+            "weights": self.weights,
+            "tile": (self.width, self.height),
+            "block": self.block,
+        }
+
+    async def make(self, number: int, page: Page | None) -> Sequence[Record]:
+        assert page is not None
+        records: list[Record] = []
+        random = Random(digest(self.seed, self.name, number))
+        for _ in range(_ATTEMPTS):
+            html = tile_sheet(random.getrandbits(40), self.columns, self.rows, self.width, self.height)
+            sheet = await render(page, html, *self.screen, trusted=True)
+            for tile in cut(sheet, self.columns, self.rows):
+                size = (self.height, self.width)
+                asked = ask(size, tile.elements, tile.lines, random, self.questions, self.weights)
+                if asked and len(records) < self.block:  # tiles with nothing to ask about are made up for
+                    image = await asyncio.to_thread(encode_image, tile.image)
+                    key = f"tile-{number * self.block + len(records):06d}"
+                    boxes = regions(tile.elements)
+                    records.append(Record(key, self.name, conversation(asked), images=(image,), boxes=boxes))
+            if len(records) == self.block:
+                return records
+        raise BuildError(f"{self.name}: {_ATTEMPTS} sheets hold too few tiles to ask about")
 
 
 class PageSources:

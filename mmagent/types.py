@@ -310,7 +310,8 @@ class PairedBatch:
     """Images with their texts, for contrastive training: image ``i`` belongs to text segment ``i``.
 
     ``vision`` holds I images; ``text_ids (T,)`` int64 is their captions in one stream with I segments; ``classes (P,)``
-    int64 says what is known of the patches, -1 for nothing.
+    int64 says what is known of the patches, -1 for nothing; ``places (P, 2)`` float32 where the middle of the thing
+    lies that a patch shows, as shares of the image's width and height, NaN for nothing.
     """
 
     vision: PackedVision
@@ -318,6 +319,7 @@ class PairedBatch:
     segments: Segments
     keys: tuple[str, ...]
     classes: Tensor | None = None
+    places: Tensor | None = None
 
     def __post_init__(self) -> None:
         images = self.vision.grids.shape[0]
@@ -325,6 +327,8 @@ class PairedBatch:
             raise ValueError(f"{images} images, {len(self.segments)} texts, {len(self.keys)} keys")
         if self.classes is not None and len(self.classes) != self.vision.patches.shape[0]:
             raise ValueError(f"{len(self.classes)} classes for {self.vision.patches.shape[0]} patches")
+        if self.places is not None and self.places.shape != (self.vision.patches.shape[0], 2):
+            raise ValueError(f"places {tuple(self.places.shape)} for {self.vision.patches.shape[0]} patches")
 
     @property
     def num_tokens(self) -> int:
@@ -341,6 +345,7 @@ class PairedBatch:
             self.segments.to(device, non_blocking),
             self.keys,
             None if self.classes is None else self.classes.to(device, non_blocking=non_blocking),
+            None if self.places is None else self.places.to(device, non_blocking=non_blocking),
         )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from data_pipelines.galleries import built_in
+from data_pipelines.documents import Quarantine, QuarantineConfig
+from data_pipelines.galleries import ShardGallery, built_in
 from data_pipelines.vision import VisionStreamConfig, pair_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
@@ -27,11 +28,14 @@ from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
 from mmagent.vocab import Vocab
+from mmagent.worlds.questions import KINDS
 
 
 @dataclass
 class Config:
-    """``init``: the encoder folder of stage 1. ``text.vocab_size`` is raised to the tokenizer's if it is smaller."""
+    """``init``: the encoder folder of stage 1. ``text.vocab_size`` is raised to the tokenizer's if it is smaller.
+    ``mix`` weighs the galleries: those that are drawn here, and ``shards`` by name, whose boxes say what patches show:
+    ``kinds`` are classes 1 and on of ``objective.classes``."""
 
     output: str = "runs/align"
     init: str = "runs/distill/encoder"
@@ -41,28 +45,44 @@ class Config:
     max_text: int = 64
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.2})
+    shards: dict[str, str] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
     data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
     objective: AlignmentConfig = field(default_factory=AlignmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=5))
     engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
     save_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.shards and self.objective.classes not in (0, 1 + len(self.kinds)):
+            raise ConfigError(
+                f"objective.classes {self.objective.classes} must be 0 or, with the ground, "
+                f"{1 + len(self.kinds)} for {len(self.kinds)} kinds"
+            )
 
 
 def debug() -> Config:
     """Seconds: for tests."""
     data = VisionStreamConfig(images_per_step=8, patches_per_microbatch=512, sequence_lengths=[64])
-    return Config(steps=4, text=text_debug(512), data=data, objective=AlignmentConfig(width=32), save_every=2)
+    return Config(
+        steps=4,
+        text=text_debug(512),
+        data=data,
+        objective=AlignmentConfig(32, classes=1 + len(KINDS), places=10),
+        save_every=2,
+    )
 
 
 def laptop() -> Config:
-    """Three quarters of a minute on two cores: the quickstart's stage."""
+    """A minute on two cores: the quickstart's stage. With screens among its ``shards`` it learns what stands where."""
     return Config(
-        steps=30,
+        steps=100,
         text=text_laptop(2048),
-        data=VisionStreamConfig(images_per_step=64, patches_per_microbatch=8192, sequence_lengths=[64, 128]),
-        objective=AlignmentConfig(width=128),
-        optim=OptimConfig(lr=1e-3),
+        data=VisionStreamConfig(images_per_step=48, patches_per_microbatch=8192, sequence_lengths=[192]),
+        objective=AlignmentConfig(width=128, classes=1 + len(KINDS), places=20),
+        optim=OptimConfig(lr=4e-3),
         engine=TorchEngineConfig(dtype="bfloat16"),
     )
 
@@ -91,7 +111,12 @@ def main() -> None:
     tower = TextTower(replace(config.text, vocab_size=max(config.text.vocab_size, vocab.size)))
     objective = Alignment(encoder, tower, config.objective)
     engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
-    stream = pair_stream(config.data, built_in(config.mix), geometry, vocab, config.max_text, world)
+    galleries = {
+        name: ShardGallery(path, geometry, config.seed, name, Quarantine(config.quarantine, world.rank), config.kinds)
+        for name, path in config.shards.items()
+    }
+    pictures = built_in(config.mix, classes="", others=galleries)
+    stream = pair_stream(config.data, pictures, geometry, vocab, config.max_text, world)
     run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
     hooks = [Progress("align", config.steps), JsonlLog(run.directory / "log.jsonl"), SaveHook(run, config.save_every)]
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)

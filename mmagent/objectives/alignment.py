@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from mmagent.losses.contrastive import sigmoid_loss, word_loss
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.text_tower import TextTower
-from mmagent.objectives.reconstruction import describe_patches, descriptor_values
 from mmagent.protocols import VisionEncoder
 from mmagent.types import PackedVision, PairedBatch, ParamRole, Ratio, Segments, StepOutput
-
-_CELLS = 2
 
 
 @dataclass
@@ -25,20 +22,20 @@ class AlignmentConfig:
     """``width`` of the common space. ``scale`` and ``bias`` are where the learned temperature and bias start (SigLIP,
     arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``. ``words_weight`` adds a classifier of the
     caption's words over the image's summary (SuperClass, arXiv 2411.03313): it needs no large batch to learn from.
-    ``describe_weight`` adds a regression of every patch's own descriptors
-    (:class:`mmagent.objectives.reconstruction.MaskedReconstruction`), which keeps patches local: SigLIP2 (arXiv
-    2502.14786) adds dense losses to the sigmoid's for the same reason. ``classes`` adds a classifier of that many
-    classes over patches, where the batch says what they are; ``classes_weight`` weighs it: it ties words to places, as
-    SigLIP2's captioning of regions does."""
+
+    Two more, over patches, tie words to places, as the grounding that SigLIP2 (arXiv 2502.14786) adds to the sigmoid's
+    loss does. ``classes`` adds a classifier of what each patch shows, of that many classes; ``places`` one of where the
+    middle of that thing lies, in so many steps across and down the image. Both count where the batch knows."""
 
     width: int = 768
     scale: float = 10.0
     bias: float = -10.0
     max_scale: float = 100.0
     words_weight: float = 0.0
-    describe_weight: float = 0.0
     classes: int = 0
     classes_weight: float = 1.0
+    places: int = 0
+    places_weight: float = 1.0
 
 
 class Alignment(nn.Module):
@@ -54,35 +51,41 @@ class Alignment(nn.Module):
         self.encoder, self.text_tower, self.config = encoder, text_tower, config
         self.image_head = Linear(encoder.width, config.width)
         self.text_head = Linear(text_tower.width, config.width)
-        self.word_head = Linear(encoder.width, text_tower.config.vocab_size, bias=True) if config.words_weight else None
-        values = descriptor_values(_CELLS)
-        self.patch_head = Linear(encoder.width, values, bias=True) if config.describe_weight else None
-        self.class_head = Linear(encoder.width, config.classes, bias=True) if config.classes else None
+        outputs = {
+            "words": text_tower.config.vocab_size if config.words_weight else 0,
+            "classes": config.classes,
+            "places": 2 * config.places,
+        }
+        heads = {name: Linear(encoder.width, values, bias=True) for name, values in outputs.items() if values}
+        self.heads = nn.ModuleDict(heads)
         # of shape (1,), for sharded engines have no place for scalars
         self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
         self.bias = nn.Parameter(torch.tensor([config.bias]))
 
     @property
     def weights(self) -> Mapping[str, float]:
-        words = {"words": self.config.words_weight} if self.word_head is not None else {}
-        patches = {"patches": self.config.describe_weight} if self.patch_head is not None else {}
-        classes = {"classes": self.config.classes_weight} if self.class_head is not None else {}
-        return {"contrastive": 1.0, **words, **patches, **classes}
+        config = self.config
+        known = {"words": config.words_weight, "classes": config.classes_weight, "places": config.places_weight}
+        return {"contrastive": 1.0, **{name: known[name] for name in self.heads}}
 
     def counts(self, batch: PairedBatch) -> dict[str, Tensor]:
         device = batch.text_ids.device
         counts = {"contrastive": torch.tensor(len(batch.keys), device=device)}
-        if self.word_head is not None:
-            counts["words"] = torch.tensor(sum(n > 1 for n in batch.segments.lengths), device=device)
-        if self.patch_head is not None:
-            counts["patches"] = torch.tensor(batch.vision.patches.shape[0], device=device)
-        if self.class_head is not None:
-            counts["classes"] = (self._classes(batch) >= 0).sum()
-        return counts
+        counts["words"] = torch.tensor(sum(n > 1 for n in batch.segments.lengths), device=device)
+        counts["classes"] = (self._classes(batch) >= 0).sum()
+        counts["places"] = (self._places(batch) >= 0).sum()
+        return {name: counts[name] for name in self.weights}
 
     def _classes(self, batch: PairedBatch) -> Tensor:
         unknown = torch.full((batch.vision.patches.shape[0],), -1, device=batch.text_ids.device)
         return unknown if batch.classes is None else batch.classes
+
+    def _places(self, batch: PairedBatch) -> Tensor:
+        """``(P, 2)``: which of ``config.places`` steps, -1 for nowhere."""
+        if batch.places is None:
+            return torch.full((batch.vision.patches.shape[0], 2), -1, device=batch.text_ids.device)
+        steps = (batch.places * self.config.places).nan_to_num(-1.0).floor().long()
+        return steps.clamp(-1, self.config.places - 1)
 
     def embed_images(self, vision: PackedVision) -> Tensor:
         """``(I, width)`` float32 of unit length."""
@@ -101,17 +104,17 @@ class Alignment(nn.Module):
         images, texts = self._project(pooled), self.embed_texts(batch.text_ids, batch.segments)
         with torch.autocast(images.device.type, enabled=False):
             sums = {"contrastive": sigmoid_loss(images, texts, self.log_scale, self.bias)}
-        if self.word_head is not None:
-            sums["words"] = word_loss(self.word_head(pooled), batch.text_ids, batch.segments)
-        if self.patch_head is not None:
-            targets = describe_patches(batch.vision, self.encoder.patch_size, self.encoder.merge_size, _CELLS)
-            sums["patches"] = (self.patch_head(seen.tokens).float() - targets).square().mean(dim=1).sum()
         with torch.no_grad():
             metrics = self._metrics(images, texts)
-        if self.class_head is not None:
-            logits, classes = self.class_head(seen.tokens).float(), self._classes(batch)
-            sums["classes"] = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
-            metrics["classes"] = Ratio((logits.argmax(dim=1) == classes).sum(), (classes >= 0).sum())
+        for name, head in self.heads.items():
+            if name == "words":
+                sums[name] = word_loss(head(pooled), batch.text_ids, batch.segments)
+                continue
+            known = self._classes(batch) if name == "classes" else self._places(batch).flatten()
+            logits = head(seen.tokens).float()
+            logits = logits if name == "classes" else logits.view(-1, self.config.places)
+            sums[name] = F.cross_entropy(logits, known, ignore_index=-1, reduction="sum")
+            metrics[name] = Ratio((logits.argmax(dim=1) == known).sum(), (known >= 0).sum())
         return StepOutput(sums, metrics)
 
     def _metrics(self, images: Tensor, texts: Tensor) -> dict[str, Ratio]:
@@ -135,12 +138,7 @@ class Alignment(nn.Module):
         roles |= {f"text_tower.{name}": role for name, role in self.text_tower.roles().items()}
         roles |= collect_roles(self.image_head, "projection", "image_head.")
         roles |= collect_roles(self.text_head, "projection", "text_head.")
-        if self.word_head is not None:
-            roles |= collect_roles(self.word_head, "projection", "word_head.")
-        if self.patch_head is not None:
-            roles |= collect_roles(self.patch_head, "projection", "patch_head.")
-        if self.class_head is not None:
-            roles |= collect_roles(self.class_head, "projection", "class_head.")
+        roles |= collect_roles(self.heads, "projection", "heads.")
         return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
 
     def blocks(self) -> Iterable[nn.Module]:

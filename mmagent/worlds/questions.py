@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mmagent.actions import Click, Type, format_action
 from mmagent.geometry import ImageView
 from mmagent.prompts import grounding_text
-from mmagent.worlds.elements import Element, TextLine
+from mmagent.worlds.elements import Box, Element, TextLine
 
 NOUNS = {
     "textbox": "text field", "radio": "radio button", "combobox": "drop-down", "spinbutton": "number field",
@@ -85,6 +85,19 @@ def describe(element: Element) -> str | None:
     return " ".join(words) + (f' "{element.text}"' if element.text else "")
 
 
+KINDS = (
+    "button", "link", "text field", "checkbox", "radio button", "tab", "drop-down", "slider", "number field",
+    "menu item", "option", "image", "heading", "cell", "column header", "list item", "label", "text",
+)  # fmt: skip
+"""What stands on screens, by :func:`noun`."""
+
+
+def labels(elements: Sequence[Element], min_visible: float = 0.5) -> list[tuple[Box, str]]:
+    """Everything of :data:`KINDS` that shows, as ``(box, label)``: its noun and, in quotes, what is written on it."""
+    shown = [e for e in elements if noun(e) in KINDS and e.visible >= min_visible]
+    return [(e.box, noun(e) + (f' "{e.text}"' if e.text else "")) for e in shown]
+
+
 def targets(elements: Sequence[Element], min_visible: float = 0.5) -> list[Target]:
     """What on a screen can be named without a doubt, in the document's order: enough of it shows, and no other
     element answers to its phrase. Controls without a name of their own go by their place: "the second text field".
@@ -114,6 +127,14 @@ def _places(elements: Sequence[Element]) -> dict[int, str]:
     return out
 
 
+def _alone(elements: Sequence[Element]) -> Iterator[Target]:
+    """Controls that need no name, as they are the only ones of their kind: "the button"."""
+    often = Counter(element.role for element in elements)
+    for element in elements:
+        if element.role in _COUNTED and often[element.role] == 1 and element.visible >= 0.5:
+            yield Target(f"the {noun(element)}", element)
+
+
 WEIGHTS = {
     "locate": 8.0, "where": 1.0, "what": 3.0, "read": 3.0, "find": 2.0,
     "text": 0.3, "count": 0.7, "list": 0.5, "state": 1.0, "colour": 1.0, "step": 1.0, "describe": 0.3,
@@ -139,7 +160,7 @@ def ask(
     view = ImageView(size, size)
     named = targets(elements)
     candidates = {
-        "locate": _locate(view, named),
+        "locate": _locate(view, [*named, *_alone(elements)]),
         "where": _where(view, named),
         "what": _what(view, [target for target in named if _smallest_there(target.element, elements)]),
         "read": _read(view, lines),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 
+import numpy as np
 import pytest
 
 from data_pipelines.build import BuildConfig, build, debug, makers, texts_of
@@ -12,7 +13,7 @@ from data_pipelines.making import Maker
 from data_pipelines.mixture import default_mix
 from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
 from data_pipelines.stream import PackStream, StreamConfig
-from data_pipelines.web_pages import PageQuestions, PageSources
+from data_pipelines.web_pages import PageQuestions, PageSources, Tiles
 from mmagent.actions import Click, parse_action
 from mmagent.browser import BrowserPool, perform, run_sync
 from mmagent.chat import Text
@@ -42,6 +43,7 @@ def make(pool: BrowserPool, maker: Maker, number: int) -> Sequence[Record]:
         PageQuestions(seed=1, block=3),
         PageQuestions(seed=1, name="clicks", weights={"locate": 1.0}, block=3),
         PageSources(seed=1, block=3),
+        Tiles(seed=1),
     ],
     ids=lambda maker: maker.name,
 )
@@ -57,6 +59,31 @@ def test_blocks_are_seeded_valid_and_teach(browser_pool, maker):
         assert record.messages[-1].role == "assistant"
         for n, image in enumerate(record.images):
             assert decode_image(image.data, record.key, f"images[{n}]").shape[2] == 3
+
+
+def test_tiles_are_screens_of_their_own(browser_pool):
+    """A sheet is cut without a control lost or split: boxes lie within their tile on ink, clicks within their boxes."""
+    records = make(browser_pool, Tiles(seed=2, questions=9, weights={"locate": 1.0}), 0)
+    clicked = 0
+    for record in records:
+        image = decode_image(record.images[0].data, record.key)
+        assert image.shape == (210, 160, 3)
+        assert record.boxes
+        for region in record.boxes:
+            x1, y1, x2, y2 = map(int, region.coordinates)
+            assert 0 <= x1 < x2 <= 160
+            assert 0 <= y1 < y2 <= 210
+            assert np.ptp(image[y1:y2, x1:x2].astype(int), axis=(0, 1)).max() > 30, (record.key, region)
+        for message in record.messages[1::2]:
+            action = parse_action(message.parts[0].text)
+            assert isinstance(action, Click)
+            x, y = action.x * 0.16, action.y * 0.21
+            inside = [r for r in record.boxes if r.coordinates[0] - 1 <= x <= r.coordinates[2] + 1]
+            assert any(r.coordinates[1] - 1 <= y <= r.coordinates[3] + 1 for r in inside), (record.key, action)
+            clicked += 1
+    assert clicked >= len(records)
+    asked = {message.parts[-1].text for record in records for message in record.messages[::2]}
+    assert any(text.count('"') == 0 for text in asked), "a control that is alone needs no name"
 
 
 def test_an_image_is_stored_once_for_all_its_questions(browser_pool):

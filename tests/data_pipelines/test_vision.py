@@ -21,10 +21,10 @@ from data_pipelines.vision import (
     pair_pictures,
     pair_stream,
 )
-from mmagent.chat import Image, Text
+from mmagent.chat import Image, Text, assistant, user
 from mmagent.dist import World
-from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches
-from mmagent.records import EncodedImage, Record, encode_image
+from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches, patch_coordinates
+from mmagent.records import EncodedImage, Record, Region, encode_image
 from mmagent.vocab import Vocab
 from mmagent.worlds.images import SHAPES
 from tests.vision_kit import tiny_picture
@@ -231,3 +231,31 @@ def test_shards_are_a_gallery_that_quarantines_what_it_cannot_use(tmp_path):
     first = next(p for p in pictures if p.key == "sample-0")
     assert np.array_equal(first.image, tiny_picture(0).image)
     assert first.caption == tiny_picture(0).caption
+
+
+def test_boxes_say_what_patches_show_and_where_its_middle_is(vocab, tmp_path):
+    """The smallest thing over most of a patch wins; a kind not asked for is ground; without kinds nothing is known."""
+    image = encode_image(np.full((112, 168, 3), 255, np.uint8))
+    boxes = (
+        Region(0, (0, 0, 84, 112), 'button "All of the left"'),
+        Region(0, (14, 14, 42, 42), "checkbox"),
+        Region(0, (126, 0, 168, 28), 'gizmo "unknown"'),
+    )
+    talk = (user(Image(), "Look."), assistant("Yes."))
+    with ShardWriter(tmp_path) as writer:
+        writer.write(Record("one", "tiny", talk, images=(image,), boxes=boxes))
+    picture = ShardGallery(str(tmp_path), GEOMETRY, kinds=("checkbox", "button"))(0)
+    assert picture.caption == 'button "All of the left"; checkbox; gizmo "unknown"'
+    pairs = pair_pictures([picture, tiny_picture(0)], GEOMETRY, vocab, 32)
+    at = patch_coordinates((1, 8, 12), GEOMETRY.merge_size)
+    classes, places = pairs.classes[:96], pairs.places[:96]
+    for (row, column), kind, place in zip(at.tolist(), classes.tolist(), places.tolist(), strict=True):
+        inner, left = 1 <= row < 3 and 1 <= column < 3, column < 6
+        assert kind == (1 if inner else 2 if left else 0)
+        if left:
+            assert place == pytest.approx((28 / 168, 28 / 112) if inner else (0.25, 0.5))
+        else:
+            assert np.isnan(place).all()
+    assert (pairs.classes[96:] == -1).all()
+    assert pairs.places[96:].isnan().all()
+    assert ShardGallery(str(tmp_path), GEOMETRY)(0).things is None

@@ -36,7 +36,16 @@ def arguments(recipe: str, root: Path, output: Path) -> list[str]:
         "teacher-siglip2": ["recipes.teachers", "--preset", "siglip2", *teacher],
         "teacher-dinov3": ["recipes.teachers", "--preset", "dinov3", *teacher],
         "distill": ["recipes.distill_encoder", "--preset", "debug", *sources, *end],
-        "align": ["recipes.align_encoder", "--preset", "debug", f"init={root}/distill/encoder", tokenizer, *end],
+        "align": [
+            "recipes.align_encoder",
+            "--preset",
+            "debug",
+            f"init={root}/distill/encoder",
+            tokenizer,
+            f"shards.captions={root}/data/pretrain/captions",
+            "mix.captions=0.5",
+            *end,
+        ],
         "pretrain": ["recipes.pretrain", "--preset", "debug", f"encoder={root}/align/encoder", tokenizer, shards, *end],
         "sft": ["recipes.sft", "--preset", "debug", f"init={root}/pretrain/agent", shards, *end],
     }[recipe]

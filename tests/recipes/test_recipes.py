@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
-from mmagent.interop.encoder_folder import load_encoder
+from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.train.hooks import read_jsonl
 from tests.recipes.recipe_kit import RECIPES, run_here, start, train_all
 
@@ -100,6 +101,14 @@ def test_a_killed_run_ends_as_if_nothing_had_been(lineage, tmp_path, recipe):
             whole, resumed = (load_file(base / part / "model.safetensors") for base in (root / recipe, output))
             assert whole.keys() == resumed.keys()
             assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_model_sees_images_as_its_encoder_learned_to(lineage, tmp_path):
+    """Whatever geometry pretraining is told, that of the encoder's folder counts: its weights belong to it."""
+    root, strange = lineage[0], GeometryConfig(mean=WHITE_MEAN, std=(0.5, 0.4, 0.3), max_tokens=64)
+    save_encoder(tmp_path / "encoder", load_encoder(root / "align" / "encoder").model, strange)
+    run_here("pretrain", root, tmp_path / "run", f"encoder={tmp_path}/encoder", "phases=[]")
+    assert load_agent(tmp_path / "run" / "agent").geometry == strange
 
 
 def test_the_adapter_phase_leaves_the_encoder_alone(lineage, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmagent.actions import Click, parse_action
 from mmagent.geometry import ImageView
 from mmagent.worlds.elements import Element, TextLine
-from mmagent.worlds.questions import WEIGHTS, Question, ask, color_name, describe, noun, targets
+from mmagent.worlds.questions import WEIGHTS, Question, ask, color_name, describe, labels, noun, targets
 
 SIZE = (200, 400)
 
@@ -56,6 +56,32 @@ def test_targets_are_named_without_a_doubt_and_visible():
     assert [t.phrase for t in targets([*twice, element("button", "Go", visible=0.3)])] == ['the link "OK"']
     covered = [element("button", "OK"), element("button", "OK", visible=0.1)]
     assert targets(covered) == []  # the covered one still shows a little
+
+
+def test_what_is_alone_of_its_kind_needs_no_name():
+    def clicks(*elements: Element) -> set[str]:
+        return {q.question for n in range(20) for q in ask(SIZE, elements, [], Random(n), 9, {"locate": 1.0})}
+
+    ok, more = element("button", "OK"), element("link", "more", (200, 20, 240, 40))
+    assert clicks(ok, more) == {
+        'Click the button "OK".',
+        "Click the button.",
+        'Click the link "more".',
+        "Click the link.",
+    }
+    hidden = element("button", "Go", (100, 20, 140, 40), visible=0.1)
+    assert clicks(ok, hidden) == {'Click the button "OK".'}, "a second one that hardly shows is still a second one"
+    assert clicks(element("text", "words")) == {'Click the text "words".'}, "text is no kind of control"
+
+
+def test_labels_name_what_shows():
+    shown = [
+        element("button", "OK"),
+        element("textbox"),
+        element("button", "Go", visible=0.2),
+        element("shape", tag="g"),
+    ]
+    assert labels(shown) == [((40, 20, 80, 40), 'button "OK"'), ((40, 20, 80, 40), "text field")]
 
 
 def test_controls_without_a_name_of_their_own_go_by_their_place():
@@ -108,7 +134,7 @@ def test_clicks_hit_what_they_name():
         action = parse_action(question.answer)
         assert isinstance(action, Click)
         x, y = ImageView(SIZE, SIZE).from_frame(action.x, action.y)
-        (named,) = [e for e in elements if question.question == f"Click {describe(e)}."]
+        (named,) = [e for e in elements if question.question in (f"Click {describe(e)}.", f"Click the {noun(e)}.")]
         assert named.box[0] <= x < named.box[2]
         assert named.box[1] <= y < named.box[3]
     assert len(asked(elements, weights={"locate": 1.0})) == 2

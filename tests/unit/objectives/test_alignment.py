@@ -16,7 +16,6 @@ from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
-from mmagent.objectives.reconstruction import describe_patches
 from mmagent.types import PackedVision, PairedBatch, Segments
 
 LENGTHS = [3, 1, 7, 3]
@@ -90,7 +89,7 @@ def test_words_are_classified_and_empty_captions_add_nothing():
         AlignmentConfig(width=16, words_weight=0.5),
     )
     out = model(pairs)
-    logits = model.word_head(model.encoder(pairs.vision).pooled)
+    logits = model.heads["words"](model.encoder(pairs.vision).pooled)
     expected = 0.0
     for row, ids in zip(logits, pairs.text_ids.split(LENGTHS), strict=True):
         words = sorted(set(ids[:-1].tolist()))
@@ -98,24 +97,6 @@ def test_words_are_classified_and_empty_captions_add_nothing():
     assert out.sums["words"].item() == pytest.approx(expected, rel=1e-4)
     assert int(model.counts(pairs)["words"]) == 3  # the caption of one id is nothing but its end
     assert model.weights["words"] == 0.5
-    assert set(model.roles()) == {name for name, _ in model.named_parameters()}
-
-
-def test_patches_answer_with_their_own_descriptors():
-    pairs = batch()
-    torch.manual_seed(0)
-    encoder, tower = CogViT(CogViTConfig(width=32, depth=1, heads=2, ffn=64)), TextTower(text_debug(50))
-    model = Alignment(encoder, tower, AlignmentConfig(width=16, describe_weight=2.0))
-    answers = model.patch_head(encoder(pairs.vision).tokens)
-    sizes = pairs.vision.grids.prod(dim=1).tolist()
-    expected = 0.0
-    images = zip(answers.split(sizes), pairs.vision.patches.split(sizes), pairs.vision.grids, strict=True)
-    for rows, patches, grid in images:
-        wanted = describe_patches(PackedVision(patches, grid[None]), 14, 2, 2)
-        expected += (rows - wanted).square().mean(dim=1).sum().item()
-    assert model(pairs).sums["patches"].item() == pytest.approx(expected, rel=1e-4)
-    assert int(model.counts(pairs)["patches"]) == sum(sizes)
-    assert model.weights["patches"] == 2.0
     assert set(model.roles()) == {name for name, _ in model.named_parameters()}
 
 
@@ -143,7 +124,7 @@ def test_patches_are_told_apart_where_the_batch_knows_them():
     classes = torch.arange(pairs.num_patches) % 4 - 1
     known = replace(pairs, classes=classes)
     output = told(known)
-    logits = told.class_head(told.encoder(pairs.vision).tokens)[classes >= 0]
+    logits = told.heads["classes"](told.encoder(pairs.vision).tokens)[classes >= 0]
     expected = F.cross_entropy(logits, classes[classes >= 0], reduction="sum")
     assert torch.allclose(output.sums["classes"], expected, rtol=1e-5)
     assert int(told.counts(known)["classes"]) == int((classes >= 0).sum())
@@ -151,3 +132,23 @@ def test_patches_are_told_apart_where_the_batch_knows_them():
     assert told.counts(pairs)["classes"] == 0
     with pytest.raises(ValueError, match="classes for"):
         replace(pairs, classes=classes[1:])
+
+
+def test_patches_say_where_the_middle_of_their_thing_lies():
+    """Across and down are two questions; a middle on the far border is in the last step; nowhere does not count."""
+    pairs = batch()
+    built = alignment()
+    told = Alignment(built.encoder, built.text_tower, AlignmentConfig(width=16, places=4, places_weight=0.5))
+    places = torch.full((pairs.num_patches, 2), float("nan"))
+    places[0], places[3] = torch.tensor([0.1, 1.0]), torch.tensor([0.5, 0.74])
+    known = replace(pairs, places=places)
+    output = told(known)
+    logits = told.heads["places"](told.encoder(pairs.vision).tokens).unflatten(1, (2, 4)).log_softmax(dim=2)
+    expected = -(logits[0, 0, 0] + logits[0, 1, 3] + logits[3, 0, 2] + logits[3, 1, 2])
+    assert output.sums["places"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert int(told.counts(known)["places"]) == 4
+    assert told.weights["places"] == 0.5
+    assert told(pairs).sums["places"] == 0
+    assert known.to("cpu").places is not None
+    with pytest.raises(ValueError, match="places"):
+        replace(pairs, places=places[1:])
