@@ -9,31 +9,11 @@ from evals.store import read_run
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.vocab import Vocab
+from mmagent.worlds.questions import WEIGHTS as KINDS_ASKED
 from recipes.lineage import Stage
+from recipes.quickstart_mix import ANSWER, ASK, BLIND, JUDGED, PAGES, SAMPLES, SHOWN, TASKS, WEIGHTS
 
 SIZES = ("laptop", "debug")
-TASKS = (
-    "click-test", "click-dialog", "click-dialog-2", "click-tab", "click-button", "click-widget", "focus-text",
-    "grid-coordinate",
-)  # fmt: skip
-"""Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
-JUDGED = {"laptop": 20, "debug": 1}
-"""Held-out episodes a page."""
-PAGES = {"laptop": 8, "debug": 3}
-"""Items of the suites on rendered pages: one answer in HTML takes seconds."""
-_SAMPLES = {
-    "laptop": {
-        "pretrain": {"screens": 2000, "pages": 400, "html": 100, "captions": 200, "interleaved": 60, "text": 200},
-        "sft": {"episodes": 800, "clicks": 100, "html": 60},
-    },
-    "debug": {
-        "pretrain": {"screens": 60, "pages": 20, "html": 10, "captions": 20, "interleaved": 20, "text": 20},
-        "sft": {"episodes": 60, "clicks": 20, "html": 10},
-    },
-}
-_WEIGHTS = {"pretrain": {"screens": 6, "pages": 1.5, "html": 0.3, "captions": 0.2, "interleaved": 0.1, "text": 0.1}}
-_WEIGHTS["sft"] = {"episodes": 5, "clicks": 0.5, "html": 0.4}
-_BLIND = ("captions", "interleaved", "text")  # what can be made without a browser
 
 
 def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
@@ -44,8 +24,11 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     vocabulary = f"tokenizer={root}/data/tokenizer.json"
     preset = ("--preset", size)
     align = ("recipes.align_encoder", *preset, f"init={root}/distill/encoder", vocabulary, f"output={root}/align")
-    about = "contrast images with captions at native resolution, packed"
-    stages.append(Stage("align", about, align, root / "align", _encoder, 30, processes))
+    if browser:
+        align += tuple(f"shards.{name}={root}/data/pretrain/{name}" for name in ("tiles", "screens"))
+        align += tuple(f"mix.{name}={weight}" for name, weight in SHOWN.items())
+    about = "contrast images with captions at native resolution, packed; learn what stands where"
+    stages.append(Stage("align", about, align, root / "align", _encoder, 60, processes))
     stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
     pretrain += _shards(root, "pretrain", browser)
@@ -64,13 +47,18 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     rl = ("recipes.rl", *preset, f"init={root}/sft/agent", tasks, f"output={root}/rl")
     stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 190, processes))
     stages += [_judge(root, who, who, ("miniwob",), size) for who in ("untrained", "sft", "rl")]
-    return [*stages, _judge(root, "pages", "rl", ("page_grounding", "screenshot_to_html"), size)]
+    stages.append(_judge(root, "blind", "rl", ("miniwob",), size, "--blind"))
+    return [
+        *stages,
+        _judge(root, "pages", "rl", ("page_grounding", "screenshot_to_html"), size, "--max-tokens", str(ANSWER)),
+    ]
 
 
 def _data(root: Path, size: str) -> Stage:
-    samples = [f"{stage}.{n}={count}" for stage, mix in _SAMPLES[size].items() for n, count in mix.items()]
+    samples = [f"{stage}.{n}={count}" for stage, mix in SAMPLES[size].items() for n, count in mix.items()]
     tasks = "tasks=[" + ",".join(TASKS) + "]"
-    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", tasks, *samples)
+    asked = ("questions=3", *(f"ask.{kind}={ASK.get(kind, 0)}" for kind in KINDS_ASKED))
+    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", tasks, *samples, *asked)
     about = "draw scenes, render pages, play experts; write shards"
     return Stage("data", about, arguments, root / "data", Vocab.load, 90, 0)
 
@@ -102,17 +90,28 @@ def _probes(root: Path, size: str) -> Stage:
 
 
 def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
-    names = [name for name in _WEIGHTS[stage] if browser or name in _BLIND]
-    weights = tuple(f"data.sources.{name}.weight={_WEIGHTS[stage][name]}" for name in names)
+    names = [name for name in WEIGHTS[stage] if browser or name in BLIND]
+    weights = tuple(f"data.sources.{name}.weight={WEIGHTS[stage][name]}" for name in names)
     return (f"data.folder={root}/data/{stage}", *weights)
 
 
-def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str) -> Stage:
+def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str, *how: str) -> Stage:
     output = root / "evals" / name
     tasks = ("--tasks", *(f"miniwob/{task}" for task in TASKS)) if suites == ("miniwob",) else ()
     limit = ("--limit", str(JUDGED[size] * len(TASKS) if tasks else PAGES[size]))
-    arguments = ("evals", *suites, "--checkpoint", str(root / who / "agent"), *tasks, *limit, "--out", str(output))
-    return Stage(f"judge-{name}", "held-out seeds in a real browser", arguments, output, _judged(suites), 20, 0)
+    arguments = (
+        "evals",
+        *suites,
+        "--checkpoint",
+        str(root / who / "agent"),
+        *tasks,
+        *limit,
+        "--out",
+        str(output),
+        *how,
+    )
+    about = f"{who} on held-out seeds in a real browser" + (", shown blank screens" if "--blind" in how else "")
+    return Stage(f"judge-{name}", about, arguments, output, _judged(suites), 20, 0)
 
 
 def _encoder(folder: Path) -> None:

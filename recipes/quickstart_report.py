@@ -11,7 +11,8 @@ from evals.store import Run, RunError, read_run
 from evals.summary import summarise as summarise_rows
 from mmagent.train.hooks import read_jsonl
 
-STAGES = ("untrained", "pretrained", "sft", "rl")
+STAGES = ("untrained", "sft", "rl", "blind")
+"""Who is judged; the last is the agent after RL, shown blank screens: what it scores from words alone."""
 TAIL = 20  # steps at the end of a log over which a final figure is taken
 
 

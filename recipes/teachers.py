@@ -67,7 +67,7 @@ class Config:
 
 
 def siglip2() -> Config:
-    """Half a minute on two cores."""
+    """Three quarters of a minute on two cores."""
     return Config(
         steps=210,
         mix={"scenes0": 0.6, "scenes1": 0.4},

@@ -1,0 +1,60 @@
+"""What the quickstart's stages are fed, and what they are judged on."""
+
+from __future__ import annotations
+
+TASKS = (
+    "click-test", "click-dialog", "click-dialog-2", "click-tab", "click-button", "click-widget", "focus-text",
+    "grid-coordinate",
+)  # fmt: skip
+"""Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
+JUDGED = {"laptop": 20, "debug": 1}
+"""Held-out episodes a page."""
+PAGES = {"laptop": 8, "debug": 3}
+"""Items of the suites on rendered pages."""
+ANSWER = 700
+"""Most tokens of an answer on those: HTML takes seconds to write, and is cut here."""
+SAMPLES = {
+    "laptop": {
+        "pretrain": {
+            "screens": 2000,
+            "tiles": 2400,
+            "pages": 300,
+            "html": 100,
+            "captions": 200,
+            "interleaved": 60,
+            "text": 200,
+        },
+        "sft": {"episodes": 800, "clicks": 100, "html": 60},
+    },
+    "debug": {
+        "pretrain": {
+            "screens": 60,
+            "tiles": 48,
+            "pages": 20,
+            "html": 10,
+            "captions": 20,
+            "interleaved": 20,
+            "text": 20,
+        },
+        "sft": {"episodes": 60, "clicks": 20, "html": 10},
+    },
+}
+ASK = {"locate": 8, "step": 2, "where": 1, "what": 1, "state": 0.5, "colour": 0.5, "count": 0.3}
+"""Kinds of questions: those about places. Reading is beyond so small a model, and its text would cost most tokens."""
+SHOWN = {"scenes": 0.2, "panels": 0.1, "tiles": 0.4, "screens": 0.3}
+"""What alignment looks at."""
+WEIGHTS = {
+    "pretrain": {
+        "screens": 6,
+        "tiles": 1.5,
+        "pages": 0.5,
+        "html": 0.3,
+        "captions": 0.2,
+        "interleaved": 0.1,
+        "text": 0.1,
+    },
+    "sft": {"episodes": 5, "clicks": 0.5, "html": 0.4},
+}
+"""Shares of tokens."""
+BLIND = ("captions", "interleaved", "text")
+"""What can be made without a browser."""
