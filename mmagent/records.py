@@ -7,7 +7,8 @@ folders, as webdataset allows. The JSON holds
 ``messages`` a conversation, ``[{"role": ..., "content": [part, ...]}, ...]``, or
 ``parts``    an interleaved document, ``[part, ...]`` (exactly one of the two)
 ``task``, ``answer``   what was asked, and the answer a verifier needs (optional)
-``boxes``    ``[{"image": 0, "box": [x1, y1, x2, y2], "label": "..."}]`` in pixels of the image (optional)
+``boxes``    ``[{"image": 0, "box": [x1, y1, x2, y2], "label": "..."}]`` in pixels of the image (optional); a label
+             is what stands there and, in quotes, what is written on it: ``button "OK"``
 ``points``   ``[{"image": 0, "point": [x, y], "label": "..."}]`` (optional)
 
 A part is ``{"type": "text", "text": ...}``, ``{"type": "image"}``, ``{"type": "video", "timestamps": [...]}``,

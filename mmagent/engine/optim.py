@@ -33,7 +33,8 @@ class OptimConfig:
     """``lr`` is that of AdamW; Muon's updates are scaled to the same root mean square, so both share it.
 
     ``role_lr`` multiplies it per role, e.g. ``{encoder: 0.1}``; roles not named keep 1. ``muon=False`` trains the
-    matrices with AdamW, too. ``newton_schulz_dtype`` is "bfloat16" or, for tests and doubts, "float32".
+    matrices with AdamW, too; from scratch, a patch projection at such a rate drowns images in their mean brightness.
+    ``newton_schulz_dtype`` is "bfloat16" or, for tests and doubts, "float32".
     """
 
     lr: float = 3e-4
