@@ -10,14 +10,17 @@ Everything is a function of ``(split, seed)`` alone; "train" and "test" never sh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+P, R = ParamSpec("P"), TypeVar("R")
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "diamond", "star", "bar")
 MATERIALS = ("plain", "striped", "checked", "dotted", "noisy", "brick", "grass", "gravel")
 COLOURS = {
@@ -263,9 +266,22 @@ def _window(height: int, width: int, shape: Sequence[int], random: np.random.Gen
 
 
 _SHEET = 512
+_loading = threading.RLock()
 
 
-@lru_cache(maxsize=len(MATERIALS))
+def _once(function: Callable[P, R]) -> Callable[P, R]:
+    """Cached for good, and computed by one thread only: of eight that draw, all would load the same photographs."""
+    cached = cache(function)
+
+    @wraps(function)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _loading:
+            return cached(*args, **kwargs)
+
+    return locked
+
+
+@_once
 def _sheets(name: str) -> tuple[np.ndarray, ...]:
     """Variants of one material as ``(512, 512)`` float32 sheets of darkness in [0, 1]."""
     y, x = np.mgrid[0:_SHEET, 0:_SHEET].astype(np.float32)
@@ -295,12 +311,12 @@ def _sheets(name: str) -> tuple[np.ndarray, ...]:
     return tuple(out)
 
 
-@lru_cache(maxsize=1)
+@_once
 def _noise() -> np.ndarray:
     return np.random.default_rng(1).normal(0.0, 5.0, (_SHEET, _SHEET)).round().astype(np.int16)
 
 
-@lru_cache(maxsize=32)
+@_once
 def _photo(package: str, name: str) -> np.ndarray:
     """``(h, w, 3)`` uint8, from the package's own folder: nothing is downloaded."""
     if package == "skimage":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from mmagent.worlds import images
 from mmagent.worlds.images import COLOURS, MATERIALS, PHOTO_KINDS, PLACES, SHAPES, crop_photo, draw_panel, draw_scene
 
 
@@ -77,3 +79,15 @@ def test_sizes_are_what_was_asked_for():
         draw_scene(0, size=(600, 100))
     with pytest.raises(ValueError, match="modern"):
         crop_photo(0, "modern")
+
+
+def test_many_threads_load_a_photograph_once(monkeypatch):
+    """Eight makers start at once; without a lock each of them would load and decode every photograph."""
+    opened = []
+    real = images.Image.open
+    monkeypatch.setattr(images.Image, "open", lambda path, *rest: opened.append(str(path)) or real(path, *rest))
+    fresh = images._once(images._photo.__wrapped__)
+    with ThreadPoolExecutor(8) as threads:
+        photos = list(threads.map(lambda _: fresh("sklearn", "flower.jpg"), range(8)))
+    assert len(opened) == 1
+    assert all(photo is photos[0] for photo in photos)
