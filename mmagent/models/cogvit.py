@@ -123,9 +123,9 @@ class PositionTable(nn.Module):
 
 def sine_cosine_2d(side: int, width: int) -> Tensor:
     """``(side * side, width)`` of unit scale: one half of the width tells the row, the other the column, by waves of
-    twice the side down to two places (the two-dimensional form of arXiv 1706.03762, as in arXiv 2111.06377)."""
-    pairs = width // 4
-    waves = math.pi / side * torch.logspace(0, 1, pairs, base=side)
+    twice the side down to four places (the two-dimensional form of arXiv 1706.03762, as in arXiv 2111.06377)."""
+    assert width % 4 == 0, "heads of a multiple of 4 see to that"
+    waves = math.pi / side * torch.logspace(0, 1, width // 4, base=max(side / 2, 1))
     angles = torch.outer(torch.arange(side) + 0.5, waves)
     line = math.sqrt(2.0) * torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)

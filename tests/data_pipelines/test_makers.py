@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 
@@ -22,6 +23,8 @@ from mmagent.prompts import HTML_REQUEST
 from mmagent.records import Record, decode_image, from_sample, to_sample
 from mmagent.vocab import Vocab
 from mmagent.worlds import miniwob
+from mmagent.worlds.pages import Scene, render
+from mmagent.worlds.pages.tiles import cut, tile_sheet
 
 pytestmark = pytest.mark.browser
 TASKS = ("click-button", "enter-text", "focus-text")
@@ -62,7 +65,7 @@ def test_blocks_are_seeded_valid_and_teach(browser_pool, maker):
 
 
 def test_tiles_are_screens_of_their_own(browser_pool):
-    """A sheet is cut without a control lost or split: boxes lie within their tile on ink, clicks within their boxes."""
+    """Boxes lie within their tile and on ink, clicks within their boxes."""
     records = make(browser_pool, Tiles(seed=2, questions=9, weights={"locate": 1.0}), 0)
     clicked = 0
     for record in records:
@@ -84,6 +87,26 @@ def test_tiles_are_screens_of_their_own(browser_pool):
     assert clicked >= len(records)
     asked = {message.parts[-1].text for record in records for message in record.messages[::2]}
     assert any(text.count('"') == 0 for text in asked), "a control that is alone needs no name"
+
+
+def test_no_control_of_a_sheet_is_lost_when_it_is_cut(browser_pool):
+    """What is drawn in a tile belongs to its truth: a button that is not told of would be taught as ground."""
+    columns, rows, width, height = 4, 4, 160, 210
+
+    async def sheet(seed: int) -> Scene:
+        async with browser_pool.page(columns * width, rows * height) as page:
+            html = tile_sheet(seed, columns, rows, width, height)
+            return await render(page, html, columns * width, rows * height, trusted=True)
+
+    for seed in range(12):
+        scene = run_sync(sheet(seed))
+        drawn = Counter()
+        for tag, role in (("<button", "button"), ("<a ", "link"), ("<select", "combobox"), ("<span", "text")):
+            drawn[role] = scene.html.count(tag)
+        drawn["checkbox"], drawn["radio"] = scene.html.count('type="checkbox"'), scene.html.count('type="radio"')
+        drawn["textbox"] = scene.html.count("<input aria-label")
+        found = Counter(e.role for tile in cut(scene, columns, rows) for e in tile.elements)
+        assert {role: found[role] for role in drawn} == drawn
 
 
 def test_an_image_is_stored_once_for_all_its_questions(browser_pool):

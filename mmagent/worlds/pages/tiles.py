@@ -46,7 +46,8 @@ def _tile(rng: random.Random, left: int, top: int, width: int, height: int) -> s
         wide = rng.randint(24, 90) if kind == "block" else rng.randint(width // 3, width * 2 // 3)
         x = rng.randint(_GAP, max(_GAP, width - wide - _GAP))
         y = n * (height // count) + rng.randint(_GAP // 2, max(_GAP // 2, height // count - tall - _GAP // 2))
-        parts.append(_control(kind, rng, words, theme, f"left:{x}px;top:{y}px", wide, tall))
+        place = f"left:{x}px;top:{y}px;max-width:{width - x - 1}px;overflow:hidden"  # whole in its tile, or cut short
+        parts.append(_control(kind, rng, words, theme, place, wide, tall))
     place = f"left:{left}px;top:{top}px;width:{width}px;height:{height}px;overflow:hidden"
     look = f"background:{theme.ground};color:{theme.text};font:{size}px {rng.choice(FONTS)}"
     return f'<div style="{place};{look}">{"".join(parts)}</div>'
@@ -56,7 +57,7 @@ def _control(kind: str, rng: random.Random, words: Words, theme: Theme, place: s
     font = f"{place};font:inherit;white-space:nowrap"
     if kind in ("button", "block"):
         look = rng.choice(("", "", f"background:{theme.accent};color:{theme.on_accent};border:0;border-radius:4px"))
-        size = f"width:{wide}px;height:{tall}px;overflow:hidden;padding:0" if kind == "block" else "padding:2px 8px"
+        size = f"width:{wide}px;height:{tall}px;padding:0" if kind == "block" else "padding:2px 8px"
         return f'<button style="{font};{size};{look}">{html.escape(words.fresh(ACTIONS))}</button>'
     if kind == "link":
         return f'<a href="#" style="{font};color:{theme.accent}">{html.escape(words.fresh(SECTIONS))}</a>'

@@ -132,6 +132,7 @@ def test_rows_and_columns_are_read_off_a_new_position_table(side, width):
     places outnumber them. And what is learned at one place holds beside it: neighbours resemble each other."""
     table = sine_cosine_2d(side, width)
     assert table.square().mean().item() == pytest.approx(1.0, abs=0.1)
+    assert table.std(dim=0).min() > 0.3, "no column says nothing"
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     for codes, most in ((table, 0.5), (torch.randn_like(table), None)):
         told = torch.cat([codes, torch.ones(side * side, 1)], dim=1).double()
