@@ -14,7 +14,7 @@ import numpy as np
 
 from evals.suite import Play, Played
 from mmagent.chat import Image, Part, Text
-from mmagent.generation.http import ChatClient, ServerConfig, image_part, visible
+from mmagent.generation.http import ChatClient, ServerConfig, answered, image_part, visible
 from mmagent.geometry import GeometryConfig, fit, resize
 from mmagent.prompts import turn
 from mmagent.protocols import Task
@@ -52,7 +52,7 @@ class EndpointAgent:
         limits = Limits(play.max_tokens, play.temperature, play.top_p, seed=play.seed)
         words: list[str] = []
         try:
-            seen = await environment.reset()
+            seen, cut = await environment.reset(), False
             for _ in range(play.max_steps):
                 messages.append({"role": "user", "content": self._content(seen)})
                 answer = await self.client.ask(messages, limits)
@@ -60,15 +60,16 @@ class EndpointAgent:
                 trajectory.extend([0] * max(answer.prompt_tokens - len(trajectory), 0), trainable=False)
                 trajectory.extend([0] * answer.tokens, trainable=True, logprobs=[0.0] * answer.tokens)
                 words.append(answer.text)
-                if answer.cut:  # half a sentence is no action
+                cut = answer.cut
+                if cut and not (seen.takes_cut and answered(answer.text)):  # half a sentence is no action
                     break
                 messages.append({"role": "assistant", "content": answer.text})
                 seen = await environment.step(visible(answer.text))
                 trajectory.reward = trajectory.reward if seen.reward is None else seen.reward
                 trajectory.parts.update(seen.parts)
-                if seen.done:
+                if seen.done or cut:
                     break
-            trajectory.status = Status.FINISHED if seen.done else Status.TRUNCATED
+            trajectory.status = Status.FINISHED if seen.done and not cut else Status.TRUNCATED
             return Played(trajectory, words)
         finally:
             await environment.close()

@@ -564,13 +564,15 @@ class Completion:
 class Observation:
     """What an environment shows: text, at most a few images as ``(height, width, 3)`` uint8 arrays, and whether
     the episode is over. ``reward`` is the environment's own, None where only the task can judge; ``parts`` are
-    its named parts."""
+    its named parts. ``takes_cut``: an answer to it that was cut at a limit of tokens is judged by what was
+    written (half a document still is one; half an action is none, and is not acted on)."""
 
     text: str
     images: tuple[object, ...] = ()
     done: bool = False
     reward: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    takes_cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,20 @@ LETTERS = "abcdefgh"
 
 class EchoTask:
     """Say the letter that is asked for, ``steps`` times in a row. ``breaks`` names item numbers whose environment
-    fails at reset (0) or at a step."""
+    fails at reset (0) or at a step. ``takes_cut``: cut answers are answers."""
 
     category = "toy"
 
     def __init__(
-        self, name: str = "echo", letters: str = LETTERS, steps: int = 1, breaks: dict[int, int] | None = None
+        self,
+        name: str = "echo",
+        letters: str = LETTERS,
+        steps: int = 1,
+        breaks: dict[int, int] | None = None,
+        takes_cut: bool = False,
     ):
         self.name, self.letters, self.steps, self.breaks = name, letters, steps, breaks or {}
+        self.takes_cut = takes_cut
         self.opened = self.closed = 0
 
     def items(self, split: str, seed: int) -> Iterator[Item]:
@@ -49,7 +55,7 @@ class EchoEnvironment:
             raise RuntimeError("the environment broke")
         rng = np.random.default_rng((self.item.seed, self.taken))
         image = rng.integers(0, 256, (56, 56, 3), dtype=np.uint8)
-        return Observation(str(self.item.payload), (image,))
+        return Observation(str(self.item.payload), (image,), takes_cut=self.task.takes_cut)
 
     async def reset(self) -> Observation:
         return self._look()

@@ -50,13 +50,14 @@ def page_grounding(levels: Sequence[int] = (1, 2, 3, 4, 5), per_task: int = 40, 
 
 
 def screenshot_to_html(levels: Sequence[int] = (1, 2), per_task: int = 40, seed: int = 0) -> Suite:
-    """Write the HTML of a screenshot; the answer is rendered and compared."""
+    """Write the HTML of a screenshot; the answer, whole or cut at the limit, is rendered and compared."""
     return Suite(
         name="screenshot_to_html",
-        version=1,
+        version=2,
         summary="Write the HTML of a rendered page; the answer is rendered, without scripts or network, and compared.",
         prompt=f"the screen, then {HTML_REQUEST!r}",
-        judge="mean of visual similarity and match, reading and place of text lines (mmagent.tasks.visual)",
+        judge="mean of visual similarity and match, reading and place of text lines (mmagent.tasks.visual); "
+        "an answer that is cut is judged as far as it goes",
         tasks=tuple(f"screenshot-to-html{LEVEL}{level}" for level in levels),
         open=_opener(lambda screens, level, name: ScreenshotToHtmlTask(screens, (level, level), name)),
         per_task=per_task,

@@ -53,6 +53,10 @@ class Codec:
         """What a completion says to the environment: without thinking and control tokens."""
         return completion_text(ids, self.vocab)
 
+    def answers(self, ids: Sequence[int]) -> bool:
+        """Whether a completion, perhaps a cut one, is past its thinking."""
+        return not self.chat.thinking or self.vocab.id("</think>") in ids
+
     def actions(self, trajectory: Trajectory) -> list[str]:
         """The text of every turn that the policy took."""
         spans: list[list[int]] = []

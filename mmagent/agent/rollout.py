@@ -54,6 +54,7 @@ class Episode:
         self.trajectory, self.seed = trajectory, seed
         self.steps = 0
         self._environment: Environment | None = None
+        self._takes_cut = False
 
     @property
     def running(self) -> bool:
@@ -77,6 +78,7 @@ class Episode:
         except Exception as error:
             await self._fail(error)
         else:
+            self._takes_cut = seen.takes_cut
             self.codec.open(self.trajectory, seen)
             await self._end_if_full()
 
@@ -90,8 +92,9 @@ class Episode:
             routed_experts=completion.routed_experts,
         )
         self.steps += 1
-        if not completion.stopped:  # half a sentence is no action
-            await self._end(Status.TRUNCATED, f"no end of turn within {len(completion.ids)} tokens")
+        cut = None if completion.stopped else f"no end of turn within {len(completion.ids)} tokens"
+        if cut and not (self._takes_cut and self.codec.answers(completion.ids)):  # half a sentence is no action
+            await self._end(Status.TRUNCATED, cut)
             return
         try:
             seen = await self._environment.step(self.codec.text(completion.ids))
@@ -99,11 +102,14 @@ class Episode:
             await self._fail(error)
             return
         self._note_reward(seen)
-        if seen.done:
+        if cut:
+            await self._end(Status.TRUNCATED, cut)
+        elif seen.done:
             await self._end(Status.FINISHED, seen.text)
         elif self.steps >= self.config.max_steps:
             await self._end(Status.TRUNCATED, f"not done within {self.steps} steps")
         else:
+            self._takes_cut = seen.takes_cut
             self.codec.reply(self.trajectory, seen)
             await self._end_if_full()
 

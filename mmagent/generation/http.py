@@ -147,6 +147,11 @@ def visible(text: str) -> str:
     return text.replace("<|begin_of_box|>", "").replace("<|end_of_box|>", "").strip()
 
 
+def answered(text: str) -> bool:
+    """Whether a text, perhaps a cut one, is more than a thought that has not ended."""
+    return "</think>" in text or not text.lstrip().startswith("<think>")
+
+
 def image_part(pixels: np.ndarray) -> dict[str, Any]:
     """``(height, width, 3)`` uint8 as a part of a message: a PNG in a data URL."""
     encoded = base64.b64encode(encode_image(pixels).data).decode()

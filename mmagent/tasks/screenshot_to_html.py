@@ -60,14 +60,14 @@ class ScreenshotToHtmlTask:
 
 
 class ScreenshotToHtmlEnvironment:
-    """One screenshot, one answer."""
+    """One screenshot, one answer. A browser shows unfinished HTML, too, so a cut answer is judged as far as it goes."""
 
     def __init__(self, task: ScreenshotToHtmlTask, item: Item):
         self.task, self.item = task, item
 
     async def reset(self) -> Observation:
         scene = await self.task.scenes.scene(self.item.seed)
-        return Observation(HTML_REQUEST, (scene.image,))
+        return Observation(HTML_REQUEST, (scene.image,), takes_cut=True)
 
     async def step(self, action: str) -> Observation:
         html = extract_html(action)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import io
 import json
@@ -10,13 +11,14 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from evals_kit import Guess, guess_suite
 from PIL import Image
 
-from evals.endpoint import EndpointAgent, EndpointConfig, visible
+from evals.endpoint import EndpointAgent, EndpointConfig, answered, visible
 from evals.runner import Options, evaluate_now
 from evals.suite import Play
 from evals.summary import summarise
@@ -131,6 +133,32 @@ def test_transport_faults_are_retried_logic_faults_not(stub, tmp_path):
     assert rows["test-0"].steps[0].said.startswith("<think>hm</think>")
 
 
+class Lenient(Guess):
+    """Judges a cut answer."""
+
+    def environment(self, item):
+        environment = super().environment(item)
+        reset = environment.reset
+
+        async def shown():
+            return replace(await reset(), takes_cut=True)
+
+        environment.reset = shown
+        return environment
+
+
+def test_a_cut_answer_is_judged_where_the_environment_takes_it(stub, tmp_path):
+    @contextlib.asynccontextmanager
+    async def opened(names):
+        yield [Lenient("lenient")]
+
+    stub.faults = {"test-0": ["cut"]}  # the stub's reply, whose finish reason is "length"
+    run = evaluate_now(guess_suite(2, open=opened), EndpointAgent(EndpointConfig(stub.url, "m")), tmp_path, OPTIONS)
+    cut, whole = sorted(run.rows, key=lambda row: row.item)
+    assert (cut.status, cut.value, cut.steps[0].action, cut.steps[0].note) == ("truncated", 0.0, "cut", "wrong")
+    assert (whole.status, whole.value) == ("finished", 1.0)
+
+
 def test_nobody_listens(tmp_path):
     agent = EndpointAgent(EndpointConfig("http://127.0.0.1:9/v1", "m"))
     run = evaluate_now(guess_suite(1, ["dim"]), agent, tmp_path, OPTIONS)
@@ -151,8 +179,6 @@ class Countdown(Guess):
                 return await inner.reset()
 
             async def step(self, action):
-                from dataclasses import replace
-
                 self.left -= 1
                 seen = await inner.reset()
                 return replace(seen, done=not self.left, reward=float(not self.left))
@@ -165,8 +191,6 @@ class Countdown(Guess):
 
 @pytest.mark.parametrize("steps, status, value", [(5, "finished", 1.0), (2, "truncated", 0.0)])
 def test_several_turns(stub, tmp_path, steps, status, value):
-    import contextlib
-
     @contextlib.asynccontextmanager
     async def opened(names):
         yield [Countdown("long")]
@@ -179,6 +203,12 @@ def test_several_turns(stub, tmp_path, steps, status, value):
     roles = [m["role"] for m in stub.requests[-1]["messages"]]
     assert roles == ["user", "assistant"] * (min(steps, 3) - 1) + ["user"]
     assert row.completion_tokens == 7 * min(steps, 3)
+
+
+def test_answered():
+    assert answered("<p>half")
+    assert answered("<think>hm</think><p>half")
+    assert not answered(" <think>a <p> would")
 
 
 def test_visible():

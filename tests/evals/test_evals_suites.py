@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from evals.baselines import BASELINES, BaselineAgent
+from evals.local import LocalAgent
 from evals.runner import Options, evaluate_now
 from evals.suite import Suite
 from evals.suites import SUITES
@@ -12,6 +14,13 @@ from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.summary import summarise
 from mmagent.browser import find_chromium
+from mmagent.chat import ChatConfig
+from mmagent.geometry import GeometryConfig
+from mmagent.interop.agent_folder import Agent
+from mmagent.models import presets
+from mmagent.models.agent_model import AgentModel
+from mmagent.vocab import SPECIAL_TOKENS, Vocab
+from tests.toy_tasks import ScriptedPolicy
 
 pytestmark = [
     pytest.mark.browser,
@@ -44,6 +53,20 @@ def test_a_suite_proves_itself(name, tmp_path):
     assert score["gold"] >= 0.99
     assert score["null"] <= 0.02
     assert score["random"] <= CEILING[name]
+
+
+def test_a_page_that_is_cut_is_rendered_beside_its_target(tmp_path):
+    vocab = Vocab.train(["<p>"], 256 + len(SPECIAL_TOKENS) + 2)
+    torch.manual_seed(0)
+    agent = LocalAgent(
+        Agent(AgentModel(presets.debug(vocab.size, vocab.image_id)).eval(), vocab, GeometryConfig(), ChatConfig()), "x"
+    )
+    agent._policy = ScriptedPolicy(vocab, lambda *_: "<p>unfinished", stops=False)
+    run = evaluate_now(screenshot_to_html((1,), per_task=1), agent, tmp_path, Options(progress=False))
+    (row,) = run.rows
+    assert (row.status, row.error, row.steps[0].action) == ("truncated", None, "<p>unfinished")
+    assert row.pictures.keys() == {"target", "rendering"}
+    assert row.parts.keys() == {"visual", "block", "text", "position"}
 
 
 @pytest.mark.slow

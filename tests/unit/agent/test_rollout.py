@@ -11,7 +11,7 @@ import torch
 
 from mmagent.agent.codec import Codec
 from mmagent.agent.rollout import RolloutConfig, make_episodes, roll_out, run_freely, run_lockstep
-from mmagent.chat import Image, Text, assistant, render, user
+from mmagent.chat import ChatConfig, Image, Text, assistant, render, user
 from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
 from mmagent.types import Observation, Status, Trajectory
@@ -77,6 +77,32 @@ def test_a_completion_without_end_is_truncated_and_not_acted_on():
     assert done.status is Status.TRUNCATED
     assert "within 6 tokens" in done.note
     assert done.reward == 0.0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_cut_answer_is_judged_where_the_environment_takes_it_and_ends_the_episode(steps):
+    task = EchoTask(steps=steps, takes_cut=True)
+    (done,) = play(ScriptedPolicy(tiny_vocab(), parrot, stops=False), task, 1, group_size=1, max_tokens=6)
+    assert done.status is Status.TRUNCATED
+    assert "no end of turn within 1 tokens" in done.note
+    assert done.reward == float(steps == 1)
+    assert task.opened == task.closed == 1
+
+
+def test_a_cut_thought_is_no_answer():
+    prompt, config = prompts(EchoTask(takes_cut=True), 1), RolloutConfig(group_size=1)
+    for thinking, reward in ((True, 0.0), (False, 1.0)):
+        policy = ScriptedPolicy(tiny_vocab(), parrot, stops=False)
+        (done,) = asyncio.run(roll_out(prompt, policy, codec(chat=ChatConfig(thinking=thinking)), config, seed=0))
+        assert (done.status, done.reward) == (Status.TRUNCATED, reward)
+    assert codec(chat=ChatConfig(thinking=True)).answers([5, tiny_vocab().id("</think>"), 6])
+
+
+def test_an_environment_that_breaks_over_a_cut_answer_fails():
+    task = EchoTask(breaks={0: 1}, steps=2, takes_cut=True)
+    policy = ScriptedPolicy(tiny_vocab(), parrot, stops=False)
+    with pytest.raises(RuntimeError, match="the environment broke"):
+        play(policy, task, 1, group_size=1)
 
 
 def test_limits_on_steps_and_context():

@@ -142,6 +142,25 @@ class TestScreenshotToHtml:
         assert all(t.status is Status.FINISHED and 0 <= t.reward < 1 for t in done)
         assert set(done[0].parts) == {"visual", "block", "text", "position"}
 
+    def test_what_was_written_when_cut_is_judged(self):
+        """Half of the right page is worth something, and more than none of it."""
+
+        async def work(task):
+            item = next(iter(task.items("test", 0)))
+            (gold,) = task.gold(item)
+            body = gold.index("</style>")
+            half = gold[: body + 2 * (len(gold) - body) // 3]
+            policy = ScriptedPolicy(tiny_vocab(), lambda *_: half, stops=False)
+            config = RolloutConfig(group_size=1, max_tokens=20_000, max_context=30_000)
+            (cut,) = await roll_out([(task, item)], policy, Codec(tiny_vocab(), GEOMETRY), config, seed=0)
+            return cut, (await task.compare(item, half)).value
+
+        cut, expected = run("screenshot-to-html", work)
+        assert cut.status is Status.TRUNCATED
+        assert "no end of turn" in cut.note
+        assert cut.reward == expected
+        assert 0.2 < cut.reward < 1.0
+
 
 def picture(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
     image = np.full((height, width, 3), 255, dtype=np.uint8)
