@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from evals.store import read_run
@@ -18,7 +18,7 @@ SIZES = ("laptop", "debug")
 
 def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     """All stages in order; without a ``browser`` those that look at pages are left out."""
-    stages = [_data(root, size)]
+    stages = [_data(root, size, browser)]
     stages += [_teacher(root, kind, size, processes) for kind in ("siglip2", "dinov3")]
     stages += [_distil(root, size, processes, only) for only in ("", "siglip2", "dinov3")]
     vocabulary = f"tokenizer={root}/data/tokenizer.json"
@@ -54,13 +54,16 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     ]
 
 
-def _data(root: Path, size: str) -> Stage:
+def _data(root: Path, size: str, browser: bool) -> Stage:
+    """Whether there is a browser is part of the command: with one, the data of a call without is made afresh."""
     samples = [f"{stage}.{n}={count}" for stage, mix in SAMPLES[size].items() for n, count in mix.items()]
     tasks = "tasks=[" + ",".join(TASKS) + "]"
     asked = ("questions=3", *(f"ask.{kind}={ASK.get(kind, 0)}" for kind in KINDS_ASKED))
-    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", tasks, *samples, *asked)
+    seen = f"browser={'required' if browser else 'none'}"
+    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, tasks, *samples, *asked)
     about = "draw scenes, render pages, play experts; write shards"
-    return Stage("data", about, arguments, root / "data", Vocab.load, 90, 0)
+    sources = [f"{stage}/{n}" for stage, mix in SAMPLES[size].items() for n in mix if browser or n in BLIND]
+    return Stage("data", about, arguments, root / "data", _built(sources), 90, 0)
 
 
 def _teacher(root: Path, kind: str, size: str, processes: int) -> Stage:
@@ -112,6 +115,15 @@ def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str, 
     )
     about = f"{who} on held-out seeds in a real browser" + (", shown blank screens" if "--blind" in how else "")
     return Stage(f"judge-{name}", about, arguments, output, _judged(suites), 20, 0)
+
+
+def _built(sources: Sequence[str]) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        Vocab.load(folder / "tokenizer.json")
+        if missing := [name for name in sources if not any((folder / name).glob("*.tar"))]:
+            raise ValueError(f"{folder} has no shards of {', '.join(missing)}")
+
+    return check
 
 
 def _encoder(folder: Path) -> None:

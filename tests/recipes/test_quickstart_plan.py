@@ -1,0 +1,47 @@
+"""The quickstart's plan: what a browser changes in it, and what its hand-over checks open."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmagent.vocab import SPECIAL_TOKENS, Vocab
+from recipes import quickstart_plan
+from recipes.lineage import run_lineage
+from recipes.quickstart_mix import BLIND, SAMPLES
+
+FEW = {stage: dict.fromkeys(mix, 4) for stage, mix in SAMPLES["debug"].items()}
+
+
+def test_a_browser_changes_what_the_data_stage_is_told(tmp_path):
+    blind, seeing = (quickstart_plan.plan(tmp_path, "debug", 1, browser)[0] for browser in (False, True))
+    assert "browser=none" in blind.arguments
+    assert "browser=required" in seeing.arguments
+
+
+def test_the_data_is_usable_once_every_source_has_shards(tmp_path):
+    blind, seeing = (quickstart_plan.plan(tmp_path, "debug", 1, browser)[0] for browser in (False, True))
+    data = tmp_path / "data"
+    for source in BLIND:
+        (data / "pretrain" / source).mkdir(parents=True)
+        (data / "pretrain" / source / "0.tar").touch()
+    with pytest.raises(ValueError, match="no tokenizer"):
+        blind.check(data)
+    Vocab.train(["click(1, 2)"], 256 + len(SPECIAL_TOKENS)).save(data)
+    blind.check(data)
+    with pytest.raises(ValueError, match=r"no shards of pretrain/screens, pretrain/tiles, .*sft/episodes"):
+        seeing.check(data)
+    (data / "pretrain" / "captions" / "0.tar").unlink()
+    with pytest.raises(ValueError, match=r"no shards of pretrain/captions$"):
+        blind.check(data)
+
+
+@pytest.mark.browser
+def test_with_a_browser_the_data_of_a_call_without_is_made_afresh(tmp_path, monkeypatch):
+    monkeypatch.setitem(SAMPLES, "debug", FEW)
+    for browser in (False, True):
+        said: list[str] = []
+        run_lineage([quickstart_plan.plan(tmp_path, "debug", 1, browser)[0]], tmp_path, said.append)
+        assert "done before" not in said[-1]
+        found = {path.parent.relative_to(tmp_path / "data").as_posix() for path in tmp_path.glob("data/*/*/*.tar")}
+        wanted = {f"{stage}/{name}" for stage, mix in FEW.items() for name in mix if browser or name in BLIND}
+        assert found == wanted
