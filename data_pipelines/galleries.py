@@ -71,7 +71,7 @@ class MixedGallery:
 
 class ShardGallery:
     """Records with one or more images and a text in webdataset shards: the first image, captioned by all plain text, or
-    by the labels of its boxes where it has some. ``kinds``: what the boxes' labels begin with, class 1 and on.
+    with ``kinds`` by the labels of its boxes where it has some. ``kinds``: what labels begin with, class 1 and on.
 
     Every epoch has an order of its own. A record that cannot be used is counted and logged by ``quarantine``, and
     another one, the same on every rank, stands in for it.
@@ -108,8 +108,9 @@ class ShardGallery:
 
 
 def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = ()) -> Picture:
-    """The first image of a record with its boxes or all its plain text. A box of a kind that is not among ``kinds``
-    counts as ground. Raises :class:`~mmagent.records.RecordError`."""
+    """The first image of a record with its labelled boxes, if ``kinds`` are asked for and it has some, or all its plain
+    text; labels also stand in for a text that is missing. A labelled box of a kind not among ``kinds`` counts as
+    ground. Raises :class:`~mmagent.records.RecordError`."""
     if not record.images:
         raise RecordError(record.key, "images", "a picture needs an image")
     try:
@@ -119,15 +120,16 @@ def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = 
     except ValueError as error:
         raise RecordError(record.key, "images[0]", str(error)) from error
     image = decode_image(record.images[0].data, record.key, "images[0]")
-    boxes = [region for region in record.boxes if region.image == 0]
-    if boxes:
+    boxes = [region for region in record.boxes if region.image == 0 and region.label.strip()]
+    labels = "; ".join(region.label for region in boxes)
+    if kinds and boxes:
         number = {kind: n for n, kind in enumerate(kinds, 1)}
         classes = [number.get(region.label.split(' "')[0], 0) for region in boxes]
         things = tuple((region.coordinates, n) for region, n in zip(boxes, classes, strict=True) if n)
-        return Picture(image, "; ".join(region.label for region in boxes), record.key, things=things if kinds else None)
+        return Picture(image, labels, record.key, things=things)
     parts = record.parts or tuple(part for message in record.messages for part in message.parts)
     caption = " ".join(part.text.strip() for part in parts if isinstance(part, Text))
-    return Picture(image, caption, record.key)
+    return Picture(image, caption.strip() or labels, record.key)
 
 
 def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gallery:

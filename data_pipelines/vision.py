@@ -216,7 +216,7 @@ def pair_stream(
     def build(pictures: Sequence[Picture], positions: Sequence[int], length: int) -> PairedBatch:
         if square:
             side = _square_side(length, geometry)
-            pictures = [replace(picture, image=resize(picture.image, side, side)) for picture in pictures]
+            pictures = [_squared(picture, side) for picture in pictures]
         most = max(length // geometry.merge_size**2, 1)
         room = replace(geometry, max_tokens=most, min_tokens=min(geometry.min_tokens, most))
         return pair_pictures(pictures, room, vocab, max_text)
@@ -240,6 +240,15 @@ def pair_pictures(pictures: Sequence[Picture], geometry: GeometryConfig, vocab: 
         torch.cat([classes for classes, _ in truths]),
         torch.cat([places for _, places in truths]),
     )
+
+
+def _squared(picture: Picture, side: int) -> Picture:
+    """The picture at ``side x side`` pixels, its boxes with it; a map of classes is read in shares of its own size."""
+    (height, width), things = picture.image.shape[:2], picture.things
+    if things is not None:
+        scale = (side / width, side / height) * 2
+        things = tuple((tuple(x * s for x, s in zip(box, scale, strict=True)), kind) for box, kind in things)
+    return replace(picture, image=resize(picture.image, side, side), things=things)
 
 
 def caption_ids(caption: str, vocab: Vocab, max_text: int) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from data_pipelines.documents import Quarantine, QuarantineConfig
-from data_pipelines.galleries import MixedGallery, Picture, ShardGallery, built_in, mixed
+from data_pipelines.galleries import MixedGallery, Picture, ShardGallery, built_in, mixed, picture_of
 from data_pipelines.masking import MaskConfig
 from data_pipelines.shards import ShardWriter
 from data_pipelines.vision import (
@@ -161,6 +162,19 @@ def test_pairs_bring_the_shapes_of_their_patches(vocab):
             assert SHAPES[classes.max() - 1] in vocab.decode(ids.tolist())
 
 
+def test_boxes_are_squared_with_their_image(vocab):
+    """The right half of a wide image, told by a map and by a box."""
+    image, classes = np.zeros((40, 120, 3), np.uint8), np.zeros((40, 120), np.int64)
+    classes[:, 60:] = 1
+    told = (Picture(image, "", "map", classes), Picture(image, "", "box", things=(((60, 0, 120, 40), 1),)))
+    config = VisionStreamConfig(images_per_step=2, patches_per_microbatch=500, sequence_lengths=[64], prefetch=False)
+    (pairs,) = next(pair_stream(config, lambda position: told[position], GEOMETRY, vocab, square=True))
+    by_map, by_box = pairs.classes.split(64)
+    assert by_map.tolist() == by_box.tolist()
+    assert by_box.sum() == 32
+    assert torch.equal(pairs.places[64:][by_box == 1], torch.tensor([[0.75, 0.5]]).expand(32, 2))
+
+
 def test_captions_end_and_empty_ones_have_an_end_too(vocab):
     end = vocab.pad_id
     assert caption_ids("", vocab, 64) == [end]
@@ -259,3 +273,22 @@ def test_boxes_say_what_patches_show_and_where_its_middle_is(vocab, tmp_path):
     assert (pairs.classes[96:] == -1).all()
     assert pairs.places[96:].isnan().all()
     assert ShardGallery(str(tmp_path), GEOMETRY)(0).things is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "kinds", "caption"),
+    [
+        (("", " "), ("fox",), "A red fox in snow."),
+        (("fox", "fox"), (), "A red fox in snow."),
+        (("", "fox"), ("fox",), "fox"),
+    ],
+)
+def test_only_labels_that_are_asked_for_replace_a_text(labels, kinds, caption):
+    image = encode_image(np.zeros((40, 40, 3), np.uint8))
+    boxes = tuple(Region(0, (0, 0, 20, 20), label) for label in labels)
+    record = Record("fox", "web", parts=(Image(), Text("A red fox in snow.")), images=(image,), boxes=boxes)
+    picture = picture_of(record, GEOMETRY, kinds)
+    assert picture.caption == caption
+    assert picture.things == ((((0, 0, 20, 20), 1),) if caption == "fox" else None)
+    silent = picture_of(replace(record, parts=(Image(),)), GEOMETRY, kinds)
+    assert silent.caption == "; ".join(label for label in labels if label.strip())
