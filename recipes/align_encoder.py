@@ -56,6 +56,9 @@ class Config:
     save_every: int = 50
 
     def __post_init__(self) -> None:
+        for name in self.shards:
+            if name not in self.mix:
+                raise ConfigError(f"shards.{name} has no weight and would not be seen; add mix.{name}=0.5, or =0")
         if self.shards and self.objective.classes not in (0, 1 + len(self.kinds)):
             raise ConfigError(
                 f"objective.classes {self.objective.classes} must be 0 or, with the ground, "
@@ -114,6 +117,7 @@ def main() -> None:
     galleries = {
         name: ShardGallery(path, geometry, config.seed, name, Quarantine(config.quarantine, world.rank), config.kinds)
         for name, path in config.shards.items()
+        if config.mix[name]
     }
     pictures = built_in(config.mix, classes="", others=galleries)
     stream = pair_stream(config.data, pictures, geometry, vocab, config.max_text, world)

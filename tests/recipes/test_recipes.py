@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmagent.config import ConfigError
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.train.hooks import read_jsonl
+from recipes import align_encoder
 from tests.recipes.recipe_kit import RECIPES, run_here, start, train_all
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -109,6 +111,13 @@ def test_a_model_sees_images_as_its_encoder_learned_to(lineage, tmp_path):
     save_encoder(tmp_path / "encoder", load_encoder(root / "align" / "encoder").model, strange)
     run_here("pretrain", root, tmp_path / "run", f"encoder={tmp_path}/encoder", "phases=[]")
     assert load_agent(tmp_path / "run" / "agent").geometry == strange
+
+
+def test_alignment_refuses_shards_that_it_would_not_look_at(tmp_path):
+    """Weight 0 leaves them out on purpose: they need not even be there."""
+    with pytest.raises(ConfigError, match=r"shards\.screens has no weight .* add mix\.screens="):
+        align_encoder.Config(shards={"screens": str(tmp_path)})
+    assert align_encoder.Config(shards={"screens": str(tmp_path)}, mix={"scenes": 1.0, "screens": 0.0}).shards
 
 
 def test_the_adapter_phase_leaves_the_encoder_alone(lineage, tmp_path):
