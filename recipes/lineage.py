@@ -1,7 +1,8 @@
 """Chain stages into one plan that can be killed at any moment and goes on where it was.
 
 A stage is a command and the folder it leaves. A stage that has finished carries a stamp with the fingerprint
-of its command and of every stage before it; a changed command runs again, and so does all that stands on it.
+of its command, of the preset it names, and of every stage before it; when one of them has changed, the stage runs
+again, and so does all that stands on it.
 Before the next stage starts, a hand-over check opens the folder the way the next stage will.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.processes import MARK, end_orphans, only_one
+from recipes.processes import MARK, no_orphans, only_one
 
 
 class LineageError(RuntimeError):
@@ -48,20 +50,27 @@ class Stage:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}", "-m"]
         return [sys.executable, *launcher, *self.arguments]
 
+    def preset(self) -> str:
+        """What ``--preset NAME`` stands for: all that the function NAME of the stage's module returns."""
+        module, *rest = self.arguments
+        if "--preset" not in rest:
+            return ""
+        return repr(getattr(importlib.import_module(module), rest[rest.index("--preset") + 1])())
+
 
 def run_lineage(stages: Sequence[Stage], root: Path, say: Callable[[str], None] = print) -> dict[str, float]:
     """Run what is not done yet, in order. Returns wall seconds a stage, earlier interrupted attempts included.
 
     Raises :class:`LineageError` naming the stage. :class:`recipes.processes.Busy` when a
-    second lineage is started on the same ``root``.
+    second lineage is started on the same ``root``. SIGTERM and SIGHUP end it as Ctrl-C does, workers included.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with only_one(root):
-        end_orphans(root)
+    with only_one(root), no_orphans(root):
         seconds: dict[str, float] = {}
         fingerprint, left = "", sum(stage.share for stage in stages)
         for number, stage in enumerate(stages, 1):
-            fingerprint = hashlib.sha256(json.dumps([fingerprint, stage.arguments]).encode()).hexdigest()[:16]
+            told = [fingerprint, stage.arguments, stage.preset()]
+            fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
             ledger = root / "stages" / f"{stage.name}.json"
             past = _read(ledger)
             title = f"[{number}/{len(stages)}] {stage.name}: {stage.about}"
@@ -69,7 +78,7 @@ def run_lineage(stages: Sequence[Stage], root: Path, say: Callable[[str], None] 
                 say(f"{title} (done before, {past['seconds']:.0f} s)")
             else:
                 if past and past.get("fingerprint") != fingerprint:
-                    say(f"{title}: its command or a stage before it has changed, so it starts afresh")
+                    say(f"{title}: its command, its preset or a stage before it has changed, so it starts afresh")
                     shutil.rmtree(stage.output, ignore_errors=True)
                     past = {}
                 spent = sum(seconds.values())
@@ -93,11 +102,10 @@ def _run(stage: Stage, fingerprint: str, ledger: Path, before: float, root: Path
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=5)
                 break
-    except BaseException:  # an interrupt here must reach the workers, or they would train on without a parent
+    except BaseException:  # an interrupt here must reach the workers, that they can save what they have
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
-        end_orphans(root)
         raise
     if code:
         raise LineageError(

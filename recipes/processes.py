@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +45,27 @@ def only_one(root: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise Busy(f"another run is at work in {root}; wait for it, or end it") from error
         yield
+
+
+@contextlib.contextmanager
+def no_orphans(root: Path) -> Iterator[None]:
+    """End those of an earlier run, and on the way out, however it is taken, those of this one. SIGTERM and SIGHUP are
+    a ``KeyboardInterrupt`` meanwhile, unless they are ignored (``nohup``) or another thread than the main one asks."""
+    end_orphans(root)
+    taken = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in taken}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # a second one must not stop the sweep
+        end_orphans(root)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(f"signal {signal.Signals(number).name}")
