@@ -6,7 +6,7 @@ continues by going on counting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,30 @@ class Gallery(Protocol):
 
     def __call__(self, position: int) -> Picture: ...
 
+    def fingerprint(self) -> str:
+        """What an exact resume has to find again. A plain function need not offer it: see :func:`fingerprint_of`."""
+
+
+def fingerprint_of(gallery: Gallery) -> str:
+    """A gallery's fingerprint; of a plain function its qualified name."""
+    known = getattr(gallery, "fingerprint", None)
+    return known() if known else getattr(gallery, "__qualname__", "")
+
+
+@dataclass(frozen=True)
+class DrawnGallery:
+    """Pictures that ``draw`` makes of a position. ``name`` tells this gallery, its settings included, from others."""
+
+    name: str
+    draw: Callable[[int], Picture]
+
+    def __call__(self, position: int) -> Picture:
+        return self.draw(position)
+
+    def fingerprint(self) -> str:
+        """Its name."""
+        return self.name
+
 
 class MixedGallery:
     """Several galleries in exact proportion to their weights: in any 1000 consecutive positions each has its share, and
@@ -53,6 +77,7 @@ class MixedGallery:
         """``{name: (gallery, weight)}``. Raises ``ValueError`` for weights that are not positive."""
         if not galleries or any(not weight > 0 for _, weight in galleries.values()):
             raise ValueError(f"galleries need positive weights, got { {n: w for n, (_, w) in galleries.items()} }")
+        self._names = {name: weight for name, (_, weight) in galleries.items()}
         self._galleries = [gallery for gallery, _ in galleries.values()]
         weights = np.array([weight for _, weight in galleries.values()])
         taken = np.zeros(len(weights), dtype=np.int64)
@@ -67,6 +92,11 @@ class MixedGallery:
         rounds, place = divmod(position, _PATTERN)
         gallery, before = self._pattern[place]
         return self._galleries[gallery](rounds * self._taken[gallery] + before)
+
+    def fingerprint(self) -> str:
+        """Names, weights and fingerprints of its galleries, in their order: ties of the mixture go by it."""
+        told = zip(self._names.items(), self._galleries, strict=True)
+        return "; ".join(f"{name} x {weight!r}: {fingerprint_of(gallery)}" for (name, weight), gallery in told)
 
 
 class ShardGallery:
@@ -105,6 +135,10 @@ class ShardGallery:
                 self.quarantine.good(self.source.name)
                 return picture
         raise RecordError(self.source.name, "sample", f"{_ATTEMPTS} samples in a row cannot be used")
+
+    def fingerprint(self) -> str:
+        """The shards', with the seed of the order and the kinds."""
+        return f"{self.shards.fingerprint()} in order {self.source.seed}, kinds {', '.join(self.kinds) or 'none'}"
 
 
 def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = ()) -> Picture:
@@ -148,6 +182,7 @@ def built_in(
     ``shapes``, or none (""). ``side``: squares of so many pixels, which a stage that looks at squares need not resize;
     else sizes vary."""
     size = (side, side) if side else None
+    settings = f"(side {side}, classes {classes or 'none'})"
 
     def scenes(level: int | None) -> Gallery:
         name = "scene" if level is None else f"scene{level}"
@@ -158,7 +193,7 @@ def built_in(
                 scene.image, scene.caption, f"{name}-{position}", getattr(scene, classes) if classes else None
             )
 
-        return draw
+        return DrawnGallery(f"{name} {settings}", draw)
 
     def panels(position: int) -> Picture:
         panel = draw_panel(position, size=size)
@@ -169,7 +204,8 @@ def built_in(
             crop = crop_photo(position, kind, size=size)
             return Picture(crop.image, crop.caption, f"{kind}-{position}")
 
-        return pick
+        return DrawnGallery(f"{kind} {settings}", pick)
 
-    drawn = {"scenes": scenes(None), **{f"scenes{level}": scenes(level) for level in range(LEVELS)}, "panels": panels}
+    drawn = {"scenes": scenes(None), **{f"scenes{level}": scenes(level) for level in range(LEVELS)}}
+    drawn["panels"] = DrawnGallery(f"panels {settings}", panels)
     return mixed({**drawn, **{kind: photos(kind) for kind in PHOTO_KINDS}, **(others or {})}, mix)

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from data_pipelines.galleries import Gallery, Picture
+from data_pipelines.galleries import Gallery, Picture, fingerprint_of
 from data_pipelines.masking import MaskConfig, mask_patches
 from data_pipelines.mixture import digest
 from mmagent.dist import World
@@ -67,7 +67,8 @@ class CropConfig:
 class VisionStream(Iterator[list[Batch]], Generic[Batch]):
     """This rank's micro-batches, step after step, without end.
 
-    ``build(pictures, positions, length)`` makes one micro-batch; it must be a pure function.
+    ``build(pictures, positions, length)`` makes one micro-batch; it must be a pure function of them and ``settings``,
+    which a run cannot change when it resumes, as little as the gallery.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         gallery: Gallery,
         build: Callable[[Sequence[Picture], Sequence[int], int], Batch],
         world: World | None = None,
+        settings: Mapping[str, Any] | None = None,
     ):
         """Raises ``ValueError`` when a rank would have no image for one of its micro-batches."""
         self.config, self.gallery, self._build = config, gallery, build
+        self._settings = {name: str(value) for name, value in (settings or {}).items()}
         self.rank, self.ranks = (world.rank, world.size) if world else (0, 1)
         for length in config.sequence_lengths:
             if config.images_per_step < self.ranks * self._accumulation(length):
@@ -147,8 +150,10 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` where the run's stream is not the one of the checkpoint."""
         for name, value in self._pinned().items():
-            if state[name] != value:
-                raise ValueError(f"{name}: the checkpoint has {state[name]}, this run {value}; data would not continue")
+            if state.get(name) != value:
+                raise ValueError(
+                    f"{name}: the checkpoint has {state.get(name)}, this run {value}; data would not continue"
+                )
         self.steps = int(state["steps"])
 
     def _pinned(self) -> dict[str, Any]:
@@ -157,6 +162,8 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
             "seed": config.seed,
             "images_per_step": config.images_per_step,
             "sequence_lengths": list(config.sequence_lengths),
+            "gallery": fingerprint_of(self.gallery),
+            **self._settings,
         }
 
     def close(self) -> None:
@@ -198,7 +205,7 @@ def distillation_stream(
         keys = tuple(picture.key for picture in pictures)
         return MaskedVision(PackedVision.pack(images), torch.cat(masks), tuple(pixels), keys, torch.cat(classes))
 
-    return VisionStream(config, gallery, build, world)
+    return VisionStream(config, gallery, build, world, {"geometry": geometry, "mask": mask, "crop": crop})
 
 
 def pair_stream(
@@ -221,7 +228,8 @@ def pair_stream(
         room = replace(geometry, max_tokens=most, min_tokens=min(geometry.min_tokens, most))
         return pair_pictures(pictures, room, vocab, max_text)
 
-    return VisionStream(config, gallery, build, world)
+    settings = {"geometry": geometry, "max_text": max_text, "square": square}
+    return VisionStream(config, gallery, build, world, settings)
 
 
 def pair_pictures(pictures: Sequence[Picture], geometry: GeometryConfig, vocab: Vocab, max_text: int) -> PairedBatch:

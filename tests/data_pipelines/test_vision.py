@@ -87,6 +87,44 @@ def test_what_a_checkpoint_pins_cannot_change():
         masked_stream(images_per_step=20).load_state_dict(state)
 
 
+def test_neither_pictures_nor_what_is_made_of_them_can_change(vocab, tmp_path):
+    def shards(count: int) -> str:
+        with ShardWriter(tmp_path / str(count)) as writer:
+            for n in range(count):
+                image = encode_image(tiny_picture(n).image)
+                writer.write(Record(f"k{n}", "tiny", parts=(Image(), Text("x")), images=(image,)))
+        return str(tmp_path / str(count))
+
+    def pairs(
+        weight: float = 0.5, folder: str = shards(8), kinds: tuple[str, ...] = (), seed: int = 0, side: int = 0, **more
+    ):
+        shown = ShardGallery(folder, GEOMETRY, seed, kinds=kinds)
+        pictures = built_in({"scenes": 1.0, "shown": weight}, side, others={"shown": shown})
+        config = VisionStreamConfig(2, 64, [64], prefetch=False)
+        return pair_stream(config, pictures, more.pop("geometry", GEOMETRY), vocab, **more)
+
+    state = json.loads(json.dumps(pairs().state_dict()))
+    pairs().load_state_dict(state)
+    for change in ({"weight": 0.4}, {"folder": shards(9)}, {"kinds": ("fox",)}, {"seed": 1}, {"side": 56}):
+        with pytest.raises(ValueError, match="gallery: the checkpoint has"):
+            pairs(**change).load_state_dict(state)
+    for change in ({"max_text": 32}, {"square": True}, {"geometry": replace(GEOMETRY, max_tokens=8)}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}: the checkpoint has"):
+            pairs(**change).load_state_dict(state)
+
+    def masked(gallery=tiny_picture, mask: float = 0.35, area: float = 0.5):
+        config = VisionStreamConfig(2, 64, [64], prefetch=False)
+        return distillation_stream(config, gallery, GEOMETRY, MaskConfig(ratio=mask), CropConfig(area))
+
+    state = masked().state_dict()
+    masked().load_state_dict(state)
+    for change in ({"mask": 0.5}, {"area": 0.6}, {"gallery": built_in({"scenes": 1.0})}):
+        name = {"area": "crop"}.get(next(iter(change)), next(iter(change)))
+        with pytest.raises(ValueError, match=f"{name}: the checkpoint has"):
+            masked(**change).load_state_dict(state)
+    assert state["gallery"] == "tiny_picture"
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_share_the_images_of_one_process_and_have_equally_many_micro_batches(ranks, vocab):
     alone = paired_stream(vocab, prefetch=False)
