@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evals.baselines import BASELINES, BaselineAgent
 from evals.endpoint import EndpointAgent, EndpointConfig
-from evals.runner import EvaluationBroken, Options, evaluate
+from evals.runner import EvaluationBroken, Options, evaluate, pins_of
 from evals.statistics import Comparison, Estimate
 from evals.store import Run, RunError, find_runs, read_run
 from evals.suite import Agent, Suite, choose_tasks
@@ -72,7 +72,7 @@ def _run(argv: Sequence[str]) -> int:
     for suite in suites:
         if not args.quiet:
             print(f"{suite.name}: {suite.summary}\n  into {out / suite.name}")
-            for name, value in {**suite.pins(), **agent.pins()}.items():
+            for name, value in pins_of(suite, agent, options).items():
                 print(f"  {name}: {value}")
         runs.append(asyncio.run(evaluate(suite, agent, out / suite.name, options)))
     print(_score_table(runs))

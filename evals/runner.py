@@ -76,6 +76,12 @@ class _Job:
         return item_key(self.task, self.item, self.sample)
 
 
+def pins_of(suite: Suite, agent: Agent, options: Options) -> dict[str, str]:
+    """All that a run's scores depend on; a run with other pins is another run."""
+    pins = {**suite.pins(), **agent.pins(), "samples": str(options.samples), "code": code_version()}
+    return pins | {"images": "blank"} if options.blind else pins
+
+
 async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | None = None) -> Run:
     """Run what is not judged yet and return the whole run.
 
@@ -83,9 +89,7 @@ async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | 
     :class:`EvaluationBroken` when every item fails. Whatever was judged before an exception or a kill is kept.
     """
     options = options or Options()
-    pins = {**suite.pins(), **agent.pins(), "samples": str(options.samples), "code": code_version()}
-    if options.blind:
-        pins["images"] = "blank"
+    pins = pins_of(suite, agent, options)
     facts = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     with Store(folder, pins, facts) as store:
         if options.retry_errors:

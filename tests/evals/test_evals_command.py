@@ -12,6 +12,7 @@ from test_evals_endpoint import Stub
 
 import evals.__main__ as command
 from evals.runner import Options, evaluate_now
+from evals.store import read_run
 from evals.suites import SUITES
 
 QUIET = Options(progress=False)
@@ -58,6 +59,15 @@ def test_temperature_and_samples_are_pinned(stub, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "2 pins differ" in said
     assert "samples: '2' against '1'" in said
+
+
+@pytest.mark.parametrize("more", [(), ("--blind", "--samples", "2")])
+def test_what_is_printed_is_what_is_pinned(stub, tmp_path, capsys, more):
+    assert command.main(["other", "--url", stub.url, "--model", "m", "--out", str(tmp_path), *more]) == 0
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    pins = read_run(tmp_path / "other").pins
+    assert [f"{name}: {value}" for name, value in pins.items()] == printed[2 : 2 + len(pins)]
+    assert pins.get("images") == ("blank" if more else None)
 
 
 def test_compare(tmp_path, capsys):
