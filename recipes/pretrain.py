@@ -131,7 +131,7 @@ def train(config: Config, title: str) -> None:
         model.freeze(phase.freeze)
         if world.is_main:
             print(phase.describe(start), flush=True)
-        fit(run, objective, engine, stream, steps=end, schedule=phase.rate(start), hooks=hooks)
+        fit(run, objective, engine, stream, steps=end, last=total, schedule=phase.rate(start), hooks=hooks)
     stream.close()
     weights = gather_weights(model)  # by all ranks, for they may be sharded
     if world.is_main:

@@ -126,7 +126,7 @@ async def train(config: Config) -> None:
         hooks = [Progress("rl", config.steps, figures=("reward", "entropy")), JsonlLog(output / "log.jsonl")]
         hooks += [TensorBoardLog(output / "tensorboard")] if config.tensorboard else []
         hooks += [SaveHook(run, config.save_every), LeaveOnSignal(run)]
-        for step in range(run.resume(), config.steps):
+        for step in range(run.resume(config.steps), config.steps):
             started, policy.version, sampled = time.perf_counter(), step, generator.tokens_sampled
             collected = await collector.collect()
             record = {"lr_scale": schedule(step, config.steps, config.schedule), **collected.metrics}

@@ -22,10 +22,12 @@ def fit(
     stream: Iterator[Sequence[Any]],
     *,
     steps: int,
+    last: int | None = None,
     schedule: Callable[[int], float] = lambda step: 1.0,
     hooks: Sequence[Hook] = (),
 ) -> None:
     """Train from where ``run`` stands up to ``steps``, and save at the end. A run that is there already returns.
+    Where this is one phase of a longer run, ``last`` is where that ends; a checkpoint past the end is a ``ValueError``.
 
     ``stream`` yields the micro-batches of a step, as many on every rank; list it in ``run.parts`` so that it goes on
     where it stopped; what it has in ``metrics`` joins the record. ``schedule(step)`` multiplies every learning rate.
@@ -33,7 +35,7 @@ def fit(
     """
     hooks = sorted(hooks, key=lambda hook: getattr(hook, "saves", False))
     objective.train()  # type: ignore[attr-defined]
-    first = run.resume()
+    first = run.resume(steps if last is None else last)
     for step in range(first, steps):
         started = time.perf_counter()
         micro_batches = next(stream, None)

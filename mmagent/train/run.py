@@ -101,14 +101,25 @@ class Run:
         checkpoint.save(self.checkpoints, step, contents, self.world, self.keep)
         self.saved_step = step
 
-    def resume(self) -> int:
+    def resume(self, steps: int | None = None) -> int:
         """Load the newest whole checkpoint and return its step, or 0 when there is none. A collective.
+
+        ``steps``: where the run is to end; a checkpoint past it is a ``ValueError``, for its weights are not those
+        that were asked for.
 
         A run that has loaded or saved one already stands there, and nothing is read again.
         Checkpoints that are torn or were changed are refused with a warning; when none is whole, that is an error.
         """
-        if self.saved_step:
-            return self.saved_step
+        if not self.saved_step:
+            self._load_newest()
+        if steps is not None and self.saved_step > steps:
+            raise ValueError(
+                f"{self.checkpoints} is at step {self.saved_step}, past the {steps} steps asked for: ask for at least "
+                f"{self.saved_step}, name another output, or delete the checkpoints to train anew"
+            )
+        return self.saved_step
+
+    def _load_newest(self) -> None:
         path, error = None, ""
         if self.world.is_main:
             checkpoint.clean(self.checkpoints)
@@ -123,7 +134,6 @@ class Run:
             raise CheckpointError(error)
         if name:
             self.load(self.checkpoints / name)
-        return self.saved_step
 
     def load(self, path: Path) -> None:
         """Load one checkpoint into the parts. Raises :class:`CheckpointError` naming what does not fit."""

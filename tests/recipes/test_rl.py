@@ -132,6 +132,15 @@ def test_a_step_without_a_teaching_group_changes_nothing(agent, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_checkpoint_past_the_end_is_refused(agent, tmp_path):
+    run(config(agent, tmp_path / "run", steps=2))
+    before = weights(tmp_path / "run")
+    with pytest.raises(ValueError, match="is at step 2, past the 1 steps asked for"):
+        run(config(agent, tmp_path / "run", steps=1))
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
     for preset in (rl.laptop, rl.debug, rl.small):
         assert to_yaml(preset())

@@ -85,6 +85,7 @@ def test_phases_that_are_past_are_skipped(tmp_path):
                 toy.engine,
                 toy.stream,
                 steps=end,
+                last=ends[-1],
                 hooks=[lambda step, record: seen.append(step)],
             )
         return seen
@@ -92,7 +93,15 @@ def test_phases_that_are_past_are_skipped(tmp_path):
     assert phases(tmp_path, 2, 5) == [1, 2, 3, 4, 5]
     assert phases(tmp_path, 2, 5, 6) == [6]
     assert not (tmp_path / "checkpoints" / "step-00000002").exists()
-    assert phases(tmp_path, 3) == []
+    with pytest.raises(ValueError, match="is at step 6, past the 3 steps asked for"):
+        phases(tmp_path, 2, 3)
+
+
+def test_a_checkpoint_past_the_end_is_refused(tmp_path):
+    """Its weights are those of another schedule: to hand them on as the end of this one would be a lie."""
+    train(tmp_path, 6)
+    with pytest.raises(ValueError, match="is at step 6, past the 5 steps asked for: ask for at least 6, name another"):
+        train(tmp_path, 5)
 
 
 def test_a_torn_checkpoint_is_told_and_the_older_one_taken(tmp_path, caplog):
