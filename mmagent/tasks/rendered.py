@@ -13,7 +13,7 @@ from mmagent.browser.sync import run_sync
 from mmagent.tasks.base import Screens, retried
 from mmagent.types import Item
 from mmagent.worlds import pages
-from mmagent.worlds.seeds import seed_for
+from mmagent.worlds.seeds import SPLITS, seed_for
 
 T = TypeVar("T")
 STRIDE = 1_000_000
@@ -41,7 +41,8 @@ class PageScenes:
     def source(self, seed: int) -> pages.PageSource:
         """The page of an item."""
         lowest, highest = self.levels
-        difficulty = lowest + seed % (highest - lowest + 1)
+        index = seed // len(SPLITS)  # a split is a residue class of the seeds: the residue must not choose the level
+        difficulty = lowest + index % (highest - lowest + 1)
         return pages.generate(seed, self.screens.width, self.screens.height, difficulty)
 
     async def scene(self, seed: int) -> pages.Scene:

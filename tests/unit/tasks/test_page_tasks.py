@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from mmagent.agent.codec import Codec
 from mmagent.agent.rollout import RolloutConfig, roll_out
 from mmagent.browser import find_chromium
 from mmagent.tasks import open_tasks
+from mmagent.tasks.rendered import PageScenes
 from mmagent.tasks.screenshot_to_html import MAX_CHARACTERS, extract_html
 from mmagent.tasks.visual import hog_cosine, lab_intersection, text_match, visual_similarity
 from mmagent.testing import check_environment, check_task
 from mmagent.types import Status
+from mmagent.worlds import pages
 from mmagent.worlds.elements import TextLine
+from mmagent.worlds.seeds import SPLITS
 from tests.agent_kit import GEOMETRY, tiny_vocab
 from tests.toy_tasks import ScriptedPolicy
 
@@ -47,6 +52,15 @@ def test_the_public_kit_finds_no_fault(name):
         await check_environment(lambda: task.environment(item), ["click(1,1)", "click(500,990)"])
 
     run(name, work)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("span", [2, 3, 4, 5])
+def test_every_split_has_every_difficulty_equally_often(split, span, monkeypatch):
+    monkeypatch.setattr(pages, "generate", lambda seed, width, height, difficulty: difficulty)
+    scenes = PageScenes(SimpleNamespace(width=320, height=240), (1, span))
+    levels = Counter(scenes.source(item.seed) for item in islice(scenes.items("t", split, 7), 6 * span))
+    assert levels == dict.fromkeys(range(1, span + 1), 6)
 
 
 class TestGrounding:
