@@ -8,9 +8,10 @@ memory. :meth:`DocumentBuilder.finish` decodes.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from mmagent.packing import Size
 from mmagent.records import Record, RecordError, decode_image, image_size
 from mmagent.types import Document
 from mmagent.vocab import Vocab
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,18 +115,25 @@ class QuarantineConfig:
     max_share: float = 0.01
     min_seen: int = 200
 
+    def within(self, output: str) -> QuarantineConfig:
+        """This, with ``output/quarantine`` for a folder where none is given: a run's bad samples lie in its folder."""
+        return self if self.folder else replace(self, folder=str(Path(output) / "quarantine"))
+
 
 class Quarantine:
-    """Counts samples that cannot be used and writes each once to ``quarantine-RANK.jsonl``.
+    """Counts samples that cannot be used, warns of each once and writes it once to ``quarantine-RANK.jsonl``.
 
     A line holds ``source``, ``shard`` (with offset), ``key``, ``reason`` (the field) and ``problem``. Samples met
-    again, in a later epoch or by a resumed run, are counted but not written again.
+    again, in a later epoch or by a resumed run, are counted but not written again. All ranks meet a shard that was cut
+    short and count it in ``tails``; the first tells of it.
     """
 
-    def __init__(self, config: QuarantineConfig, rank: int = 0):
+    def __init__(self, config: QuarantineConfig, rank: int = 0, tell: bool = True):
+        """``tell`` false: another one warns of the same samples."""
         if not 0 <= config.max_share <= 1:
             raise ValueError(f"max_share {config.max_share} must lie in [0, 1]")
-        self.config = config
+        self.config, self.rank, self.tell = config, rank, tell
+        self.tails = 0
         self.seen: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -164,14 +174,18 @@ class Quarantine:
             )
 
     def torn(self, source: str, shard: str, offset: int, problem: str) -> None:
-        """Log the tail of a shard that was cut short."""
-        self._log(source, f"{shard}@{offset}", "", "torn shard", problem)
+        """Count and log the tail of a shard that was cut short."""
+        self.tails += 1
+        if self.rank == 0:
+            self._log(source, f"{shard}@{offset}", "", "torn shard", problem)
 
     def _log(self, source: str, shard: str, key: str, reason: str, problem: str) -> None:
         self.reasons[reason] += 1
         if (source, shard) in self._known:
             return
         self._known.add((source, shard))
+        if self.tell:
+            logger.warning("source %r, %s: %s left out (%s: %s)", source, shard, key or "the rest", reason, problem)
         if self._path is not None:
             line = {"source": source, "shard": shard, "key": key, "reason": reason, "problem": problem}
             with self._path.open("a", encoding="utf-8") as file:

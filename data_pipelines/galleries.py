@@ -39,6 +39,17 @@ class Picture:
     things: tuple[tuple[Box, int], ...] | None = None
 
 
+@dataclass(frozen=True)
+class Losses:
+    """How often a sample could not be used, and how many shards were cut short."""
+
+    samples: int = 0
+    torn_shards: int = 0
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(self.samples + other.samples, self.torn_shards + other.torn_shards)
+
+
 class Gallery(Protocol):
     """``gallery(position)`` is the same picture whenever and wherever it is asked for; positions have no end."""
 
@@ -47,11 +58,20 @@ class Gallery(Protocol):
     def fingerprint(self) -> str:
         """What an exact resume has to find again. A plain function need not offer it: see :func:`fingerprint_of`."""
 
+    def losses(self) -> Losses:
+        """What could not be used so far. A plain function need not offer it: it loses nothing."""
+
 
 def fingerprint_of(gallery: Gallery) -> str:
     """A gallery's fingerprint; of a plain function its qualified name."""
     known = getattr(gallery, "fingerprint", None)
     return known() if known else getattr(gallery, "__qualname__", "")
+
+
+def losses_of(gallery: Gallery) -> Losses:
+    """A gallery's losses; of a plain function none."""
+    known = getattr(gallery, "losses", None)
+    return known() if known else Losses()
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,10 @@ class DrawnGallery:
     def fingerprint(self) -> str:
         """Its name."""
         return self.name
+
+    def losses(self) -> Losses:
+        """None."""
+        return Losses()
 
 
 class MixedGallery:
@@ -98,6 +122,10 @@ class MixedGallery:
         told = zip(self._names.items(), self._galleries, strict=True)
         return "; ".join(f"{name} x {weight!r}: {fingerprint_of(gallery)}" for (name, weight), gallery in told)
 
+    def losses(self) -> Losses:
+        """Those of all its galleries."""
+        return sum((losses_of(gallery) for gallery in self._galleries), Losses())
+
 
 class ShardGallery:
     """Records with one or more images and a text in webdataset shards: the first image, captioned by all plain text, or
@@ -121,6 +149,8 @@ class ShardGallery:
         self.source = Source(name, self.shards, 1.0, seed)
         self.quarantine = quarantine or Quarantine(QuarantineConfig())
         self.kinds = tuple(kinds)
+        for torn in self.shards.torn:
+            self.quarantine.torn(name, torn.shard, torn.offset, torn.problem)
 
     def __call__(self, position: int) -> Picture:
         """Raises :class:`~data_pipelines.documents.QuarantineError` when too many records are unusable."""
@@ -135,6 +165,10 @@ class ShardGallery:
                 self.quarantine.good(self.source.name)
                 return picture
         raise RecordError(self.source.name, "sample", f"{_ATTEMPTS} samples in a row cannot be used")
+
+    def losses(self) -> Losses:
+        """Its own, should it share a quarantine with others of other names."""
+        return Losses(self.quarantine.bad[self.source.name], len(self.shards.torn))
 
     def fingerprint(self) -> str:
         """The shards', with the seed of the order and the kinds."""

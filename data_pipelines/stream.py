@@ -136,7 +136,7 @@ class PackStream(Iterator[list[PackedBatch]]):
         members = [n for n in range(streams) if first <= n % ranks < first + group]
         self.builder = DocumentBuilder(vocab, geometry, chat, config.budget)
         self.quarantine = Quarantine(config.quarantine, rank)
-        unlogged = Quarantine(replace(config.quarantine, folder=""))  # for streams whose owner logs them
+        unlogged = Quarantine(replace(config.quarantine, folder=""), tell=False)  # for streams whose owner logs them
         self.sources = open_sources(config.sources, config.seed, config.folder)
         self._shards = {source.name: source.shards for source in self.sources}
         for source in self.sources:
@@ -222,7 +222,8 @@ class PackStream(Iterator[list[PackedBatch]]):
         mine = balance(costs, self._group)[self._place]
         batches = [self._decode(plans[n]) for n in mine]
         quarantined = float(self.quarantine.total - before)  # of this step: a running sum would not survive a kill
-        return _Step(batches, self._packer_states(), {**self._measure(batches), "data/quarantined": quarantined})
+        bad = {"data/quarantined": quarantined, "data/torn_shards": float(self.quarantine.tails)}
+        return _Step(batches, self._packer_states(), {**self._measure(batches), **bad})
 
     def _decode(self, plan: PackPlan) -> PackedBatch:
         run = map if self._decoders is None else self._decoders.map

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
-from data_pipelines.galleries import Gallery, Picture, fingerprint_of
+from data_pipelines.galleries import Gallery, Picture, fingerprint_of, losses_of
 from data_pipelines.masking import MaskConfig, mask_patches
 from data_pipelines.mixture import digest
 from mmagent.dist import World
@@ -64,6 +64,14 @@ class CropConfig:
             raise ValueError(f"crop.min_area {self.min_area} must lie in (0, 1]")
 
 
+@dataclass(frozen=True)
+class _Step(Generic[Batch]):
+    """A prepared step, and how often a sample could not be used for it."""
+
+    batches: list[Batch]
+    quarantined: int
+
+
 class VisionStream(Iterator[list[Batch]], Generic[Batch]):
     """This rank's micro-batches, step after step, without end.
 
@@ -92,7 +100,7 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         self.steps = 0
         self.metrics: dict[str, float] = {}
         self._worker = ThreadPoolExecutor(1, "mmagent-vision") if config.prefetch else None
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._ahead: tuple[int, Future[_Step[Batch]]] | None = None
 
     def describe(self) -> str:
         """One line for people: how a step is made up."""
@@ -113,27 +121,31 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
 
     def __next__(self) -> list[Batch]:
         started = time.perf_counter()
-        batches = self._prepare(self.steps) if self._worker is None else self._from_worker()
+        step = self._prepare(self.steps) if self._worker is None else self._from_worker()
+        batches = step.batches
         self.steps += 1
         patches = sum(batch.vision.patches.shape[0] for batch in batches)
         self.metrics = {
             "time/data": time.perf_counter() - started,
             "data/images": float(sum(len(batch.keys) for batch in batches)),
             "data/fill_patches": patches / (len(batches) * self.config.patches_per_microbatch),
+            "data/quarantined": float(step.quarantined),
+            "data/torn_shards": float(losses_of(self.gallery).torn_shards),
         }
         return batches
 
-    def _from_worker(self) -> list[Batch]:
+    def _from_worker(self) -> _Step[Batch]:
         assert self._worker is not None
         step, ahead = self._ahead or (-1, None)
         if ahead is None or step != self.steps:
             ahead = self._worker.submit(self._prepare, self.steps)
-        batches = ahead.result()
+        prepared = ahead.result()
         self._ahead = (self.steps + 1, self._worker.submit(self._prepare, self.steps + 1))
-        return batches
+        return prepared
 
-    def _prepare(self, step: int) -> list[Batch]:
+    def _prepare(self, step: int) -> _Step[Batch]:
         length = self.length(step)
+        before = losses_of(self.gallery).samples
         first = step * self.config.images_per_step
         mine = range(first + self.rank, first + self.config.images_per_step, self.ranks)
         count = self._accumulation(length)
@@ -141,7 +153,7 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         for n in range(count):
             positions = mine[len(mine) * n // count : len(mine) * (n + 1) // count]
             batches.append(self._build([self.gallery(p) for p in positions], positions, length))
-        return batches
+        return _Step(batches, losses_of(self.gallery).samples - before)  # a running sum would not survive a kill
 
     def state_dict(self) -> dict[str, Any]:
         """Steps delivered, and what must not change when they are continued."""

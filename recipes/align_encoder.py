@@ -107,6 +107,7 @@ def main() -> None:
     config = parse_cli({"laptop": laptop, "debug": debug, "large": large}, __doc__ or "")
     if not config.init:
         raise ConfigError("init: alignment starts from an encoder folder, such as runs/distill/encoder")
+    config = replace(config, quarantine=config.quarantine.within(config.output))
     world = dist.init()
     dist.seed_everything(config.seed)
     vocab = Vocab.load(config.tokenizer)
@@ -114,8 +115,9 @@ def main() -> None:
     tower = TextTower(replace(config.text, vocab_size=max(config.text.vocab_size, vocab.size)))
     objective = Alignment(encoder, tower, config.objective)
     engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
+    quarantine = Quarantine(config.quarantine, world.rank)
     galleries = {
-        name: ShardGallery(path, geometry, config.seed, name, Quarantine(config.quarantine, world.rank), config.kinds)
+        name: ShardGallery(path, geometry, config.seed, name, quarantine, config.kinds)
         for name, path in config.shards.items()
         if config.mix[name]
     }

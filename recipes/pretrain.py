@@ -101,6 +101,7 @@ def small() -> Config:
 def train(config: Config, title: str) -> None:
     """Build model, objective, engine, stream and run, then fit phase after phase. Supervised fine-tuning is the same
     function over other data."""
+    config = replace(config, data=replace(config.data, quarantine=config.data.quarantine.within(config.output)))
     world = dist.init()
     dist.seed_everything(config.seed)
     vocab = Vocab.load(config.init or config.tokenizer)

@@ -168,6 +168,29 @@ def test_quarantine_writes_each_sample_once(tmp_path):
     ]
 
 
+def test_every_newly_bad_sample_is_told_of_once(tmp_path, caplog):
+    for _ in range(2):  # the second is a resumed run, which knows
+        log = quarantine(tmp_path)
+        for _ in range(2):
+            log.add("web", "a.tar@0", RecordError("k1", "images[3]", "cannot decode"))
+        log.torn("web", "b.tar", 77, "cut")
+        assert log.tails == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "source 'web', a.tar@0: k1 left out (images: cannot decode)",
+        "source 'web', b.tar@77: the rest left out (torn shard: cut)",
+    ]
+    Quarantine(QuarantineConfig(), tell=False).add("web", "c.tar@0", RecordError("k2", "json", "x"))
+    other = Quarantine(QuarantineConfig(), rank=1)
+    other.torn("web", "b.tar", 77, "cut")
+    assert other.tails == 1
+    assert len(caplog.records) == 2
+
+
+def test_a_run_without_a_folder_for_bad_samples_keeps_them_in_its_own():
+    assert QuarantineConfig(max_share=0.5).within("runs/a") == QuarantineConfig("runs/a/quarantine", 0.5)
+    assert QuarantineConfig("elsewhere").within("runs/a").folder == "elsewhere"
+
+
 def test_a_line_torn_by_a_kill_is_mended(tmp_path):
     quarantine(tmp_path).add("web", "a.tar@0", RecordError("k1", "json", "x"))
     path = tmp_path / "quarantine-0.jsonl"

@@ -422,6 +422,7 @@ def test_a_shard_cut_short_is_used_up_to_the_cut_and_logged(shards, tmp_path):
     (line,) = read_quarantine(tmp_path / "log" / "quarantine-0.jsonl")
     assert line["shard"].startswith("shard-00001.tar@")
     assert line["reason"] == "torn shard"
+    assert packs.metrics["data/torn_shards"] == 1
 
 
 def test_the_tail_can_be_padded_for_kernels(shards):

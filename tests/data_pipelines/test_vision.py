@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines.documents import Quarantine, QuarantineConfig
+from data_pipelines.documents import Quarantine, QuarantineConfig, read_quarantine
 from data_pipelines.galleries import MixedGallery, Picture, ShardGallery, built_in, mixed, picture_of
 from data_pipelines.masking import MaskConfig
 from data_pipelines.shards import ShardWriter
@@ -283,6 +283,39 @@ def test_shards_are_a_gallery_that_quarantines_what_it_cannot_use(tmp_path):
     first = next(p for p in pictures if p.key == "sample-0")
     assert np.array_equal(first.image, tiny_picture(0).image)
     assert first.caption == tiny_picture(0).caption
+
+
+def test_bad_pictures_and_torn_shards_are_counted_by_step(vocab, tmp_path):
+    """Of the step alone, whatever is prepared ahead and wherever a run resumes."""
+    with ShardWriter(tmp_path / "shards", max_samples=6) as writer:
+        for n in range(12):
+            image = encode_image(tiny_picture(n).image)
+            image = EncodedImage(image.data[:200], "png") if n % 4 == 3 else image
+            writer.write(Record(f"k{n}", "tiny", parts=(Image(), Text("x")), images=(image,)))
+    last = sorted((tmp_path / "shards").glob("*.tar"))[-1]
+    last.write_bytes(last.read_bytes()[:-4000])
+
+    def make(prefetch: bool = False):
+        quarantine = Quarantine(QuarantineConfig(str(tmp_path / "log"), max_share=1.0))
+        shown = ShardGallery(str(tmp_path / "shards"), GEOMETRY, name="shown", quarantine=quarantine)
+        pictures = built_in({"scenes0": 1.0, "shown": 1.0}, 28, others={"shown": shown})
+        return pair_stream(VisionStreamConfig(8, 128, [16], prefetch=prefetch), pictures, GEOMETRY, vocab), quarantine
+
+    whole, quarantine = make()
+    states, counts = [], []
+    for _ in range(6):
+        states.append(whole.state_dict())
+        next(whole)
+        counts.append(whole.metrics["data/quarantined"])
+        assert whole.metrics["data/torn_shards"] == 1
+    assert sum(counts) == quarantine.total > 0
+    again, _ = make(prefetch=True)
+    again.load_state_dict(states[2])
+    for count in counts[2:]:
+        next(again)
+        assert again.metrics["data/quarantined"] == count
+    again.close()
+    assert len([line for line in read_quarantine(tmp_path / "log" / "quarantine-0.jsonl") if not line["key"]]) == 1
 
 
 def test_boxes_say_what_patches_show_and_where_its_middle_is(vocab, tmp_path):
