@@ -113,12 +113,28 @@ class PositionTable(nn.Module):
 
     def forward(self, grids: Tensor, coordinates_P2: Tensor) -> Tensor:
         """``(P, W)`` for images of ``grids (I, 3)`` with ``coordinates`` (row, column) of every patch."""
-        sizes = torch.repeat_interleave(grids[:, 1:], grids.prod(1), dim=0).to(coordinates_P2.device)
-        points = (coordinates_P2 + 0.5) / sizes * 2 - 1
-        table = self.weight.float().unflatten(0, (self.side, self.side)).permute(2, 0, 1).unsqueeze(0)
-        grid = points.flip(-1).view(1, -1, 1, 2)  # grid_sample wants (x, y)
-        sampled = F.grid_sample(table, grid, mode="bicubic", padding_mode="border", align_corners=False)
-        return sampled[0, :, :, 0].T
+        table = self.weight.float().unflatten(0, (self.side, self.side))
+        planes, starts, at = [], {}, 0
+        for _, rows, columns in grids.tolist():  # bicubic weights are separable, and images of one size share a plane
+            if (rows, columns) not in starts:
+                down, across = (_cubic_weights(n, self.side).to(table.device) for n in (rows, columns))
+                planes.append(torch.einsum("ri,cj,ijw->rcw", down, across, table).flatten(0, 1))
+                starts[rows, columns] = at
+                at += rows * columns
+        sizes = grids.prod(1)
+        first = torch.tensor([starts[rows, columns] for _, rows, columns in grids.tolist()])
+        first, wide = (torch.repeat_interleave(x, sizes).to(coordinates_P2.device) for x in (first, grids[:, 2].cpu()))
+        return torch.cat(planes).index_select(0, first + coordinates_P2[:, 0] * wide + coordinates_P2[:, 1])
+
+
+@lru_cache(maxsize=512)
+def _cubic_weights(places: int, side: int) -> Tensor:
+    """``(places, side)``: how much of each of ``side`` values each of ``places`` evenly spread between them gets, as
+    bicubic ``grid_sample`` has it at its border."""
+    points = (torch.arange(places) + 0.5) / places * 2 - 1
+    grid = torch.stack([torch.zeros_like(points), points], dim=-1).view(1, -1, 1, 2)  # grid_sample wants (x, y)
+    lines = torch.eye(side).view(1, side, side, 1)
+    return F.grid_sample(lines, grid, mode="bicubic", padding_mode="border", align_corners=False)[0, :, :, 0].T
 
 
 def sine_cosine_2d(side: int, width: int) -> Tensor:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mmagent.models.cogvit import POSITION_STD, CogViT, CogViTConfig, cogvit_403m, cogvit_debug, sine_cosine_2d
+from mmagent.models.cogvit import (
+    POSITION_STD,
+    CogViT,
+    CogViTConfig,
+    PositionTable,
+    cogvit_403m,
+    cogvit_debug,
+    packed_coordinates,
+    sine_cosine_2d,
+)
 from mmagent.models.layers import collect_roles
 from mmagent.types import PackedVision
 from tests.model_kit import gradients, image_patches
@@ -149,3 +159,16 @@ def test_rows_and_columns_are_read_off_a_new_position_table(side, width):
 def test_a_new_encoder_has_its_table_at_the_scale_that_is_said():
     table = build(position_table=8).positions
     assert table.weight.square().mean().sqrt().item() == pytest.approx(POSITION_STD, rel=0.1)
+
+
+def test_the_position_table_is_resampled_as_grid_sample_does_it():
+    """The stock tower of GLM-4.1V samples every patch by itself; ours shares separable weights between images."""
+    torch.manual_seed(0)
+    table = PositionTable(6, 16)
+    grids = torch.tensor([[1, 4, 6], [1, 12, 2], [2, 4, 6], [1, 6, 6], [1, 20, 14]])
+    coordinates = packed_coordinates(grids, 2, torch.device("cpu"))
+    sizes = torch.repeat_interleave(grids[:, 1:], grids.prod(1), dim=0)
+    points = ((coordinates + 0.5) / sizes * 2 - 1).flip(-1).view(1, -1, 1, 2)
+    plane = table.weight.unflatten(0, (6, 6)).permute(2, 0, 1).unsqueeze(0)
+    expected = F.grid_sample(plane, points, mode="bicubic", padding_mode="border", align_corners=False)[0, :, :, 0].T
+    torch.testing.assert_close(table(grids, coordinates), expected, atol=1e-5, rtol=1e-5)  # sums in another order
