@@ -179,10 +179,10 @@ def size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
-def broadcast(tensor: Tensor) -> Tensor:
-    """Overwrite ``tensor`` with rank 0's, in place, and return it. Alone: unchanged."""
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """Overwrite ``tensor`` with that of the rank ``source``, in place, and return it. Alone: unchanged."""
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
-        torch_dist.broadcast(tensor, 0)
+        torch_dist.broadcast(tensor, source)
     return tensor
 
 

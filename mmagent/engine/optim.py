@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from mmagent import dist
 from mmagent.engine.sharding import shard_like
 from mmagent.protocols import Trainable
 from mmagent.types import ParamRole
@@ -119,6 +120,8 @@ class MuonAdamW(Optimizer):
     """Each group is either Muon's (``group["muon"]``) or AdamW's; state holds plain tensors, local under FSDP2."""
 
     local_state = True  # says so to the engine, which gathers it for checkpoints
+    replicas = 1
+    """Ranks with the same parameters and gradients, which then share the work; the engine knows."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
         self.config = config
@@ -129,15 +132,42 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient. With ``replicas`` it is a collective."""
         assert closure is None, "closures re-evaluate the loss, which train_step owns"
+        batches: list[tuple[list[Tensor], dict[str, Any]]] = []
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if group["muon"]:
-                for batch in _batches(parameters):
-                    self._muon(batch, group)
+                self._momenta(parameters)
+                batches += [(batch, group) for batch in _batches(parameters)]
             else:
                 self._adamw(parameters, group)
+        if self.replicas == 1:
+            for batch, group in batches:
+                self._apply(batch, group, self._muon(batch, group))
+        else:
+            self._in_turn(batches)
+
+    def _in_turn(self, batches: list[tuple[list[Tensor], dict[str, Any]]]) -> None:
+        """Replicas hold equal gradients: each orthogonalises its part of the batches and hands it to the others."""
+        dtype = getattr(torch, self.config.newton_schulz_dtype)
+        owners = _owners([_cost(batch) for batch, _ in batches], self.replicas)
+        updates: dict[int, Tensor] = {}
+        for n, (batch, group) in enumerate(batches):
+            if owners[n] == dist.rank():
+                updates[n] = self._muon(batch, group)
+        for owner in range(self.replicas):
+            its = [n for n in range(len(batches)) if owners[n] == owner]
+            if not its:
+                continue
+            sizes = [sum(p.numel() for p in batches[n][0]) for n in its]
+            if owner == dist.rank():
+                flat = torch.cat([updates[n].flatten() for n in its])
+            else:
+                flat = torch.empty(sum(sizes), dtype=dtype, device=batches[its[0]][0][0].device)
+            dist.broadcast(flat.view(torch.uint8), owner)  # as bytes: gloo knows no bfloat16
+            for n, part in zip(its, flat.split(sizes), strict=True):
+                self._apply(*batches[n], part.view(len(batches[n][0]), *batches[n][0][0].shape))
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         parameters = [p for p in parameters if _local(p).numel()]
@@ -166,15 +196,17 @@ class MuonAdamW(Optimizer):
             maximize=False,
         )
 
-    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """One batch of parameters of one shape: momentum, gather, orthogonalise by logical matrix, keep the shard."""
-        gathered = []
+    def _momenta(self, parameters: list[Tensor]) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(_local(p))
-            gradient, momentum = _local(p.grad), self.state[p]["momentum"]
-            momentum.lerp_(gradient, 1 - self.config.momentum)
-            nesterov = gradient.lerp(momentum, self.config.momentum)
+            self.state[p]["momentum"].lerp_(_local(p.grad), 1 - self.config.momentum)
+
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
+        """Updates ``(N, *matrix)`` of a batch of parameters of one shape: gather, orthogonalise by logical matrix."""
+        gathered = []
+        for p in parameters:
+            nesterov = _local(p.grad).lerp(self.state[p]["momentum"], self.config.momentum)
             gathered.append(_gather(nesterov.to(getattr(torch, self.config.newton_schulz_dtype)), p))
         stacked = _as_matrices(torch.stack(gathered))
         pieces = stacked.split(list(group["splits"] or (stacked.shape[-2],)), dim=-2)
@@ -182,7 +214,11 @@ class MuonAdamW(Optimizer):
         for piece in pieces:
             scale = 0.2 * math.sqrt(max(piece.shape[-2:]))  # root mean square of an AdamW update: arXiv 2502.16982
             scaled.append(orthogonalise(piece, self.config.newton_schulz_steps) * scale)
-        for p, update in zip(parameters, torch.cat(scaled, dim=-2), strict=True):
+        return torch.cat(scaled, dim=-2)
+
+    def _apply(self, parameters: list[Tensor], group: dict[str, Any], updates: Tensor) -> None:
+        """Decay, and add this rank's part of each update."""
+        for p, update in zip(parameters, updates, strict=True):
             local = _local(p)
             local.mul_(1 - group["lr"] * group["weight_decay"])
             whole = update.view(p.shape) if p.ndim > 3 else update  # experts may be here in part, kernels never
@@ -208,6 +244,21 @@ def _as_matrices(stacked: Tensor) -> Tensor:
     """Of ``(N, *parameter)``: a kernel of a convolution ``(out, in, ...)`` is one matrix ``(out, in * ...)``, a
     three-dimensional parameter a batch of matrices."""
     return stacked.flatten(2) if stacked.ndim > 4 else stacked
+
+
+def _cost(batch: list[Tensor]) -> float:
+    """What orthogonalising takes: the shorter side once more than there are elements."""
+    shape = batch[0].flatten(1).shape if batch[0].ndim > 3 else batch[0].shape
+    return sum(p.numel() for p in batch) * min(shape[-2:])
+
+
+def _owners(costs: list[float], ranks: int) -> list[int]:
+    """Which rank does each piece of work: the heaviest first, always to whom has least."""
+    loads, owners = [0.0] * ranks, [0] * len(costs)
+    for n in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        owners[n] = loads.index(min(loads))
+        loads[owners[n]] += costs[n]
+    return owners
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

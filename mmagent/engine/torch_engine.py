@@ -71,6 +71,8 @@ class TorchEngine:
         self._require_owned_parameters()
         if config.parallel == "fsdp2":
             self._shard()
+        if config.parallel == "ddp" and hasattr(optimizer, "replicas"):
+            optimizer.replicas = world.size
         self._ddp: DistributedDataParallel | None = None
         self._ddp_trains: tuple[bool, ...] = ()
         self.parameters = dict(objective.named_parameters())

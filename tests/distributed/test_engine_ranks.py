@@ -150,3 +150,27 @@ def test_scalars_cannot_be_sharded_and_are_named():
     model = Scalar()
     with pytest.raises(ValueError, match=r"give these the shape \(1,\): temperature"):
         TorchEngine(model, build_optimizer(model, OptimConfig()), TorchEngineConfig("fsdp2"), ALONE)
+
+
+def shared_work(world: World, replicas: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(6, 4), (6, 4), (8, 6), (3, 4, 5), (5, 2, 2, 2), (4, 8), (7,)]
+    model = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+    splits = {2: (4, 4)}
+    roles = {str(n): ParamRole("all", matrix=len(s) > 1, splits=splits.get(n, ())) for n, s in enumerate(shapes)}
+    model.roles = lambda: roles
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1))
+    optimizer.replicas = replicas
+    for step in range(3):
+        for n, parameter in enumerate(model):
+            parameter.grad = torch.randn_like(parameter) if n or step else None  # one is frozen in the first step
+        optimizer.step()
+    return [p.detach() for p in model]
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_replicas_that_share_the_work_of_muon_end_with_the_same_bits(ranks):
+    """Whole batches are handed out, so nothing is summed in another order; eight ranks have less than a batch each."""
+    (alone,) = run_ranks(shared_work, 1, 1)
+    for weights in run_ranks(shared_work, ranks, ranks):
+        assert all(torch.equal(one, other) for one, other in zip(alone, weights, strict=True))
