@@ -1,8 +1,9 @@
 """Pretrain the language model that sees: CogViT + merger + MoE decoder + shared-token MTP on packed documents.
 
-    torchrun --standalone --nproc_per_node=2 -m recipes.pretrain --preset laptop \\
-        encoder=runs/align/encoder tokenizer=runs/data/tokenizer.json \\
-        data.sources.mix.path=runs/data/pretrain output=runs/pretrain
+    python -m data_pipelines.build --preset laptop folder=runs/data
+    torchrun --standalone --nproc_per_node=2 -m recipes.pretrain --preset laptop encoder=runs/align/encoder \\
+        tokenizer=runs/data/tokenizer.json data.folder=runs/data/pretrain data.sources.screens.weight=6 \\
+        output=runs/pretrain
 
 Phases (adapter first, then all) are the list ``phases``; the run resumes by itself, bitwise. It leaves an agent folder
 in ``output/agent``.

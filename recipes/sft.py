@@ -1,10 +1,10 @@
 """Fine-tune a pretrained agent on chat and GUI traces; the renderer's mask says which tokens are learnt.
 
     torchrun --standalone --nproc_per_node=2 -m recipes.sft --preset laptop \\
-        init=runs/pretrain/agent data.sources.traces.path=runs/data/sft output=runs/sft
+        init=runs/pretrain/agent data.folder=runs/data/sft data.sources.episodes.weight=5 output=runs/sft
 
-The same stage as pretraining over other data (`recipes.pretrain.train`): the encoder is frozen, as in Seed1.5-VL. It
-leaves an agent folder in ``output/agent``.
+The same stage as pretraining over other data (`recipes.pretrain.train`). The encoder is frozen at ``small`` and
+``debug``, as in Seed1.5-VL; at ``laptop`` it is young and learns on. It leaves an agent folder in ``output/agent``.
 """
 
 from __future__ import annotations
