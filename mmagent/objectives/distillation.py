@@ -169,26 +169,29 @@ class Distillation(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[MaskedVision]) -> None:
-        """Estimate every teacher's statistics from ``batches``, over all ranks together.
+        """Estimate every teacher's statistics from ``batches``, over all ranks together. Of what was seen, only moments
+        and a summary an image are kept: the tokens of a whole calibration would be tens of gigabytes.
 
         Raises ``ValueError`` for no batch, or a teacher whose features never vary.
         """
-        features: dict[str, list[TeacherFeatures]] = {name: [] for name in self.heads}
+        moments: dict[str, Moments] = {}
+        summaries: dict[str, list[Tensor]] = {name: [] for name, head in self.heads.items() if head.cone is not None}
         for batch in batches:
             for teacher in self.teachers:
-                seen = teacher(batch.pixels, batch.vision.grids, self.student.merge_size)
-                features[teacher.name].append(seen)
-        for name, all_seen in features.items():
-            if not all_seen:
-                raise ValueError("calibration needs at least one batch")
-            moments = Moments(all_seen[0].tokens.shape[1], all_seen[0].tokens.device)
-            for seen in all_seen:
-                moments.add(seen.tokens)
-            for tensor in moments.tensors():
+                tokens, summary = teacher(batch.pixels, batch.vision.grids, self.student.merge_size)
+                if teacher.name not in moments:
+                    moments[teacher.name] = Moments(tokens.shape[1], tokens.device)
+                moments[teacher.name].add(tokens)
+                if teacher.name in summaries:
+                    summaries[teacher.name].append(summary.clone())  # a view would keep all tokens alive
+        if not moments:
+            raise ValueError("calibration needs at least one batch")
+        for name, head in self.heads.items():
+            for tensor in moments[name].tensors():
                 dist.all_reduce(tensor)
-            self.heads[name].standardiser.fit(moments)
-            if self.heads[name].cone is not None:
-                self.heads[name].cone.fit(torch.cat([seen.summary for seen in all_seen]), dist.all_reduce)
+            head.standardiser.fit(moments[name])
+            if head.cone is not None:
+                head.cone.fit(torch.cat(summaries[name]), dist.all_reduce)
 
     def after_step(self) -> None:
         """Nothing moves outside the gradient."""

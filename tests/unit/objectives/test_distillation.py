@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch import nn
 
 from data_pipelines.masking import MaskConfig, mask_patches
 from mmagent.geometry import GeometryConfig, patchify
+from mmagent.losses.standardisers import Cone
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
-from mmagent.models.teachers import Backbone, GridFeatures, Teacher
+from mmagent.models.teachers import Backbone, GridFeatures, Teacher, TeacherFeatures
 from mmagent.objectives.distillation import Distillation, DistillationConfig
 from mmagent.types import MaskedVision, PackedVision, VisionFeatures
 
@@ -188,6 +191,51 @@ def test_without_calibration_the_loss_is_not_a_number():
     assert all(value.isnan() for value in distillation(batch_of(SIZES)).sums.values())
     with pytest.raises(ValueError, match="at least one batch"):
         distillation.calibrate([])
+
+
+def test_calibration_equals_statistics_of_everything_at_once():
+    batches = [batch_of(SIZES, seed) for seed in range(3)]
+    distillation = objective()
+    distillation.calibrate(iter(batches))
+    for one in distillation.teachers:
+        seen = [one(batch.pixels, batch.vision.grids, 2) for batch in batches]
+        tokens = torch.cat([features.tokens for features in seen]).double()
+        head = distillation.heads[one.name]
+        # statistics are float64 until they are stored in float32
+        torch.testing.assert_close(head.standardiser.mean, tokens.mean(dim=0).float())
+        covariance = torch.cov(tokens.T, correction=0)
+        torch.testing.assert_close(head.standardiser.phi, covariance.diagonal().mean().sqrt().float())
+        rotation = head.standardiser.rotation.double()
+        equal = (rotation @ covariance @ rotation.T).diagonal()
+        torch.testing.assert_close(equal, covariance.diagonal().mean().expand_as(equal), rtol=1e-5, atol=0)
+        cone = Cone(one.summary_width)
+        cone.fit(torch.cat([features.summary for features in seen]))
+        assert torch.equal(cone.direction, head.cone.direction)
+        assert torch.equal(cone.dispersion, head.cone.dispersion)
+
+
+def test_calibration_keeps_no_tokens():
+    """An array lives as long as any tensor or view of its memory; the summaries here are views of the tokens."""
+    arrays: list[weakref.ref] = []
+
+    class Watched:
+        name, width, summary_width, summary = "t", 4, 4, True
+
+        def __call__(self, pixels, grids, merge_size) -> TeacherFeatures:
+            array = np.random.default_rng(len(arrays)).normal(size=(int(grids.prod(dim=1).sum()), 4))
+            arrays.append(weakref.ref(array))
+            tokens = torch.from_numpy(array)
+            return TeacherFeatures(tokens, tokens[: len(grids)])
+
+    def batches():
+        for seed in range(5):
+            yield batch_of(SIZES, seed)
+            alive = [n for n, array in enumerate(arrays) if array() is not None]
+            assert len(alive) <= 1, f"tokens of batches {alive} are still there"
+
+    student = CogViT(CogViTConfig(width=32, depth=1, heads=2, ffn=64, mask_token=True))
+    Distillation(student, [Watched()], DistillationConfig()).calibrate(batches())
+    assert len(arrays) == 5
 
 
 def test_dropping_keeps_the_worst_teacher_of_every_image_and_is_seeded():
