@@ -80,7 +80,7 @@ def debug() -> Config:
 def laptop() -> Config:
     """Half a minute on two cores: the quickstart's stage. The small DINOv3's class token has learned nothing."""
     return Config(
-        steps=120,
+        steps=100,
         teachers={"siglip2": TeacherConfig(), "dinov3": TeacherConfig(summary=False)},
         geometry=GeometryConfig(mean=WHITE_MEAN),
         side=112,

@@ -75,7 +75,7 @@ def laptop() -> Config:
         engine=TorchEngineConfig(dtype="bfloat16"),
         phases=[
             Phase("adapter", 10, freeze=["encoder"], schedule=ScheduleConfig("constant", warmup=10)),
-            Phase("all", 220, schedule=ScheduleConfig("wsd", warmup=10, floor=0.0, decay=0.4)),
+            Phase("all", 200, schedule=ScheduleConfig("wsd", warmup=10, floor=0.0, decay=0.4)),
         ],
         save_every=50,
     )

@@ -9,6 +9,8 @@ TASKS = (
 """Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
 JUDGED = {"laptop": 20, "debug": 1}
 """Held-out episodes a page."""
+BLINDED = {"laptop": 10, "debug": 1}
+"""The same, the first of them, shown blank screens."""
 PAGES = {"laptop": 8, "debug": 3}
 """Items of the suites on rendered pages."""
 ANSWER = 700
@@ -53,7 +55,7 @@ WEIGHTS = {
         "interleaved": 0.1,
         "text": 0.1,
     },
-    "sft": {"episodes": 5, "clicks": 0.5, "html": 0.4},
+    "sft": {"episodes": 5, "clicks": 0.5, "html": 0.2},
 }
 """Shares of tokens."""
 BLIND = ("captions", "interleaved", "text")

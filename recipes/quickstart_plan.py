@@ -11,7 +11,7 @@ from mmagent.interop.encoder_folder import load_encoder
 from mmagent.vocab import Vocab
 from mmagent.worlds.questions import WEIGHTS as KINDS_ASKED
 from recipes.lineage import Stage
-from recipes.quickstart_mix import ANSWER, ASK, BLIND, JUDGED, PAGES, SAMPLES, SHOWN, TASKS, WEIGHTS
+from recipes.quickstart_mix import ANSWER, ASK, BLIND, BLINDED, JUDGED, PAGES, SAMPLES, SHOWN, TASKS, WEIGHTS
 
 SIZES = ("laptop", "debug")
 
@@ -101,7 +101,8 @@ def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
 def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str, *how: str) -> Stage:
     output = root / "evals" / name
     tasks = ("--tasks", *(f"miniwob/{task}" for task in TASKS)) if suites == ("miniwob",) else ()
-    limit = ("--limit", str(JUDGED[size] * len(TASKS) if tasks else PAGES[size]))
+    each = BLINDED if "--blind" in how else JUDGED
+    limit = ("--limit", str(each[size] * len(TASKS) if tasks else PAGES[size]))
     arguments = (
         "evals",
         *suites,
