@@ -10,19 +10,45 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from data_pipelines.build import BuildConfig, build
+from data_pipelines.shards import ShardWriter
+from mmagent.chat import Image, Text
+from mmagent.records import EncodedImage, Record, Region, encode_image
 from mmagent.train.hooks import read_jsonl
+from mmagent.worlds.questions import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 RECIPES = ("teacher-siglip2", "teacher-dinov3", "distill", "align", "pretrain", "sft")
 STEPS = 4
+BROKEN = "boxes-5"
 
 
 def make_data(folder: Path) -> None:
     """Shards and a vocabulary from drawn scenes and texts."""
     pretrain = {"captions": 40, "interleaved": 20, "text": 40}
     build(BuildConfig(folder=str(folder), pretrain=pretrain, browser="none", vocab_size=600))
+    make_boxes(folder / "boxes")
+
+
+def make_boxes(folder: Path, count: int = 24) -> None:
+    """Shards of pictures with labelled boxes, as screens have; the image of :data:`BROKEN` cannot be decoded."""
+    with ShardWriter(folder) as writer:
+        for n in range(count):
+            random = np.random.default_rng([11, n])
+            picture = np.full((84, 112, 3), 240, np.uint8)
+            boxes = []
+            for left in (0, 56):  # one thing in each half
+                x, y = left + int(random.integers(2, 14)), int(random.integers(2, 30))
+                kind = KINDS[int(random.integers(len(KINDS)))]
+                picture[y : y + 40, x : x + 36] = random.integers(0, 200, 3)
+                boxes.append(Region(0, (x, y, x + 36, y + 40), f'{kind} "{n}"'))
+            image, key = encode_image(picture), f"boxes-{n}"
+            image = EncodedImage(image.data[:100], "png") if key == BROKEN else image
+            parts = (Image(), Text("Two things."))
+            writer.write(Record(key, "boxes", parts=parts, images=(image,), boxes=tuple(boxes)))
 
 
 def arguments(recipe: str, root: Path, output: Path) -> list[str]:
@@ -44,6 +70,8 @@ def arguments(recipe: str, root: Path, output: Path) -> list[str]:
             tokenizer,
             f"shards.captions={root}/data/pretrain/captions",
             "mix.captions=0.5",
+            f"shards.boxes={root}/data/boxes",
+            "mix.boxes=0.5",
             *end,
         ],
         "pretrain": ["recipes.pretrain", "--preset", "debug", f"encoder={root}/align/encoder", tokenizer, shards, *end],

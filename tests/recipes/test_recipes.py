@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipelines.documents import read_quarantine
 from mmagent.config import ConfigError
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.train.hooks import read_jsonl
 from recipes import align_encoder
-from tests.recipes.recipe_kit import RECIPES, run_here, start, train_all
+from tests.recipes.recipe_kit import BROKEN, RECIPES, run_here, start, train_all
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 """``{recipe: loss after every step}``; ``MMAGENT_RECORD_GOLDEN=1 pytest tests/recipes/test_recipes.py`` writes it anew,
@@ -47,6 +48,24 @@ def test_losses_are_the_recorded_ones(lineage, golden, recipe):
     whole steps, while a mistake in data, masks, rates or schedules moves these losses by more."""
     losses = [row["loss"] for row in lineage[1][recipe]]
     assert losses == pytest.approx(golden[recipe], rel=5e-3)
+
+
+def test_alignment_learns_what_stands_where(lineage):
+    """So that its recorded losses hold all its terms: every step shows some boxes."""
+    for row in lineage[1]["align"]:
+        assert row["loss/classes"] > 0
+        assert row["loss/places"] > 0
+
+
+def test_a_run_keeps_its_bad_samples_in_its_own_folder(lineage):
+    root, rows = lineage
+    (line,) = read_quarantine(root / "align" / "quarantine" / "quarantine-0.jsonl")
+    assert (line["source"], line["key"], line["reason"]) == ("boxes", BROKEN, "images")
+    assert sum(row["data/quarantined"] for row in rows["align"]) == 1
+    for name in ("align", "pretrain", "sft"):
+        assert (root / name / "quarantine").is_dir()
+        assert f"{root}/{name}/quarantine" in (root / name / "config.yaml").read_text()
+        assert {row["data/torn_shards"] for row in rows[name]} == {0}
 
 
 def test_every_recipe_leaves_what_the_next_one_opens(lineage):
