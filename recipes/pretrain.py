@@ -22,10 +22,9 @@ from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
-from mmagent.interop.agent_folder import load_agent, save_agent
-from mmagent.interop.encoder_folder import load_encoder
+from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
-from mmagent.models.agent_model import AgentModel, AgentModelConfig
+from mmagent.models.agent_model import AgentModelConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog
 from mmagent.train.loop import fit
@@ -36,8 +35,9 @@ from mmagent.vocab import Vocab
 
 @dataclass
 class Config:
-    """``init`` starts from an agent folder; else the model is new, with the ``encoder`` folder of stage 2 if given.
-    ``recompute`` names roles whose activations are computed again in the backward pass."""
+    """``init`` starts from an agent folder; else the model is new, with ``encoder`` if given: the folder of stage 2, or
+    ``package.module:factory`` of a custom one. ``recompute`` names roles whose activations are computed again in the
+    backward pass."""
 
     output: str = "runs/pretrain"
     tokenizer: str = "runs/data/tokenizer.json"
@@ -107,18 +107,15 @@ def train(config: Config, title: str) -> None:
     dist.seed_everything(config.seed)
     vocab = Vocab.load(config.init or config.tokenizer)
     if config.init:
-        model, _, geometry, chat = load_agent(config.init)
+        agent = load_agent(config.init)
     else:
-        geometry, chat, encoder, vision = config.geometry, config.chat, None, config.model.vision
-        if config.encoder:  # an encoder brings the geometry it was trained at
-            encoder, geometry = load_encoder(config.encoder)
-            vision = encoder.config
-        model = AgentModel(replace(config.model, image_id=vocab.image_id, vision=vision), encoder)
+        agent = new_agent(config.model, vocab, config.geometry, config.chat, config.encoder)
+    model = agent.model
     model.set_recompute(config.recompute)
     objective = LanguageModeling(model, config.objective)
     optimizer = build_optimizer(model, config.optim)
     engine = TorchEngine(objective, optimizer, config.engine, world)
-    stream = PackStream(config.data, vocab, geometry, chat, world)
+    stream = PackStream(config.data, vocab, agent.geometry, agent.chat, world)
     parts = {"model": model, "engine": engine, "stream": stream}
     run = Run(config.output, world, parts, config=config, keep=config.keep)
     if world.is_main:
@@ -137,7 +134,8 @@ def train(config: Config, title: str) -> None:
     stream.close()
     weights = gather_weights(model)  # by all ranks, for they may be sharded
     if world.is_main:
-        save_agent(run.directory / "agent", model, vocab, geometry, chat, weights=weights)
+        whole = (model, vocab, agent.geometry, agent.chat)
+        save_agent(run.directory / "agent", *whole, encoder=agent.encoder, weights=weights)
     dist.shutdown()
 
 

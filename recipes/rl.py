@@ -142,7 +142,7 @@ async def train(config: Config) -> None:
                 hook(step + 1, record)
         run.save(config.steps)
     if world.is_main:
-        save_agent(output / "agent", model, agent.vocab, agent.geometry, agent.chat)
+        save_agent(output / "agent", model, agent.vocab, agent.geometry, agent.chat, encoder=agent.encoder)
     dist.shutdown()
 
 

@@ -12,15 +12,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mmagent.chat import ChatConfig
 from mmagent.config import load_yaml, locate, to_yaml
 from mmagent.geometry import GeometryConfig
+from mmagent.interop.encoder_folder import load_encoder
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
 from mmagent.models.cogvit import CogViT
 from mmagent.ops.state import load_weights, save_weights
@@ -42,12 +43,34 @@ class AgentConfig:
 
 
 class Agent(NamedTuple):
-    """A model with everything that must fit it."""
+    """A model with everything that must fit it. ``encoder`` as in :class:`AgentConfig`, for :func:`save_agent`."""
 
     model: AgentModel
     vocab: Vocab
     geometry: GeometryConfig
     chat: ChatConfig
+    encoder: str = ""
+
+
+def new_agent(
+    config: AgentModelConfig, vocab: Vocab, geometry: GeometryConfig, chat: ChatConfig, encoder: str = ""
+) -> Agent:
+    """An agent that has learnt nothing. ``encoder`` is an encoder's folder, whose size and geometry then count, or
+    ``package.module:factory`` of a custom one; empty for a new CogViT of ``config.vision``.
+
+    Raises ``ValueError`` where model, encoder, vocabulary and geometry do not fit: before the training, not after it.
+    """
+    vision, tower, factory = config.vision, None, ""
+    if ":" in encoder and not Path(encoder).is_dir():
+        factory, tower = encoder, locate(encoder)()
+    elif encoder:
+        tower, geometry = load_encoder(encoder)
+        vision = tower.config
+    config = replace(config, image_id=vocab.image_id, vision=vision)
+    _check_fit(AgentConfig(config, geometry, chat, factory), vocab, encoder or "model")
+    if factory:
+        _check_custom(tower, geometry, factory)
+    return Agent(AgentModel(config, tower), vocab, geometry, chat, factory)
 
 
 def save_agent(
@@ -101,7 +124,7 @@ def load_agent(folder: Path | str) -> Agent:
     _check_fit(config, vocab, str(folder))
     model = AgentModel(config.model, locate(config.encoder)() if config.encoder else None)
     load_weights(model, folder / WEIGHTS)
-    return Agent(model.eval(), vocab, config.geometry, config.chat)
+    return Agent(model.eval(), vocab, config.geometry, config.chat, config.encoder)
 
 
 def fingerprint(folder: Path | str, whole_up_to: int = 1 << 30, windows: int = 256) -> str:
@@ -139,3 +162,10 @@ def _check_fit(config: AgentConfig, vocab: Vocab, where: str) -> None:
             f"{where}: the encoder takes {model.vision.patch_values} values a patch, "
             f"the image geometry makes {geometry.patch_values}"
         )
+
+
+def _check_custom(encoder: Any, geometry: GeometryConfig, path: str) -> None:
+    for name in ("patch_size", "merge_size", "patch_values"):
+        has, makes = getattr(encoder, name, None), getattr(geometry, name)
+        if has != makes and not (has is None and name == "patch_values"):  # that one it need not say
+            raise ValueError(f"{path}: the encoder's {name} is {has}, the image geometry's {makes}")

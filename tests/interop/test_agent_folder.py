@@ -11,7 +11,7 @@ import torch
 
 from mmagent.chat import ChatConfig, Generation
 from mmagent.geometry import GeometryConfig
-from mmagent.interop.agent_folder import fingerprint, load_agent, save_agent
+from mmagent.interop.agent_folder import fingerprint, load_agent, new_agent, save_agent
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.cogvit import CogViT, cogvit_debug
@@ -104,6 +104,23 @@ def test_custom_encoder_is_named_by_its_import_path(tmp_path, vocab, monkeypatch
         save_agent(tmp_path / "agent", model, vocab, geometry_of(model), ChatConfig())
     monkeypatch.setitem(sys.modules, "my_encoders", SimpleNamespace(NotCogViT=NotCogViT))
     save_agent(tmp_path / "agent", model, vocab, geometry_of(model), ChatConfig(), encoder="my_encoders:NotCogViT")
-    again = load_agent(tmp_path / "agent").model
+    agent = load_agent(tmp_path / "agent")
+    again = agent.model
+    assert agent.encoder == "my_encoders:NotCogViT"
     assert isinstance(again.encoder, NotCogViT)
     assert torch.equal(again.encoder.inner.state_dict()["embed.weight"], model.encoder.inner.embed.weight)
+
+
+def test_a_new_agent_of_what_does_not_fit_is_refused(vocab):
+    """Here, and not when a training has run to its end and is saved."""
+    config = presets.debug(vocab.size, vocab.image_id)
+    with pytest.raises(ValueError, match="values a patch"):
+        new_agent(config, vocab, GeometryConfig(patch_size=64), ChatConfig())
+    with pytest.raises(ValueError, match="the vocabulary has"):
+        new_agent(replace(config, vocab_size=vocab.image_id + 1), vocab, GeometryConfig(), ChatConfig())
+    for other in ({"patch_size": 7}, {"merge_size": 3}, {"temporal_patch": 1}):
+        with pytest.raises(ValueError, match=r"NotCogViT: the encoder's (patch_size|merge_size|patch_values) is"):
+            new_agent(config, vocab, GeometryConfig(**other), ChatConfig(), f"{__name__}:NotCogViT")
+    agent = new_agent(config, vocab, GeometryConfig(), ChatConfig(), f"{__name__}:NotCogViT")
+    assert type(agent.model.encoder).__name__ == "NotCogViT"
+    assert agent.encoder == f"{__name__}:NotCogViT"

@@ -147,3 +147,22 @@ def test_the_adapter_phase_leaves_the_encoder_alone(lineage, tmp_path):
     assert all(torch.equal(start[name], adapted[name]) for name in start)
     trained = load_agent(root / "pretrain" / "agent").model.encoder.state_dict()
     assert not all(torch.equal(start[name], trained[name]) for name in start)
+
+
+def test_a_custom_encoder_goes_from_stage_to_stage(lineage, tmp_path):
+    """By its import path, which every agent's folder keeps."""
+    root, few = lineage[0], ("save_every=1", "phases.0.steps=2")
+    path = "encoder=tests.interop.test_agent_folder:NotCogViT"
+    run_here("pretrain", root, tmp_path / "pretrain", path, *few, "phases.1.steps=0")
+    rows = run_here("sft", root, tmp_path / "sft", f"init={tmp_path}/pretrain/agent", *few)
+    assert [row["step"] for row in rows] == [1, 2]
+    agent = load_agent(tmp_path / "sft" / "agent")
+    assert f"encoder={agent.encoder}" == path
+    assert type(agent.model.encoder).__name__ == "NotCogViT"
+
+
+def test_a_custom_encoder_that_does_not_fit_stops_before_training(lineage, tmp_path):
+    path = "encoder=tests.interop.test_agent_folder:NotCogViT"
+    with pytest.raises(ValueError, match="merge_size is 2, the image geometry's 3"):
+        run_here("pretrain", lineage[0], tmp_path / "run", path, "geometry.merge_size=3")
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from mmagent.chat import ChatConfig
 from mmagent.config import ConfigError, resolve, to_yaml
 from mmagent.engine.torch_engine import TorchEngineConfig
-from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
+from mmagent.models import presets
 from mmagent.train.hooks import read_jsonl
 from recipes import rl
 from tests.agent_kit import GEOMETRY, tiny_vocab
@@ -130,6 +131,15 @@ def test_a_step_without_a_teaching_group_changes_nothing(agent, tmp_path):
     assert all("loss" not in row and row["rollout/degenerate_groups"] == 1.0 for row in rows)
     before, after = load_file(agent / "model.safetensors"), weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_custom_encoder_stays_one(tmp_path):
+    path = "tests.interop.test_agent_folder:NotCogViT"
+    vocab = tiny_vocab()
+    parts = new_agent(presets.debug(vocab.size + 6), vocab, GEOMETRY, ChatConfig(), path)
+    save_agent(tmp_path / "agent", parts.model, vocab, GEOMETRY, ChatConfig(), encoder=path)
+    run(config(tmp_path / "agent", tmp_path / "run", steps=1))
+    assert load_agent(tmp_path / "run" / "agent").encoder == path
 
 
 def test_a_checkpoint_past_the_end_is_refused(agent, tmp_path):
