@@ -37,7 +37,7 @@ def agent() -> Agent:
 
 @pytest.fixture
 def folder(agent: Agent, tmp_path: Path) -> Path:
-    save_agent(tmp_path / "agent", *agent)
+    save_agent(tmp_path / "agent", **agent._asdict())
     return tmp_path / "agent"
 
 
@@ -68,7 +68,7 @@ def test_another_checkpoint_in_the_same_place_is_refused(agent, folder, tmp_path
     assert command.main(argv) == 0
     with torch.no_grad():
         agent.model.embedding.weight[0, 0] += 1
-    save_agent(folder, *agent)
+    save_agent(folder, **agent._asdict())
     assert command.main(argv) == 2
     assert "policy.checkpoint: 'agent (" in capsys.readouterr().err
 

@@ -137,7 +137,7 @@ def test_only_episodes_that_begin_with_a_click_are_taken():
 
 
 def test_the_command(agent, tmp_path, capsys):
-    save_agent(tmp_path / "agent", *agent)
+    save_agent(tmp_path / "agent", **agent._asdict())
     argv = ["look", "--checkpoint", str(tmp_path / "agent"), "--items", "4", "--device", "cpu", "--tasks"]
     assert command.main([*argv, "test_evals_look:Point", "test_evals_look:Typing"]) == 0
     said = capsys.readouterr().out
