@@ -26,7 +26,7 @@ from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModelConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
-from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog
+from mmagent.train.hooks import usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -122,9 +122,7 @@ def train(config: Config, title: str) -> None:
         print(stream.describe(), flush=True)
 
     total, end = sum(phase.steps for phase in config.phases), 0
-    hooks = [Progress(title, total), JsonlLog(run.directory / "log.jsonl"), SaveHook(run, config.save_every)]
-    hooks += [TensorBoardLog(run.directory / "tensorboard")] if config.tensorboard else []
-    hooks += [LeaveOnSignal(run)]
+    hooks = usual_hooks(run, title, total, config.save_every, tensorboard=config.tensorboard)
     for phase in config.phases:
         start, end = end, end + phase.steps
         model.freeze(phase.freeze)

@@ -28,15 +28,11 @@ from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
 from mmagent.packing import Size
-from mmagent.tasks import open_tasks
-from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog
+from mmagent.tasks import easy_task_names, open_tasks
+from mmagent.train.hooks import usual_hooks
+from mmagent.train.metrics import pace
 from mmagent.train.run import Run
 from mmagent.train.step import train_step
-
-
-def easy_tasks() -> list[str]:
-    """What a few thousand demonstrations bring a small model half of the way to."""
-    return [f"miniwob/click-{name}" for name in ("button", "dialog", "link", "option", "tab", "test", "test-2")]
 
 
 @dataclass
@@ -45,7 +41,7 @@ class Config:
 
     output: str = "runs/rl"
     init: str = "runs/sft/agent"
-    tasks: list[str] = field(default_factory=easy_tasks)
+    tasks: list[str] = field(default_factory=easy_task_names)
     seed: int = 1
     steps: int = 100
     updates: int = 1
@@ -64,6 +60,14 @@ class Config:
     save_every: int = 20
     keep: int = 2
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine.parallel == "fsdp2":
+            raise ConfigError("engine.parallel: rollouts in the trainer's process need whole weights; use ddp or none")
+        if self.policy.kl_weight:
+            raise ConfigError("policy.kl_weight: this recipe has no reference model to stay near; leave it at 0")
+        if self.policy.mtp_weight and "mtp" in self.freeze:
+            raise ConfigError("policy.mtp_weight: freeze holds mtp, so nothing would learn; name freeze without it")
 
 
 def laptop() -> Config:
@@ -105,8 +109,6 @@ def small() -> Config:
 
 async def train(config: Config) -> None:
     """Build everything in order, then collect and step."""
-    if config.engine.parallel == "fsdp2":
-        raise ConfigError("engine.parallel: rollouts in the trainer's process need whole weights; use ddp or none")
     world = dist.init()
     dist.seed_everything(config.seed)
     agent = load_agent(config.init)
@@ -123,9 +125,8 @@ async def train(config: Config) -> None:
         collector = Collector(tasks, policy, codec, config.collector, world, config.seed)
         parts = {"model": model, "engine": engine, "collector": collector}
         run = Run(output, world, parts, config=config, keep=config.keep)
-        hooks = [Progress("rl", config.steps, figures=("reward", "entropy")), JsonlLog(output / "log.jsonl")]
-        hooks += [TensorBoardLog(output / "tensorboard")] if config.tensorboard else []
-        hooks += [SaveHook(run, config.save_every), LeaveOnSignal(run)]
+        shown = {"tensorboard": config.tensorboard, "figures": ("reward", "entropy")}
+        hooks = usual_hooks(run, "rl", config.steps, config.save_every, **shown)
         for step in range(run.resume(config.steps), config.steps):
             started, policy.version, sampled = time.perf_counter(), step, generator.tokens_sampled
             collected = await collector.collect()
@@ -135,9 +136,8 @@ async def train(config: Config) -> None:
                 if packs := rank_batches(groups, budget, world, agent.vocab, agent.geometry, **how):
                     record |= train_step(objective, engine, packs, world, record["lr_scale"]).record()
             seconds = time.perf_counter() - started
-            rates = {"tokens": record.get("tokens", 0.0), "sampled": generator.tokens_sampled - sampled}
-            record |= {"time/step": seconds, "time/rollout_share": record["time/rollout"] / seconds}
-            record |= {f"time/{name}_per_second": amount / seconds for name, amount in rates.items()}
+            done = {"tokens": record.get("tokens", 0.0), "sampled": generator.tokens_sampled - sampled}
+            record |= {**pace(seconds, done), "time/rollout_share": record["time/rollout"] / seconds}
             for hook in hooks:
                 hook(step + 1, record)
         run.save(config.steps)

@@ -32,9 +32,10 @@ DRIFT_UNIT = 1e-9
 class PolicyGradientConfig:
     """``loss``: the surrogate. ``reduction``: mean over trajectories of their token means (``trajectory``), mean over
     all tokens (``token``), or sum over tokens divided by trajectories times ``constant_tokens`` (``constant``, Dr.
-    GRPO). ``temperature`` must be the sampler's. ``importance_cap`` truncates the weight of REINFORCE's tokens;
-    ``importance_band`` drops, under any loss, tokens whose ratio leaves it (IcePop). ``dual_clip``, ``importance_cap``,
-    ``kl_weight`` and ``mtp_weight`` are off at 0."""
+    GRPO). ``clip_low`` and ``clip_high`` are for ratios of tokens; ``gspo`` clips those of whole sequences, which move
+    far less, and wants about 3e-4 and 4e-4 (arXiv 2507.18071). ``temperature`` must be the sampler's.
+    ``importance_cap`` truncates the weight of REINFORCE's tokens; ``importance_band`` drops, under any loss, tokens
+    whose ratio leaves it (IcePop). ``dual_clip``, ``importance_cap``, ``kl_weight`` and ``mtp_weight`` are off at 0."""
 
     loss: str = "ppo"
     reduction: str = "trajectory"

@@ -24,6 +24,11 @@ def all_task_names() -> tuple[str, ...]:
     return (*(f"miniwob/{page}" for page in miniwob.TASKS), "grounding", "screenshot-to-html")
 
 
+def easy_task_names() -> list[str]:
+    """What a few thousand demonstrations bring a small model half of the way to: where reinforcement can begin."""
+    return [f"miniwob/click-{name}" for name in ("button", "dialog", "link", "option", "tab", "test", "test-2")]
+
+
 @contextlib.asynccontextmanager
 async def open_tasks(
     names: Sequence[str], *, processes: int = 1, pages: int = 16, pool: BrowserPool | None = None

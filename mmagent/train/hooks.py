@@ -195,6 +195,15 @@ class LeaveOnSignal:
             raise SystemExit(128 + signal.SIGTERM)
 
 
+def usual_hooks(
+    run: Run, title: str, steps: int, save_every: int, *, tensorboard: bool = False, figures: Sequence[str] = ("loss",)
+) -> list[Callable[[int, Record], None]]:
+    """What a recipe's run is watched by: a line for people, a log beside its checkpoints, saving in time."""
+    watching = [Progress(title, steps, figures=figures), JsonlLog(run.directory / "log.jsonl")]
+    watching += [TensorBoardLog(run.directory / "tensorboard")] if tensorboard else []
+    return [*watching, SaveHook(run, save_every), LeaveOnSignal(run)]
+
+
 class Validate:
     """Add ``{prefix}loss``, ``{prefix}loss/<term>`` and metrics over held-out batches to the record.
 

@@ -24,6 +24,11 @@ def volume_of(batch: Any) -> dict[str, float]:
     return {"tokens": tokens, "patches": patches, "documents": len(keys_of(batch))}
 
 
+def pace(seconds: float, amounts: Mapping[str, float]) -> dict[str, float]:
+    """How long a step took, and how much of what is named it did a second."""
+    return {"time/step": seconds, **{f"time/{name}_per_second": amount / seconds for name, amount in amounts.items()}}
+
+
 class Totals:
     """Sums over micro-batches, then over ranks in one collective, divided at the very end."""
 

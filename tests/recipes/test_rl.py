@@ -156,3 +156,12 @@ def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
         assert to_yaml(preset())
     with pytest.raises(ConfigError, match=r"engine\.parallel"):
         run(config(agent, tmp_path / "run", engine=TorchEngineConfig(parallel="fsdp2")))
+    for overrides, name in (
+        (["policy.kl_weight=0.01"], r"policy\.kl_weight"),
+        (["policy.mtp_weight=0.1"], r"policy\.mtp_weight: freeze holds mtp"),
+        (["policy.mtp_weight=0.1", "freeze=[mtp]"], r"policy\.mtp_weight"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            config(agent, tmp_path / "run", *overrides)
+    assert config(agent, tmp_path / "run", "policy.mtp_weight=0.1", "freeze=[encoder]").policy.mtp_weight == 0.1
+    assert not (tmp_path / "run").exists()
