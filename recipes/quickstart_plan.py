@@ -28,7 +28,7 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
         align += tuple(f"shards.{name}={root}/data/pretrain/{name}" for name in ("tiles", "screens"))
         align += tuple(f"mix.{name}={weight}" for name, weight in SHOWN.items())
     about = "contrast images with captions at native resolution, packed; learn what stands where"
-    stages.append(Stage("align", about, align, root / "align", _encoder, 60, processes))
+    stages.append(Stage("align", about, align, root / "align", _encoder, 55, processes))
     stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
     pretrain += _shards(root, "pretrain", browser)
@@ -37,15 +37,15 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     stages.append(Stage("untrained", about, (*untrained, f"output={root}/untrained"), root / "untrained", _agent, 6))
     about = "CogViT + merger + MoE decoder + MTP learn to read screens"
     stages.append(
-        Stage("pretrain", about, (*pretrain, f"output={root}/pretrain"), root / "pretrain", _agent, 330, processes)
+        Stage("pretrain", about, (*pretrain, f"output={root}/pretrain"), root / "pretrain", _agent, 245, processes)
     )
     if not browser:
         return stages
     sft = ("recipes.sft", *preset, f"init={root}/pretrain/agent", *_shards(root, "sft", browser), f"output={root}/sft")
-    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 50, processes))
+    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 70, processes))
     tasks = "tasks=[" + ",".join(f"miniwob/{task}" for task in TASKS) + "]"
     rl = ("recipes.rl", *preset, f"init={root}/sft/agent", tasks, f"output={root}/rl")
-    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 190, processes))
+    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 105, processes))
     stages += [_judge(root, who, who, ("miniwob",), size) for who in ("untrained", "sft", "rl")]
     stages.append(_judge(root, "blind", "rl", ("miniwob",), size, "--blind"))
     return [
@@ -81,7 +81,7 @@ def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
     sources = tuple(f"teachers.{kind}.source={root}/teachers/{kind}/teacher" for kind in kinds)
     arguments = ("recipes.distill_encoder", "--preset", size, *sources, f"output={root}/{name}")
     about = f"the same from {only} alone, to compare with" if only else "CogViT learns from both teachers"
-    return Stage(name, about, arguments, root / name, _encoder, 30, processes)
+    return Stage(name, about, arguments, root / name, _encoder, 26, processes)
 
 
 def _probes(root: Path, size: str) -> Stage:
