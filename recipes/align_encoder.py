@@ -81,7 +81,7 @@ def debug() -> Config:
 def laptop() -> Config:
     """A minute on two cores: the quickstart's stage. With screens among its ``shards`` it learns what stands where."""
     return Config(
-        steps=85,
+        steps=75,
         text=text_laptop(2048),
         data=VisionStreamConfig(images_per_step=48, patches_per_microbatch=8192, sequence_lengths=[192]),
         objective=AlignmentConfig(width=128, classes=1 + len(KINDS), places=20),

@@ -9,7 +9,7 @@ TASKS = (
 """Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
 JUDGED = {"laptop": 20, "debug": 1}
 """Held-out episodes a page."""
-BLINDED = {"laptop": 10, "debug": 1}
+BLINDED = {"laptop": 5, "debug": 1}
 """The same, the first of them, shown blank screens."""
 PAGES = {"laptop": 8, "debug": 3}
 """Items of the suites on rendered pages."""
@@ -18,8 +18,8 @@ ANSWER = 700
 SAMPLES = {
     "laptop": {
         "pretrain": {
-            "screens": 2000,
-            "tiles": 2400,
+            "screens": 1600,
+            "tiles": 2000,
             "pages": 300,
             "html": 100,
             "captions": 200,

@@ -73,7 +73,7 @@ class Config:
 def laptop() -> Config:
     """Two minutes on two cores: the quickstart's stage, an action an episode."""
     return Config(
-        steps=36,
+        steps=30,
         collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=1, max_context=512)),
         generator=GeneratorConfig(dtype="bfloat16"),
         optim=OptimConfig(lr=4e-4, weight_decay=0.0),
