@@ -60,7 +60,8 @@ def _run(argv: Sequence[str]) -> int:
     agent = _agent(args)
     if any(suite.needs_browser for suite in suites):
         require_chromium()
-    out = args.out or Path("runs/evals") / _slug(args.checkpoint or args.model or args.baseline)
+    name = _slug(args.checkpoint or args.model or args.baseline)
+    out = args.out or Path("runs/evals") / (f"{name}-blind" if args.blind else name)
     options = Options(
         limit=args.limit,
         samples=args.samples,

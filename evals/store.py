@@ -29,7 +29,7 @@ class PinsDiffer(ValueError):
     def __init__(self, what: str, there: Mapping[str, str], here: Mapping[str, str], names: Iterable[str]):
         self.names = tuple(names)
         lines = [f"  {n}: {there.get(n, '(absent)')!r} against {here.get(n, '(absent)')!r}" for n in self.names]
-        super().__init__(f"{what}: {len(self.names)} pins differ\n" + "\n".join(lines))
+        super().__init__("\n".join([f"{what}: not made alike", *lines]))
 
 
 class RunError(ValueError):
@@ -161,7 +161,8 @@ class Store:
             if (self.folder / "run.json").exists():
                 head = _read_head(self.folder)
                 if names := differing(head["pins"], pins):
-                    raise PinsDiffer(f"{self.folder}: cannot go on with this run", head["pins"], pins, names)
+                    advice = "give another folder with --out, or delete this one"
+                    raise PinsDiffer(f"{self.folder}: cannot go on ({advice})", head["pins"], pins, names)
             elif path.stat().st_size:
                 raise RunError(f"{path} holds results, but run.json is missing: what they were made with is unknown")
             else:

@@ -94,7 +94,9 @@ def run_lineage(stages: Sequence[Stage], root: Path, say: Callable[[str], None] 
 
 def _run(stage: Stage, fingerprint: str, ledger: Path, before: float, root: Path) -> dict[str, Any]:
     started = time.monotonic()
-    process = subprocess.Popen(stage.command(), env={**os.environ, MARK: str(root.resolve())}, start_new_session=True)
+    threads = {"OMP_NUM_THREADS": "1"} if stage.processes else {}  # what torchrun sets anyway, with a banner a stage
+    environment = {**threads, **os.environ, MARK: str(root.resolve())}
+    process = subprocess.Popen(stage.command(), env=environment, start_new_session=True)
     try:
         while True:
             state = {"fingerprint": fingerprint, "seconds": before + time.monotonic() - started, "done": False}

@@ -22,10 +22,14 @@ def write(root: Path, summary: Mapping[str, Any]) -> Path:
         ("rl", "Clicks after RL"),
         ("sft", "Clicks after fine-tuning"),
         ("untrained", "Clicks before"),
+        ("blind", "Clicks on blank screens"),
     ):
         run = run_of(root / "evals" / stage / "miniwob")
         if run is not None:
             intro = "Held-out seeds; the ring is where the agent clicked, as the benchmark judged it."
+            intro += " A control: the agent after RL was shown white, so what it scores here it did not see." * (
+                stage == "blind"
+            )
             sections.append(Section(title, screens(run), intro))
     grounding = run_of(root / "evals" / "pages" / "page_grounding")
     if grounding is not None:
@@ -57,7 +61,7 @@ def _overview(summary: Mapping[str, Any]) -> Any:
             name: {"success": Estimate(scores[name], *interval, scores["episodes"][name])}
             for name, interval in scores["intervals"].items()
         }
-        parts.append(bar_chart(estimates, "Mean success on held-out seeds, with 95 % bootstrap intervals"))
+        parts.append(bar_chart(estimates, "Mean success on held-out seeds, with 95 % intervals"))
         rows = [{"task": task, **values} for task, values in summary["miniwob"]["tasks"].items()]
         parts += [heading("By task"), table(rows)]
     if summary["encoder"]:

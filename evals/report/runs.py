@@ -49,7 +49,13 @@ def render_report(runs: Sequence[Run], title: str = "Evaluation") -> str:
     if not runs:
         raise ValueError("runs: nothing to report")
     summaries = [summarise(run.rows) for run in runs]
-    sections = [Section("Scores", _overview(runs, summaries), "Mean over tasks with its 95 % bootstrap interval.")]
+    sections = [
+        Section(
+            "Scores",
+            _overview(runs, summaries),
+            "Mean over tasks with its 95 % interval (bootstrap over items; Wilson's where all are equal).",
+        )
+    ]
     for run, summary in zip(runs, summaries, strict=True):
         sections.append(Section(_name(run), suite_body(run, summary), _intro(run, summary)))
     sections.append(Section("Pins", _pins(runs), "Runs compare only where all but the policy is pinned alike."))

@@ -57,7 +57,7 @@ def test_temperature_and_samples_are_pinned(stub, tmp_path, capsys):
     assert {r["temperature"] for r in stub.requests} == {0.7}
     assert command.main(argv) == 2
     said = capsys.readouterr().err
-    assert "2 pins differ" in said
+    assert "not made alike" in said
     assert "samples: '2' against '1'" in said
 
 
