@@ -20,8 +20,6 @@ from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
 from mmagent.worlds.images import LEVELS, PHOTO_KINDS, crop_photo, draw_panel, draw_scene
 
-Box = Sequence[float]
-"""``x1, y1, x2, y2`` in pixels."""
 _PATTERN = 1000  # positions after which a mixture's order of galleries repeats
 _ATTEMPTS = 100  # samples tried in place of one that cannot be used
 
@@ -30,13 +28,13 @@ _ATTEMPTS = 100  # samples tried in place of one that cannot be used
 class Picture:
     """``image (height, width, 3)`` uint8 with the text that belongs to it; ``key`` names it in every error. ``classes
     (height, width)`` int64 says what every pixel is, where that is known; or ``things`` says of everything there its
-    box in pixels and its class, and all the rest is class 0."""
+    box ``(x1, y1, x2, y2)`` in pixels and its class, and all the rest is class 0."""
 
     image: np.ndarray
     caption: str
     key: str
     classes: np.ndarray | None = None
-    things: tuple[tuple[Box, int], ...] | None = None
+    things: tuple[tuple[tuple[float, ...], int], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ rank can compute any sample of any epoch.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,17 +141,25 @@ class Mixture:
 def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "") -> list[Source]:
     """The sources with a weight: those named, and every sub-folder of ``folder`` that holds shards.
 
-    Raises ``ValueError`` for a negative weight or a path that nobody gave, and when no source is left.
+    Raises ``ValueError`` for a negative weight, a name that ``folder`` does not hold or a path that nobody gave, and
+    when no source is left.
     """
     found = {path.parent.name: SourceConfig() for path in Path(folder).glob("*/*.tar")} if folder else {}
-    sources = []
-    for name, config in sorted({**found, **configs}.items()):
+    named = {**found, **configs}
+    for name, config in named.items():  # all of them before the first is read
         if not config.weight >= 0:
             raise ValueError(f"sources.{name}.weight: {config.weight} is negative")
         if not config.path and not folder:
             raise ValueError(f"sources.{name}.path: is empty, and the stream has no folder")
-        if config.weight > 0:
-            sources.append(Source(name, ShardSet(config.path or Path(folder) / name), config.weight, seed))
+        if not config.path and name not in found and config.weight > 0:
+            near = difflib.get_close_matches(name, found, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(found)) or 'none'}"
+            raise ValueError(f"sources.{name}: {folder} holds no shards of that name; {hint}")
+    sources = [
+        Source(name, ShardSet(config.path or Path(folder) / name), config.weight, seed)
+        for name, config in sorted(named.items())
+        if config.weight > 0
+    ]
     if not sources:
         raise ValueError(f"sources: none has a weight above 0{f', and {folder} holds no shards' if folder else ''}")
     return sources

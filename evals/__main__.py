@@ -101,7 +101,7 @@ def _run_parser() -> argparse.ArgumentParser:
     how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
     how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
     how.add_argument("--concurrency", type=int, metavar="N", help="items at once (default 32, 8 for an endpoint)")
-    how.add_argument("--blind", action="store_true", help="show blank screens: what is scored from words alone")
+    how.add_argument("--blind", action="store_true", help="show blank screens: what is scored without seeing")
     how.add_argument("--retry-errors", action="store_true", help="run the items again that ended in an error")
     how.add_argument("--out", type=Path, metavar="DIR", help="where results go (default runs/evals/NAME)")
     how.add_argument("--quiet", action="store_true", help="no progress bar, no pins")

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import trange
+from tqdm.asyncio import tqdm
 
 from evals.statistics import Estimate, mean_interval
 from mmagent.actions import ActionError, Click, format_action, parse_action
@@ -151,7 +153,7 @@ def read_digits(agent: Agent, views: Sequence[View], screens: Sequence[np.ndarra
     device = model.head_weight.device
     barred = torch.tensor(vocab.barred(model.config.vocab_size), dtype=torch.long, device=device)
     logprobs, right = [], []
-    for start in range(0, len(views), PER_PACK):
+    for start in trange(0, len(views), PER_PACK, desc="reading", unit="pack", leave=False):
         chosen = slice(start, start + PER_PACK)
         rows = [_document(agent, *pair) for pair in zip(views[chosen], screens[chosen], strict=True)]
         batch = pack([d for d, _ in rows], image_id=vocab.image_id, merge_size=agent.geometry.merge_size).to(device)
@@ -229,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _collect(names: Sequence[str], count: int) -> dict[str, list[View]]:
     async with open_tasks(names) as tasks:
-        found = await asyncio.gather(*(collect_views(task, count) for task in tasks))
+        found = await tqdm.gather(*(collect_views(task, count) for task in tasks), desc="screens", unit="task")
     by_task = {task.name: views for task, views in zip(tasks, found, strict=True)}
     if not any(len(views) > 1 for views in by_task.values()):
         raise ValueError(f"no episode of {', '.join(names)} begins with a click")

@@ -46,7 +46,7 @@ class Options:
     A transport error is retried ``retries`` times after ``backoff`` seconds, doubling. An item may take
     ``item_seconds``. ``give_up_after`` errors with nothing judged end the run. ``retry_errors`` runs the items
     again that ended in an error before. ``blind`` shows white images of the same size in place of every screen: what
-    an agent scores from words alone, without which no score says whether it looks.
+    an agent scores without seeing, beside which a score says whether it looks.
     """
 
     limit: int | None = None

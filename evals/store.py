@@ -28,8 +28,12 @@ class PinsDiffer(ValueError):
 
     def __init__(self, what: str, there: Mapping[str, str], here: Mapping[str, str], names: Iterable[str]):
         self.names = tuple(names)
-        lines = [f"  {n}: {there.get(n, '(absent)')!r} against {here.get(n, '(absent)')!r}" for n in self.names]
+        lines = [f"  {n}: {_shown(there, n)} against {_shown(here, n)}" for n in self.names]
         super().__init__("\n".join([f"{what}: not made alike", *lines]))
+
+
+def _shown(pins: Mapping[str, str], name: str) -> str:
+    return repr(pins[name]) if name in pins else "nothing"
 
 
 class RunError(ValueError):

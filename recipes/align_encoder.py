@@ -23,7 +23,7 @@ from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
-from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook
+from mmagent.train.hooks import usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -124,9 +124,9 @@ def main() -> None:
     pictures = built_in(config.mix, classes="", others=galleries)
     stream = pair_stream(config.data, pictures, geometry, vocab, config.max_text, world)
     run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
-    hooks = [Progress("align", config.steps), JsonlLog(run.directory / "log.jsonl"), SaveHook(run, config.save_every)]
+    hooks = usual_hooks(run, "align", config.steps, config.save_every)
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
-    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=[*hooks, LeaveOnSignal(run)])
+    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=hooks)
     stream.close()
     weights = gather_weights(encoder)  # by all ranks, for they may be sharded
     if world.is_main:

@@ -29,7 +29,7 @@ from mmagent.interop.encoder_folder import save_encoder
 from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_403m, cogvit_debug, cogvit_laptop
 from mmagent.models.teachers import Teacher
 from mmagent.objectives.distillation import Distillation, DistillationConfig
-from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook
+from mmagent.train.hooks import usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -130,9 +130,9 @@ def main() -> None:
         first = distillation_stream(config.data, pictures, config.geometry, config.mask, config.crop, world)
         objective.calibrate(batch.to(world.device) for step in islice(first, config.calibration) for batch in step)
         first.close()
-    hooks = [Progress("distill", config.steps), JsonlLog(run.directory / "log.jsonl"), SaveHook(run, config.save_every)]
+    hooks = usual_hooks(run, "distill", config.steps, config.save_every)
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
-    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=[*hooks, LeaveOnSignal(run)])
+    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=hooks)
     stream.close()
     weights = gather_weights(student)  # by all ranks, for they may be sharded
     if world.is_main:

@@ -42,10 +42,10 @@ SAMPLES = {
     },
 }
 ASK = {"locate": 8, "step": 2, "where": 1, "what": 1, "state": 0.5, "colour": 0.5, "count": 0.3}
-"""Kinds of questions: those about places. Reading is beyond so small a model, and its text would cost most tokens."""
+"""Kinds of questions: those about places. Reading takes longer than there is, and its text would cost most tokens."""
 SHOWN = {"scenes": 0.2, "panels": 0.1, "tiles": 0.4, "screens": 0.3}
 """What alignment looks at."""
-WEIGHTS = {
+SHARES = {
     "pretrain": {
         "screens": 6,
         "tiles": 1.5,

@@ -9,9 +9,9 @@ from evals.store import read_run
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.vocab import Vocab
-from mmagent.worlds.questions import WEIGHTS as KINDS_ASKED
+from mmagent.worlds.questions import WEIGHTS
 from recipes.lineage import Stage
-from recipes.quickstart_mix import ANSWER, ASK, BLIND, BLINDED, JUDGED, PAGES, SAMPLES, SHOWN, TASKS, WEIGHTS
+from recipes.quickstart_mix import ANSWER, ASK, BLIND, BLINDED, JUDGED, PAGES, SAMPLES, SHARES, SHOWN, TASKS
 
 SIZES = ("laptop", "debug")
 
@@ -58,7 +58,7 @@ def _data(root: Path, size: str, browser: bool) -> Stage:
     """Whether there is a browser is part of the command: with one, the data of a call without is made afresh."""
     samples = [f"{stage}.{n}={count}" for stage, mix in SAMPLES[size].items() for n, count in mix.items()]
     tasks = "tasks=[" + ",".join(TASKS) + "]"
-    asked = ("questions=3", *(f"ask.{kind}={ASK.get(kind, 0)}" for kind in KINDS_ASKED))
+    asked = ("questions=3", *(f"ask.{kind}={ASK.get(kind, 0)}" for kind in WEIGHTS))
     seen = f"browser={'required' if browser else 'none'}"
     arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, tasks, *samples, *asked)
     about = "draw scenes, render pages, play experts; write shards"
@@ -93,8 +93,8 @@ def _probes(root: Path, size: str) -> Stage:
 
 
 def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
-    names = [name for name in WEIGHTS[stage] if browser or name in BLIND]
-    weights = tuple(f"data.sources.{name}.weight={WEIGHTS[stage][name]}" for name in names)
+    names = [name for name in SHARES[stage] if browser or name in BLIND]
+    weights = tuple(f"data.sources.{name}.weight={SHARES[stage][name]}" for name in names)
     return (f"data.folder={root}/data/{stage}", *weights)
 
 

@@ -29,7 +29,7 @@ def debug() -> Config:
 
 
 def laptop() -> Config:
-    """A minute on two cores: the quickstart's stage."""
+    """A minute and a quarter on two cores: the quickstart's stage."""
     return Config(
         output="runs/sft",
         init="runs/pretrain/agent",

@@ -28,7 +28,7 @@ from mmagent.models.teachers import BackboneEncoder, new_backbone, save_backbone
 from mmagent.models.text_tower import TextTower, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.objectives.reconstruction import MaskedReconstruction, ReconstructionConfig
-from mmagent.train.hooks import JsonlLog, LeaveOnSignal, Progress, SaveHook
+from mmagent.train.hooks import usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -112,13 +112,9 @@ def main() -> None:
 def _train(config: Config, objective: Any, stream: VisionStream[Any], world: dist.World) -> None:
     engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
     run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
-    hooks = [
-        Progress(f"teacher {config.kind}", config.steps),
-        JsonlLog(run.directory / "log.jsonl"),
-        SaveHook(run, config.save_every),
-    ]
+    hooks = usual_hooks(run, f"teacher {config.kind}", config.steps, config.save_every)
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
-    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=[*hooks, LeaveOnSignal(run)])
+    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=hooks)
     stream.close()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mmagent.protocols import Engine, Objective
+from mmagent.train.metrics import pace
 from mmagent.train.run import Run
 from mmagent.train.step import train_step
 
@@ -44,9 +45,8 @@ def fit(
         waited = time.perf_counter() - started
         lr_scale = schedule(step)
         result = train_step(objective, engine, micro_batches, run.world, lr_scale)
-        seconds = time.perf_counter() - started
-        rate = (result.volume["tokens"] or result.volume["patches"]) / seconds
-        timing = {"time/step": seconds, "time/data": waited, "time/tokens_per_second": rate}
+        done = {"tokens": result.volume["tokens"] or result.volume["patches"]}
+        timing = {**pace(time.perf_counter() - started, done), "time/data": waited}
         record = {**getattr(stream, "metrics", {}), **result.record(), "lr_scale": lr_scale, **timing}
         for hook in hooks:
             hook(step + 1, record)

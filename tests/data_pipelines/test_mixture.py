@@ -115,6 +115,17 @@ def test_weights_are_checked():
         open_sources({}, 0, "/nowhere")
 
 
+def test_a_misspelt_source_is_told_the_nearest(tmp_path):
+    """In place of a source that is silently another one, or of a folder that nobody has heard of."""
+    for name in ("screens", "pages"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard-00000.tar").touch()
+    with pytest.raises(ValueError, match=r"sources.screns: .* holds no shards of that name; did you mean 'screens'"):
+        open_sources({"screns": SourceConfig()}, 0, str(tmp_path))
+    with pytest.raises(ValueError, match="there are pages, screens"):
+        open_sources({"videos": SourceConfig()}, 0, str(tmp_path))
+
+
 def test_the_default_mix_names_what_is_built_and_no_more(tmp_path):
     for stage, known in makers(BuildConfig()).items():
         assert set(DEFAULT_MIX[stage]) == {maker.name for maker in known}

@@ -18,7 +18,7 @@ from mmagent.worlds.pages import Scene
 from mmagent.worlds.pages.kit import FONTS, Theme, make_theme
 from mmagent.worlds.words import ACTIONS, FIELDS, OPTIONS, SECTIONS, Words
 
-Thing = TypeVar("Thing", Element, TextLine)
+_Thing = TypeVar("_Thing", Element, TextLine)
 MOST_CONTROLS = 4
 _KINDS = ("button", "button", "block", "link", "textbox", "checkbox", "radio", "select", "text")
 _GAP = 4
@@ -39,13 +39,13 @@ def _tile(rng: random.Random, left: int, top: int, width: int, height: int) -> s
     words, size = Words(rng), rng.randint(10, 14)
     count = rng.choices(range(1, MOST_CONTROLS + 1), (4, 3, 2, 1))[0]
     kinds = [rng.choice(_KINDS) for _ in range(count)]
-    room = [height // count - _GAP] * count
+    room = height // count  # of a control, from top to bottom
     parts = []
     for n, kind in enumerate(kinds):
-        tall = min(room[n], rng.randint(20, 70) if kind == "block" else size + 12)
+        tall = min(room - _GAP, rng.randint(20, 70) if kind == "block" else size + 12)
         wide = rng.randint(24, 90) if kind == "block" else rng.randint(width // 3, width * 2 // 3)
         x = rng.randint(_GAP, max(_GAP, width - wide - _GAP))
-        y = n * (height // count) + rng.randint(_GAP // 2, max(_GAP // 2, height // count - tall - _GAP // 2))
+        y = n * room + rng.randint(_GAP // 2, max(_GAP // 2, room - tall - _GAP // 2))
         place = f"left:{x}px;top:{y}px;max-width:{width - x - 1}px;overflow:hidden"  # whole in its tile, or cut short
         parts.append(_control(kind, rng, words, theme, place, wide, tall))
     place = f"left:{left}px;top:{top}px;width:{width}px;height:{height}px;overflow:hidden"
@@ -90,7 +90,7 @@ def _within(box: Box, x: int, y: int, width: int, height: int) -> bool:
     return x <= box[0] and box[2] <= x + width and y <= box[1] and box[3] <= y + height
 
 
-def _moved(thing: Thing, x: int, y: int) -> Thing:
+def _moved(thing: _Thing, x: int, y: int) -> _Thing:
     left, top, right, bottom = thing.box
     box = (left - x, top - y, right - x, bottom - y)
     if isinstance(thing, Element):
