@@ -27,28 +27,6 @@ class SourceConfig:
     weight: float = 1.0
 
 
-DEFAULT_MIX = {
-    "pretrain": {
-        "screens": 4.0,
-        "tiles": 1.0,
-        "pages": 3.0,
-        "html": 1.0,
-        "captions": 0.5,
-        "interleaved": 0.5,
-        "text": 1.0,
-    },
-    "sft": {"episodes": 4.0, "clicks": 1.0, "html": 0.5},
-}
-"""Shares of tokens of what ``data_pipelines.build`` makes, by stage."""
-
-
-def default_mix(stage: str, folder: Path | str) -> dict[str, SourceConfig]:
-    """The default mix of the sources that lie in ``folder``: those that need a browser may be missing."""
-    weights = DEFAULT_MIX[stage]
-    built = {path.parent.name for path in Path(folder).glob("*/*.tar")}
-    return {name: SourceConfig(str(Path(folder) / name), weights[name]) for name in weights if name in built}
-
-
 def digest(*parts: object) -> int:
     """64 bits that are a function of ``parts`` alone, equal on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")

@@ -9,13 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.build import BuildConfig, makers
 from data_pipelines.mixture import (
-    DEFAULT_MIX,
     Mixture,
     Source,
     SourceConfig,
-    default_mix,
     digest,
     open_sources,
     permute,
@@ -124,14 +121,6 @@ def test_a_misspelt_source_is_told_the_nearest(tmp_path):
         open_sources({"screns": SourceConfig()}, 0, str(tmp_path))
     with pytest.raises(ValueError, match="there are pages, screens"):
         open_sources({"videos": SourceConfig()}, 0, str(tmp_path))
-
-
-def test_the_default_mix_names_what_is_built_and_no_more(tmp_path):
-    for stage, known in makers(BuildConfig()).items():
-        assert set(DEFAULT_MIX[stage]) == {maker.name for maker in known}
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.tar").touch()
-    assert default_mix("pretrain", tmp_path) == {"text": SourceConfig(str(tmp_path / "text"), 1.0)}
 
 
 def test_sources_can_be_named_on_a_command_line():
