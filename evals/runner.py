@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from evals.store import Row, Run, StepRecord, Store, read_run
-from evals.suite import Agent, Episode, Exhibit, Suite, code_version, item_key, stable_seed
+from evals.suite import Agent, Episode, Exhibit, Suite, code_version, item_key
 from mmagent.actions import ActionError, Click, Drag, Scroll, parse_action
 from mmagent.browser import BrowserCrashed
+from mmagent.dist import stable_seed
 from mmagent.protocols import Environment, Task
 from mmagent.records import encode_image
 from mmagent.types import Item, Observation, Score, Status, Trajectory

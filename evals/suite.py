@@ -154,11 +154,6 @@ def item_key(task: Task, item: Item, sample: int = 0) -> str:
     return f"{task.name}/{item.key}" + (f"#{sample}" if sample else "")
 
 
-def stable_seed(*parts: object) -> int:
-    """A seed that is the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:6], "big")
-
-
 @functools.cache
 def browser_version() -> str:
     """Another Chromium may draw other pixels, so it is pinned where a suite needs one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import hashlib
 import json
 import multiprocessing
 import os
@@ -220,6 +221,11 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 def rank_seed(seed: int, rank: int) -> int:
     """A seed of 63 bits that differs for every ``(seed, rank)``; rank 0 keeps ``seed`` itself."""
     return seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def stable_seed(*parts: object) -> int:
+    """63 bits that are the same on every machine and in every process, from anything with a stable ``repr``."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:

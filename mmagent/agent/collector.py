@@ -11,9 +11,9 @@ from typing import Any
 from mmagent.agent.advantages import AdvantageConfig, Group, Selection, gather_groups, select
 from mmagent.agent.codec import Codec
 from mmagent.agent.curriculum import Curriculum, CurriculumConfig, ItemStream
-from mmagent.agent.rollout import RolloutConfig, roll_out, stable_seed
+from mmagent.agent.rollout import RolloutConfig, roll_out
 from mmagent.agent.store import load_trajectories, save_trajectories
-from mmagent.dist import World
+from mmagent.dist import World, stable_seed
 from mmagent.protocols import Policy, Task
 from mmagent.types import Item, Status, Trajectory
 

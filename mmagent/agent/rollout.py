@@ -10,12 +10,12 @@ A broken environment fails its trajectory, with the reason; it is never a reward
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmagent.agent.codec import Codec
+from mmagent.dist import stable_seed
 from mmagent.protocols import Environment, Policy, Task
 from mmagent.types import Completion, Item, Limits, Observation, Status, Trajectory
 
@@ -39,11 +39,6 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if min(self.group_size, self.max_steps, self.max_tokens, self.max_context, self.concurrency) < 1:
             raise ValueError(f"rollout: every size must be at least 1, got {self}")
-
-
-def stable_seed(*parts: object) -> int:
-    """A seed that is the same on every machine and in every process, from anything with a stable ``repr``."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Episode:
