@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from data_pipelines.documents import DocumentBuilder
 from data_pipelines.shards import ShardSet, ShardWriter
 from mmagent.browser import BrowserError, BrowserPool, Page
+from mmagent.files import write_text
 from mmagent.records import Record, from_sample
 
 PLAN, CARD = "plan.json", "card.json"
@@ -181,6 +182,4 @@ def is_finished(folder: Path, samples: int) -> bool:
 
 def write_whole(path: Path, content: Any) -> None:
     """JSON that is there whole or not at all."""
-    aside = path.with_suffix(".json.partial")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from mmagent.files import sync
 from mmagent.records import Record, RecordError, to_sample
 
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
@@ -365,7 +366,7 @@ class ShardWriter:
         path = self._path()
         ShardIndex(np.array(self._entries, ENTRY), total, checksums=True).save(path.with_suffix(".idx"))
         path.with_suffix(".tar.partial").replace(path)  # last, so that a tar under its name always has its index
-        _sync_folder(self.folder)
+        sync(self.folder)
         self.shards += 1
         self._file, self._entries, self._bytes = None, [], 0
         self._keys.clear()
@@ -405,11 +406,3 @@ def _tar_bytes(sample: dict[str, Any]) -> bytes:
         info.size = len(data)
         out += [info.tobuf(tarfile.GNU_FORMAT), data, bytes(-len(data) % _BLOCK)]
     return b"".join(out)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmagent.files import write_text
+
 POLICY = "policy."
 """Pins with this prefix say who is judged: they may differ between two runs that are compared, no others may."""
 
@@ -170,9 +172,7 @@ class Store:
             elif path.stat().st_size:
                 raise RunError(f"{path} holds results, but run.json is missing: what they were made with is unknown")
             else:
-                _write_atomically(
-                    self.folder / "run.json", json.dumps({"pins": dict(pins), "facts": dict(facts)}, indent=1)
-                )
+                write_text(self.folder / "run.json", json.dumps({"pins": dict(pins), "facts": dict(facts)}, indent=1))
             rows, whole = _read_rows(path)
             os.ftruncate(self._fd, whole)
         except BaseException:
@@ -203,7 +203,7 @@ class Store:
         dropped = len(self.rows) - len(kept)
         if dropped:
             path = self.folder / "items.jsonl"
-            _write_atomically(path, "".join(row.to_json() + "\n" for row in kept))
+            write_text(path, "".join(row.to_json() + "\n" for row in kept))
             fresh = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
             fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.close(self._fd)
@@ -263,17 +263,3 @@ def _read_rows(path: Path) -> tuple[list[Row], int]:
             raise RunError(f"{path}, line {number}: {row.key} stands there twice")
         rows[row.key] = row
     return list(rows.values()), whole
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmagent.files import write_text
 from recipes.processes import MARK, no_orphans, only_one
 
 
@@ -141,9 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(value))
-    fresh.replace(path)
+    write_text(path, json.dumps(value))
 
 
 def _clock(seconds: float) -> str:

@@ -21,7 +21,7 @@ PACKAGES = ("mmagent", "data_pipelines", "evals", "recipes")
 
 FLOORS = (
     ("types", "protocols", "config", "geometry", "vocab", "chat", "records", "packing", "packing_check", "actions",
-     "prompts"),
+     "prompts", "files"),
     ("dist", "ops", "browser"),
     ("models", "losses", "worlds"),
     ("interop", "objectives", "generation", "tasks"),

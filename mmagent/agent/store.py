@@ -8,8 +8,6 @@ at all.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmagent.files import new_folder
 from mmagent.geometry import ImageView
 from mmagent.types import PatchedImage, Status, Trajectory
 
@@ -43,13 +42,9 @@ def save_trajectories(folder: Path | str, trajectories: Sequence[Trajectory]) ->
         "images": [{"grid": image.grid, "view": [image.view.original, image.view.seen]} for image in images.values()],
         "trajectories": [_describe(row, [number[id(image)] for image in row.images]) for row in trajectories],
     }
-    aside = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(tensors, aside / _TENSORS)
-    (aside / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    with new_folder(folder) as beside:
+        save_file(tensors, beside / _TENSORS)
+        (beside / _INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def load_trajectories(folder: Path | str) -> list[Trajectory]:

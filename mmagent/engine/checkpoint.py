@@ -26,6 +26,7 @@ from mmagent import dist
 from mmagent.dist import World
 from mmagent.engine.optim import few
 from mmagent.engine.sharding import gather_like, shard_like
+from mmagent.files import discard_folder, put_folder, sync
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -134,19 +135,16 @@ def save(root: Path, step: int, contents: Contents, world: World, keep: int = 2)
     own = f"rank-{world.rank:05d}.pt"
     _write_state(aside / own, contents.own)
     written.append(own)
-    described = world.gather_objects({name: _describe(aside / name, sync=True) for name in written})
+    described = world.gather_objects({name: _describe(aside / name, written=True) for name in written})
     if world.is_main:
         body = {"format": FORMAT, "step": step, "world_size": world.size, "files": {}}
         for files in described:
             body["files"] |= files
         (aside / "manifest.json").write_text(json.dumps(body | {"sha256": _digest_of(body)}, indent=1))
-        _sync(aside / "manifest.json")
-        _sync(aside)
-        _discard(final)
-        os.replace(aside, final)
-        _sync(root)
+        sync(aside / "manifest.json")
+        put_folder(aside, final)
         for old in steps(root)[keep:]:
-            _discard(old)
+            discard_folder(old)
     dist.barrier()
     return final
 
@@ -265,30 +263,13 @@ def require_plain(value: Any, where: str) -> None:
         raise ValueError(f"state at {where} is a {kind}: use tensors, numbers, strings, lists, tuples and dicts only")
 
 
-def _describe(path: Path, sync: bool = False) -> dict[str, Any]:
+def _describe(path: Path, written: bool = False) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if sync:
-        _sync(path)
+    if written:
+        sync(path)
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    """Rename first, so that no half-removed checkpoint is ever seen under its name."""
-    if path.exists():
-        aside = path.with_name(f".removing-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside)

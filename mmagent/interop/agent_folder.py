@@ -10,7 +10,6 @@ A folder is written beside its place and moved there whole, so a reader never se
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mmagent.chat import ChatConfig
 from mmagent.config import load_yaml, locate, to_yaml
+from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
@@ -94,20 +94,10 @@ def save_agent(
     if not encoder and not isinstance(model.encoder, CogViT):
         raise ValueError(f"encoder: name the import path of the factory of {type(model.encoder).__name__}")
     _check_fit(config, vocab, str(folder))
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_weights(model if weights is None else weights, beside / WEIGHTS)
-    vocab.save(beside / TOKENIZER)
-    (beside / CONFIG).write_text(to_yaml(config), encoding="utf-8")
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        beside.rename(folder)
+    with new_folder(folder) as beside:
+        save_weights(model if weights is None else weights, beside / WEIGHTS)
+        vocab.save(beside / TOKENIZER)
+        (beside / CONFIG).write_text(to_yaml(config), encoding="utf-8")
 
 
 def load_agent(folder: Path | str) -> Agent:

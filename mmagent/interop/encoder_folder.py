@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmagent.config import load_yaml, to_yaml
+from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.ops.state import load_weights, save_weights
@@ -42,14 +42,9 @@ def save_encoder(
 ) -> None:
     """Write the folder beside its place and move it there whole, replacing an older one. ``weights`` is the full state
     dict of a sharded encoder, gathered by all ranks; one rank writes."""
-    folder = Path(folder)
-    beside = folder.with_name(folder.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_weights(encoder if weights is None else weights, beside / WEIGHTS)
-    (beside / CONFIG).write_text(to_yaml(EncoderConfig(encoder.config, geometry)), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with new_folder(Path(folder)) as beside:
+        save_weights(encoder if weights is None else weights, beside / WEIGHTS)
+        (beside / CONFIG).write_text(to_yaml(EncoderConfig(encoder.config, geometry)), encoding="utf-8")
 
 
 def load_encoder(folder: Path | str) -> Encoder:

@@ -6,7 +6,6 @@ tensor which the loader forgot cannot pass for a trained one. Nothing here unpic
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mmagent.files import new_file
 
 
 class WeightsError(ValueError):
@@ -34,11 +35,8 @@ def save_weights(
     if sharded := [name for name, t in state.items() if isinstance(t, DTensor)]:
         raise WeightsError(f"{sharded[0]} (and {len(sharded) - 1} more) is sharded: gather the full weights first")
     tensors = {name: t.detach().cpu().contiguous() for name, t in _unshared(state).items()}
-    temporary = path.with_name(path.name + ".new")
-    save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with new_file(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", **(metadata or {})})
 
 
 def load_weights(module: nn.Module, path: Path | str) -> None:

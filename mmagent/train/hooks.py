@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from torch import nn
 
 from mmagent import dist
 from mmagent.dist import World
+from mmagent.files import write_text
 from mmagent.protocols import Objective
 from mmagent.train.metrics import Totals, global_counts, mean_losses
 from mmagent.train.run import Run
@@ -118,9 +118,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def _drop_from(path: Path, step: int) -> None:
     kept = [row for row in read_jsonl(path) if row["step"] < step]
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(aside, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class TensorBoardLog:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmagent.config import to_yaml
 from mmagent.dist import World
 from mmagent.engine import checkpoint
 from mmagent.engine.checkpoint import CheckpointError, Contents
+from mmagent.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Run:
         self.saved_step = 0
         if world.is_main:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.directory / "config.yaml", self.config_yaml)
+            write_text(self.directory / "config.yaml", self.config_yaml)
         dist.barrier()
 
     def save(self, step: int) -> None:
@@ -173,9 +173,3 @@ class Run:
 
 def _is_shared(part: Any) -> bool:
     return bool(getattr(part, "shared_state", False))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text(text)
-    os.replace(aside, path)

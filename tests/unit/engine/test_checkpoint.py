@@ -110,7 +110,7 @@ def test_torn_and_tampered_checkpoints_are_refused_and_an_older_whole_one_is_fou
 
 def test_an_interrupted_save_leaves_the_older_one_in_place(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    for fatal in ("write_weights", "_write_state", "_describe", "_sync", "_discard"):
+    for fatal in ("write_weights", "_write_state", "_describe", "sync", "put_folder"):
         with monkeypatch.context() as patched:
             patched.setattr(checkpoint, fatal, lambda *args, **kwargs: 1 / 0)
             with pytest.raises(ZeroDivisionError):

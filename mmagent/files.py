@@ -1,0 +1,95 @@
+"""Files and folders that are whole or not there: written beside their place, synced to disk, then renamed.
+
+Who is killed half-way leaves ``.writing-NAME``, which the next writer replaces, or ``.removing-NAME``. One writer at a
+time: two would share the name beside.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of ``path`` at the end of the block, and of nothing after an error."""
+    beside = path.with_name(f".writing-{path.name}")
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` as UTF-8 in ``path``, or what stood there before."""
+    with new_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill; it takes the place of ``folder`` at the end of the block, and of nothing after an
+    error. Missing parents are made."""
+    beside = folder.with_name(f".writing-{folder.name}")
+    _remove(beside)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            sync(path)
+        put_folder(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def put_folder(written: Path, folder: Path) -> None:
+    """Rename ``written``, whose files are synced, to ``folder`` in the same parent, replacing an older one.
+
+    There is an instant between two renames in which neither stands under its name, never one with half a folder.
+    """
+    sync(written)
+    aside = _set_aside(folder)
+    try:
+        os.replace(written, folder)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, folder)
+        raise
+    sync(folder.parent)
+    _remove(aside)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove ``folder``, if it is there; renamed first, so that half of it is never seen under its name."""
+    _remove(_set_aside(folder))
+
+
+def _set_aside(folder: Path) -> Path:
+    """Where ``folder`` is now. Without one, what was set aside before is left: it may be the only one there is."""
+    aside = folder.with_name(f".removing-{folder.name}")
+    if folder.exists():
+        _remove(aside)
+        os.replace(folder, aside)
+    return aside
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
