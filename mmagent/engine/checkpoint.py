@@ -27,6 +27,7 @@ from mmagent.dist import World
 from mmagent.engine.optim import few
 from mmagent.engine.sharding import gather_like, shard_like
 from mmagent.files import discard_folder, put_folder, sync
+from mmagent.ops.state import WeightsError, check_weights, shapes_of
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -77,15 +78,10 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str =
     second net the module is filled with NaN first, and whatever still is NaN afterwards is an error that names it.
     """
     state = module.state_dict()
-    missing, unexpected = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
-    shapes = [
-        f"{n} {tuple(tensors[n].shape)} for {tuple(t.shape)}" for n, t in state.items()
-        if n in tensors and t.shape != tensors[n].shape
-    ]  # fmt: skip
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": shapes}
-    if any(problems.values()):
-        told = "; ".join(f"{kind}: {few(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"{origin} does not fit {type(module).__name__}: {told}")
+    try:
+        check_weights(shapes_of(state), shapes_of(tensors), f"{origin} does not fit {type(module).__name__}")
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))

@@ -50,7 +50,7 @@ def load_weights(module: nn.Module, path: Path | str) -> None:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            check_weights({name: tuple(t.shape) for name, t in wanted.items()}, shapes, str(path))
+            check_weights(shapes_of(wanted), shapes, f"{path} does not fit {type(module).__name__}")
             with torch.no_grad():
                 for tensor in wanted.values():
                     if tensor.is_floating_point():
@@ -63,10 +63,16 @@ def load_weights(module: nn.Module, path: Path | str) -> None:
         raise WeightsError(f"{path}: {error}") from error
 
 
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Full shapes by name, of shards as well."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def check_weights(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str, show: int = 8
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], problem: str, show: int = 8
 ) -> None:
-    """Compare names and shapes. Raises :class:`WeightsError` with what is missing, unexpected or misshapen."""
+    """Compare names and shapes. Raises :class:`WeightsError`: ``problem``, and what is missing, unexpected or
+    misshapen."""
     missing = [name for name in wanted if name not in found]
     extra = [name for name in found if name not in wanted]
     wrong = [f"{n} {found[n]}, expected {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
@@ -76,7 +82,7 @@ def check_weights(
         if names
     ]
     if problems:
-        raise WeightsError(f"{where} does not fit the model: " + "; ".join(problems))
+        raise WeightsError(f"{problem}: " + "; ".join(problems))
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def test_a_model_of_another_shape_is_refused_by_name(tmp_path):
     train(tmp_path, 3)
     toy = toy_run(tmp_path)
     toy.objective.stacked = torch.nn.Linear(6, 12)
-    with pytest.raises(CheckpointError, match=r"misshapen: stacked.weight \(9, 6\) for \(12, 6\)"):
+    with pytest.raises(CheckpointError, match=r"misshapen: stacked.weight \(9, 6\), expected \(12, 6\)"):
         toy.run.resume()
 
 
