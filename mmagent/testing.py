@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -37,7 +37,7 @@ from mmagent.types import (
 )
 
 
-class ContractError(AssertionError):
+class ContractError(ValueError):
     """A protocol of :mod:`mmagent.protocols` is not kept; the message says how."""
 
 
@@ -67,11 +67,7 @@ def check_encoder(
     each other (exactly, by gradient) and come out as they do alone (relative ``tolerance``); that every trainable
     parameter not named in ``unused`` gets a gradient. ``layers`` are indices it can return.
     """
-    name = type(encoder).__name__
-    require(isinstance(encoder, nn.Module), f"{name} must be a torch.nn.Module")
-    for member in ("patch_size", "merge_size", "width"):
-        value = getattr(encoder, member, None)
-        require(isinstance(value, int) and value > 0, f"{name}.{member} must be a positive integer, got {value!r}")
+    _check_members(encoder)
     training = encoder.training
     encoder.eval()
     try:
@@ -85,10 +81,59 @@ def check_encoder(
         encoder.zero_grad(set_to_none=True)
 
 
+def _check_members(encoder: VisionEncoder) -> None:
+    name = type(encoder).__name__
+    if isinstance(encoder, type):
+        raise ContractError(f"{encoder.__name__} is a class: give an encoder made from it, {encoder.__name__}(...)")
+    require(isinstance(encoder, nn.Module), f"{name} must be a torch.nn.Module: derive it from that")
+    ready = "_parameters" in vars(encoder)
+    require(ready, f"{name}.__init__ must call super().__init__() before anything else")
+    for member in ("patch_size", "merge_size", "width", "patch_values"):
+        value = getattr(encoder, member, None)
+        if value is None and member == "patch_values":  # that one it need not say
+            continue
+        right = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        require(right, f"{name}.{member} must be a positive integer, got {value!r}; set it on the class or in __init__")
+
+
+def _look(encoder: VisionEncoder, vision: PackedVision, *layers: Sequence[int]) -> VisionFeatures:
+    """What ``encoder`` returns, if it is what the protocol says."""
+    name, asked = type(encoder).__name__, ", layers" if layers else ""
+    try:
+        features = encoder(vision, *layers)
+    except Exception as error:
+        values = vision.patches.shape[1]
+        raise ContractError(
+            f"{name}(vision{asked}) raised {type(error).__name__}: {error}; it must be "
+            f"forward(self, vision: PackedVision, layers: Sequence[int] = ()) -> VisionFeatures, and take "
+            f"vision.patches of {values} values in {vision.patches.dtype}; the traceback above says where it failed"
+        ) from error
+    kind = type(features).__name__
+    hint = "end forward with `return VisionFeatures(tokens, layers, pooled)`"
+    require(isinstance(features, VisionFeatures), f"{name} must return VisionFeatures, got {kind}; {hint}")
+    kind = type(features.layers).__name__
+    require(
+        isinstance(features.layers, Mapping),
+        f"{name}: layers is of type {kind}, expected a dict of tensors by number, {{}} where none are asked for",
+    )
+    for what, tensor in _named(features).items():
+        kind = type(tensor).__name__
+        require(isinstance(tensor, Tensor), f"{name}: {what} is of type {kind}, expected a torch.Tensor")
+        advice = f"expected a floating type of at most 32 bits; return {what}.float()"
+        fits = tensor.is_floating_point() and tensor.dtype != torch.float64  # no layer after it takes 64 bits
+        require(fits, f"{name}: {what} is {tensor.dtype}, {advice}")
+    return features
+
+
+def _named(features: VisionFeatures) -> dict[str, Any]:
+    layers = {f"layers[{i}]": tensor for i, tensor in features.layers.items()}
+    return {"tokens": features.tokens, "pooled": features.pooled, **layers}
+
+
 def _images(encoder: VisionEncoder, seed: int) -> PackedVision:
     side = encoder.merge_size
     grids = torch.tensor([(frames, rows * side, cols * side) for frames, rows, cols in GRIDS])
-    values = int(getattr(encoder, "patch_values", 3 * 2 * encoder.patch_size**2))
+    values = getattr(encoder, "patch_values", None) or 3 * 2 * encoder.patch_size**2
     generator = torch.Generator().manual_seed(seed)
     return PackedVision(torch.randn(int(grids.prod(1).sum()), values, generator=generator), grids)
 
@@ -102,36 +147,47 @@ def _single(vision: PackedVision, image: int) -> tuple[PackedVision, slice]:
 def _check_features(encoder: VisionEncoder, vision: PackedVision, layers: Sequence[int]) -> None:
     name, before = type(encoder).__name__, vision.patches.clone()
     with torch.no_grad():
-        plain, features, again = encoder(vision), encoder(vision, layers), encoder(vision, layers)
-    require(isinstance(features, VisionFeatures), f"{name} must return VisionFeatures, got {type(features).__name__}")
-    require(torch.equal(before, vision.patches), f"{name} changes the patches it is given, in place")
-    require(not plain.layers, f"{name} returns layers {list(plain.layers)} when none are asked for")
-    require(set(features.layers) == set(layers), f"{name}: layers {list(layers)} asked, {list(features.layers)} given")
+        plain, features, again = _look(encoder, vision), _look(encoder, vision, layers), _look(encoder, vision, layers)
+    require(
+        torch.equal(before, vision.patches),
+        f"{name} changes the patches it is given, in place: work on vision.patches.clone()",
+    )
+    given = list(plain.layers)
+    require(not given, f"{name} returns layers {given} when none are asked for; return only those in `layers`")
+    given = list(features.layers)
+    require(set(given) == set(layers), f"{name}: layers {list(layers)} asked, {given} given; return just these")
     patches, images = vision.patches.shape[0], len(vision.grids)
-    wanted = {"tokens": (features.tokens, patches), "pooled": (features.pooled, images)}
-    wanted |= {f"layers[{i}]": (features.layers[i], patches) for i in layers}
-    for what, (tensor, rows) in wanted.items():
-        shape = (rows, encoder.width)
-        require(tuple(tensor.shape) == shape, f"{name}: {what} is {tuple(tensor.shape)}, expected {shape}")
-        require(tensor.is_floating_point(), f"{name}: {what} is {tensor.dtype}, expected a floating type")
-        require(torch.isfinite(tensor).all(), f"{name}: {what} is not finite everywhere")
+    for what, tensor in _named(features).items():
+        shape = (images if what == "pooled" else patches, encoder.width)
+        told = f"{tuple(tensor.shape)}, expected {shape} ({'images' if what == 'pooled' else 'patches'}, {name}.width)"
+        require(tuple(tensor.shape) == shape, f"{name}: {what} is {told}")
+        require(torch.isfinite(tensor).all(), f"{name}: {what} is not finite everywhere; look for a division by zero")
     require(
         torch.equal(features.tokens, again.tokens) and torch.equal(features.pooled, again.pooled),
-        f"{name} does not repeat itself in evaluation mode",
+        f"{name} does not repeat itself in evaluation mode; randomness such as dropout must ask self.training",
     )
 
 
 def _check_isolation(encoder: VisionEncoder, vision: PackedVision) -> None:
     """The gradient of one image's features by another image's patches is exactly zero."""
     patches = vision.patches.clone().requires_grad_()
-    features = encoder(PackedVision(patches, vision.grids))
+    features = _look(encoder, PackedVision(patches, vision.grids))
+    for what, tensor in (("tokens", features.tokens), ("pooled", features.pooled)):
+        hint = "a detach(), a torch.no_grad() or a trip through numpy is on the way"
+        require(tensor.requires_grad, f"{type(encoder).__name__}: no gradient goes from {what} to the patches; {hint}")
     for image in range(len(vision.grids)):
         _, rows = _single(vision, image)
         for what, own in (("tokens", features.tokens[rows]), ("pooled", features.pooled[image])):
             generator = torch.Generator().manual_seed(image)
             projection = torch.randn(own.shape, generator=generator)  # a plain sum vanishes behind a norm
-            (gradient,) = torch.autograd.grad((own.float() * projection).sum(), patches, retain_graph=True)
-            require(gradient[rows].any(), f"{type(encoder).__name__}: {what} of image {image} ignore its patches")
+            (gradient,) = torch.autograd.grad(
+                (own.float() * projection).sum(), patches, retain_graph=True, allow_unused=True
+            )
+            gradient = torch.zeros_like(patches) if gradient is None else gradient
+            require(
+                gradient[rows].any(),
+                f"{type(encoder).__name__}: {what} of image {image} ignore its patches; compute them from those",
+            )
             gradient[rows] = 0
             for other in range(len(vision.grids)):
                 leak = float(gradient[_single(vision, other)[1]].abs().max())
@@ -146,10 +202,10 @@ def _check_packed_equals_single(
     encoder: VisionEncoder, vision: PackedVision, layers: Sequence[int], tolerance: float
 ) -> None:
     with torch.no_grad():
-        packed = encoder(vision, layers)
+        packed = _look(encoder, vision, layers)
         for image in range(len(vision.grids)):
             alone, rows = _single(vision, image)
-            single = encoder(alone, layers)
+            single = _look(encoder, alone, layers)
             pairs = {"tokens": (packed.tokens[rows], single.tokens), "pooled": (packed.pooled[image], single.pooled[0])}
             pairs |= {f"layers[{i}]": (packed.layers[i][rows], single.layers[i]) for i in layers}
             for what, (together, apart) in pairs.items():
@@ -164,10 +220,11 @@ def _check_packed_equals_single(
 def _check_parameters(encoder: VisionEncoder, vision: PackedVision, unused: set[str]) -> None:
     assert isinstance(encoder, nn.Module)
     encoder.zero_grad(set_to_none=True)
-    features = encoder(vision)
+    features = _look(encoder, vision)
     generator = torch.Generator().manual_seed(0)
-    tensors = (features.tokens, features.pooled)
-    sum((t.float() * torch.randn(t.shape, generator=generator)).sum() for t in tensors).backward()
+    tensors = [tensor for tensor in (features.tokens, features.pooled) if tensor.requires_grad]
+    if tensors:  # a frozen encoder has none
+        torch.stack([(t.float() * torch.randn(t.shape, generator=generator)).sum() for t in tensors]).sum().backward()
     without = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None and n not in unused]
     require(not without, f"{type(encoder).__name__}: no gradient reaches {', '.join(without)}; train or freeze them")
 

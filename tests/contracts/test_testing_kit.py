@@ -72,8 +72,30 @@ class MeanEncoder(nn.Module):
         given = {} if fault == "no layers" else dict.fromkeys(layers, x)
         if fault == "unasked layers":
             given = {0: x}
+        if fault == "64 bits":
+            tokens = tokens.double()
+        if fault == "layers in 64 bits":
+            given = {i: layer.double() for i, layer in given.items()}
+        if fault == "detached":
+            tokens = tokens.detach()
+        if fault == "no use of the patches":
+            tokens = self.mix(torch.ones_like(x))
+        if fault == "an unknown attribute":
+            vision.pixels.sum()
+        if fault == "a wrong key":
+            raise KeyError("stem")
+        if fault == "nothing":
+            return None
+        if fault == "a tensor":
+            return tokens
         if fault == "a tuple":
             return (tokens, given, pooled)
+        if fault == "no pooled":
+            return VisionFeatures(tokens, given, None)
+        if fault == "a list of layers":
+            return VisionFeatures(tokens, [x for _ in layers], pooled)
+        if fault == "an array":
+            return VisionFeatures(tokens.detach().numpy(), given, pooled)
         return VisionFeatures(tokens, given, pooled)
 
 
@@ -92,6 +114,17 @@ FAULTS = {
     "unasked layers": r"returns layers \[0\] when none are asked for",
     "a tuple": r"must return VisionFeatures, got tuple",
     "in place": r"changes the patches it is given",
+    "64 bits": r"tokens is torch.float64, expected a floating type of at most 32 bits; return tokens.float\(\)",
+    "layers in 64 bits": r"layers\[0\] is torch.float64",
+    "detached": r"no gradient goes from tokens to the patches; a detach",
+    "no use of the patches": r"tokens of image 0 ignore its patches",
+    "an unknown attribute": r"raised AttributeError: 'PackedVision' object has no attribute 'pixels'; it must be",
+    "a wrong key": r"raised KeyError: 'stem'",
+    "nothing": r"must return VisionFeatures, got NoneType; end forward with",
+    "a tensor": r"must return VisionFeatures, got Tensor",
+    "no pooled": r"pooled is of type NoneType, expected a torch.Tensor",
+    "a list of layers": r"layers is of type list, expected a dict",
+    "an array": r"tokens is of type ndarray, expected a torch.Tensor",
     "idle parameter": r"no gradient reaches idle; train or freeze",
 }
 
@@ -104,8 +137,52 @@ def test_encoders_that_keep_the_protocol_pass():
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_of_an_encoder_is_named(fault):
-    with pytest.raises(ContractError, match=FAULTS[fault]):
+    with pytest.raises(ValueError, match=rf"^MeanEncoder.*{FAULTS[fault]}"):
         check_encoder(MeanEncoder(fault))
+
+
+class NoLayers(MeanEncoder):
+    """What a user may write who has read half of the protocol."""
+
+    def forward(self, vision):
+        return super().forward(vision)
+
+
+class Pixels(MeanEncoder):
+    def forward(self, pixels, grid, layers=()):
+        return super().forward(pixels, layers)
+
+
+class NoForward(nn.Module):
+    patch_size, merge_size, width = 14, 2, 8
+
+
+class OtherPatches(MeanEncoder):
+    patch_size = 16
+
+
+class Hasty(MeanEncoder):
+    def __init__(self):
+        self.width = 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NoLayers, r"^NoLayers\(vision, layers\) raised TypeError: .*positional arguments.*it must be forward\(self"),
+        (Pixels, r"^Pixels\(vision\) raised TypeError: .*'grid'.*it must be forward\(self"),
+        (NoForward, r"^NoForward\(vision\) raised NotImplementedError"),
+        (OtherPatches, r"^OtherPatches\(vision\) raised RuntimeError: .* 1536 values in torch.float32"),
+        (Hasty, r"^Hasty.__init__ must call super\(\).__init__"),
+    ],
+)
+def test_what_an_encoder_raises_is_told_with_its_name(kind, message):
+    with pytest.raises(ValueError, match=message):
+        check_encoder(kind())
+
+
+def test_a_frozen_encoder_passes():
+    check_encoder(MeanEncoder().requires_grad_(False))
 
 
 def test_members_of_an_encoder_are_checked():
@@ -113,8 +190,16 @@ def test_members_of_an_encoder_are_checked():
     encoder.width = None
     with pytest.raises(ContractError, match=r"MeanEncoder.width must be a positive integer, got None"):
         check_encoder(encoder)
+    encoder.width = True
+    with pytest.raises(ContractError, match=r"MeanEncoder.width must be a positive integer, got True; set it"):
+        check_encoder(encoder)
+    encoder.width, encoder.patch_values = 8, "1176"
+    with pytest.raises(ContractError, match=r"MeanEncoder.patch_values must be a positive integer, got '1176'"):
+        check_encoder(encoder)
     with pytest.raises(ContractError, match=r"must be a torch.nn.Module"):
         check_encoder(lambda vision: vision)
+    with pytest.raises(ContractError, match=r"MeanEncoder is a class: give an encoder made from it"):
+        check_encoder(MeanEncoder)
 
 
 def test_an_encoder_that_passes_trains_inside_the_agent():
