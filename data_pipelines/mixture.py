@@ -139,5 +139,6 @@ def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "
         if config.weight > 0
     ]
     if not sources:
-        raise ValueError(f"sources: none has a weight above 0{f', and {folder} holds no shards' if folder else ''}")
+        there = f", and {folder} holds no shards" if folder else ""
+        raise ValueError(f"sources: none has a weight above 0{there}; name a folder that data_pipelines.build filled")
     return sources

@@ -198,6 +198,27 @@ def is_main() -> bool:
     return not torch_dist.is_initialized() or torch_dist.get_rank() == 0
 
 
+def said_by_main(text: str, patience: float = 5.0) -> bool:
+    """Whether this rank need not say ``text`` (of an error), as the main rank does.
+
+    The main rank leaves its text with the store that ranks meet by, the others wait ``patience`` seconds for it. No
+    process group is needed: setting up may fail before there is one. Who cannot ask has to say it.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return False
+    key, wait = f"mmagent/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", timedelta(seconds=patience)
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch_dist.TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
+        if rank == 0:
+            store.set(key, text)
+            return False
+        return store.get(key) == text.encode()  # waits for it
+    except (KeyError, RuntimeError):  # no address, nobody there, or nothing said in time
+        return False
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """The main rank runs the block before the others do: for caches that one process should fill."""

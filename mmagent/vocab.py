@@ -82,7 +82,7 @@ class Vocab:
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f"no tokenizer at {path}")
+            raise ValueError(f"no tokenizer at {path}; data_pipelines.build makes a tokenizer.json: name its path")
         return cls(path.read_text(encoding="utf-8"))
 
     def save(self, path: Path | str) -> None:

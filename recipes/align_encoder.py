@@ -24,6 +24,7 @@ from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.train.hooks import usual_hooks
+from mmagent.train.launch import launch
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -135,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -30,6 +30,7 @@ from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_403m, cogvit_debu
 from mmagent.models.teachers import Teacher
 from mmagent.objectives.distillation import Distillation, DistillationConfig
 from mmagent.train.hooks import usual_hooks
+from mmagent.train.launch import launch
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

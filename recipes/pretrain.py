@@ -27,6 +27,7 @@ from mmagent.models import presets
 from mmagent.models.agent_model import AgentModelConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.hooks import usual_hooks
+from mmagent.train.launch import launch
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -105,12 +106,12 @@ def train(config: Config, title: str) -> None:
     config = replace(config, data=replace(config.data, quarantine=config.data.quarantine.within(config.output)))
     world = dist.init()
     dist.seed_everything(config.seed)
-    vocab = Vocab.load(config.init or config.tokenizer)
     if config.init:
         agent = load_agent(config.init)
     else:
+        vocab = Vocab.load(config.tokenizer)
         agent = new_agent(config.model, vocab, config.geometry, config.chat, config.encoder)
-    model = agent.model
+    model, vocab = agent.model, agent.vocab
     model.set_recompute(config.recompute)
     objective = LanguageModeling(model, config.objective)
     optimizer = build_optimizer(model, config.optim)
@@ -143,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

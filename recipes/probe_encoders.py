@@ -17,6 +17,7 @@ import torch
 from evals.probes import ProbeReport, probe_scores, probe_sets
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.models.cogvit import CogViT
+from mmagent.train.launch import launch
 
 
 def main() -> None:
@@ -56,4 +57,4 @@ def _means(report: ProbeReport) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

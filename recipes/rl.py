@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mmagent import dist
 from mmagent.agent.batching import rank_batches
@@ -30,6 +29,7 @@ from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientCon
 from mmagent.packing import Size
 from mmagent.tasks import easy_task_names, open_tasks
 from mmagent.train.hooks import usual_hooks
+from mmagent.train.launch import launch
 from mmagent.train.metrics import pace
 from mmagent.train.run import Run
 from mmagent.train.step import train_step
@@ -112,7 +112,7 @@ async def train(config: Config) -> None:
     world = dist.init()
     dist.seed_everything(config.seed)
     agent = load_agent(config.init)
-    model, output = agent.model, Path(config.output)
+    model = agent.model
     model.freeze(config.freeze)
     model.set_recompute(config.recompute)
     generator = Generator(model.to(world.device), agent.vocab, config.generator)
@@ -124,7 +124,7 @@ async def train(config: Config) -> None:
     async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages) as tasks:
         collector = Collector(tasks, policy, codec, config.collector, world, config.seed)
         parts = {"model": model, "engine": engine, "collector": collector}
-        run = Run(output, world, parts, config=config, keep=config.keep)
+        run = Run(config.output, world, parts, config=config, keep=config.keep)
         shown = {"tensorboard": config.tensorboard, "figures": ("reward", "entropy")}
         hooks = usual_hooks(run, "rl", config.steps, config.save_every, **shown)
         for step in range(run.resume(config.steps), config.steps):
@@ -142,9 +142,9 @@ async def train(config: Config) -> None:
                 hook(step + 1, record)
         run.save(config.steps)
     if world.is_main:
-        save_agent(output / "agent", model, agent.vocab, agent.geometry, agent.chat, encoder=agent.encoder)
+        save_agent(run.directory / "agent", model, agent.vocab, agent.geometry, agent.chat, encoder=agent.encoder)
     dist.shutdown()
 
 
 if __name__ == "__main__":
-    asyncio.run(train(parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or "")))
+    launch(lambda: asyncio.run(train(parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or ""))))

@@ -17,6 +17,7 @@ from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.objectives.language_modeling import LanguageModelingConfig
+from mmagent.train.launch import launch
 from mmagent.train.phases import Phase
 from recipes import pretrain
 from recipes.pretrain import Config
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

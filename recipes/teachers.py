@@ -29,6 +29,7 @@ from mmagent.models.text_tower import TextTower, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.objectives.reconstruction import MaskedReconstruction, ReconstructionConfig
 from mmagent.train.hooks import usual_hooks
+from mmagent.train.launch import launch
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
@@ -119,4 +120,4 @@ def _train(config: Config, objective: Any, stream: VisionStream[Any], world: dis
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

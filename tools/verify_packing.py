@@ -23,6 +23,7 @@ from data_pipelines.shards import ShardSet  # noqa: E402
 from mmagent.interop.agent_folder import load_agent  # noqa: E402
 from mmagent.packing_check import check_packing  # noqa: E402
 from mmagent.records import RecordError, from_sample  # noqa: E402
+from mmagent.train.launch import launch  # noqa: E402
 from mmagent.types import Document  # noqa: E402
 
 
@@ -64,4 +65,4 @@ def sample_documents(shards: ShardSet, builder: DocumentBuilder, count: int) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launch(main))

@@ -108,7 +108,9 @@ def load_agent(folder: Path | str) -> Agent:
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is no agent folder: {', '.join(missing)} missing")
+        raise ValueError(
+            f"{folder} is no agent folder: {', '.join(missing)} missing; training leaves one in OUTPUT/agent"
+        )
     config = load_yaml(AgentConfig(), folder / CONFIG)
     vocab = Vocab.load(folder / TOKENIZER)
     _check_fit(config, vocab, str(folder))

@@ -55,7 +55,10 @@ def load_encoder(folder: Path | str) -> Encoder:
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is no encoder folder: {', '.join(missing)} missing")
+        raise ValueError(
+            f"{folder} is no encoder folder: {', '.join(missing)} missing; distillation and alignment leave one in "
+            f"OUTPUT/encoder"
+        )
     config = load_yaml(EncoderConfig(), folder / CONFIG)
     model = CogViT(config.vision)
     load_weights(model, folder / WEIGHTS)

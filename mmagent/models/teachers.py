@@ -261,7 +261,13 @@ def _transformers_backbone(source: str) -> Backbone:
         "siglip_vision_model": SiglipVisionModel,
         "dinov3_vit": DINOv3ViTModel,
     }
-    kind = AutoConfig.from_pretrained(source).model_type
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no teacher {source!r}: it must be the folder of a model (recipes.teachers leaves one in OUTPUT/teacher), "
+            f"or a hub id that can be reached from here ({str(error).splitlines()[0]})"
+        ) from error
     if kind not in classes:
         raise ValueError(f"{source} is a {kind!r} model; known teachers are {', '.join(classes)}")
     module, report = classes[kind].from_pretrained(source, use_safetensors=True, output_loading_info=True)

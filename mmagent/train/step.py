@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from mmagent.dist import World
 from mmagent.protocols import Engine, Objective
 from mmagent.train.metrics import Totals, global_counts, mean_losses
+
+begun = threading.Event()
+"""Set once this process has begun a step: no error after that is one of setting up."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def train_step(
     not depend on how the samples are split. Every rank brings equally many micro-batches. Raises
     ``FloatingPointError``, before any weight has changed, for a loss or gradient that is not finite.
     """
+    begun.set()
     if not micro_batches:
         raise ValueError("a step needs at least one micro-batch")
     terms = sorted(objective.weights)

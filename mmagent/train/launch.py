@@ -1,0 +1,53 @@
+"""The way into a recipe: what its user can mend is told in one line, everything else with its traceback."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+from mmagent import dist
+from mmagent.browser import BrowserMissing
+from mmagent.train.step import begun
+
+T = TypeVar("T")
+TRACEBACK = "MMAGENT_TRACEBACK"
+"""Environment variable that asks for the traceback of every error."""
+OURS = ("__main__", "mmagent", "data_pipelines", "evals", "recipes")
+
+
+def launch(main: Callable[[], T]) -> T:
+    """Run ``main`` and return what it returns.
+
+    An error of setting up that is meant for the user (a missing file, a ``raise ValueError`` of ours) ends the process
+    with status 1 and ``error: ...`` on stderr, said once where all ranks ran into it. From the first step on, and for
+    errors of libraries and of other kinds, the traceback is shown.
+    """
+    try:
+        return main()
+    except (ValueError, FileNotFoundError, BrowserMissing) as error:
+        if begun.is_set() or os.environ.get(TRACEBACK) or not _is_for_users(error):
+            raise
+        missing = isinstance(error, FileNotFoundError)
+        text = f"{error.filename}: no such file or folder" if missing else str(error)
+        if not dist.said_by_main(text):
+            rank = os.environ.get("RANK", "0")
+            where = "error" if rank == "0" else f"error on rank {rank}"
+            print(f"{where}: {text} ({TRACEBACK}=1 shows the traceback)", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            time.sleep(1.0)  # a launcher ends all ranks when the first has ended: let those with another error say it
+        raise SystemExit(1) from error
+
+
+def _is_for_users(error: Exception) -> bool:
+    """A missing file that has a name, or something that our code raised on purpose, no accident in it or a library."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return True
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    module = str(frame.f_globals.get("__name__"))
+    statement = linecache.getline(frame.f_code.co_filename, line).lstrip()
+    return module.split(".")[0] in OURS and statement.startswith("raise ")
