@@ -30,7 +30,7 @@ def resolve(default: T, argv: Sequence[str] | None = None) -> T:
     """``default`` (a dataclass instance) + YAML files + ``dotted.key=value`` overrides, as plain dataclasses.
 
     Arguments that contain ``=`` are overrides; others are YAML files, applied in order before them. An item of a list
-    goes by its number: ``phases.0.steps=20``.
+    goes by its number: ``phases.0.steps=20``. ``key=`` is an empty string, and ``None`` where that is allowed.
     Raises :class:`ConfigError` for an unknown key, with the nearest known name, or a value of a wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -40,11 +40,23 @@ def resolve(default: T, argv: Sequence[str] | None = None) -> T:
             raise ConfigError(f"{path!r} is neither a YAML file nor an override of the form key=value")
         config = _merge(default, config, OmegaConf.load(path), path)
     for override in (a for a in argv if "=" in a):
-        config = _override(default, config, override)
+        config = _set(default, config, override)
     try:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
+
+
+def _set(default: Any, config: DictConfig, override: str) -> DictConfig:
+    """:func:`_override`, with ``key=`` an empty string where ``None``, as which YAML reads it, cannot stand."""
+    try:
+        return _override(default, config, override)
+    except ConfigError:
+        if not override.endswith("=") or override.count("=") > 1:
+            raise
+        with contextlib.suppress(ConfigError):  # neither fits: the first says why
+            return _override(default, config, f"{override}''")
+        raise
 
 
 def _override(default: Any, config: DictConfig, override: str) -> DictConfig:

@@ -79,7 +79,7 @@ def test_a_recipe_says_in_one_line_what_is_missing(tmp_path, recipe, arguments, 
 
 def test_ranks_that_fail_alike_say_it_once(tmp_path):
     """Before there is a process group and after it; the rest is the launcher's own block."""
-    for arguments in (["recipes.align_encoder", "init=''"], ["recipes.pretrain", "tokenizer=nope.json"]):
+    for arguments in (["recipes.align_encoder", "init="], ["recipes.pretrain", "tokenizer=nope.json"]):
         done = call([*TORCHRUN, "-m", *arguments[:1], "--preset", "debug", *arguments[1:]], tmp_path)
         assert done.returncode == 1
         assert len(errors(done.stderr)) == 1, done.stderr

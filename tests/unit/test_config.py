@@ -71,9 +71,28 @@ def test_items_of_lists_go_by_their_number():
     assert config.data.sizes == [9, 2]
 
 
+@dataclass
+class Empty:
+    text: str = "x"
+    maybe: str | None = "x"
+    paths: dict[str, str] = field(default_factory=lambda: {"web": "x"})
+    names: list[str] = field(default_factory=lambda: ["x"])
+    phases: list[Phase] = field(default_factory=lambda: [Phase("x")])
+
+
+def test_nothing_after_the_sign_is_an_empty_string():
+    config = resolve(Empty(), ["text=", "maybe=", "paths.web=", "paths.new=", "names.0=", "phases.0.name="])
+    assert config == Empty("", None, {"web": "", "new": ""}, [""], [Phase("")])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("steps=", r"^steps: .*'int'"),
+        ("fast=", r"^fast: .*'bool'"),
+        ("data.sizes=", r"^data.sizes: "),
+        ("data=", r"^data: "),
+        ("stepz=", r"unknown config key 'stepz'.*did you mean 'steps'"),
         ("stepz=3", r"unknown config key 'stepz' in the command line; did you mean 'steps'\?"),
         ("data.pth=x", r"unknown config key 'data.pth' in the command line; did you mean 'data.path'\?"),
         ("zzzzzz=1", r"unknown config key 'zzzzzz'.*; known keys: steps, lr, fast"),
