@@ -19,6 +19,8 @@ from mmagent.browser.page import Page
 from mmagent.geometry import FRAME, ImageView
 
 WAIT_SECONDS = 0.25
+POINTING = (Click, DoubleClick, RightClick, Drag)
+"""Actions that begin by moving the mouse to where they act."""
 
 
 async def perform(page: Page, action: Action, view: ImageView) -> None:

@@ -15,7 +15,7 @@ from itertools import count
 
 from mmagent.actions import Action, ActionError, Finished, format_action, parse_action
 from mmagent.browser import BrowserPool
-from mmagent.browser.perform import perform
+from mmagent.browser.perform import POINTING, perform
 from mmagent.browser.sync import run_sync
 from mmagent.tasks.base import Screens, malformed, retried, score_of
 from mmagent.types import Item, Observation, Score, Trajectory
@@ -111,7 +111,8 @@ class MiniWobTask:
             seat.state = None  # nobody can say, should the page break on the way
             if taken is None:
                 taken = 0
-                await miniwob.restart(seat.page, self.page, seed)
+                moves = bool(actions) and isinstance(actions[0], POINTING)
+                await miniwob.restart(seat.page, self.page, seed, park=not moves)
             for action in actions[taken:]:
                 await perform(seat.page, action, miniwob.VIEW)
             done, reward = await miniwob.state(seat.page) if actions else (False, 0.0)

@@ -31,7 +31,7 @@
       this.memory = {};
       Math.seedrandom(seed);
       core.startEpisodeReal();
-      return observe(most);
+      return {...observe(most), ready: this.ready()};
     },
     observe,
     async settle() {  // pictures in style sheets are fetched when first used: a first screen would lack them
