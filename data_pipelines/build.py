@@ -47,15 +47,16 @@ _VOCAB_PLAN = "tokenizer.plan.json"
 @dataclass
 class BuildConfig:
     """``pretrain`` and ``sft`` give the number of samples of every source; 0 leaves one out. ``tasks`` of MiniWoB++
-    are shown and acted in, all that have an expert when empty. ``pages`` are open at a time in ``processes``
-    browsers. ``vocab_texts`` samples of every source train the vocabulary. A screen is asked at most ``questions``,
-    ``ask`` weighs their kinds."""
+    are shown, all that have an expert when empty; experts act in the ``demonstrated`` ones, in all of ``tasks`` when
+    that is empty. ``pages`` are open at a time in ``processes`` browsers. ``vocab_texts`` samples of every source
+    train the vocabulary. A screen is asked at most ``questions``, ``ask`` weighs their kinds."""
 
     folder: str = "data/laptop"
     seed: int = 0
     pretrain: dict[str, int] = field(default_factory=dict)
     sft: dict[str, int] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
+    demonstrated: list[str] = field(default_factory=list)
     browser: str = "auto"
     processes: int = 1
     pages: int = 8
@@ -70,6 +71,8 @@ class BuildConfig:
             raise ValueError(f"browser: {self.browser!r} is none of auto, required, none")
         if unknown := sorted(set(self.tasks) - set(TASKS)):
             raise ValueError(f"tasks: there is no expert for {unknown[0]!r}")
+        if unknown := sorted(set(self.demonstrated) - set(self.tasks or TASKS)):
+            raise ValueError(f"demonstrated: {unknown[0]!r} is not among the tasks")
 
 
 def laptop() -> BuildConfig:
@@ -113,7 +116,7 @@ def makers(config: BuildConfig) -> dict[str, list[Maker]]:
             Texts(seed),
         ],
         "sft": [
-            ExpertEpisodes(tasks, seed),
+            ExpertEpisodes(config.demonstrated or tasks, seed),
             PageQuestions(seed, "clicks", questions=4, weights={"locate": 2.0, "step": 1.0}),
             PageSources(digest(seed, "sft")),
         ],

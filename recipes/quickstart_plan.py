@@ -10,8 +10,8 @@ from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.vocab import Vocab
 from mmagent.worlds.questions import WEIGHTS
+from recipes import quickstart_mix as mix
 from recipes.lineage import Stage
-from recipes.quickstart_mix import ANSWER, ASK, BLIND, BLINDED, JUDGED, PAGES, SAMPLES, SHARES, SHOWN, TASKS
 
 SIZES = ("laptop", "debug")
 
@@ -26,7 +26,7 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     align = ("recipes.align_encoder", *preset, f"init={root}/distill/encoder", vocabulary, f"output={root}/align")
     if browser:
         align += tuple(f"shards.{name}={root}/data/pretrain/{name}" for name in ("tiles", "screens"))
-        align += tuple(f"mix.{name}={weight}" for name, weight in SHOWN.items())
+        align += tuple(f"mix.{name}={weight}" for name, weight in mix.SHOWN.items())
     about = "contrast images with captions at native resolution, packed; learn what stands where"
     stages.append(Stage("align", about, align, root / "align", _encoder, 55, processes))
     stages.append(_probes(root, size))
@@ -42,27 +42,29 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     if not browser:
         return stages
     sft = ("recipes.sft", *preset, f"init={root}/pretrain/agent", *_shards(root, "sft", browser), f"output={root}/sft")
-    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 70, processes))
-    tasks = "tasks=[" + ",".join(f"miniwob/{task}" for task in TASKS) + "]"
+    about = f"imitate experts on {len(mix.DEMONSTRATED)} of {len(mix.TASKS)} pages"
+    stages.append(Stage("sft", about, sft, root / "sft", _agent, 60, processes))
+    tasks = "tasks=[" + ",".join(f"miniwob/{task}" for task in mix.TASKS) + "]"
     rl = ("recipes.rl", *preset, f"init={root}/sft/agent", tasks, f"output={root}/rl")
-    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 105, processes))
+    about = f"try all {len(mix.TASKS)} pages, be rewarded by them, improve (GRPO)"
+    stages.append(Stage("rl", about, rl, root / "rl", _agent, 140, processes))
     stages += [_judge(root, who, who, ("miniwob",), size) for who in ("untrained", "sft", "rl")]
     stages.append(_judge(root, "blind", "rl", ("miniwob",), size, "--blind"))
     return [
         *stages,
-        _judge(root, "pages", "rl", ("page_grounding", "screenshot_to_html"), size, "--max-tokens", str(ANSWER)),
+        _judge(root, "pages", "rl", ("page_grounding", "screenshot_to_html"), size, "--max-tokens", str(mix.ANSWER)),
     ]
 
 
 def _data(root: Path, size: str, browser: bool) -> Stage:
     """Whether there is a browser is part of the command: with one, the data of a call without is made afresh."""
-    samples = [f"{stage}.{n}={count}" for stage, mix in SAMPLES[size].items() for n, count in mix.items()]
-    tasks = "tasks=[" + ",".join(TASKS) + "]"
-    asked = ("questions=3", *(f"ask.{kind}={ASK.get(kind, 0)}" for kind in WEIGHTS))
+    samples = [f"{stage}.{n}={count}" for stage, kinds in mix.SAMPLES[size].items() for n, count in kinds.items()]
+    tasks = ("tasks=[" + ",".join(mix.TASKS) + "]", "demonstrated=[" + ",".join(mix.DEMONSTRATED) + "]")
+    asked = ("questions=3", *(f"ask.{kind}={mix.ASK.get(kind, 0)}" for kind in WEIGHTS))
     seen = f"browser={'required' if browser else 'none'}"
-    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, tasks, *samples, *asked)
+    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, *tasks, *samples, *asked)
     about = "draw scenes, render pages, play experts; write shards"
-    sources = [f"{stage}/{n}" for stage, mix in SAMPLES[size].items() for n in mix if browser or n in BLIND]
+    sources = [f"{stage}/{n}" for stage, kinds in mix.SAMPLES[size].items() for n in kinds if browser or n in mix.BLIND]
     return Stage("data", about, arguments, root / "data", _built(sources), 90, 0)
 
 
@@ -93,16 +95,16 @@ def _probes(root: Path, size: str) -> Stage:
 
 
 def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
-    names = [name for name in SHARES[stage] if browser or name in BLIND]
-    weights = tuple(f"data.sources.{name}.weight={SHARES[stage][name]}" for name in names)
+    names = [name for name in mix.SHARES[stage] if browser or name in mix.BLIND]
+    weights = tuple(f"data.sources.{name}.weight={mix.SHARES[stage][name]}" for name in names)
     return (f"data.folder={root}/data/{stage}", *weights)
 
 
 def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str, *how: str) -> Stage:
     output = root / "evals" / name
-    tasks = ("--tasks", *(f"miniwob/{task}" for task in TASKS)) if suites == ("miniwob",) else ()
-    each = BLINDED if "--blind" in how else JUDGED
-    limit = ("--limit", str(each[size] * len(TASKS) if tasks else PAGES[size]))
+    tasks = ("--tasks", *(f"miniwob/{task}" for task in mix.TASKS)) if suites == ("miniwob",) else ()
+    each = mix.BLINDED if "--blind" in how else mix.JUDGED
+    limit = ("--limit", str(each[size] * len(mix.TASKS) if tasks else mix.PAGES[size]))
     arguments = (
         "evals",
         *suites,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evals.store import Run, RunError, read_run
+from evals.summary import Summary
 from evals.summary import summarise as summarise_rows
 from mmagent.train.hooks import read_jsonl
+from recipes.quickstart_mix import DEMONSTRATED
 
 STAGES = ("untrained", "sft", "rl", "blind")
 """Who is judged; the last is the agent after RL, shown blank screens: what it scores from words alone."""
+HALVES = {"demonstrated": "with demonstrations", "found_out": "without"}
 TAIL = 20  # steps at the end of a log over which a final figure is taken
 
 
@@ -56,13 +59,22 @@ def _miniwob(runs: Mapping[str, Run]) -> dict[str, Any] | None:
     by_stage = {name: summarise_rows(run.rows) for name, run in runs.items()}
     tasks = sorted({task for s in by_stage.values() for task in s.by_task})
     scores = {name: _score(run) for name, run in runs.items()}
+    shown = {f"miniwob/{task}" for task in DEMONSTRATED}
+    halves = {"demonstrated": shown.intersection(tasks), "found_out": set(tasks) - shown}
     return {
         **{name: score["mean"] for name, score in scores.items()},
         "intervals": {name: [score["low"], score["high"]] for name, score in scores.items()},
         "episodes": {name: score["items"] for name, score in scores.items()},
         "errors": {name: score["errors"] for name, score in scores.items()},
+        **{half: _means(by_stage, sorted(names)) for half, names in halves.items()},
         "tasks": {t: {name: s.by_task[t].mean for name, s in by_stage.items() if t in s.by_task} for t in tasks},
     }
+
+
+def _means(by_stage: Mapping[str, Summary], tasks: Sequence[str]) -> dict[str, Any]:
+    """The mean of every stage over ``tasks``, those without episodes left out."""
+    scored = {name: [s.by_task[t].mean for t in tasks if t in s.by_task] for name, s in by_stage.items()}
+    return {"tasks": list(tasks), **{name: sum(row) / len(row) for name, row in scored.items() if row}}
 
 
 def _pretrain(folder: Path) -> dict[str, float] | None:
@@ -93,6 +105,10 @@ def shown(summary: Mapping[str, Any]) -> str:
                 f"  MiniWoB++ {name:11} {miniwob[name]:6.1%}  [{low:.1%}, {high:.1%}]  "
                 f"{miniwob['episodes'][name]} held-out episodes of {len(miniwob['tasks'])} tasks"
             )
+        for half in ("demonstrated", "found_out"):
+            pages = f"the {len(miniwob[half]['tasks'])} pages {HALVES[half]}"
+            means = ", ".join(f"{name} {miniwob[half][name]:.1%}" for name in STAGES if name in miniwob[half])
+            lines.append(f"    {pages}: {means}")
     for name in ("page_grounding", "screenshot_to_html"):
         if score := summary[name]:
             lines.append(f"  {name:21} {score['mean']:6.1%}  [{score['low']:.1%}, {score['high']:.1%}]")

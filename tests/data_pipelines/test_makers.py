@@ -168,6 +168,17 @@ def test_a_whole_build_with_screens(browser_pool, tmp_path):
         assert sum(fills) / len(fills) >= 0.99
 
 
+def test_experts_act_where_they_are_to_be_imitated():
+    """All pages are shown, those without a demonstration too."""
+    both = BuildConfig(tasks=["click-test", "click-tab"], demonstrated=["click-tab"])
+    screens, episodes = makers(both)["pretrain"][0], makers(both)["sft"][0]
+    assert screens.settings["tasks"] == ("click-test", "click-tab")
+    assert episodes.settings["tasks"] == ("click-tab",)
+    assert makers(BuildConfig(tasks=["click-test"]))["sft"][0].settings["tasks"] == ("click-test",)
+    with pytest.raises(ValueError, match="demonstrated: 'click-link' is not among the tasks"):
+        BuildConfig(tasks=["click-test"], demonstrated=["click-link"])
+
+
 def test_unknown_tasks_are_refused():
     with pytest.raises(ValueError, match="there is no expert for 'win-everything'"):
         BuildConfig(tasks=["click-test", "win-everything"])

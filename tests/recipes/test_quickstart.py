@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from mmagent.browser import find_chromium
 from mmagent.train.hooks import read_jsonl
 from recipes.processes import orphans
-from recipes.quickstart_plan import TASKS, plan
+from recipes.quickstart_mix import DEMONSTRATED, TASKS
+from recipes.quickstart_plan import plan
 from tests.recipes.recipe_kit import ENVIRONMENT
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(3600)]
@@ -45,6 +46,9 @@ def test_it_leaves_what_it_promises(undisturbed):
         low, high = summary["miniwob"]["intervals"][stage]
         assert low <= summary["miniwob"][stage] <= high
     assert len(summary["miniwob"]["tasks"]) == len(TASKS) >= 8
+    for half, count in (("demonstrated", len(DEMONSTRATED)), ("found_out", len(TASKS) - len(DEMONSTRATED))):
+        assert len(summary["miniwob"][half]["tasks"]) == count
+        assert {"untrained", "sft", "rl"} <= set(summary["miniwob"][half])
     assert {"untrained", "siglip2", "dinov3", "both", "aligned"} <= set(summary["encoder"])
     figures = summary["pretrain"]
     assert {"loss/lm", "loss/mtp_1", "visual_share", "data/fill", "tokens_per_second"} <= set(figures)

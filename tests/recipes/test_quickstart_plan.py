@@ -7,7 +7,7 @@ import pytest
 from mmagent.vocab import SPECIAL_TOKENS, Vocab
 from recipes import quickstart_plan
 from recipes.lineage import run_lineage
-from recipes.quickstart_mix import BLIND, SAMPLES
+from recipes.quickstart_mix import BLIND, DEMONSTRATED, SAMPLES, TASKS
 
 FEW = {stage: dict.fromkeys(mix, 4) for stage, mix in SAMPLES["debug"].items()}
 
@@ -33,6 +33,14 @@ def test_the_data_is_usable_once_every_source_has_shards(tmp_path):
     (data / "pretrain" / "captions" / "0.tar").unlink()
     with pytest.raises(ValueError, match=r"no shards of pretrain/captions$"):
         blind.check(data)
+
+
+def test_some_pages_are_left_for_reinforcement_to_find_out(tmp_path):
+    stages = {stage.name: stage for stage in quickstart_plan.plan(tmp_path, "laptop", 2, browser=True)}
+    assert set(DEMONSTRATED) < set(TASKS)
+    assert "demonstrated=[" + ",".join(DEMONSTRATED) + "]" in stages["data"].arguments
+    assert all(f"miniwob/{task}" in " ".join(stages["rl"].arguments) for task in TASKS)
+    assert all(f"miniwob/{task}" in stages[f"judge-{who}"].arguments for task in TASKS for who in ("sft", "rl"))
 
 
 @pytest.mark.browser
