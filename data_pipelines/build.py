@@ -3,8 +3,9 @@
     python -m data_pipelines.build [--preset laptop] [--print-config] [folder=data/laptop] [seed=0] [key=value ...]
 
 ``FOLDER/pretrain/SOURCE`` and ``FOLDER/sft/SOURCE`` hold webdataset shards, each set with a ``card.json`` of what is
-in it; ``FOLDER/tokenizer.json`` is a vocabulary trained on their texts. Same seed, same bytes. A build can be killed
-at any moment and goes on where it was when started again; a finished one is left as it is.
+in it; ``FOLDER/tokenizer.json`` is a vocabulary trained on their texts. ``FOLDER/validation/SOURCE`` holds all their
+sources anew, from seeds that neither training nor evaluation uses. Same seed, same bytes. A build can be killed at any
+moment and goes on where it was when started again; a finished one is left as it is.
 
 Screens need a Chromium. Where there is none, ``browser=auto`` makes the sources that need none and says what is
 missing; ``browser=required`` stops instead.
@@ -42,19 +43,21 @@ from mmagent.worlds.miniwob import TASKS, html_folder
 from mmagent.worlds.questions import WEIGHTS
 
 _VOCAB_PLAN = "tokenizer.plan.json"
+_BLOCK = {"train": 20, "validation": 2}  # screens of a task in a row: few held-out samples must show every task, too
 
 
 @dataclass
 class BuildConfig:
-    """``pretrain`` and ``sft`` give the number of samples of every source; 0 leaves one out. ``tasks`` of MiniWoB++
-    are shown, all that have an expert when empty; experts act in the ``demonstrated`` ones, in all of ``tasks`` when
-    that is empty. ``pages`` are open at a time in ``processes`` browsers. ``vocab_texts`` samples of every source
-    train the vocabulary. A screen is asked at most ``questions``, ``ask`` weighs their kinds."""
+    """``pretrain``, ``sft`` and ``validation`` give the number of samples of every source; 0 leaves one out. ``tasks``
+    of MiniWoB++ are shown, all that have an expert when empty; experts act in the ``demonstrated`` ones, in all of
+    ``tasks`` when that is empty. ``pages`` are open at a time in ``processes`` browsers. ``vocab_texts`` samples of
+    every training source train the vocabulary. A screen is asked at most ``questions``, ``ask`` weighs their kinds."""
 
     folder: str = "data/laptop"
     seed: int = 0
     pretrain: dict[str, int] = field(default_factory=dict)
     sft: dict[str, int] = field(default_factory=dict)
+    validation: dict[str, int] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
     demonstrated: list[str] = field(default_factory=list)
     browser: str = "auto"
@@ -88,6 +91,17 @@ def laptop() -> BuildConfig:
             "text": 1500,
         },
         sft={"episodes": 3000, "clicks": 500, "html": 200},
+        validation={
+            "screens": 160,
+            "tiles": 96,
+            "pages": 120,
+            "html": 40,
+            "captions": 60,
+            "interleaved": 20,
+            "text": 100,
+            "episodes": 120,
+            "clicks": 40,
+        },
     )
 
 
@@ -97,37 +111,48 @@ def debug() -> BuildConfig:
         folder="data/debug",
         pretrain={"screens": 80, "tiles": 48, "pages": 60, "html": 20, "captions": 40, "interleaved": 20, "text": 60},
         sft={"episodes": 80, "clicks": 20, "html": 20},
+        validation={"screens": 16, "tiles": 16, "pages": 12, "html": 8, "captions": 12, "interleaved": 8, "text": 20}
+        | {"episodes": 16, "clicks": 8},
         tasks=["click-test", "click-button", "focus-text", "enter-text"],
         vocab_size=600,
     )
 
 
 def makers(config: BuildConfig) -> dict[str, list[Maker]]:
-    """Every source there is, by stage; both stages see train seeds only, and not the same pages."""
-    seed, tasks = config.seed, config.tasks or list(TASKS)
+    """Every source there is, by stage. Both training stages see train seeds only, and not the same pages;
+    ``validation`` holds all their sources, from the seeds of its own split."""
     return {
-        "pretrain": [
-            ScreenQuestions(tasks, seed, config.questions, config.ask),
-            Tiles(seed, config.questions, config.ask),
-            PageQuestions(seed, questions=config.questions, weights=config.ask),
-            PageSources(seed),
-            Captions(seed),
-            Interleaved(seed),
-            Texts(seed),
-        ],
-        "sft": [
-            ExpertEpisodes(config.demonstrated or tasks, seed),
-            PageQuestions(seed, "clicks", questions=4, weights={"locate": 2.0, "step": 1.0}),
-            PageSources(digest(seed, "sft")),
-        ],
+        "pretrain": _to_read(config, "train"),
+        "sft": [*_to_act(config, "train"), PageSources(digest(config.seed, "sft"))],
+        "validation": [*_to_read(config, "validation"), *_to_act(config, "validation")],
     }
+
+
+def _to_read(config: BuildConfig, split: str) -> list[Maker]:
+    seed, asked = config.seed, {"questions": config.questions, "weights": config.ask, "split": split}
+    return [
+        ScreenQuestions(config.tasks or list(TASKS), seed, block=_BLOCK[split], **asked),
+        Tiles(seed, **asked),
+        PageQuestions(seed, **asked),
+        PageSources(seed, split=split),
+        Captions(seed, split=split),
+        Interleaved(seed, split=split),
+        Texts(seed, split=split),
+    ]
+
+
+def _to_act(config: BuildConfig, split: str) -> list[Maker]:
+    return [
+        ExpertEpisodes(config.demonstrated or config.tasks or list(TASKS), config.seed, _BLOCK[split], split),
+        PageQuestions(config.seed, "clicks", questions=4, weights={"locate": 2.0, "step": 1.0}, split=split),
+    ]
 
 
 def plan(config: BuildConfig) -> Iterator[tuple[str, Maker, int]]:
     """``(stage, maker, samples)`` of everything to build. Raises :class:`~mmagent.config.ConfigError` for a source
     that nobody makes."""
     for stage, known in makers(config).items():
-        wanted = {"pretrain": config.pretrain, "sft": config.sft}[stage]
+        wanted = {"pretrain": config.pretrain, "sft": config.sft, "validation": config.validation}[stage]
         unknown = set(wanted) - {maker.name for maker in known}
         if unknown:
             names = ", ".join(maker.name for maker in known)
@@ -148,7 +173,8 @@ def build(config: BuildConfig) -> dict[str, dict[str, Any]]:
         todo = [(stage, maker, samples) for stage, maker, samples in todo if maker.screen is None]
     asyncio.run(_build_all(config, root, todo))
     folders = {f"{stage}/{maker.name}": root / stage / maker.name for stage, maker, _ in todo}
-    builder = DocumentBuilder(_vocab(config, root, list(folders.values())), GeometryConfig(), ChatConfig())
+    trained_on = [root / stage / maker.name for stage, maker, _ in todo if stage != "validation"]
+    builder = DocumentBuilder(_vocab(config, root, trained_on), GeometryConfig(), ChatConfig())
     return {name: read_card(folder, builder) or write_card(folder, builder) for name, folder in folders.items()}
 
 
@@ -177,7 +203,7 @@ async def _build_all(config: BuildConfig, root: Path, todo: Sequence[tuple[str, 
 
 
 def _vocab(config: BuildConfig, root: Path, folders: Sequence[Path]) -> Vocab:
-    """Train the vocabulary on samples from all over every source, unless that was done for the same sources."""
+    """Train the vocabulary on samples from all over every source given, unless that was done for the same sources."""
     sets = [ShardSet(folder) for folder in folders]
     made = {"size": config.vocab_size, "texts": config.vocab_texts, "sources": [s.fingerprint() for s in sets]}
     if (root / _VOCAB_PLAN).is_file() and json.loads((root / _VOCAB_PLAN).read_text(encoding="utf-8")) == made:

@@ -13,9 +13,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 from data_pipelines.documents import DocumentBuilder
+from data_pipelines.mixture import digest
 from data_pipelines.shards import ShardSet, ShardWriter
 from mmagent.browser import BrowserError, BrowserPool, Page
 from mmagent.files import write_text
@@ -44,6 +46,16 @@ class Maker(Protocol):
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         """Block ``number``: always the same ``block`` records."""
         ...
+
+
+def settings_of(split: str, **settings: Any) -> dict[str, Any]:
+    """A maker's settings. The split is named only where it is not "train": older plans know no other."""
+    return settings if split == "train" else {"split": split, **settings}
+
+
+def draws(split: str, *parts: object) -> Random:
+    """Random numbers that are a function of ``parts``, and other ones for every split."""
+    return Random(digest(*parts) if split == "train" else digest(split, *parts))
 
 
 async def build_source(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import Any
 
-from data_pipelines.making import BuildError
-from data_pipelines.mixture import digest
+from data_pipelines.making import BuildError, draws, settings_of
 from mmagent.actions import Finished, format_action
 from mmagent.browser import Page
 from mmagent.browser.perform import perform
@@ -42,8 +40,8 @@ def regions(elements: Sequence[Element]) -> tuple[Region, ...]:
 
 
 class ScreenQuestions:
-    """Questions about screens of ``tasks`` (train seeds), at the start of an episode or some right steps into it.
-    ``weights`` choose their kinds."""
+    """Questions about screens of ``tasks`` (seeds of ``split``), at the start of an episode or some right steps into
+    it. ``weights`` choose their kinds."""
 
     name = "screens"
     screen = (miniwob.WIDTH, miniwob.HEIGHT)
@@ -55,16 +53,13 @@ class ScreenQuestions:
         questions: int = 8,
         weights: Mapping[str, float] = WEIGHTS,
         block: int = 20,
+        split: str = "train",
     ):
         self.tasks, self.seed, self.questions, self.block = tuple(tasks), seed, questions, block
-        self.weights = dict(weights)
-        self.settings: dict[str, Any] = {
-            "tasks": self.tasks,
-            "seed": seed,
-            "questions": questions,
-            "weights": self.weights,
-            "block": block,
-        }
+        self.weights, self.split = dict(weights), split
+        self.settings: dict[str, Any] = settings_of(
+            split, tasks=self.tasks, seed=seed, questions=questions, weights=self.weights, block=block
+        )
 
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         assert page is not None
@@ -72,17 +67,17 @@ class ScreenQuestions:
         return [await self._record(page, task, first + n) for n in range(self.block)]
 
     async def _record(self, page: Page, task: str, index: int) -> Record:
-        random = Random(digest(self.seed, self.name, task, index))
+        random = draws(self.split, self.seed, self.name, task, index)
         for attempt in range(_ATTEMPTS):
             steps = random.choice((0, 0, 0, 1, 2)) if attempt == 0 else 0
-            screen = await miniwob.start(page, task, _train_seed(index, attempt))
+            screen = await miniwob.start(page, task, _seed(self.split, index, attempt))
             for _ in range(steps):
                 action = await miniwob.expert(task)(page)
                 if isinstance(action, Finished):
                     break
                 await perform(page, action, VIEW)
                 if (await miniwob.state(page))[0]:
-                    screen = await miniwob.start(page, task, _train_seed(index, attempt))
+                    screen = await miniwob.start(page, task, _seed(self.split, index, attempt))
                     break
                 screen = await miniwob.observe(page)
             asked = ask(VIEW.original, screen.elements, screen.lines, random, self.questions, self.weights)
@@ -94,14 +89,14 @@ class ScreenQuestions:
 
 
 class ExpertEpisodes:
-    """Whole episodes of ``tasks`` (train seeds) that the benchmark rewarded, one turn a step."""
+    """Whole episodes of ``tasks`` (seeds of ``split``) that the benchmark rewarded, one turn a step."""
 
     name = "episodes"
     screen = (miniwob.WIDTH, miniwob.HEIGHT)
 
-    def __init__(self, tasks: Sequence[str], seed: int, block: int = 20):
-        self.tasks, self.seed, self.block = tuple(tasks), seed, block
-        self.settings: dict[str, Any] = {"tasks": self.tasks, "seed": seed, "block": block}
+    def __init__(self, tasks: Sequence[str], seed: int, block: int = 20, split: str = "train"):
+        self.tasks, self.seed, self.block, self.split = tuple(tasks), seed, block, split
+        self.settings: dict[str, Any] = settings_of(split, tasks=self.tasks, seed=seed, block=block)
 
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         assert page is not None
@@ -110,7 +105,7 @@ class ExpertEpisodes:
 
     async def _record(self, page: Page, task: str, index: int) -> Record:
         for attempt in range(_ATTEMPTS):
-            episode = await play(page, task, _train_seed(index, attempt))
+            episode = await play(page, task, _seed(self.split, index, attempt))
             if episode is not None:
                 turns, screens = episode
                 images = tuple([await asyncio.to_thread(_encode, screen) for screen in screens])
@@ -143,8 +138,8 @@ def _place(tasks: Sequence[str], number: int, block: int) -> tuple[str, int]:
     return tasks[task], rounds * block
 
 
-def _train_seed(index: int, attempt: int) -> int:
-    return seed_for("train", index * _ATTEMPTS + attempt)
+def _seed(split: str, index: int, attempt: int) -> int:
+    return seed_for(split, index * _ATTEMPTS + attempt)
 
 
 def _encode(screen: Screen) -> EncodedImage:

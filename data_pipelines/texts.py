@@ -7,10 +7,11 @@ on screens asks of it, and needs no download. A run on real text names its own s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from typing import Any
 
-from data_pipelines.mixture import digest
+from data_pipelines.making import draws, settings_of
 from mmagent.actions import Click, Key, Type, format_action
 from mmagent.chat import Text
 from mmagent.geometry import FRAME
@@ -81,9 +82,9 @@ def spelling(random: Random) -> str:
     return "\n".join(lines)
 
 
-def markup(random: Random) -> str:
+def markup(random: Random, split: str = "train") -> str:
     """The source of a small page."""
-    return generate(seed_for("train", random.getrandbits(40)), 320, 240, difficulty=random.randint(1, 3)).html
+    return generate(seed_for(split, random.getrandbits(40)), 320, 240, difficulty=random.randint(1, 3)).html
 
 
 def doing(random: Random) -> str:
@@ -114,15 +115,16 @@ class Texts:
     name = "text"
     screen = None
 
-    def __init__(self, seed: int, block: int = 100):
-        self.seed, self.block = seed, block
-        self.settings: dict[str, Any] = {"seed": seed, "block": block}
+    def __init__(self, seed: int, block: int = 100, split: str = "train"):
+        self.seed, self.block, self.split = seed, block, split
+        self.settings: dict[str, Any] = settings_of(split, seed=seed, block=block)
 
     async def make(self, number: int, page: object) -> Sequence[Record]:
         return [self._record(number * self.block + n) for n in range(self.block)]
 
     def _record(self, index: int) -> Record:
-        random = Random(digest(self.seed, self.name, index))
+        random = draws(self.split, self.seed, self.name, index)
         kind = KINDS[index % len(KINDS)]
-        text = "\n\n".join(kind(random) for _ in range(random.randint(1, 3)))
+        write = partial(markup, split=self.split) if kind is markup else kind
+        text = "\n\n".join(write(random) for _ in range(random.randint(1, 3)))
         return Record(f"{kind.__name__}-{index:06d}", self.name, parts=(Text(text),))

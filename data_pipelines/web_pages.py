@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
-from data_pipelines.making import BuildError
-from data_pipelines.mixture import digest
+from data_pipelines.making import BuildError, draws, settings_of
 from data_pipelines.screens import conversation, regions
 from mmagent.browser import Page
 from mmagent.chat import assistant, user
@@ -17,9 +16,10 @@ from mmagent.records import Record, encode_image
 from mmagent.worlds.pages import LEVELS, PageSource, Scene, generate, render
 from mmagent.worlds.pages.tiles import cut, tile_sheet
 from mmagent.worlds.questions import WEIGHTS, ask
-from mmagent.worlds.seeds import seed_for
+from mmagent.worlds.seeds import SPLITS, seed_for
 
 _ATTEMPTS = 20  # pages tried for one record
+_SHEET_BITS = 40  # of a sheet's seed; each split has its own range of them
 SIDES = ((320, 240), (320, 240), (224, 168), (224, 224), (280, 196), (280, 280), (392, 252))
 """Screens in pixels, width first, 48 to 126 visual tokens of 28 pixels; the size that tasks use comes twice."""
 SMALL = ((320, 240), (224, 168))
@@ -37,24 +37,22 @@ class PageQuestions:
         questions: int = 8,
         weights: Mapping[str, float] = WEIGHTS,
         block: int = 20,
+        split: str = "train",
     ):
         self.seed, self.name, self.questions, self.weights, self.block = seed, name, questions, dict(weights), block
-        self.settings: dict[str, Any] = {
-            "seed": seed,
-            "questions": questions,
-            "weights": self.weights,
-            "sides": SIDES,
-            "block": block,
-        }
+        self.split = split
+        self.settings: dict[str, Any] = settings_of(
+            split, seed=seed, questions=questions, weights=self.weights, sides=SIDES, block=block
+        )
 
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         assert page is not None
         return [await self._record(page, number * self.block + n) for n in range(self.block)]
 
     async def _record(self, page: Page, index: int) -> Record:
-        random = Random(digest(self.seed, self.name, index))
+        random = draws(self.split, self.seed, self.name, index)
         for _ in range(_ATTEMPTS):
-            scene = await _show(page, _source(random, random.choice(SIDES), random.randint(1, LEVELS)))
+            scene = await _show(page, _source(self.split, random, random.choice(SIDES), random.randint(1, LEVELS)))
             height, width = scene.image.shape[:2]
             asked = ask((height, width), scene.elements, scene.lines, random, self.questions, self.weights)
             if asked:
@@ -72,22 +70,21 @@ class Tiles:
     screen = (columns * width, rows * height)
     block = columns * rows
 
-    def __init__(self, seed: int, questions: int = 4, weights: Mapping[str, float] = WEIGHTS):
-        self.seed, self.questions, self.weights = seed, questions, dict(weights)
-        self.settings: dict[str, Any] = {
-            "seed": seed,
-            "questions": questions,
-            "weights": self.weights,
-            "tile": (self.width, self.height),
-            "block": self.block,
-        }
+    def __init__(self, seed: int, questions: int = 4, weights: Mapping[str, float] = WEIGHTS, split: str = "train"):
+        self.seed, self.questions, self.weights, self.split = seed, questions, dict(weights), split
+        self._first_sheet = SPLITS.index(split) << _SHEET_BITS
+        tile = (self.width, self.height)
+        self.settings: dict[str, Any] = settings_of(
+            split, seed=seed, questions=questions, weights=self.weights, tile=tile, block=self.block
+        )
 
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         assert page is not None
         records: list[Record] = []
-        random = Random(digest(self.seed, self.name, number))
+        random = draws(self.split, self.seed, self.name, number)
         for _ in range(_ATTEMPTS):
-            html = tile_sheet(random.getrandbits(40), self.columns, self.rows, self.width, self.height)
+            sheet_seed = self._first_sheet + random.getrandbits(_SHEET_BITS)
+            html = tile_sheet(sheet_seed, self.columns, self.rows, self.width, self.height)
             sheet = await render(page, html, *self.screen, trusted=True)
             for tile in cut(sheet, self.columns, self.rows):
                 size = (self.height, self.width)
@@ -108,18 +105,18 @@ class PageSources:
     name = "html"
     screen = SMALL[0]
 
-    def __init__(self, seed: int, longest: int = 1200, block: int = 20):
-        self.seed, self.longest, self.block = seed, longest, block
-        self.settings: dict[str, Any] = {"seed": seed, "longest": longest, "sides": SMALL, "block": block}
+    def __init__(self, seed: int, longest: int = 1200, block: int = 20, split: str = "train"):
+        self.seed, self.longest, self.block, self.split = seed, longest, block, split
+        self.settings: dict[str, Any] = settings_of(split, seed=seed, longest=longest, sides=SMALL, block=block)
 
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         assert page is not None
         return [await self._record(page, number * self.block + n) for n in range(self.block)]
 
     async def _record(self, page: Page, index: int) -> Record:
-        random = Random(digest(self.seed, self.name, index))
+        random = draws(self.split, self.seed, self.name, index)
         for _ in range(_ATTEMPTS):
-            source = _source(random, random.choice(SMALL), random.randint(1, 2))
+            source = _source(self.split, random, random.choice(SMALL), random.randint(1, 2))
             if len(source.html) > self.longest:
                 continue
             scene = await _show(page, source)
@@ -129,8 +126,8 @@ class PageSources:
         raise BuildError(f"{self.name}: no page of at most {self.longest} characters at index {index}")
 
 
-def _source(random: Random, side: tuple[int, int], difficulty: int) -> PageSource:
-    return generate(seed_for("train", random.getrandbits(40)), *side, difficulty=difficulty)
+def _source(split: str, random: Random, side: tuple[int, int], difficulty: int) -> PageSource:
+    return generate(seed_for(split, random.getrandbits(40)), *side, difficulty=difficulty)
 
 
 async def _show(page: Page, source: PageSource) -> Scene:

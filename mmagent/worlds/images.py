@@ -4,7 +4,7 @@ A scene says what is where in words (its caption: colours, shapes, places), as a
 pixel, as maps of shapes and of materials. Captions never name materials, maps never need words: what a caption
 teaches and what dense features must know are different things, as they are for photographs.
 
-Everything is a function of ``(split, seed)`` alone; "train" and "test" never share a picture.
+Everything is a function of ``(split, seed)`` alone; no two splits share a picture.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLACES = (
     *("bottom left", "bottom", "bottom right"),
 )
 WIDGETS = ("button", "checkbox", "radio", "field", "slider", "link")
-SPLITS = {"train": 0, "test": 1}
+SPLITS = {"train": 0, "test": 1, "validation": 2}
 SIDES = (112, 225)  # least and, exclusive, most pixels on a side where no size is asked for
 
 _WORDS = (
@@ -165,7 +165,7 @@ def draw_panel(seed: int, split: str = "train", size: tuple[int, int] | None = N
 
 def crop_photo(seed: int, kind: str, split: str = "train", size: tuple[int, int] | None = None) -> Captioned:
     """A crop, at a random scale, of one of the photographs of :data:`PHOTO_KINDS` that scikit-image and scikit-learn
-    install. The right third of every photograph belongs to the test split."""
+    install. The right third of every photograph is kept from the train split."""
     if kind not in _PHOTOS:
         raise ValueError(f"photo kind {kind!r} is none of {PHOTO_KINDS}")
     random = _generator(f"photo-{kind}", seed, split)

@@ -36,7 +36,8 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 
 
 def small(folder: Path, **counts: int) -> BuildConfig:
-    return replace(debug(), folder=str(folder), pretrain=counts or {"text": 30, "captions": 6}, sft={}, browser="none")
+    counts = counts or {"text": 30, "captions": 6}
+    return replace(debug(), folder=str(folder), pretrain=counts, sft={}, validation={}, browser="none")
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
@@ -45,6 +46,27 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     build(replace(small(tmp_path / "c"), seed=1))
     assert shards_of(tmp_path / "a") == shards_of(tmp_path / "b") != shards_of(tmp_path / "c")
     assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+
+
+def test_held_out_samples_are_new_and_change_nothing_else(tmp_path):
+    counts = {"text": 60, "captions": 40, "interleaved": 20}
+    build(small(tmp_path / "without", **counts))
+    cards = build(replace(small(tmp_path / "with", **counts), validation=counts))
+    made = shards_of(tmp_path / "with")
+    held_out = {name for name in made if name.startswith("validation/")}
+    assert {name: made[name] for name in made if name not in held_out} == shards_of(tmp_path / "without")
+    for file in ("tokenizer.json", "tokenizer.plan.json"):
+        assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()
+    assert {name for name in cards if name.startswith("validation/")} == {f"validation/{name}" for name in counts}
+    for name, count in counts.items():
+        trained, fresh = (ShardSet(tmp_path / "with" / stage / name) for stage in ("pretrain", "validation"))
+        records = [[from_sample(shards.read(n)) for n in range(count)] for shards in (trained, fresh)]
+        if name == "text":
+            known, new = ({"".join(texts_of(record)) for record in part} for part in records)
+        else:
+            known, new = ({image.data for record in part for image in record.images} for part in records)
+        assert len(new) >= count
+        assert not known & new
 
 
 def test_a_finished_build_is_left_as_it_is(tmp_path):
@@ -94,7 +116,7 @@ def test_the_command_line_refuses_and_prints(tmp_path, capsys):
 
 def test_kill_9_and_again_gives_identical_shards(tmp_path):
     settings = ["browser=none", "shard_samples=150", "pretrain.text=2000", "pretrain.captions=0", "vocab_texts=50"]
-    settings += ["pretrain.interleaved=0", f"folder={tmp_path / 'killed'}"]
+    settings += ["pretrain.interleaved=0", "validation.interleaved=0", f"folder={tmp_path / 'killed'}"]
     child = subprocess.Popen(
         [sys.executable, "-m", "data_pipelines.build", "--preset", "debug", *settings],
         stdout=subprocess.DEVNULL,
@@ -106,8 +128,9 @@ def test_kill_9_and_again_gives_identical_shards(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not is_finished(tmp_path / "killed/pretrain/text", 2000)
+    held_out = {name: debug().validation[name] for name in ("captions", "text")}
     for name in ("killed", "whole"):
-        build(replace(small(tmp_path / name, text=2000), shard_samples=150, vocab_texts=50))
+        build(replace(small(tmp_path / name, text=2000), validation=held_out, shard_samples=150, vocab_texts=50))
     assert shards_of(tmp_path / "killed") == shards_of(tmp_path / "whole")
     assert is_finished(tmp_path / "killed/pretrain/text", 2000)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
 
+from data_pipelines import texts, web_pages
 from data_pipelines.build import BuildConfig, build, debug, makers, texts_of
 from data_pipelines.making import Maker
 from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
@@ -21,9 +24,10 @@ from mmagent.geometry import GeometryConfig
 from mmagent.prompts import HTML_REQUEST
 from mmagent.records import Record, decode_image, from_sample, to_sample
 from mmagent.vocab import Vocab
-from mmagent.worlds import miniwob
+from mmagent.worlds import images, miniwob
 from mmagent.worlds.pages import Scene, render
 from mmagent.worlds.pages.tiles import cut, tile_sheet
+from mmagent.worlds.seeds import SPLITS
 
 pytestmark = pytest.mark.browser
 TASKS = ("click-button", "enter-text", "focus-text")
@@ -148,14 +152,65 @@ def test_the_two_stages_do_not_share_pages(browser_pool):
     assert len(set(shown)) == len(shown)
 
 
+def test_held_out_seeds_are_nobody_elses(browser_pool, monkeypatch):
+    """Neither a training stage nor an evaluation asks a world for what validation shows."""
+    asked: dict[str, set[tuple[object, ...]]] = {}  # the last is of the stage at hand
+
+    def spy(module: object, name: str, key: Callable[..., tuple[object, ...]]) -> None:
+        real = getattr(module, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            next(reversed(asked.values())).add((name, *key(*args)))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+
+    spy(miniwob, "start", lambda page, task, seed: (task, seed))
+    for module in (web_pages, texts):
+        spy(module, "generate", lambda seed, *size: (seed,))
+    spy(web_pages, "tile_sheet", lambda seed, *size: (seed,))
+    spy(images, "draw_scene", lambda seed, split: (split, seed))
+    spy(images, "draw_panel", lambda seed, split: (split, seed))
+    spy(images, "crop_photo", lambda seed, kind, split: (split, kind, seed))
+    for stage, known in makers(BuildConfig(tasks=list(TASKS))).items():
+        asked[stage] = set()
+        for maker in known:
+            if maker.screen is None:
+                asyncio.run(maker.make(0, None))
+            else:
+                maker.block = maker.block if maker.name == "tiles" else 2  # a few will do
+                make(browser_pool, maker, 0)
+    held_out = asked["validation"]
+    worlds = {"start", "generate", "tile_sheet", "draw_scene", "draw_panel", "crop_photo"}
+    assert {name for name, *_ in held_out} == worlds
+    assert not held_out & (asked["pretrain"] | asked["sft"])
+    for name, *rest in held_out:
+        if name in ("start", "generate"):
+            assert rest[-1] % len(SPLITS) == SPLITS.index("validation")
+        elif name == "tile_sheet":
+            assert rest[0] >= 1 << 40
+        else:
+            assert rest[0] == "validation"
+    for name, *rest in asked["pretrain"] | asked["sft"]:
+        assert name not in ("start", "generate") or rest[-1] % len(SPLITS) == SPLITS.index("train")
+        assert name != "tile_sheet" or rest[0] < 1 << 40
+        assert not name.startswith(("draw", "crop")) or rest[0] == "train"
+
+
+def test_few_held_out_screens_show_every_task(browser_pool):
+    screens = next(m for m in makers(BuildConfig(tasks=list(TASKS)))["validation"] if m.name == "screens")
+    shown = {record.task for number in range(3) for record in make(browser_pool, screens, number)}
+    assert shown == set(TASKS)
+
+
 def test_a_whole_build_with_screens(browser_pool, tmp_path):
     """``browser_pool`` skips where there is no Chromium; the build brings its own."""
     config = debug()
     config.folder = str(tmp_path)
-    for stage in (config.pretrain, config.sft):
+    for stage in (config.pretrain, config.sft, config.validation):
         stage.update(dict.fromkeys(stage, 8))
     cards = build(config)
-    assert len(cards) == len(config.pretrain) + len(config.sft)
+    assert len(cards) == len(config.pretrain) + len(config.sft) + len(config.validation)
     assert all(card["samples"] == 8 for card in cards.values())
     assert cards["sft/episodes"]["images"] >= 8
     for stage in ("pretrain", "sft"):

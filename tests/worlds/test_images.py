@@ -24,9 +24,11 @@ def test_splits_never_share_a_picture():
     for draw in (draw_scene, draw_panel, lambda seed, split: crop_photo(seed, "scientific", split)):
         train = {zlib.crc32(draw(seed, "train").image.tobytes()) for seed in range(50)}
         test = {zlib.crc32(draw(seed, "test").image.tobytes()) for seed in range(50)}
+        held_out = {zlib.crc32(draw(seed, "validation").image.tobytes()) for seed in range(50)}
         assert not train & test
-    with pytest.raises(ValueError, match="validation"):
-        draw_scene(0, "validation")
+        assert not held_out & (train | test)
+    with pytest.raises(ValueError, match="'dev' is none of"):
+        draw_scene(0, "dev")
 
 
 def test_maps_fit_the_picture_and_the_words():
