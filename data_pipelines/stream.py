@@ -121,7 +121,7 @@ class PackStream(Iterator[list[PackedBatch]]):
     ):
         """Raises ``ValueError`` when micro-batches, logical streams and ranks do not divide, naming both numbers."""
         self.config = config
-        self._world = world
+        self.world = world
         rank, ranks = (world.rank, world.size) if world else (0, 1)
         streams, packs = config.streams, config.packs_per_step
         if packs % streams:
@@ -273,9 +273,9 @@ class PackStream(Iterator[list[PackedBatch]]):
         if self._group == self._ranks:
             logical = copy.deepcopy(self._delivered)
         else:
-            assert self._world is not None
+            assert self.world is not None
             mine = {str(n): self._delivered[str(n)] for n in self._own}
-            logical = {n: state for states in self._world.gather_objects(mine) for n, state in states.items()}
+            logical = {n: state for states in self.world.gather_objects(mine) for n, state in states.items()}
         return {
             "streams": self.config.streams,
             "seed": self.config.seed,

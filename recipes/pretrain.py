@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from data_pipelines.held_out import HeldOut, ValidationConfig
 from data_pipelines.stream import PackStream, StreamConfig
 from mmagent import dist
 from mmagent.chat import ChatConfig
@@ -26,7 +27,7 @@ from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModelConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
-from mmagent.train.hooks import usual_hooks
+from mmagent.train.hooks import Every, Validate, usual_hooks
 from mmagent.train.launch import launch
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
@@ -38,7 +39,7 @@ from mmagent.vocab import Vocab
 class Config:
     """``init`` starts from an agent folder; else the model is new, with ``encoder`` if given: the folder of stage 2, or
     ``package.module:factory`` of a custom one. ``recompute`` names roles whose activations are computed again in the
-    backward pass."""
+    backward pass. The loss on held-out data is taken every ``validate_every`` steps and at the last; 0: never."""
 
     output: str = "runs/pretrain"
     tokenizer: str = "runs/data/tokenizer.json"
@@ -49,6 +50,8 @@ class Config:
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     data: StreamConfig = field(default_factory=StreamConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validate_every: int = 0
     objective: LanguageModelingConfig = field(default_factory=LanguageModelingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
@@ -68,10 +71,9 @@ def debug() -> Config:
 
 def laptop() -> Config:
     """Minutes on two cores: the quickstart's stage."""
-    data = StreamConfig(tokens_per_step=4096, tokens_per_microbatch=2048, patches_per_microbatch=4096)
     return Config(
         geometry=GeometryConfig(mean=WHITE_MEAN),
-        data=data,
+        data=StreamConfig(tokens_per_step=4096, tokens_per_microbatch=2048, patches_per_microbatch=4096),
         optim=OptimConfig(lr=4e-3),
         engine=TorchEngineConfig(dtype="bfloat16"),
         phases=[
@@ -84,10 +86,9 @@ def laptop() -> Config:
 
 def small() -> Config:
     """About 1B parameters on one node of eight accelerators."""
-    data = StreamConfig(tokens_per_step=1 << 20, tokens_per_microbatch=1 << 15, patches_per_microbatch=1 << 16)
     return Config(
         model=presets.small(),
-        data=data,
+        data=StreamConfig(tokens_per_step=1 << 20, tokens_per_microbatch=1 << 15, patches_per_microbatch=1 << 16),
         optim=OptimConfig(lr=4e-4, role_lr={"encoder": 0.1}),
         engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
         recompute=["encoder", "decoder", "mtp"],
@@ -117,13 +118,16 @@ def train(config: Config, title: str) -> None:
     optimizer = build_optimizer(model, config.optim)
     engine = TorchEngine(objective, optimizer, config.engine, world)
     stream = PackStream(config.data, vocab, agent.geometry, agent.chat, world)
+    held_out = HeldOut(config.validation, stream) if config.validate_every else None
     parts = {"model": model, "engine": engine, "stream": stream}
     run = Run(config.output, world, parts, config=config, keep=config.keep)
     if world.is_main:
-        print(stream.describe(), flush=True)
+        print(stream.describe(), *([held_out.describe()] if held_out else []), sep="\n", flush=True)
 
     total, end = sum(phase.steps for phase in config.phases), 0
     hooks = usual_hooks(run, title, total, config.save_every, tensorboard=config.tensorboard)
+    if held_out:
+        hooks.insert(0, Every(config.validate_every, Validate(objective, held_out, world, engine=engine), total))
     for phase in config.phases:
         start, end = end, end + phase.steps
         model.freeze(phase.freeze)

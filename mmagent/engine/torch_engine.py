@@ -143,8 +143,13 @@ class TorchEngine:
 
     def forward(self, batch: Any) -> StepOutput:
         """The objective on ``batch`` (already on the device), under autocast when ``dtype`` is bfloat16."""
+        training = torch.is_grad_enabled()
+        module = self._module() if training else self.objective
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self._module()(batch)
+            output = module(batch)
+        if isinstance(module, FSDPModule) and not training:
+            module.reshard()  # a backward would: what is gathered must not be what is saved or frozen next
+        return output
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate; the average over ranks that DDP and FSDP2 take becomes a sum."""

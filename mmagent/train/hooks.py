@@ -18,7 +18,7 @@ from torch import nn
 from mmagent import dist
 from mmagent.dist import World
 from mmagent.files import write_text
-from mmagent.protocols import Objective
+from mmagent.protocols import Engine, Objective
 from mmagent.train.metrics import Totals, global_counts, mean_losses
 from mmagent.train.run import Run
 
@@ -206,23 +206,34 @@ class Validate:
     """Add ``{prefix}loss``, ``{prefix}loss/<term>`` and metrics over held-out batches to the record.
 
     ``batches()`` gives this rank's micro-batches, as many on every rank; random generators are left as they were.
-    Put it before the logs, inside :class:`Every`.
+    ``engine``, which trains the objective, brings its precision. ``time/validation`` holds the
+    seconds. Put it before the logs, inside :class:`Every`.
     """
 
     def __init__(
-        self, objective: Objective, batches: Callable[[], Iterable[Any]], world: World, prefix: str = "validation/"
+        self,
+        objective: Objective,
+        batches: Callable[[], Iterable[Any]],
+        world: World,
+        prefix: str = "validation/",
+        engine: Engine | None = None,
     ):
-        self.objective, self.batches, self.world, self.prefix = objective, batches, world, prefix
+        self.objective, self.batches, self.world, self.prefix, self.engine = objective, batches, world, prefix, engine
 
     def __call__(self, step: int, record: Record) -> None:
-        record |= {
-            self.prefix + name: value for name, value in evaluate(self.objective, self.batches(), self.world).items()
-        }
+        started = time.perf_counter()
+        found = evaluate(self.objective, self.batches(), self.world, self.engine)
+        record |= {self.prefix + name: value for name, value in found.items()}
+        record["time/" + self.prefix.strip("/")] = time.perf_counter() - started
 
 
-def evaluate(objective: Objective, batches: Iterable[Any], world: World) -> dict[str, float]:
-    """Losses and metrics of ``objective`` over ``batches`` of all ranks, without gradient and in evaluation mode."""
+def evaluate(
+    objective: Objective, batches: Iterable[Any], world: World, engine: Engine | None = None
+) -> dict[str, float]:
+    """Losses and metrics of ``objective`` over ``batches`` of all ranks, without gradient and in evaluation mode;
+    through ``engine``, and so in its precision, where there is one."""
     assert isinstance(objective, nn.Module)
+    forward = objective if engine is None else engine.forward
     terms = sorted(objective.weights)
     totals, counts = Totals(), []
     training = objective.training
@@ -231,7 +242,7 @@ def evaluate(objective: Objective, batches: Iterable[Any], world: World) -> dict
         with torch.no_grad(), torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
             for batch in batches:
                 counts.append(objective.counts(batch))
-                totals.add(batch, objective(batch.to(world.device, non_blocking=True)))
+                totals.add(batch, forward(batch.to(world.device, non_blocking=True)))
     finally:
         objective.train(training)
     if not counts:

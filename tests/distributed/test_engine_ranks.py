@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mmagent.dist import World, run_ranks
 from mmagent.engine.checkpoint import gather_weights
@@ -90,8 +91,8 @@ def test_a_run_goes_on_sharded_or_not_and_on_another_number_of_ranks(tmp_path):
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "m.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def validated(world: World, parallel: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """A step, a validation, and another step."""
+def validated(world: World, parallel: str, through: bool) -> tuple[dict[str, float], list[dict[str, torch.Tensor]]]:
+    """A step, a validation, and another step; the weights after each of the three."""
     torch.manual_seed(0)
     toy = Toy()
     optimizer = torch.optim.SGD(toy.parameters(), lr=0.1)
@@ -100,17 +101,43 @@ def validated(world: World, parallel: str) -> tuple[dict[str, float], dict[str, 
     mine = batches[world.rank :: world.size]
     record: dict[str, float] = {}
     train_step(toy, engine, mine, world)
-    Validate(toy, lambda: mine, world)(1, record)
+    weights = [_copied(toy)]
+    Validate(toy, lambda: mine, world, engine=engine if through else None)(1, record)
+    weights += [_copied(toy)] if through else weights
     train_step(toy, engine, mine, world)
-    return record, gather_weights(toy)
+    del record["time/validation"]
+    return record, [*weights, gather_weights(toy)]
+
+
+def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in gather_weights(module).items()}
 
 
 def test_validation_is_the_same_on_any_number_of_ranks_and_disturbs_nothing():
-    alone, weights = validated(ALONE, "none")
-    for parallel in ("ddp", "fsdp2"):
-        for record, found in run_ranks(validated, 2, parallel):
+    alone, (*_, weights) = validated(ALONE, "none", False)
+    for parallel, through in (("ddp", False), ("ddp", True), ("fsdp2", False), ("fsdp2", True)):
+        for record, (before, after, found) in run_ranks(validated, 2, parallel, through):
             assert record == pytest.approx(alone, rel=1e-4)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
             assert all(torch.allclose(found[name], weights[name], atol=1e-5) for name in found)
+
+
+def left_whole(world: World, dtype: str) -> list[str]:
+    """Parameters that are not sharded any more after a validation."""
+    torch.manual_seed(0)
+    toy = Toy()
+    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("fsdp2", dtype), world)
+    batch = ToyBatch(torch.randn(3, 6))
+    train_step(toy, engine, [batch], world)
+    Validate(toy, lambda: [batch], world, engine=engine)(1, {})
+    return [name for name, parameter in toy.named_parameters() if not isinstance(parameter, DTensor)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_validation_leaves_nothing_gathered(dtype):
+    """What is frozen or saved next must be the shards, as after a backward."""
+    assert run_ranks(left_whole, 2, dtype) == [[], []]
 
 
 def told_to_leave(world: World, folder: str) -> tuple[int, int]:

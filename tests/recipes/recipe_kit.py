@@ -29,7 +29,8 @@ BROKEN = "boxes-5"
 def make_data(folder: Path) -> None:
     """Shards and a vocabulary from drawn scenes and texts."""
     pretrain = {"captions": 40, "interleaved": 20, "text": 40}
-    build(BuildConfig(folder=str(folder), pretrain=pretrain, browser="none", vocab_size=600))
+    held_out = {"captions": 24, "interleaved": 10, "text": 24}
+    build(BuildConfig(folder=str(folder), pretrain=pretrain, validation=held_out, browser="none", vocab_size=600))
     make_boxes(folder / "boxes")
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipelines.documents import read_quarantine
+from data_pipelines.held_out import HeldOut, ValidationConfig
+from data_pipelines.stream import PackStream
 from mmagent.config import ConfigError
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
-from mmagent.train.hooks import read_jsonl
-from recipes import align_encoder
+from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.train.hooks import evaluate, read_jsonl
+from recipes import align_encoder, pretrain
+from tests.engine_kit import ALONE
 from tests.recipes.recipe_kit import BROKEN, RECIPES, run_here, start, train_all
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -101,11 +107,8 @@ def test_two_ranks_equal_one(lineage, tmp_path, recipe, parallel):
             assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in both.items()}
 
 
-@pytest.mark.parametrize("recipe", SOME)
-def test_a_killed_run_ends_as_if_nothing_had_been(lineage, tmp_path, recipe):
-    root, rows = lineage
-    output = tmp_path / "run"
-    process = start(recipe, root, output)
+def kill_past_a_checkpoint(recipe: str, root: Path, output: Path, *overrides: str) -> None:
+    process = start(recipe, root, output, *overrides)
     deadline = time.monotonic() + 120
     while len(read_jsonl(output / "log.jsonl")) < 3 and process.poll() is None:  # past the checkpoint of step 2
         assert time.monotonic() < deadline
@@ -115,6 +118,13 @@ def test_a_killed_run_ends_as_if_nothing_had_been(lineage, tmp_path, recipe):
         os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert killed, "it ended before it could be killed"
+
+
+@pytest.mark.parametrize("recipe", SOME)
+def test_a_killed_run_ends_as_if_nothing_had_been(lineage, tmp_path, recipe):
+    root, rows = lineage
+    output = tmp_path / "run"
+    kill_past_a_checkpoint(recipe, root, output)
     again = run_here(recipe, root, output)
     assert again == rows[recipe]
     for part in ("agent", "encoder", "teacher"):
@@ -122,6 +132,77 @@ def test_a_killed_run_ends_as_if_nothing_had_been(lineage, tmp_path, recipe):
             whole, resumed = (load_file(base / part / "model.safetensors") for base in (root / recipe, output))
             assert whole.keys() == resumed.keys()
             assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def held_out(root: Path, every: int) -> tuple[str, ...]:
+    return (f"validate_every={every}", f"validation.folder={root}/data/validation", "validation.steps=2")
+
+
+@pytest.fixture(scope="module")
+def validated(lineage, tmp_path_factory) -> tuple[Path, list[dict]]:
+    """Pretraining with a validation every other step: at the end of a phase, and wherever it saves."""
+    output = tmp_path_factory.mktemp("validated")
+    return output, run_here("pretrain", lineage[0], output, *held_out(lineage[0], 2))
+
+
+def trained_alone(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if not name.startswith("validation/")} for row in rows]
+
+
+def test_validation_leaves_training_as_it_was(lineage, validated):
+    root, rows = lineage
+    output, found = validated
+    assert trained_alone(found) == rows["pretrain"]
+    plain, watched = (load_file(base / "agent" / "model.safetensors") for base in (root / "pretrain", output))
+    assert plain.keys() == watched.keys()
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    timing = read_jsonl(output / "log.time.jsonl")
+    for row, seconds in zip(found, timing, strict=True):
+        names = {"validation/loss", "validation/loss/lm", "validation/loss/mtp_1", "time/validation"}
+        assert names <= {*row, *seconds} if row["step"] % 2 == 0 else not names & {*row, *seconds}
+
+
+def test_the_held_out_loss_is_that_of_the_weights_that_were_saved(lineage, validated, tmp_path):
+    """Computed anew from the agent's folder, on the packs that any call and any process gives."""
+    root, (output, rows) = lineage[0], validated
+    agent = load_agent(output / "agent")
+    data = replace(pretrain.debug().data, folder=str(root / "data" / "pretrain"))
+    with closing(PackStream(data, agent.vocab, agent.geometry, agent.chat)) as training:
+        packs = HeldOut(ValidationConfig(str(root / "data" / "validation"), steps=2), training)
+        losses = evaluate(LanguageModeling(agent.model, LanguageModelingConfig()), packs(), ALONE)
+    assert {"loss", "loss/lm", "loss/mtp_1", "loss_by_source/text"} <= set(losses)
+    assert losses == pytest.approx({name: rows[-1][f"validation/{name}"] for name in losses}, rel=1e-6)
+    assert losses["loss/lm"] != pytest.approx(rows[-1]["loss/lm"], rel=1e-6)
+
+
+def test_the_last_step_is_validated(lineage, tmp_path):
+    rows = run_here("sft", lineage[0], tmp_path / "run", "phases.0.steps=3", *held_out(lineage[0], 2))
+    assert [row["step"] for row in rows if "validation/loss/lm" in row] == [2, 3]
+
+
+def test_two_ranks_validate_as_one(lineage, validated, tmp_path):
+    """With sharded weights, which are saved after a validation and frozen anew after another."""
+    root, rows = lineage[0], validated[1]
+    told = ("engine.parallel=fsdp2", *held_out(root, 2))
+    process = start("pretrain", root, tmp_path / "run", *told, ranks=2)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said[-3000:]
+    two = read_jsonl(tmp_path / "run" / "log.jsonl")
+    for name in ("loss", "validation/loss", "validation/loss/lm", "validation/loss/mtp_1"):
+        expected = [row[name] for row in rows if name in row]
+        assert [row[name] for row in two if name in row] == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_killed_run_that_validates_ends_as_if_nothing_had_been(lineage, validated, tmp_path):
+    root, rows = lineage[0], validated[1]
+    kill_past_a_checkpoint("pretrain", root, tmp_path / "run", *held_out(root, 2))
+    assert run_here("pretrain", root, tmp_path / "run", *held_out(root, 2)) == rows
+
+
+def test_validation_without_held_out_data_stops_before_training(lineage, tmp_path):
+    with pytest.raises(ValueError, match=r"validation\.folder: is empty, so there are no"):
+        run_here("pretrain", lineage[0], tmp_path / "run", "validate_every=2")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_a_model_sees_images_as_its_encoder_learned_to(lineage, tmp_path):

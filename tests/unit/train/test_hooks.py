@@ -96,6 +96,7 @@ def test_validation_changes_nothing_but_the_record():
     validate(2, again)
     assert {"held_out/loss", "held_out/loss/common", "held_out/error"} <= set(record)
     assert again["held_out/loss"] == record["held_out/loss"]  # no dropout
+    assert record["time/held_out"] > 0
     assert record["loss"] == 1.0
     assert toy.training
     assert torch.equal(before, torch.get_rng_state())

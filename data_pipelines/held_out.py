@@ -1,0 +1,82 @@
+"""Held-out packs for a validation loss: the mix of a training stream, from shards that it does not train on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from data_pipelines.mixture import SourceConfig
+from data_pipelines.stream import PackStream
+from mmagent.types import PackedBatch
+
+
+@dataclass
+class ValidationConfig:
+    """What a validation looks at: ``steps`` of the size and the mix of training, always the same ones.
+
+    The held-out shards of a source lie in the sub-folder of its name in ``folder``, or where ``paths`` says; a source
+    of training that has none is left out.
+    """
+
+    folder: str = ""
+    paths: dict[str, str] = field(default_factory=dict)
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+class HeldOut:
+    """Call it for this rank's micro-batches of one validation, as many on every rank.
+
+    Every call reads a stream of its own from its beginning, so all calls give the same packs, whatever the number of
+    ranks, and ``training`` stays where it is. Unusable samples are left out and logged as in training, in the
+    sub-folder ``validation`` of its quarantine.
+    """
+
+    def __init__(self, config: ValidationConfig, training: PackStream):
+        """Raises ``ValueError`` when no source has held-out shards, for a path of a source that training does not
+        have, and for shards that it trains on."""
+        self.steps, self.training = config.steps, training
+        tars = Path(config.folder).glob("*/*.tar") if config.folder else ()
+        found = {path.parent.name: str(path.parent) for path in tars}
+        trained = {source.name: source for source in training.sources}
+        for name in sorted(set(config.paths) - set(trained)):
+            near = difflib.get_close_matches(name, trained, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(trained)}"
+            raise ValueError(f"validation.paths.{name}: training has no such source; {hint}")
+        paths = {name: path for name, path in {**found, **config.paths}.items() if name in trained}
+        if not paths:
+            where = f"{config.folder} holds no shards" if config.folder else "is empty, so there are no held-out shards"
+            raise ValueError(f"validation.folder: {where} of {', '.join(trained)}, which this run trains on")
+        self.left_out = sorted(set(trained) - set(paths))
+        mine = training.config
+        quarantine = mine.quarantine
+        if quarantine.folder:
+            quarantine = replace(quarantine, folder=str(Path(quarantine.folder) / "validation"))
+        sources = {name: SourceConfig(path, trained[name].weight) for name, path in paths.items()}
+        self.config = replace(mine, folder="", sources=sources, prefetch=0, quarantine=quarantine)
+        with closing(self._open()) as stream:
+            for source in stream.sources:
+                if source.shards.paths == trained[source.name].shards.paths:
+                    raise ValueError(f"validation: {source.shards.location} is what source {source.name!r} trains on")
+            self.mix = ", ".join(f"{source.name} ({len(source.shards)} samples)" for source in stream.sources)
+
+    def __call__(self) -> Iterator[PackedBatch]:
+        with closing(self._open()) as stream:
+            for batches in islice(stream, self.steps):
+                yield from batches
+
+    def describe(self) -> str:
+        """One line for people."""
+        left_out = f"; no held-out shards of {', '.join(self.left_out)}" if self.left_out else ""
+        return f"validation: {self.steps} steps of {self.config.tokens_per_step} tokens of {self.mix}{left_out}"
+
+    def _open(self) -> PackStream:
+        builder = self.training.builder
+        return PackStream(self.config, builder.vocab, builder.geometry, builder.chat, self.training.world)
