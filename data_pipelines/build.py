@@ -43,7 +43,7 @@ from mmagent.worlds.miniwob import TASKS, html_folder
 from mmagent.worlds.questions import WEIGHTS
 
 _VOCAB_PLAN = "tokenizer.plan.json"
-_BLOCK = {"train": 20, "validation": 2}  # screens of a task in a row: few held-out samples must show every task, too
+_BLOCK = 20  # screens of a task in a row
 
 
 @dataclass
@@ -92,14 +92,14 @@ def laptop() -> BuildConfig:
         },
         sft={"episodes": 3000, "clicks": 500, "html": 200},
         validation={
-            "screens": 160,
+            "screens": 192,
             "tiles": 96,
             "pages": 120,
             "html": 40,
             "captions": 60,
             "interleaved": 20,
             "text": 100,
-            "episodes": 120,
+            "episodes": 128,
             "clicks": 40,
         },
     )
@@ -131,7 +131,7 @@ def makers(config: BuildConfig) -> dict[str, list[Maker]]:
 def _to_read(config: BuildConfig, split: str) -> list[Maker]:
     seed, asked = config.seed, {"questions": config.questions, "weights": config.ask, "split": split}
     return [
-        ScreenQuestions(config.tasks or list(TASKS), seed, block=_BLOCK[split], **asked),
+        ScreenQuestions(config.tasks or list(TASKS), seed, block=_in_a_row(config, "screens", split), **asked),
         Tiles(seed, **asked),
         PageQuestions(seed, **asked),
         PageSources(seed, split=split),
@@ -143,9 +143,20 @@ def _to_read(config: BuildConfig, split: str) -> list[Maker]:
 
 def _to_act(config: BuildConfig, split: str) -> list[Maker]:
     return [
-        ExpertEpisodes(config.demonstrated or config.tasks or list(TASKS), config.seed, _BLOCK[split], split),
+        ExpertEpisodes(
+            config.demonstrated or config.tasks or list(TASKS),
+            config.seed,
+            _in_a_row(config, "episodes", split),
+            split,
+        ),
         PageQuestions(config.seed, "clicks", questions=4, weights={"locate": 2.0, "step": 1.0}, split=split),
     ]
+
+
+def _in_a_row(config: BuildConfig, source: str, split: str) -> int:
+    """Screens of one task one after the other, which saves loading its page; few held-out ones must show all tasks."""
+    each = config.validation.get(source, 0) // len(config.tasks or TASKS)
+    return _BLOCK if split == "train" else min(max(each, 1), _BLOCK)
 
 
 def plan(config: BuildConfig) -> Iterator[tuple[str, Maker, int]]:

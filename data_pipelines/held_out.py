@@ -19,7 +19,7 @@ class ValidationConfig:
     """What a validation looks at: ``steps`` of the size and the mix of training, always the same ones.
 
     The held-out shards of a source lie in the sub-folder of its name in ``folder``, or where ``paths`` says; a source
-    of training that has none is left out.
+    of training that has none is left out, one with fewer samples than its share takes repeats them.
     """
 
     folder: str = ""

@@ -115,8 +115,7 @@ def train(config: Config, title: str) -> None:
     model, vocab = agent.model, agent.vocab
     model.set_recompute(config.recompute)
     objective = LanguageModeling(model, config.objective)
-    optimizer = build_optimizer(model, config.optim)
-    engine = TorchEngine(objective, optimizer, config.engine, world)
+    engine = TorchEngine(objective, build_optimizer(model, config.optim), config.engine, world)
     stream = PackStream(config.data, vocab, agent.geometry, agent.chat, world)
     held_out = HeldOut(config.validation, stream) if config.validate_every else None
     parts = {"model": model, "engine": engine, "stream": stream}

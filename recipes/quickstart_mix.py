@@ -29,6 +29,17 @@ SAMPLES = {
             "text": 200,
         },
         "sft": {"episodes": 800, "clicks": 100, "html": 60},
+        "validation": {
+            "screens": 80,
+            "tiles": 32,
+            "pages": 10,
+            "html": 6,
+            "captions": 10,
+            "interleaved": 4,
+            "text": 10,
+            "episodes": 0,
+            "clicks": 0,
+        },
     },
     "debug": {
         "pretrain": {
@@ -41,8 +52,21 @@ SAMPLES = {
             "text": 20,
         },
         "sft": {"episodes": 60, "clicks": 20, "html": 10},
+        "validation": {
+            "screens": 16,
+            "tiles": 16,
+            "pages": 4,
+            "html": 4,
+            "captions": 4,
+            "interleaved": 4,
+            "text": 4,
+            "episodes": 0,
+            "clicks": 0,
+        },
     },
 }
+VALIDATE = {"laptop": 70, "debug": 3}
+"""Steps of pretraining between two looks at held-out samples."""
 ASK = {"locate": 8, "step": 2, "where": 1, "what": 1, "state": 0.5, "colour": 0.5, "count": 0.3}
 """Kinds of questions: those about places. Reading takes longer than there is, and its text would cost most tokens."""
 SHOWN = {"scenes": 0.2, "panels": 0.1, "tiles": 0.4, "screens": 0.3}

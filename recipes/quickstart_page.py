@@ -78,8 +78,10 @@ def _overview(summary: Mapping[str, Any]) -> Any:
 def _curves(folder: Path, title: str) -> Any:
     rows = read_jsonl(folder / "log.jsonl")
     names = sorted({k for row in rows for k in row if k == "reward" or (k.startswith("loss/") and k.count("/") == 1)})
-    series = series_of(rows, {name: name.removeprefix("loss/") for name in names if name != "loss/balance"})
-    return line_chart(series, title, smooth=0.8) if series else ""
+    titles = {name: name.removeprefix("loss/") for name in names if name != "loss/balance"}
+    series = series_of(rows, titles)
+    held_out = series_of(rows, {f"validation/{name}": f"{title}, held out" for name, title in titles.items()})
+    return line_chart(series | held_out, title, smooth=0.8, exact=held_out) if series else ""
 
 
 def _times(summary: Mapping[str, Any]) -> Any:

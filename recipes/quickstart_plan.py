@@ -32,12 +32,25 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
     pretrain += _shards(root, "pretrain", browser)
+    validate = (
+        f"validate_every={mix.VALIDATE[size]}",
+        f"validation.folder={root}/data/validation",
+        "validation.steps=3",
+    )
     untrained = ("recipes.pretrain", *preset, vocabulary, *_shards(root, "pretrain", browser), "phases=[]")
     about = "a new model, to compare with"
     stages.append(Stage("untrained", about, (*untrained, f"output={root}/untrained"), root / "untrained", _agent, 6))
     about = "CogViT + merger + MoE decoder + MTP learn to read screens"
     stages.append(
-        Stage("pretrain", about, (*pretrain, f"output={root}/pretrain"), root / "pretrain", _agent, 245, processes)
+        Stage(
+            "pretrain",
+            about,
+            (*pretrain, *validate, f"output={root}/pretrain"),
+            root / "pretrain",
+            _agent,
+            245,
+            processes,
+        )
     )
     if not browser:
         return stages
@@ -64,7 +77,8 @@ def _data(root: Path, size: str, browser: bool) -> Stage:
     seen = f"browser={'required' if browser else 'none'}"
     arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, *tasks, *samples, *asked)
     about = "draw scenes, render pages, play experts; write shards"
-    sources = [f"{stage}/{n}" for stage, kinds in mix.SAMPLES[size].items() for n in kinds if browser or n in mix.BLIND]
+    made = [(stage, n) for stage, kinds in mix.SAMPLES[size].items() for n, count in kinds.items() if count]
+    sources = [f"{stage}/{n}" for stage, n in made if browser or n in mix.BLIND]
     return Stage("data", about, arguments, root / "data", _built(sources), 90, 0)
 
 

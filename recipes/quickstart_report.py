@@ -78,7 +78,9 @@ def _means(by_stage: Mapping[str, Summary], tasks: Sequence[str]) -> dict[str, A
 
 
 def _pretrain(folder: Path) -> dict[str, float] | None:
-    rows = read_jsonl(folder / "log.jsonl")[-TAIL:]
+    rows = read_jsonl(folder / "log.jsonl")
+    held_out = next((row for row in reversed(rows) if "validation/loss/lm" in row), {})
+    rows = rows[-TAIL:]
     timing = read_jsonl(folder / "log.time.jsonl")
     if not rows:
         return None
@@ -87,6 +89,7 @@ def _pretrain(folder: Path) -> dict[str, float] | None:
     found = {k: [row[k] for row in rows if k in row] for k in keys}
     rates = sorted(row["time/tokens_per_second"] for row in timing)
     figures = {k: sum(values) / len(values) for k, values in found.items()}
+    figures |= {k: held_out[k] for k in held_out if k.startswith(("validation/loss/lm", "validation/loss/mtp_"))}
     return {**figures, "tokens_per_second": rates[len(rates) // 2], "steps": rows[-1]["step"]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -84,12 +84,14 @@ def line_chart(
     log_x: bool = False,
     log_y: bool = False,
     smooth: float = 0.0,
+    exact: Collection[str] = (),
     phases: Mapping[str, float] | None = None,
     from_zero: bool = False,
 ) -> Markup:
     """Several series of ``(x, y)`` in one chart, with a legend that tells each last value.
 
-    ``smooth`` in [0, 1) draws an exponential moving average over the faint raw line. ``phases`` names vertical lines.
+    ``smooth`` in [0, 1) draws an exponential moving average over the faint raw line; series named in ``exact`` are
+    drawn point by point instead. ``phases`` names vertical lines.
     Points that are not finite (or not positive on a log axis) are left out, and the legend counts them.
     """
     if not 0 <= smooth < 1:
@@ -106,8 +108,12 @@ def line_chart(
     y_ticks = y_axis.ticks()
     left = 16 + 7 * max(len(number(t)) for t in y_ticks) + (18 if y_label else 0)
     x_axis = Axis(*_widened(min(xs), max(xs), log_x), left, _WIDTH - _RIGHT, log_x)
-    lines = join(_line(n, thin(points), x_axis, y_axis, smooth) for n, points in enumerate(kept.values()))
-    shown = {name: thin(_smoothed(points, smooth)) for name, points in kept.items()}
+    smooths = {name: 0.0 if name in exact else smooth for name in kept}
+    lines = join(
+        _line(n, thin(points), x_axis, y_axis, smooths[name], name in exact)
+        for n, (name, points) in enumerate(kept.items())
+    )
+    shown = {name: thin(_smoothed(points, smooths[name])) for name, points in kept.items()}
     hover = {
         "series": [{"name": n, "points": [[_short(x), _short(y)] for x, y in p]} for n, p in shown.items()],
         "left": x_axis.start,
@@ -184,20 +190,24 @@ def _widened(low: float, high: float, log: bool) -> tuple[float, float]:
     return (low / 2, high * 2) if log else (low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2)
 
 
-def _line(n: int, points: Points, x_axis: Axis, y_axis: Axis, smooth: float) -> Markup:
+def _line(n: int, points: Points, x_axis: Axis, y_axis: Axis, smooth: float, dots: bool = False) -> Markup:
     def path(some: Points) -> str:
         return "M" + "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in some)
 
     colour = n % COLOURS
     if not points:
         return Markup("")
+    marks = join(
+        Markup('<circle class="f{}" cx="{:.1f}" cy="{:.1f}" r="3.5"/>').format(colour, x_axis(x), y_axis(y))
+        for x, y in points
+        if dots or len(points) == 1
+    )
     if len(points) == 1:
-        return Markup('<circle class="f{}" cx="{:.1f}" cy="{:.1f}" r="3.5"/>').format(
-            colour, x_axis(points[0][0]), y_axis(points[0][1])
-        )
+        return marks
     dash = Markup(' stroke-dasharray="7 4"') if n >= COLOURS else ""
     raw = Markup('<path class="raw c{}" d="{}"/>').format(colour, path(points)) if smooth else ""
-    return Markup('{}<path class="series c{}" d="{}"{}/>').format(raw, colour, path(_smoothed(points, smooth)), dash)
+    line = Markup('<path class="series c{}" d="{}"{}/>').format(colour, path(_smoothed(points, smooth)), dash)
+    return join((raw, line, marks))
 
 
 def _legend(series: Mapping[str, Points], shown: Mapping[str, Points]) -> Markup:

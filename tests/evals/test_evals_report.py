@@ -185,6 +185,11 @@ def test_charts_of_odd_data():
     assert "no data" in line_chart({"a": [(0, -1.0)]}, "t", log_y=True)
     assert "no data" in bar_chart({}, "t")
     assert "circle" in line_chart({"one": [(3, 5.0)]}, "t")
+    few = {"every step": [(1, 4.0), (2, 3.0), (3, 3.0)], "now and then": [(1, 4.0), (3, 2.0)]}
+    chart = line_chart(few, "t", smooth=0.8, exact={"now and then"})
+    assert chart.count("<circle") == 2
+    assert chart.count('class="raw') == 1
+    assert "now and then <b>2" in chart
     assert "2 not finite" in line_chart({"a": [(1, math.nan), (2, math.inf), (3, 1.0), (4, 1.0)]}, "t")
     with pytest.raises(ValueError, match="smooth"):
         line_chart({}, "t", smooth=1.0)

@@ -52,6 +52,7 @@ def test_it_leaves_what_it_promises(undisturbed):
     assert {"untrained", "siglip2", "dinov3", "both", "aligned"} <= set(summary["encoder"])
     figures = summary["pretrain"]
     assert {"loss/lm", "loss/mtp_1", "visual_share", "data/fill", "tokens_per_second"} <= set(figures)
+    assert {"validation/loss/lm", "validation/loss/mtp_1"} <= set(figures)
     assert set(summary["seconds"]) == {stage.name for stage in plan(undisturbed, "debug", 1, browser=True)}
     page = (undisturbed / "report.html").read_text()
     assert page.count("<svg") >= 5

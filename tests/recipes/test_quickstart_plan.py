@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
+from data_pipelines import build
+from mmagent.config import resolve
 from mmagent.vocab import SPECIAL_TOKENS, Vocab
-from recipes import quickstart_plan
+from recipes import pretrain, quickstart_plan
 from recipes.lineage import run_lineage
 from recipes.quickstart_mix import BLIND, DEMONSTRATED, SAMPLES, TASKS
 
@@ -14,21 +18,23 @@ FEW = {stage: dict.fromkeys(mix, 4) for stage, mix in SAMPLES["debug"].items()}
 
 def test_a_browser_changes_what_the_data_stage_is_told(tmp_path):
     blind, seeing = (quickstart_plan.plan(tmp_path, "debug", 1, browser)[0] for browser in (False, True))
-    assert "browser=none" in blind.arguments
+    assert {"browser=none", "validation.screens=16", "validation.episodes=0"} <= set(blind.arguments)
     assert "browser=required" in seeing.arguments
 
 
 def test_the_data_is_usable_once_every_source_has_shards(tmp_path):
     blind, seeing = (quickstart_plan.plan(tmp_path, "debug", 1, browser)[0] for browser in (False, True))
     data = tmp_path / "data"
-    for source in BLIND:
-        (data / "pretrain" / source).mkdir(parents=True)
-        (data / "pretrain" / source / "0.tar").touch()
+    for stage, source in product(("pretrain", "validation"), BLIND):
+        (data / stage / source).mkdir(parents=True)
+        (data / stage / source / "0.tar").touch()
     with pytest.raises(ValueError, match="no tokenizer"):
         blind.check(data)
     Vocab.train(["click(1, 2)"], 256 + len(SPECIAL_TOKENS)).save(data)
     blind.check(data)
-    with pytest.raises(ValueError, match=r"no shards of pretrain/screens, pretrain/tiles, .*sft/episodes"):
+    with pytest.raises(
+        ValueError, match=r"no shards of pretrain/screens, pretrain/tiles, .*sft/episodes, .*validation/html$"
+    ):
         seeing.check(data)
     (data / "pretrain" / "captions" / "0.tar").unlink()
     with pytest.raises(ValueError, match=r"no shards of pretrain/captions$"):
@@ -41,6 +47,16 @@ def test_some_pages_are_left_for_reinforcement_to_find_out(tmp_path):
     assert "demonstrated=[" + ",".join(DEMONSTRATED) + "]" in stages["data"].arguments
     assert all(f"miniwob/{task}" in " ".join(stages["rl"].arguments) for task in TASKS)
     assert all(f"miniwob/{task}" in stages[f"judge-{who}"].arguments for task in TASKS for who in ("sft", "rl"))
+
+
+def test_pretraining_is_validated_on_what_the_data_stage_holds_out(tmp_path):
+    data, *stages = quickstart_plan.plan(tmp_path, "laptop", 2, True)
+    (told,) = [stage.arguments for stage in stages if stage.name == "pretrain"]
+    config = resolve(pretrain.laptop(), [argument for argument in told if "=" in argument])
+    assert config.validation.folder == f"{tmp_path}/data/validation"
+    assert 2 <= sum(phase.steps for phase in config.phases) // config.validate_every <= 4
+    held_out = resolve(build.laptop(), [argument for argument in data.arguments if "=" in argument]).validation
+    assert {name for name, count in held_out.items() if count} == set(config.data.sources)
 
 
 @pytest.mark.browser
