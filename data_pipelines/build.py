@@ -43,7 +43,7 @@ from mmagent.worlds.miniwob import TASKS, html_folder
 from mmagent.worlds.questions import WEIGHTS
 
 _VOCAB_PLAN = "tokenizer.plan.json"
-_BLOCK = 20  # screens of a task in a row
+_BLOCK = 20  # records made together, of one task where there are tasks
 
 
 @dataclass
@@ -129,33 +129,32 @@ def makers(config: BuildConfig) -> dict[str, list[Maker]]:
 
 
 def _to_read(config: BuildConfig, split: str) -> list[Maker]:
-    seed, asked = config.seed, {"questions": config.questions, "weights": config.ask, "split": split}
+    seed, tasks = config.seed, config.tasks or list(TASKS)
+    asked = {"questions": config.questions, "weights": config.ask, "split": split}
     return [
-        ScreenQuestions(config.tasks or list(TASKS), seed, block=_in_a_row(config, "screens", split), **asked),
+        ScreenQuestions(tasks, seed, block=_block(config, "screens", split, len(tasks)), **asked),
         Tiles(seed, **asked),
-        PageQuestions(seed, **asked),
-        PageSources(seed, split=split),
-        Captions(seed, split=split),
-        Interleaved(seed, split=split),
+        PageQuestions(seed, block=_block(config, "pages", split), **asked),
+        PageSources(seed, block=_block(config, "html", split), split=split),
+        Captions(seed, _block(config, "captions", split), split),
+        Interleaved(seed, _block(config, "interleaved", split), split),
         Texts(seed, split=split),
     ]
 
 
 def _to_act(config: BuildConfig, split: str) -> list[Maker]:
+    tasks = config.demonstrated or config.tasks or list(TASKS)
+    seed, weights = config.seed, {"locate": 2.0, "step": 1.0}
+    clicks = _block(config, "clicks", split)
     return [
-        ExpertEpisodes(
-            config.demonstrated or config.tasks or list(TASKS),
-            config.seed,
-            _in_a_row(config, "episodes", split),
-            split,
-        ),
-        PageQuestions(config.seed, "clicks", questions=4, weights={"locate": 2.0, "step": 1.0}, split=split),
+        ExpertEpisodes(tasks, seed, _block(config, "episodes", split, len(tasks)), split),
+        PageQuestions(seed, "clicks", questions=4, weights=weights, block=clicks, split=split),
     ]
 
 
-def _in_a_row(config: BuildConfig, source: str, split: str) -> int:
-    """Screens of one task one after the other, which saves loading its page; few held-out ones must show all tasks."""
-    each = config.validation.get(source, 0) // len(config.tasks or TASKS)
+def _block(config: BuildConfig, source: str, split: str, tasks: int = 1) -> int:
+    """Records made together. Of few held-out ones no more than are wanted, and screens of every one of the tasks."""
+    each = config.validation.get(source, 0) // tasks
     return _BLOCK if split == "train" else min(max(each, 1), _BLOCK)
 
 

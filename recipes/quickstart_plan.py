@@ -31,27 +31,13 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     stages.append(Stage("align", about, align, root / "align", _encoder, 55, processes))
     stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
-    pretrain += _shards(root, "pretrain", browser)
-    validate = (
-        f"validate_every={mix.VALIDATE[size]}",
-        f"validation.folder={root}/data/validation",
-        "validation.steps=3",
-    )
+    pretrain += (*_shards(root, "pretrain", browser), f"validation.folder={root}/data/validation", "validation.steps=3")
+    pretrain += (f"validate_every={mix.VALIDATE[size]}", f"output={root}/pretrain")
     untrained = ("recipes.pretrain", *preset, vocabulary, *_shards(root, "pretrain", browser), "phases=[]")
     about = "a new model, to compare with"
     stages.append(Stage("untrained", about, (*untrained, f"output={root}/untrained"), root / "untrained", _agent, 6))
     about = "CogViT + merger + MoE decoder + MTP learn to read screens"
-    stages.append(
-        Stage(
-            "pretrain",
-            about,
-            (*pretrain, *validate, f"output={root}/pretrain"),
-            root / "pretrain",
-            _agent,
-            245,
-            processes,
-        )
-    )
+    stages.append(Stage("pretrain", about, pretrain, root / "pretrain", _agent, 245, processes))
     if not browser:
         return stages
     sft = ("recipes.sft", *preset, f"init={root}/pretrain/agent", *_shards(root, "sft", browser), f"output={root}/sft")
@@ -119,17 +105,8 @@ def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str, 
     tasks = ("--tasks", *(f"miniwob/{task}" for task in mix.TASKS)) if suites == ("miniwob",) else ()
     each = mix.BLINDED if "--blind" in how else mix.JUDGED
     limit = ("--limit", str(each[size] * len(mix.TASKS) if tasks else mix.PAGES[size]))
-    arguments = (
-        "evals",
-        *suites,
-        "--checkpoint",
-        str(root / who / "agent"),
-        *tasks,
-        *limit,
-        "--out",
-        str(output),
-        *how,
-    )
+    judged = ("evals", *suites, "--checkpoint", str(root / who / "agent"), *tasks, *limit)
+    arguments = (*judged, "--out", str(output), *how)
     about = f"{who} on held-out seeds in a real browser" + (", shown blank screens" if "--blind" in how else "")
     return Stage(f"judge-{name}", about, arguments, output, _judged(suites), 20, 0)
 

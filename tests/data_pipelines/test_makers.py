@@ -172,7 +172,8 @@ def test_held_out_seeds_are_nobody_elses(browser_pool, monkeypatch):
     spy(images, "draw_scene", lambda seed, split: (split, seed))
     spy(images, "draw_panel", lambda seed, split: (split, seed))
     spy(images, "crop_photo", lambda seed, kind, split: (split, kind, seed))
-    for stage, known in makers(BuildConfig(tasks=list(TASKS))).items():
+    config = BuildConfig(tasks=list(TASKS), validation={"captions": 20, "interleaved": 20})
+    for stage, known in makers(config).items():
         asked[stage] = set()
         for maker in known:
             if maker.screen is None:
@@ -202,7 +203,9 @@ def test_few_held_out_screens_show_every_task(browser_pool):
     screens = next(maker for maker in makers(config)["validation"] if maker.name == "screens")
     shown = Counter(record.task for number in range(3) for record in make(browser_pool, screens, number))
     assert shown == dict.fromkeys(TASKS, 2)
-    assert {maker.block for maker in makers(config)["pretrain"] if maker.name == "screens"} == {20}
+    blocks = {f"{stage}/{maker.name}": maker.block for stage, known in makers(config).items() for maker in known}
+    assert {blocks[f"pretrain/{name}"] for name in ("screens", "pages", "html", "captions", "interleaved")} == {20}
+    assert {blocks[f"sft/{name}"] for name in ("episodes", "clicks", "html")} == {20}
 
 
 def test_a_whole_build_with_screens(browser_pool, tmp_path):
