@@ -111,7 +111,7 @@ async def train(config: Config) -> None:
     """Build everything in order, then collect and step."""
     world = dist.init()
     dist.seed_everything(config.seed)
-    agent = load_agent(config.init)
+    agent, most = load_agent(config.init), config.collector.rollout.max_steps
     model = agent.model
     model.freeze(config.freeze)
     model.set_recompute(config.recompute)
@@ -121,7 +121,7 @@ async def train(config: Config) -> None:
     policy, codec = LocalPolicy(generator), Codec(agent.vocab, agent.geometry, agent.chat)
     budget = Size(config.tokens_per_microbatch, config.patches_per_microbatch)
     how = {"estimator": config.collector.advantages.estimator, "share_prompts": not objective.depths}
-    async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages) as tasks:
+    async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages, max_steps=most) as tasks:
         collector = Collector(tasks, policy, codec, config.collector, world, config.seed)
         parts = {"model": model, "engine": engine, "collector": collector}
         run = Run(config.output, world, parts, config=config, keep=config.keep)

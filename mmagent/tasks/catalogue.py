@@ -31,13 +31,19 @@ def easy_task_names() -> list[str]:
 
 @contextlib.asynccontextmanager
 async def open_tasks(
-    names: Sequence[str], *, processes: int = 1, pages: int = 16, pool: BrowserPool | None = None
+    names: Sequence[str],
+    *,
+    processes: int = 1,
+    pages: int = 16,
+    max_steps: int | None = None,
+    pool: BrowserPool | None = None,
 ) -> AsyncIterator[list[Task]]:
     """The named tasks, in order, ready for use on the running event loop until the block ends.
 
     A name is one of :func:`all_task_names`, or the import path ``package.module:factory`` of a task of your own, called
     without arguments. Tasks that need a browser share ``pages`` pages of ``processes`` Chromium processes, or those of
-    ``pool``; without such tasks none is started.
+    ``pool``; without such tasks none is started. ``max_steps`` ends MiniWoB++ episodes earlier than their pages would:
+    after the last action nothing is looked at.
 
     Raises ``ConfigError`` for an unknown name, with the nearest one.
     """
@@ -54,7 +60,7 @@ async def open_tasks(
         desk = Desk(pool, pages) if pool is not None else None
         if desk is not None:
             stack.push_async_callback(desk.close)
-        yield [_make(name, desk) for name in names]
+        yield [_make(name, desk, max_steps) for name in names]
 
 
 class Desk:
@@ -69,7 +75,7 @@ class Desk:
         await self.documents.close()
 
 
-def _make(name: str, desk: Desk | None) -> Task:
+def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
     if ":" in name:
         task = locate(name)()
         if not isinstance(task, Task):
@@ -80,4 +86,4 @@ def _make(name: str, desk: Desk | None) -> Task:
         return GroundingTask(desk.documents)
     if name == "screenshot-to-html":
         return ScreenshotToHtmlTask(desk.documents)
-    return MiniWobTask(name.removeprefix("miniwob/"), desk.miniwob)
+    return MiniWobTask(name.removeprefix("miniwob/"), desk.miniwob, max_steps)

@@ -44,8 +44,8 @@ Moment = tuple[int, Actions]
 
 class MiniWobTask:
     """``page`` is a MiniWoB++ id with an expert (:data:`mmagent.worlds.miniwob.TASKS`). An episode ends after
-    ``max_steps`` actions at the latest, by default :data:`MAX_STEPS` or what :data:`LONG` says. Reward: the page's raw
-    one, clipped to [0, 1]."""
+    :data:`MAX_STEPS` actions at the latest, or what :data:`LONG` says, or ``max_steps`` where that is less. Reward:
+    the page's raw one, clipped to [0, 1]."""
 
     category = "gui"
 
@@ -53,7 +53,8 @@ class MiniWobTask:
         if page not in miniwob.TASKS:
             raise ValueError(f"MiniWoB++ task {page!r} is not supported; see mmagent.worlds.miniwob.TASKS")
         self.name, self.page, self.screens = f"miniwob/{page}", page, screens
-        self.max_steps = LONG.get(page, MAX_STEPS) if max_steps is None else max_steps
+        usual = LONG.get(page, MAX_STEPS)
+        self.max_steps = usual if max_steps is None else min(max_steps, usual)
         self._seen: OrderedDict[Moment, Observation] = OrderedDict()
         self._looking: dict[Moment, asyncio.Task[Observation]] = {}
 
@@ -118,8 +119,10 @@ class MiniWobTask:
             done, reward = await miniwob.state(seat.page) if actions else (False, 0.0)
             if done:
                 return Observation("done", done=True, reward=min(max(reward, 0.0), 1.0), parts={"raw": reward})
-            screen = await miniwob.observe(seat.page, elements=False)
             seat.state = moment
+            if len(actions) >= self.max_steps:  # nobody will act on what could be seen
+                return Observation(f"not done after {len(actions)} actions", done=True, reward=0.0)
+            screen = await miniwob.observe(seat.page, elements=False)
             return Observation("" if actions else screen.utterance, (screen.image,))
 
 
@@ -155,10 +158,7 @@ class MiniWobEnvironment:
         if isinstance(parsed, Finished):
             return Observation("the policy ended the episode", done=True, reward=0.0)
         self._taken = (*self._taken, parsed)
-        seen = await self.task.see(self.item, self._taken, self)
-        if not seen.done and len(self._taken) >= self.task.max_steps:
-            return Observation(f"not done after {len(self._taken)} actions", done=True, reward=0.0)
-        return seen
+        return await self.task.see(self.item, self._taken, self)
 
     async def close(self) -> None:
         self.task.screens.release(self)

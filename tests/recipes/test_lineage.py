@@ -152,7 +152,9 @@ def test_a_killed_lineage_leaves_no_worker_behind_once_started_again(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_lineage_that_is_told_to_end_takes_its_workers_along(tmp_path, number):
     """They have a session of their own, so no terminal and no service manager would reach them."""
-    process = subprocess.Popen([sys.executable, "-c", _driver(tmp_path)], stderr=subprocess.PIPE, text=True)
+    usual = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # whatever started the tests ignores
+    usual += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = subprocess.Popen([sys.executable, "-c", usual + _driver(tmp_path)], stderr=subprocess.PIPE, text=True)
     worker = _worker_of(tmp_path)
     os.kill(process.pid, number)
     said = process.communicate(timeout=60)[1]

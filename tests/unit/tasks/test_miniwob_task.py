@@ -107,6 +107,34 @@ def test_a_wrong_click_scores_zero_and_giving_up_does_too():
     assert "not done after 12" in idle.text
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_after_the_last_action_nothing_is_looked_at(most, monkeypatch):
+    looked, observe = [], miniwob.observe
+
+    async def counted(page, **how):
+        looked.append(page)
+        return await observe(page, **how)
+
+    monkeypatch.setattr(miniwob_task.miniwob, "observe", counted)
+
+    async def work(tasks):
+        task, item = tasks[0], next(iter(tasks[0].items("train", 0)))
+        environment = task.environment(item)
+        await environment.reset()
+        seen = [await environment.step("click(0,0)") for _ in range(most)]
+        await environment.close()
+        right = task.environment(item)  # a page that was not looked at is still known
+        await right.reset()
+        ends = [await right.step(action) for action in await task.demonstrate(item)]
+        return seen, ends
+
+    seen, ends = run(work, NAMES[:1], max_steps=most)
+    assert [s.done for s in seen] == [False] * (most - 1) + [True]
+    assert (seen[-1].reward, seen[-1].images, seen[-1].text) == (0.0, (), f"not done after {most} actions")
+    assert (ends[-1].done, ends[-1].reward) == (True, 1.0)
+    assert len(looked) == most  # the first screen, and those before the last action
+
+
 def test_an_episode_goes_on_when_its_page_was_needed_elsewhere():
     async def work(tasks):
         task = tasks[0]
