@@ -35,7 +35,9 @@ class PolicyGradientConfig:
     GRPO). ``clip_low`` and ``clip_high`` are for ratios of tokens; ``gspo`` clips those of whole sequences, which move
     far less, and wants about 3e-4 and 4e-4 (arXiv 2507.18071). ``temperature`` must be the sampler's.
     ``importance_cap`` truncates the weight of REINFORCE's tokens; ``importance_band`` drops, under any loss, tokens
-    whose ratio leaves it (IcePop). ``dual_clip``, ``importance_cap``, ``kl_weight`` and ``mtp_weight`` are off at 0."""
+    whose ratio leaves it (IcePop). ``entropy_weight`` rewards the entropy of what tokens are drawn from (Williams
+    and Peng 1991): where a policy no longer tries, groups have one reward, which teaches nothing. ``dual_clip``,
+    ``importance_cap``, ``entropy_weight``, ``kl_weight`` and ``mtp_weight`` are off at 0."""
 
     loss: str = "ppo"
     reduction: str = "trajectory"
@@ -47,6 +49,7 @@ class PolicyGradientConfig:
     importance_cap: float = 2.0
     importance_band: tuple[float, float] | None = None
     temperature: float = 1.0
+    entropy_weight: float = 0.0
     kl_weight: float = 0.0
     mtp_weight: float = 0.0
 
@@ -57,6 +60,8 @@ class PolicyGradientConfig:
             raise ValueError(f"reduction {self.reduction!r} is none of {', '.join(REDUCTIONS)}")
         if self.constant_tokens < 1 or self.temperature <= 0:
             raise ValueError(f"policy: constant_tokens and temperature must be positive, got {self}")
+        if self.entropy_weight < 0:
+            raise ValueError(f"policy.entropy_weight: {self.entropy_weight} would reward a policy for not trying")
 
 
 class PolicyGradient(nn.Module):
@@ -74,9 +79,8 @@ class PolicyGradient(nn.Module):
 
     @property
     def weights(self) -> Mapping[str, float]:
-        weights = {"policy": 1.0}
-        if self.config.kl_weight:
-            weights["kl"] = self.config.kl_weight
+        beside = {"entropy": self.config.entropy_weight, "kl": self.config.kl_weight}
+        weights = {"policy": 1.0, **{name: weight for name, weight in beside.items() if weight}}
         return weights | {f"mtp_{k}": self.config.mtp_weight / self.depths for k in range(1, self.depths + 1)}
 
     def counts(self, batch: PolicyBatch) -> dict[str, Tensor]:
@@ -86,7 +90,7 @@ class PolicyGradient(nn.Module):
         else:
             count = batch.stream.segments.ids()[sampled].unique().numel()
             count = torch.tensor(count * (self.config.constant_tokens if self.config.reduction == "constant" else 1))
-        counts = {"policy": count} | ({"kl": count} if self.config.kl_weight else {})
+        counts = {name: count for name in self.weights if name in ("policy", "entropy", "kl")}
         _, *depths = language_counts(batch.stream.labels, batch.stream.segments, self.depths)
         return counts | {f"mtp_{k}": depth for k, depth in enumerate(depths, start=1)}
 
@@ -106,6 +110,8 @@ class PolicyGradient(nn.Module):
         weights = self._token_weights(owner, len(segments))
         policy = self._policy(logprobs, behavior, advantages, weights, owner, len(segments))
         sums = {"policy": policy.loss}
+        if self.config.entropy_weight:
+            sums["entropy"] = -(entropy * weights).sum()
         if self.config.kl_weight:
             if batch.reference_logprobs is None:
                 raise ValueError(f"pack of {stream.keys[:3]}...: kl_weight needs reference log-probs in the batch")

@@ -219,6 +219,30 @@ def test_replayed_experts_are_used():
     assert abs(objective(model)(other).metrics["drift"].numerator) > 0.1
 
 
+@pytest.mark.parametrize("reduction", ["trajectory", "token"])
+def test_the_entropy_term_is_that_of_the_sampled_tokens(reduction):
+    """Against full logits and autograd, with each token's weight in the policy's own reduction."""
+    model = tiny_model()
+    (batch,) = batches(sampled_groups(model))
+    target = objective(model, entropy_weight=0.1, reduction=reduction)
+    assert target.weights == {"policy": 1.0, "entropy": 0.1}
+    assert target.counts(batch)["entropy"] == target.counts(batch)["policy"]
+    target(batch).sums["entropy"].backward()
+    found = gradients(model)
+    model.zero_grad()
+
+    scores = F.linear(model(batch.stream, mtp=False).hidden, model.head_weight)
+    scores[:, list(tiny_vocab().barred(model.config.vocab_size))] = -1e4  # no infinity in p log p
+    logp = torch.log_softmax(scores[:-1], -1)
+    kept = batch.stream.labels[1:] != IGNORE
+    entropy = -(logp.exp() * logp).sum(-1)[kept]
+    owner = batch.stream.segments.ids()[1:][kept]
+    weights = 1 / torch.bincount(owner)[owner] if reduction == "trajectory" else torch.ones(len(owner))
+    (-entropy * weights).sum().backward()
+    for name, expected in gradients(model).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_kl_needs_a_reference():
     model = tiny_model()
     (batch,) = batches(sampled_groups(model))
@@ -231,6 +255,8 @@ def test_kl_needs_a_reference():
 
 
 def test_bands_drop_tokens_and_settings_are_checked():
+    with pytest.raises(ValueError, match=r"policy\.entropy_weight: -0\.1"):
+        PolicyGradientConfig(entropy_weight=-0.1)
     model = tiny_model()
     (batch,) = batches(sampled_groups(model))
     far = PolicyBatch(batch.stream, batch.advantages, batch.behavior_logprobs - 5.0)
