@@ -42,11 +42,13 @@ async def open_tasks(
 
     A name is one of :func:`all_task_names`, or the import path ``package.module:factory`` of a task of your own, called
     without arguments. Tasks that need a browser share ``pages`` pages of ``processes`` Chromium processes, or those of
-    ``pool``; without such tasks none is started. ``max_steps`` ends MiniWoB++ episodes earlier than their pages would:
-    after the last action nothing is looked at.
+    ``pool``; without such tasks none is started. ``max_steps`` is after how many actions the caller stops an episode:
+    MiniWoB++ looks at nothing after the last one.
 
-    Raises ``ConfigError`` for an unknown name, with the nearest one.
+    Raises ``ConfigError`` for an unknown name, with the nearest one, and ``ValueError`` for ``max_steps`` below 1.
     """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     known = set(all_task_names())
     for name in names:
         if ":" not in name and name not in known:

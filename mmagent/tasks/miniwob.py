@@ -44,8 +44,10 @@ Moment = tuple[int, Actions]
 
 class MiniWobTask:
     """``page`` is a MiniWoB++ id with an expert (:data:`mmagent.worlds.miniwob.TASKS`). An episode ends after
-    :data:`MAX_STEPS` actions at the latest, or what :data:`LONG` says, or ``max_steps`` where that is less. Reward:
-    the page's raw one, clipped to [0, 1]."""
+    :data:`MAX_STEPS` actions at the latest, or what :data:`LONG` says. Reward: the page's raw one, clipped to [0, 1].
+
+    ``max_steps`` is after how many actions the caller stops, if that is earlier: from then on nothing is looked at, but
+    the episode is not over, for it was not the task that ended it."""
 
     category = "gui"
 
@@ -53,8 +55,10 @@ class MiniWobTask:
         if page not in miniwob.TASKS:
             raise ValueError(f"MiniWoB++ task {page!r} is not supported; see mmagent.worlds.miniwob.TASKS")
         self.name, self.page, self.screens = f"miniwob/{page}", page, screens
-        usual = LONG.get(page, MAX_STEPS)
-        self.max_steps = usual if max_steps is None else min(max_steps, usual)
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+        self.max_steps = LONG.get(page, MAX_STEPS)
+        self._watched = self.max_steps if max_steps is None else max_steps
         self._seen: OrderedDict[Moment, Observation] = OrderedDict()
         self._looking: dict[Moment, asyncio.Task[Observation]] = {}
 
@@ -120,8 +124,10 @@ class MiniWobTask:
             if done:
                 return Observation("done", done=True, reward=min(max(reward, 0.0), 1.0), parts={"raw": reward})
             seat.state = moment
-            if len(actions) >= self.max_steps:  # nobody will act on what could be seen
+            if len(actions) >= self.max_steps:
                 return Observation(f"not done after {len(actions)} actions", done=True, reward=0.0)
+            if len(actions) >= self._watched:  # nobody will act on what could be seen
+                return Observation("")
             screen = await miniwob.observe(seat.page, elements=False)
             return Observation("" if actions else screen.utterance, (screen.image,))
 

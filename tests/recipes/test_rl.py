@@ -133,6 +133,18 @@ def test_a_step_without_a_teaching_group_changes_nothing(agent, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_tasks_are_told_after_how_many_steps_an_episode_is_stopped(agent, tmp_path, monkeypatch):
+    told, opened = [], rl.open_tasks
+
+    def opening(names, **settings):
+        told.append(settings.get("max_steps"))
+        return opened(names, **settings)
+
+    monkeypatch.setattr(rl, "open_tasks", opening)
+    run(config(agent, tmp_path / "run", "collector.rollout.max_steps=3", steps=1))
+    assert told == [3]
+
+
 def test_a_custom_encoder_stays_one(tmp_path):
     path = "tests.interop.test_agent_folder:NotCogViT"
     vocab = tiny_vocab()

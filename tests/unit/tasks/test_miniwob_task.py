@@ -12,12 +12,15 @@ import pytest
 
 from mmagent.actions import parse_action
 from mmagent.agent.codec import Codec
+from mmagent.agent.collector import Collector, CollectorConfig
 from mmagent.agent.rollout import RolloutConfig, roll_out
 from mmagent.browser import BrowserCrashed, BrowserPool, find_chromium
 from mmagent.config import ConfigError
+from mmagent.dist import init
 from mmagent.protocols import Task
 from mmagent.tasks import all_task_names, open_tasks
 from mmagent.tasks import miniwob as miniwob_task
+from mmagent.tasks.base import Screens
 from mmagent.types import Completion, Limits, Status, Trajectory
 from mmagent.worlds import miniwob
 from tests.agent_kit import GEOMETRY, tiny_vocab
@@ -107,16 +110,22 @@ def test_a_wrong_click_scores_zero_and_giving_up_does_too():
     assert "not done after 12" in idle.text
 
 
-@pytest.mark.parametrize("most", [1, 2])
-def test_after_the_last_action_nothing_is_looked_at(most, monkeypatch):
-    looked, observe = [], miniwob.observe
+@pytest.fixture
+def looked(monkeypatch) -> list[object]:
+    """Grows by one whenever a page is looked at."""
+    pages: list[object] = []
+    observe = miniwob.observe
 
     async def counted(page, **how):
-        looked.append(page)
+        pages.append(page)
         return await observe(page, **how)
 
     monkeypatch.setattr(miniwob_task.miniwob, "observe", counted)
+    return pages
 
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_after_the_last_action_nothing_is_looked_at(most, looked):
     async def work(tasks):
         task, item = tasks[0], next(iter(tasks[0].items("train", 0)))
         environment = task.environment(item)
@@ -129,10 +138,35 @@ def test_after_the_last_action_nothing_is_looked_at(most, monkeypatch):
         return seen, ends
 
     seen, ends = run(work, NAMES[:1], max_steps=most)
-    assert [s.done for s in seen] == [False] * (most - 1) + [True]
-    assert (seen[-1].reward, seen[-1].images, seen[-1].text) == (0.0, (), f"not done after {most} actions")
+    assert [len(s.images) for s in seen] == [1] * (most - 1) + [0]
+    assert not any(s.done for s in seen)  # the caller stops, not the task
     assert (ends[-1].done, ends[-1].reward) == (True, 1.0)
     assert len(looked) == most  # the first screen, and those before the last action
+
+
+def test_episodes_stopped_at_the_callers_limit_are_truncated_and_counted(looked):
+    async def work(tasks):
+        policy = ScriptedPolicy(tiny_vocab(), lambda *_: "click(0,0)")
+        config = CollectorConfig(prompts=1, rollout=RolloutConfig(group_size=2, max_tokens=64, max_steps=2))
+        return await Collector(tasks, policy, Codec(tiny_vocab(), GEOMETRY), config, init(threads=1), seed=0).collect()
+
+    got = run(work, NAMES[:1], max_steps=2)
+    assert [(t.status, t.reward, t.note) for t in got.trajectories] == [
+        (Status.TRUNCATED, 0.0, "not done within 2 steps")
+    ] * 2
+    assert got.metrics["rollout/truncated"] == 1.0
+    assert len(looked) == 2
+
+
+def test_the_pages_own_limit_is_the_tasks_end():
+    async def work(tasks):
+        environment = tasks[0].environment(next(iter(tasks[0].items("train", 0))))
+        await environment.reset()
+        return [await environment.step("click(0,0)") for _ in range(miniwob_task.MAX_STEPS)]
+
+    for most in (miniwob_task.MAX_STEPS, 3, 99):
+        *_, end = run(work, NAMES[:1], max_steps=most)
+        assert (end.done, end.reward, end.images, end.text) == (True, 0.0, (), "not done after 12 actions")
 
 
 def test_an_episode_goes_on_when_its_page_was_needed_elsewhere():
@@ -199,6 +233,15 @@ def test_splits_never_share_a_scene_and_the_first_screen_is_shared_by_a_group():
     assert all(not scenes[a] & scenes[b] for a in scenes for b in scenes if a != b)
     assert len({id(seen.images[0]) for seen in [*first, again]}) == 1
     assert not np.array_equal(other.images[0], again.images[0])
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_an_episode_of_no_steps_is_refused(most):
+    with pytest.raises(ValueError, match=f"max_steps must be at least 1, got {most}"):
+        miniwob_task.MiniWobTask("click-test", Screens(BrowserPool(), 160, 210), max_steps=most)
+    for name in ("miniwob/click-test", "tests.toy_tasks:EchoTask"):
+        with pytest.raises(ValueError, match=f"max_steps must be at least 1, got {most}"):
+            run(lambda tasks: asyncio.sleep(0), [name], max_steps=most)
 
 
 def test_unknown_names_and_tasks_of_ones_own():
