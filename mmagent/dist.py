@@ -14,8 +14,10 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -201,8 +203,9 @@ def is_main() -> bool:
 def said_by_main(text: str, patience: float = 5.0) -> bool:
     """Whether this rank need not say ``text`` (of an error), as the main rank does.
 
-    The main rank leaves its text with the store that ranks meet by, the others wait ``patience`` seconds for it. No
-    process group is needed: setting up may fail before there is one. Who cannot ask has to say it.
+    The main rank leaves its text with the store that ranks meet by; the others wait for it, ``patience`` seconds at
+    most, or until SIGTERM. Who has not found it by then, or cannot ask, has to say it. No process group is needed:
+    setting up may fail before there is one.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -210,13 +213,32 @@ def said_by_main(text: str, patience: float = 5.0) -> bool:
     key, wait = f"mmagent/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", timedelta(seconds=patience)
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch_dist.TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
-        if rank == 0:
-            store.set(key, text)
-            return False
-        return store.get(key) == text.encode()  # waits for it
-    except (KeyError, RuntimeError):  # no address, nobody there, or nothing said in time
+        with _noting_sigterm() as ended:  # a launcher whose main rank died would end us with the error unsaid
+            store = torch_dist.TCPStore(host, port, is_master=False, timeout=wait, wait_for_workers=False)
+            if rank == 0:
+                store.set(key, text)
+                return False
+            deadline = time.monotonic() + patience
+            while not store.check([key]):  # not store.get, in which no handler of a signal runs
+                if ended.wait(0.1) or time.monotonic() > deadline:
+                    return False
+            return store.get(key) == text.encode()
+    except (KeyError, RuntimeError):  # no address, or nobody there
         return False
+
+
+@contextmanager
+def _noting_sigterm() -> Iterator[threading.Event]:
+    """Within the block SIGTERM sets the event and ends nothing; only the main thread can have it so."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager

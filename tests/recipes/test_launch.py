@@ -12,7 +12,7 @@ from tests.recipes.recipe_kit import ENVIRONMENT
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 FAIL = """
-import os, sys
+import os, sys, time
 from mmagent import dist
 from mmagent.train.launch import launch
 from mmagent.train.step import train_step
@@ -27,6 +27,16 @@ def main():
         dist.barrier()
     if kind in ("unlucky rank", "each its own"):
         raise ValueError(f"no data for rank {rank}; bring some")
+    if kind == "late death":
+        dist.init()
+        dist.barrier()
+        if rank == 1:
+            raise ValueError("shard 7")
+        time.sleep(1.5)
+        raise KeyError("x")
+    if kind == "late main":
+        time.sleep(0 if rank else 1.5)
+        raise ValueError("no data")
     if kind == "accident":
         return int("many")
     if kind == "library":
@@ -96,6 +106,19 @@ def test_the_error_of_another_rank_is_said(tmp_path):
     done = call([*TORCHRUN, "fail.py", "each its own"], tmp_path)
     said = sorted(line.split(":")[0] for line in errors(done.stderr))
     assert said == ["error", "error on rank 1"], done.stderr
+
+
+def test_an_error_is_said_though_rank_0_dies_while_another_waits_for_it(tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL)
+    done = call([*TORCHRUN, "fail.py", "late death"], tmp_path)
+    assert [line.split(" (")[0] for line in errors(done.stderr)] == ["error on rank 1: shard 7"], done.stderr
+    assert "KeyError: 'x'" in done.stderr
+
+
+def test_a_rank_waits_for_a_slower_main_rank(tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL)
+    done = call([*TORCHRUN, "fail.py", "late main"], tmp_path)
+    assert [line.split(" (")[0] for line in errors(done.stderr)] == ["error: no data"], done.stderr
 
 
 @pytest.mark.parametrize(
