@@ -106,7 +106,7 @@ def _look(encoder: VisionEncoder, vision: PackedVision, *layers: Sequence[int]) 
         raise ContractError(
             f"{name}(vision{asked}) raised {type(error).__name__}: {error}; it must be "
             f"forward(self, vision: PackedVision, layers: Sequence[int] = ()) -> VisionFeatures, and take "
-            f"vision.patches of {values} values in {vision.patches.dtype}; the traceback above says where it failed"
+            f"vision.patches of {values} values in {vision.patches.dtype}"
         ) from error
     kind = type(features).__name__
     hint = "end forward with `return VisionFeatures(tokens, layers, pooled)`"

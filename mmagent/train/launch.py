@@ -47,7 +47,7 @@ def launch(main: Callable[[], T]) -> T:
 def _is_for_users(error: Exception) -> bool:
     """A missing file that has a name, or something that our code raised on purpose, no accident in it or a library."""
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return True
+        return error.filename2 is None  # of two, as a rename has, it does not say which is missing
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__"))
     statement = linecache.getline(frame.f_code.co_filename, line).lstrip()

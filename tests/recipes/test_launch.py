@@ -44,6 +44,9 @@ def main():
         return json.loads("{")
     if kind == "file":
         return open("nowhere.txt")
+    if kind == "rename":
+        open("here", "w").close()
+        os.replace("here", "nowhere/there")
     if kind == "later":
         try:
             train_step(None, None, [], None)
@@ -128,6 +131,7 @@ def test_a_rank_waits_for_a_slower_main_rank(tmp_path):
         ("library", "json.decoder.JSONDecodeError"),
         ("later", "ValueError: in a step"),
         ("kind", "KeyError: 'x'"),
+        ("rename", "FileNotFoundError: [Errno 2] No such file or directory: 'here' -> 'nowhere/there'"),
     ],
 )
 def test_bugs_keep_their_traceback(tmp_path, kind, said):
