@@ -18,6 +18,7 @@ from evals.probes import ProbeReport, probe_scores, probe_sets
 from mmagent.interop.encoder_folder import load_encoder
 from mmagent.models.cogvit import CogViT
 from mmagent.train.launch import launch
+from mmagent.train.step import begun
 
 
 def main() -> None:
@@ -37,9 +38,10 @@ def main() -> None:
     if not folders:
         parser.error("give at least one encoder folder")
     sets = probe_sets(args.images, max(args.images * 2 // 3, 1))
+    loaded = {name: load_encoder(folder) for name, folder in folders.items()}
+    begun.set()
     scores: dict[str, dict[str, float]] = {}
-    for name, folder in folders.items():
-        encoder, geometry = load_encoder(folder)
+    for name, (encoder, geometry) in loaded.items():
         if "untrained" not in scores:
             torch.manual_seed(0)
             untrained = probe_scores(CogViT(encoder.config).eval(), geometry, sets)

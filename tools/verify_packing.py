@@ -24,6 +24,7 @@ from mmagent.interop.agent_folder import load_agent  # noqa: E402
 from mmagent.packing_check import check_packing  # noqa: E402
 from mmagent.records import RecordError, from_sample  # noqa: E402
 from mmagent.train.launch import launch  # noqa: E402
+from mmagent.train.step import begun  # noqa: E402
 from mmagent.types import Document  # noqa: E402
 
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     agent = load_agent(args.agent)
     builder = DocumentBuilder(agent.vocab, agent.geometry, agent.chat)
     documents = sample_documents(ShardSet(args.shards), builder, args.documents)
+    begun.set()
     report = check_packing(
         agent.model.float().to(args.device),
         documents,

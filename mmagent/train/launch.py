@@ -25,8 +25,8 @@ def launch(main: Callable[[], T]) -> T:
 
     An error of setting up that is meant for the user (a missing file, a ``raise ValueError`` of ours) ends the process
     with status 1 and ``error: ...`` on stderr. Where all ranks ran into it rank 0 alone says it, unless it comes to it
-    later than the others wait (:func:`mmagent.dist.said_by_main`). From the first step on, and for errors of libraries
-    and of other kinds, the traceback is shown.
+    later than the others wait (:func:`mmagent.dist.said_by_main`). Once its work has begun
+    (:data:`mmagent.train.step.begun`), and for errors of libraries and of other kinds, the traceback is shown.
     """
     try:
         return main()

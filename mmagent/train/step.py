@@ -14,7 +14,7 @@ from mmagent.protocols import Engine, Objective
 from mmagent.train.metrics import Totals, global_counts, mean_losses
 
 begun = threading.Event()
-"""Set once this process has begun a step: no error after that is one of setting up."""
+"""Set once this process has begun a step, or other work: no error after that is one of setting up."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from shard_samples import record
 
@@ -16,6 +17,7 @@ from mmagent.interop.agent_folder import save_agent
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.presets import debug
 from mmagent.records import Record
+from mmagent.train.step import begun
 from mmagent.vocab import Vocab
 from tools import verify_packing
 
@@ -38,5 +40,10 @@ def test_the_tool_passes_our_model_and_passes_over_bad_samples(tmp_path, capsys)
     assert "5 documents" in done.stdout
     assert "ok   gradients" in done.stdout
     assert "passed over silent: messages: nothing to train on" in done.stderr
+    begun.clear()
+    with pytest.raises(ValueError, match="nope is no agent folder"):
+        verify_packing.main(["nope", *arguments[1:]])
+    assert not begun.is_set()  # an error of setting up
     assert verify_packing.main([*arguments, "--tolerance", "1e-12"]) == 1
+    assert begun.is_set()
     assert "DIFF" in capsys.readouterr().out
