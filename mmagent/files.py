@@ -56,11 +56,12 @@ def put_folder(written: Path, folder: Path) -> None:
     There is an instant between two renames in which neither stands under its name, never one with half a folder.
     """
     sync(written)
-    aside = _set_aside(folder)
+    aside = _aside(folder)
     try:
+        _set_aside(folder)
         os.replace(written, folder)
-    except OSError:
-        if aside.exists():
+    except BaseException:  # an interrupt as well: whoever wrote the new folder removes that after an error
+        if aside.exists() and not folder.exists():
             os.replace(aside, folder)
         raise
     sync(folder.parent)
@@ -72,9 +73,13 @@ def discard_folder(folder: Path) -> None:
     _remove(_set_aside(folder))
 
 
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".removing-{folder.name}")
+
+
 def _set_aside(folder: Path) -> Path:
     """Where ``folder`` is now. Without one, what was set aside before is left: it may be the only one there is."""
-    aside = folder.with_name(f".removing-{folder.name}")
+    aside = _aside(folder)
     if folder.exists():
         _remove(aside)
         os.replace(folder, aside)

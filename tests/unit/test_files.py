@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,32 @@ def test_an_error_leaves_the_old(tmp_path):
     assert names(tmp_path) == ["a.txt", "out"]
     assert (tmp_path / "a.txt").read_text() == "old"
     assert names(tmp_path / "out") == ["inner"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(("call", "moved"), [(1, False), (1, True), (2, False), (2, True)])
+def test_an_interrupt_at_a_rename_leaves_a_whole_folder(tmp_path, monkeypatch, error, call, moved):
+    """Just before or after the ``call``-th rename, of the old folder aside and of the new one to its place."""
+    fill(tmp_path / "out", "old")
+    calls, replace = count(1), os.replace
+
+    def interrupted(a, b):
+        ours = next(calls) == call
+        if moved or not ours:
+            replace(a, b)
+        if ours:
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises(error):
+            fill(tmp_path / "out", "new")
+    stands = "new" if (call, moved) == (2, True) else "old"
+    assert (tmp_path / "out" / "inner" / "a").read_text() == stands
+    assert names(tmp_path) == ([".removing-out", "out"] if stands == "new" else ["out"])
+    fill(tmp_path / "out", "newer")
+    assert (tmp_path / "out" / "inner" / "a").read_text() == "newer"
+    assert names(tmp_path) == ["out"]
 
 
 def test_content_is_on_disk_before_the_name_is(tmp_path, monkeypatch):
