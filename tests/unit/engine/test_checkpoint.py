@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from mmagent import files
 from mmagent.engine import checkpoint
 from mmagent.engine.checkpoint import CheckpointError, Contents
 from tests.engine_kit import ALONE
@@ -119,6 +123,49 @@ def test_an_interrupted_save_leaves_the_older_one_in_place(tmp_path, monkeypatch
     assert names(tmp_path) == [".writing-00000002", "step-00000001"]
     checkpoint.clean(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
+
+
+class Death(BaseException):
+    """Nothing is mended after it: what it is raised from fails ever after."""
+
+
+def dying(monkeypatch, module: ModuleType, name: str, after: int) -> None:
+    """``module.name`` works ``after`` times and then never again."""
+    calls, real = count(), getattr(module, name)
+
+    def call(*args, **kwargs):
+        if next(calls) >= after:
+            raise Death
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, call)
+
+
+def test_a_death_while_an_old_folder_is_set_aside_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        dying(patched, os, "replace", after=1)  # the old step 2 is aside, the new one not yet in its place
+        with pytest.raises(Death):
+            save(tmp_path, 2)
+    assert names(tmp_path) == [".removing-step-00000002", ".writing-00000002", "step-00000001"]
+    path, refused = checkpoint.latest(tmp_path)
+    assert (path.name, refused) == ("step-00000001", {})
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_death_while_an_old_checkpoint_is_removed_leaves_the_newest(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        dying(patched, files, "_remove", after=2)  # the third is of the old one, set aside
+        with pytest.raises(Death):
+            save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == [".removing-step-00000001", "step-00000002"]
+    path, refused = checkpoint.latest(tmp_path)
+    assert (path.name, refused) == ("step-00000002", {})
+    checkpoint.clean(tmp_path)
+    assert names(tmp_path) == ["step-00000002"]
 
 
 def test_weights_that_do_not_fit_are_named_and_nothing_is_written(tmp_path):
