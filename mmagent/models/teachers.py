@@ -264,9 +264,10 @@ def _transformers_backbone(source: str) -> Backbone:
     try:
         kind = AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f"no teacher {source!r}: it must be the folder of a model (recipes.teachers leaves one in OUTPUT/teacher), "
-            f"or a hub id that can be reached from here ({str(error).splitlines()[0]})"
+            f"or a hub id that can be reached from here ({said[0]})"
         ) from error
     if kind not in classes:
         raise ValueError(f"{source} is a {kind!r} model; known teachers are {', '.join(classes)}")

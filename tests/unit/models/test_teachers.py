@@ -261,3 +261,15 @@ def test_resizing_keeps_the_range():
     resized = resize_pixels(image, 21, 21)
     assert float(resized.min()) >= 0.0
     assert float(resized.max()) <= 1.0
+
+
+@pytest.mark.parametrize(("error", "said"), [(OSError(), "OSError"), (OSError("no route\nto host"), "no route")])
+def test_a_teacher_that_cannot_be_reached_is_named_with_the_reason(monkeypatch, error, said):
+    from transformers import AutoConfig
+
+    def unreachable(source):
+        raise error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ValueError, match=rf"no teacher 'some/model'.*\({said}\)$"):
+        load_backbone("some/model")
