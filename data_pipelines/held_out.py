@@ -41,7 +41,7 @@ class HeldOut:
 
     def __init__(self, config: ValidationConfig, training: PackStream):
         """Raises ``ValueError`` when no source has held-out shards, for a path of a source that training does not
-        have, and for shards that it trains on."""
+        have, and for a shard, under whatever path, that any of its sources trains on."""
         self.steps, self.training = config.steps, training
         tars = Path(config.folder).glob("*/*.tar") if config.folder else ()
         found = {path.parent.name: str(path.parent) for path in tars}
@@ -61,10 +61,12 @@ class HeldOut:
             quarantine = replace(quarantine, folder=str(Path(quarantine.folder) / "validation"))
         sources = {name: SourceConfig(path, trained[name].weight) for name, path in paths.items()}
         self.config = replace(mine, folder="", sources=sources, prefetch=0, quarantine=quarantine)
+        seen = {path.resolve(): source.name for source in training.sources for path in source.shards.paths}
         with closing(self._open()) as stream:
             for source in stream.sources:
-                if source.shards.paths == trained[source.name].shards.paths:
-                    raise ValueError(f"validation: {source.shards.location} is what source {source.name!r} trains on")
+                for path in source.shards.paths:
+                    if path.resolve() in seen:
+                        raise ValueError(f"validation: source {seen[path.resolve()]!r} trains on the shard {path}")
             self.mix = ", ".join(f"{source.name} ({len(source.shards)} samples)" for source in stream.sources)
 
     def __call__(self) -> Iterator[PackedBatch]:

@@ -86,12 +86,31 @@ def test_what_cannot_be_held_out_is_named(root, tmp_path):
             (ValidationConfig(), "validation.folder: is empty, so there are no held-out shards of screens, text"),
             (ValidationConfig(str(tmp_path)), f"{tmp_path} holds no shards of screens, text"),
             (ValidationConfig(paths={"txt": "x"}), "validation.paths.txt: .* did you mean 'text'"),
-            (ValidationConfig(str(root)), "/screens is what source 'screens' trains on"),
+            (ValidationConfig(str(root)), "source 'screens' trains on the shard .*/screens/shard-00000.tar"),
         ):
             with pytest.raises(ValueError, match=problem):
                 HeldOut(config, training)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         ValidationConfig(steps=0)
+
+
+def test_a_shard_that_is_trained_on_is_refused_under_any_path(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    (tmp_path / "link").symlink_to(root / "text")
+    (tmp_path / "mixed").mkdir()
+    for name, folder in (("a", root / "validation" / "text"), ("b", root / "text")):
+        (tmp_path / "mixed" / f"{name}.tar").symlink_to(folder / "shard-00001.tar")
+    sources = {name: SourceConfig(name) for name in ("screens", "text")}
+    with closing(stream(root, sources=sources)) as training:
+        for path, owner, shard in (
+            (root / "text", "text", root / "text" / "shard-00000.tar"),
+            (tmp_path / "link", "text", tmp_path / "link" / "shard-00000.tar"),
+            ("text/shard-00001.tar", "text", "text/shard-00001.tar"),
+            (tmp_path / "mixed", "text", tmp_path / "mixed" / "b.tar"),
+            ("screens", "screens", "screens/shard-00000.tar"),
+        ):
+            with pytest.raises(ValueError, match=f"source '{owner}' trains on the shard {shard}$"):
+                HeldOut(ValidationConfig(paths={"text": str(path)}), training)
 
 
 def test_unusable_samples_are_logged_apart(root, tmp_path):
