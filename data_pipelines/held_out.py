@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from data_pipelines.mixture import SourceConfig
+from data_pipelines.mixture import Source, SourceConfig
 from data_pipelines.stream import PackStream
+from mmagent.records import RecordError, from_sample
 from mmagent.types import PackedBatch
 
 
@@ -36,12 +37,13 @@ class HeldOut:
 
     Every call reads a stream of its own from its beginning, so all calls give the same packs, whatever the number of
     ranks, and ``training`` stays where it is. Unusable samples are left out and logged as in training, in the
-    sub-folder ``validation`` of its quarantine.
+    sub-folder ``validation`` of its quarantine; but however many there are, they do not stop the run.
     """
 
     def __init__(self, config: ValidationConfig, training: PackStream):
         """Raises ``ValueError`` when no source has held-out shards, for a path of a source that training does not
-        have, and for a shard, under whatever path, that any of its sources trains on."""
+        have, for a shard, under whatever path, that any of its sources trains on, and for held-out shards of a source
+        without a usable sample."""
         self.steps, self.training = config.steps, training
         tars = Path(config.folder).glob("*/*.tar") if config.folder else ()
         found = {path.parent.name: str(path.parent) for path in tars}
@@ -56,7 +58,7 @@ class HeldOut:
             raise ValueError(f"validation.folder: {where} of {', '.join(trained)}, which this run trains on")
         self.left_out = sorted(set(trained) - set(paths))
         mine = training.config
-        quarantine = mine.quarantine
+        quarantine = replace(mine.quarantine, max_share=1.0)  # a few samples are read often: each bad one counts anew
         if quarantine.folder:
             quarantine = replace(quarantine, folder=str(Path(quarantine.folder) / "validation"))
         sources = {name: SourceConfig(path, trained[name].weight) for name, path in paths.items()}
@@ -67,6 +69,7 @@ class HeldOut:
                 for path in source.shards.paths:
                     if path.resolve() in seen:
                         raise ValueError(f"validation: source {seen[path.resolve()]!r} trains on the shard {path}")
+                self._find_usable(source)
             self.mix = ", ".join(f"{source.name} ({len(source.shards)} samples)" for source in stream.sources)
 
     def __call__(self) -> Iterator[PackedBatch]:
@@ -78,6 +81,19 @@ class HeldOut:
         """One line for people."""
         left_out = f"; no held-out shards of {', '.join(self.left_out)}" if self.left_out else ""
         return f"validation: {self.steps} steps of {self.config.tokens_per_step} tokens of {self.mix}{left_out}"
+
+    def _find_usable(self, source: Source) -> None:
+        """As no share of bad samples is too large, a stream of nothing else would read them for ever."""
+        problem: RecordError | None = None
+        for n in range(len(source.shards)):
+            try:
+                self.training.builder.document(from_sample(source.shards.read(n)))
+            except RecordError as error:
+                problem = error
+            else:
+                return
+        count, where = len(source.shards), source.shards.location
+        raise ValueError(f"validation: not one of {count} samples in {where} is usable; the last: {problem}")
 
     def _open(self) -> PackStream:
         builder = self.training.builder

@@ -113,12 +113,17 @@ def test_a_shard_that_is_trained_on_is_refused_under_any_path(root, tmp_path, mo
                 HeldOut(ValidationConfig(paths={"text": str(path)}), training)
 
 
-def test_unusable_samples_are_logged_apart(root, tmp_path):
+def write_screens(folder: Path, good: int) -> None:
+    """Held-out screens and, last, one whose image cannot be decoded."""
     bad = screen_record(HELD_OUT)
-    with ShardWriter(tmp_path / "screens") as writer:
-        for n in range(HELD_OUT, HELD_OUT + 60):
+    with ShardWriter(folder) as writer:
+        for n in range(HELD_OUT, HELD_OUT + good):
             writer.write(screen_record(n))
         writer.write(replace(bad, key="bad", images=(EncodedImage(bad.images[0].data[:60], "png"),)))
+
+
+def test_unusable_samples_are_logged_apart(root, tmp_path):
+    write_screens(tmp_path / "screens", good=60)
     sources = {"screens": SourceConfig(str(root / "screens"))}
     with closing(stream(root, sources=sources)) as training:
         quarantine = replace(training.config.quarantine, folder=str(tmp_path / "bad"))
@@ -128,3 +133,16 @@ def test_unusable_samples_are_logged_apart(root, tmp_path):
         assert training.quarantine.total == 0
     (line,) = read_quarantine(tmp_path / "bad" / "validation" / "quarantine-0.jsonl")
     assert line["key"] == "bad"
+
+
+def test_a_bad_sample_read_again_and_again_does_not_stop_the_run(root, tmp_path):
+    """One in 61 is more than training bears, once the repeats are enough to judge by."""
+    write_screens(tmp_path / "screens", good=60)
+    with closing(stream(root, sources={"screens": SourceConfig(str(root / "screens"))})) as training:
+        assert len(list(HeldOut(ValidationConfig(str(tmp_path), steps=12), training)())) == 12 * training.accumulation
+
+
+def test_samples_of_which_none_is_usable_are_refused_at_once(root, tmp_path):
+    write_screens(tmp_path / "screens", good=0)
+    with closing(stream(root)) as training, pytest.raises(ValueError, match=r"not one of 1 samples in .*screens is"):
+        HeldOut(ValidationConfig(str(root / "validation"), {"screens": str(tmp_path / "screens")}), training)
