@@ -171,7 +171,8 @@ def plan(config: BuildConfig) -> Iterator[tuple[str, Maker, int]]:
 
 
 def build(config: BuildConfig) -> dict[str, dict[str, Any]]:
-    """Make what is missing and return the cards, ``{"pretrain/text": {...}, ...}``."""
+    """Make what is missing and return the cards, ``{"pretrain/text": {...}, ...}``. Without a training source the
+    vocabulary stays that of the folder; raises :class:`~data_pipelines.making.BuildError` where it has none."""
     root = Path(config.folder)
     todo = list(plan(config))
     blind = [f"{stage}/{maker.name}" for stage, maker, _ in todo if maker.screen is not None]
@@ -181,10 +182,16 @@ def build(config: BuildConfig) -> dict[str, dict[str, Any]]:
             raise BuildError(f"{message}; install the Debian package chromium-headless-shell, or set MMAGENT_CHROMIUM")
         print(f"{message}; building the other sources only", file=sys.stderr)
         todo = [(stage, maker, samples) for stage, maker, samples in todo if maker.screen is None]
+    trained_on = [root / stage / maker.name for stage, maker, _ in todo if stage != "validation"]
+    if not trained_on and not (root / "tokenizer.json").is_file():  # said before minutes go into what is held out
+        raise BuildError(
+            f"{root} has no tokenizer.json, and there is no pretrain or sft source to train a vocabulary on; "
+            f"name one, or build into a folder that has a vocabulary"
+        )
     asyncio.run(_build_all(config, root, todo))
     folders = {f"{stage}/{maker.name}": root / stage / maker.name for stage, maker, _ in todo}
-    trained_on = [root / stage / maker.name for stage, maker, _ in todo if stage != "validation"]
-    builder = DocumentBuilder(_vocab(config, root, trained_on), GeometryConfig(), ChatConfig())
+    vocab = _vocab(config, root, trained_on) if trained_on else Vocab.load(root)
+    builder = DocumentBuilder(vocab, GeometryConfig(), ChatConfig())
     return {name: read_card(folder, builder) or write_card(folder, builder) for name, folder in folders.items()}
 
 

@@ -69,6 +69,18 @@ def test_held_out_samples_are_new_and_change_nothing_else(tmp_path):
         assert not known & new
 
 
+def test_held_out_samples_alone_keep_the_vocabulary(tmp_path):
+    alone = replace(small(tmp_path), pretrain={}, validation={"text": 20})
+    with pytest.raises(BuildError, match=r"has no tokenizer\.json, and there is no pretrain or sft source"):
+        build(alone)
+    assert list(tmp_path.iterdir()) == []
+    build(small(tmp_path))
+    files = ("tokenizer.json", "tokenizer.plan.json")
+    before = [(tmp_path / file).read_bytes() for file in files]
+    assert list(build(alone)) == ["validation/text"]
+    assert [(tmp_path / file).read_bytes() for file in files] == before
+
+
 def test_a_finished_build_is_left_as_it_is(tmp_path):
     first = build(small(tmp_path))
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
