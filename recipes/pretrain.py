@@ -126,7 +126,7 @@ def train(config: Config, title: str) -> None:
     total, end = sum(phase.steps for phase in config.phases), 0
     hooks = usual_hooks(run, title, total, config.save_every, tensorboard=config.tensorboard)
     if held_out:
-        hooks.insert(0, Every(config.validate_every, Validate(objective, held_out, world, engine=engine), total))
+        hooks.insert(0, Every(config.validate_every, Validate(objective, held_out, world, engine), total))
     for phase in config.phases:
         start, end = end, end + phase.steps
         model.freeze(phase.freeze)

@@ -206,8 +206,8 @@ class Validate:
     """Add ``{prefix}loss``, ``{prefix}loss/<term>`` and metrics over held-out batches to the record.
 
     ``batches()`` gives this rank's micro-batches, as many on every rank; random generators are left as they were.
-    ``engine``, which trains the objective, brings its precision. ``time/validation`` holds the
-    seconds. Put it before the logs, inside :class:`Every`.
+    ``engine`` is the one that trains the objective: it brings its precision, and leaves sharded weights sharded.
+    ``time/`` and the prefix hold the seconds. Put it before the logs, inside :class:`Every`.
     """
 
     def __init__(
@@ -215,10 +215,10 @@ class Validate:
         objective: Objective,
         batches: Callable[[], Iterable[Any]],
         world: World,
+        engine: Engine,
         prefix: str = "validation/",
-        engine: Engine | None = None,
     ):
-        self.objective, self.batches, self.world, self.prefix, self.engine = objective, batches, world, prefix, engine
+        self.objective, self.batches, self.world, self.engine, self.prefix = objective, batches, world, engine, prefix
 
     def __call__(self, step: int, record: Record) -> None:
         started = time.perf_counter()
@@ -227,13 +227,10 @@ class Validate:
         record["time/" + self.prefix.strip("/")] = time.perf_counter() - started
 
 
-def evaluate(
-    objective: Objective, batches: Iterable[Any], world: World, engine: Engine | None = None
-) -> dict[str, float]:
+def evaluate(objective: Objective, batches: Iterable[Any], world: World, engine: Engine) -> dict[str, float]:
     """Losses and metrics of ``objective`` over ``batches`` of all ranks, without gradient and in evaluation mode;
-    through ``engine``, and so in its precision, where there is one."""
+    through its ``engine``, and so in its precision."""
     assert isinstance(objective, nn.Module)
-    forward = objective if engine is None else engine.forward
     terms = sorted(objective.weights)
     totals, counts = Totals(), []
     training = objective.training
@@ -242,7 +239,7 @@ def evaluate(
         with torch.no_grad(), torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
             for batch in batches:
                 counts.append(objective.counts(batch))
-                totals.add(batch, forward(batch.to(world.device, non_blocking=True)))
+                totals.add(batch, engine.forward(batch.to(world.device, non_blocking=True)))
     finally:
         objective.train(training)
     if not counts:

@@ -10,6 +10,8 @@ import signal
 import pytest
 import torch
 
+from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.train.hooks import Every, JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog, Validate, read_jsonl
 from mmagent.train.loop import fit
 from tests.engine_kit import ALONE, Toy, ToyBatch, toy_run
@@ -86,11 +88,12 @@ def test_every_calls_at_intervals_and_at_the_end():
 def test_validation_changes_nothing_but_the_record():
     torch.manual_seed(0)
     toy = Toy(dropout=0.5)
+    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("none"), ALONE)
     toy.train()
     batches = [ToyBatch(torch.randn(n, 6)) for n in (2, 3)]
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in toy.state_dict().items()}
     record = {"loss": 1.0}
-    validate = Validate(toy, lambda: iter(batches), ALONE, prefix="held_out/")
+    validate = Validate(toy, lambda: iter(batches), ALONE, engine, prefix="held_out/")
     validate(1, record)
     again: dict[str, float] = {}
     validate(2, again)
@@ -104,7 +107,7 @@ def test_validation_changes_nothing_but_the_record():
     assert all(p.grad is None for p in toy.parameters())
     assert toy.after_step() == {"seen": 0.0}
     with pytest.raises(ValueError, match="no batch"):
-        Validate(toy, list, ALONE)(1, {})
+        Validate(toy, list, ALONE, engine)(1, {})
 
 
 def test_hooks_that_save_run_last_and_see_what_others_added(tmp_path):
