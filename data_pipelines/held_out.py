@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_pipelines.mixture import Source, SourceConfig
 from data_pipelines.stream import PackStream
+from mmagent.config import ConfigError
 from mmagent.records import RecordError, from_sample
 from mmagent.types import PackedBatch
 
@@ -30,6 +31,18 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name, path in self.paths.items():
+            if not path:
+                raise ConfigError(f"validation.paths.{name}: is empty; leave it out, or name the held-out shards")
+
+    def check(self, every: int) -> None:
+        """Raises :class:`~mmagent.config.ConfigError` when ``every``, the recipe's ``validate_every``, is negative, or
+        0 although held-out shards are named."""
+        if every < 0:
+            raise ConfigError(f"validate_every: {every} is negative; 0 is never")
+        given = ["validation.folder"] if self.folder else [f"validation.paths.{name}" for name in self.paths]
+        if given and not every:
+            raise ConfigError(f"{given[0]}: would not be looked at; add validate_every=50, or leave it out")
 
 
 class HeldOut:

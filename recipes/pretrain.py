@@ -5,8 +5,7 @@
         tokenizer=runs/data/tokenizer.json data.folder=runs/data/pretrain data.sources.screens.weight=6 \\
         output=runs/pretrain
 
-Phases (adapter first, then all) are the list ``phases``; the run resumes by itself, bitwise. It leaves an agent folder
-in ``output/agent``.
+Phases follow each other as in ``phases``; the run resumes by itself, bitwise. It leaves an agent in ``output/agent``.
 """
 
 from __future__ import annotations
@@ -61,6 +60,9 @@ class Config:
     keep: int = 2
     tensorboard: bool = False
 
+    def __post_init__(self) -> None:
+        self.validation.check(self.validate_every)
+
 
 def debug() -> Config:
     """Seconds: for tests."""
@@ -102,16 +104,14 @@ def small() -> Config:
 
 
 def train(config: Config, title: str) -> None:
-    """Build model, objective, engine, stream and run, then fit phase after phase. Supervised fine-tuning is the same
-    function over other data."""
+    """Build all parts of a run, then fit phase after phase. Supervised fine-tuning is the same over other data."""
     config = replace(config, data=replace(config.data, quarantine=config.data.quarantine.within(config.output)))
     world = dist.init()
     dist.seed_everything(config.seed)
     if config.init:
         agent = load_agent(config.init)
     else:
-        vocab = Vocab.load(config.tokenizer)
-        agent = new_agent(config.model, vocab, config.geometry, config.chat, config.encoder)
+        agent = new_agent(config.model, Vocab.load(config.tokenizer), config.geometry, config.chat, config.encoder)
     model, vocab = agent.model, agent.vocab
     model.set_recompute(config.recompute)
     objective = LanguageModeling(model, config.objective)

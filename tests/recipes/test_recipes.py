@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from data_pipelines.documents import read_quarantine
 from data_pipelines.held_out import HeldOut, ValidationConfig
 from data_pipelines.stream import PackStream
-from mmagent.config import ConfigError
+from mmagent.config import ConfigError, resolve
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
@@ -208,6 +208,20 @@ def test_validation_without_held_out_data_stops_before_training(lineage, tmp_pat
     with pytest.raises(ValueError, match=r"validation\.folder: is empty, so there are no"):
         run_here("pretrain", lineage[0], tmp_path / "run", "validate_every=2")
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        (("validation.folder=held_out",), r"validation\.folder: would not be looked at; add validate_every=50"),
+        (("validation.paths.text=held_out",), r"validation\.paths\.text: would not be looked at"),
+        (("validate_every=-1", "validation.folder=held_out"), "validate_every: -1 is negative"),
+        (("validate_every=2", "validation.paths.text="), r"validation\.paths\.text: is empty"),
+    ],
+)
+def test_what_cannot_be_validated_is_refused_with_the_configuration(told, problem):
+    with pytest.raises(ConfigError, match=problem):
+        resolve(pretrain.debug(), told)
 
 
 def test_a_model_sees_images_as_its_encoder_learned_to(lineage, tmp_path):
