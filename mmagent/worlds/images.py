@@ -4,7 +4,8 @@ A scene says what is where in words (its caption: colours, shapes, places), as a
 pixel, as maps of shapes and of materials. Captions never name materials, maps never need words: what a caption
 teaches and what dense features must know are different things, as they are for photographs.
 
-Everything is a function of ``(split, seed)`` alone; no two splits share a picture.
+Everything is a function of ``(split, seed)`` alone. No two splits share a picture, and no two crops of different splits
+a pixel of a photograph; the textures of materials, the widgets and the words are everybody's.
 """
 
 from __future__ import annotations
@@ -165,14 +166,16 @@ def draw_panel(seed: int, split: str = "train", size: tuple[int, int] | None = N
 
 def crop_photo(seed: int, kind: str, split: str = "train", size: tuple[int, int] | None = None) -> Captioned:
     """A crop, at a random scale, of one of the photographs of :data:`PHOTO_KINDS` that scikit-image and scikit-learn
-    install. The right third of every photograph is kept from the train split."""
+    install. The train split sees the left two thirds of every photograph, of the rest validation the upper half and
+    test the lower."""
     if kind not in _PHOTOS:
         raise ValueError(f"photo kind {kind!r} is none of {PHOTO_KINDS}")
     random = _generator(f"photo-{kind}", seed, split)
     package, name, caption = _PHOTOS[kind][int(random.integers(len(_PHOTOS[kind])))]
     photo = _photo(package, name)
-    border = photo.shape[1] * 2 // 3
-    photo = photo[:, :border] if split == "train" else photo[:, border:]
+    border, middle = photo.shape[1] * 2 // 3, photo.shape[0] // 2
+    rest = photo[:, border:]
+    photo = {"train": photo[:, :border], "validation": rest[:middle], "test": rest[middle:]}[split]
     height, width = size or _size(random)
     largest = min(photo.shape[0] / height, photo.shape[1] / width)
     scale = largest * math.exp(float(random.uniform(math.log(0.35), 0.0)))

@@ -31,6 +31,16 @@ def test_splits_never_share_a_picture():
         draw_scene(0, "dev")
 
 
+def test_splits_never_share_a_pixel_of_a_photograph(monkeypatch):
+    photo = np.zeros((301, 400, 3), dtype=np.uint8)
+    photo[:, :266, 0] = photo[:150, 266:, 1] = photo[150:, 266:, 2] = 200
+    monkeypatch.setattr(images, "_photo", lambda package, name: photo)
+    for split, channel in (("train", 0), ("validation", 1), ("test", 2)):
+        for seed in range(60):
+            seen = crop_photo(seed, "natural", split, (64, 48)).image
+            assert (seen == 200 * (np.arange(3) == channel)).all()
+
+
 def test_maps_fit_the_picture_and_the_words():
     seen_shapes, seen_materials = set(), set()
     for seed in range(80):
