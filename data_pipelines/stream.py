@@ -22,12 +22,11 @@ from typing import Any
 from data_pipelines.documents import DocumentBuilder, Quarantine, QuarantineConfig
 from data_pipelines.mixture import SourceConfig, open_sources
 from data_pipelines.packing import PackPlan, StreamPacker, Waiting
-from data_pipelines.shards import ShardSet
 from mmagent.chat import ChatConfig
 from mmagent.dist import World
 from mmagent.geometry import GeometryConfig
-from mmagent.packing import CostWeights, Size, balance, empty_pack, pack, plan_packs
-from mmagent.records import RecordError, from_sample
+from mmagent.packing import CostWeights, Size, balance, empty_pack, pack
+from mmagent.records import RecordError
 from mmagent.types import Document, PackedBatch
 from mmagent.vocab import Vocab
 
@@ -323,23 +322,3 @@ class PackStream(Iterator[list[PackedBatch]]):
 
 def _samples(entry: Sequence[Any] | None) -> str:
     return "no such source" if entry is None else f"{entry[0]} samples ({entry[1]})"
-
-
-def packs_once(
-    shards: ShardSet,
-    builder: DocumentBuilder,
-    budget: Size,
-    *,
-    samples: int | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-) -> list[PackedBatch]:
-    """The first ``samples`` of a shard set in order, once, as packs: for validation. Ranks take packs in turn.
-
-    Nothing is quarantined here: raises :class:`~mmagent.records.RecordError` for the first bad sample.
-    """
-    count = len(shards) if samples is None else min(samples, len(shards))
-    documents = [builder.document(from_sample(shards.read(n))) for n in range(count)]
-    chosen = plan_packs(documents, budget)[rank::ranks]
-    ids = {"image_id": builder.vocab.image_id, "merge_size": builder.geometry.merge_size}
-    return [pack([documents[n] for n in indices], **ids, pad_id=builder.vocab.pad_id) for indices in chosen]

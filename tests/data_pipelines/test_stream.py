@@ -12,14 +12,13 @@ import pytest
 import torch
 import webdataset
 
-from data_pipelines.documents import DocumentBuilder, QuarantineConfig, QuarantineError, read_quarantine
+from data_pipelines.documents import QuarantineConfig, QuarantineError, read_quarantine
 from data_pipelines.mixture import SourceConfig
-from data_pipelines.shards import ShardSet, ShardWriter
-from data_pipelines.stream import PackStream, StreamConfig, packs_once
+from data_pipelines.shards import ShardWriter
+from data_pipelines.stream import PackStream, StreamConfig
 from mmagent.chat import Image, Text, assistant, user
 from mmagent.dist import World, run_ranks
 from mmagent.geometry import GeometryConfig
-from mmagent.packing import Size
 from mmagent.records import EncodedImage, Record, encode_image
 from mmagent.types import PackedBatch
 from mmagent.vocab import Vocab
@@ -444,15 +443,6 @@ def test_an_interrupted_wait_loses_nothing(shards, monkeypatch):
             next(packs)
     assert all_same([next(packs)], expected[1:])
     packs.close()
-
-
-def test_validation_reads_in_order_and_once(shards):
-    builder = DocumentBuilder(Vocab.load(shards), GEOMETRY)
-    text = ShardSet(shards / "text")
-    batches = packs_once(text, builder, Size(256, 800), samples=30)
-    assert sorted(key for batch in batches for key in batch.keys) == [f"text-{n:05d}" for n in range(30)]
-    halves = [packs_once(text, builder, Size(256, 800), samples=30, rank=rank, ranks=2) for rank in range(2)]
-    assert sorted(batch.keys for half in halves for batch in half) == sorted(batch.keys for batch in batches)
 
 
 def resident() -> int:
