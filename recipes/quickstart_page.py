@@ -62,9 +62,9 @@ def _overview(summary: Mapping[str, Any]) -> Any:
             for name, interval in scores["intervals"].items()
         }
         parts.append(bar_chart(estimates, "Mean success on held-out seeds, with 95 % intervals"))
-        seen = scores["demonstrated"]["tasks"]
+        imitated = scores["demonstrated"]["tasks"]
         rows = [
-            {"task": task, "demonstrations": "yes" if task in seen else "no", **values}
+            {"task": task, "expert imitated": "yes" if task in imitated else "no", **values}
             for task, values in scores["tasks"].items()
         ]
         parts += [heading("By task"), table(rows)]

@@ -14,8 +14,9 @@ from mmagent.train.hooks import read_jsonl
 from recipes.quickstart_mix import DEMONSTRATED
 
 STAGES = ("untrained", "sft", "rl", "blind")
-"""Who is judged; the last is the agent after RL, shown blank screens: what it scores from words alone."""
-HALVES = {"demonstrated": "with demonstrations", "found_out": "without"}
+"""Who is judged; the last is the agent after RL, shown blank screens: what it scores without seeing."""
+GROUPS = {"demonstrated": "whose experts were imitated", "undemonstrated": "whose were not"}
+"""Of pages, and what is said of them."""
 TAIL = 20  # steps at the end of a log over which a final figure is taken
 
 
@@ -59,14 +60,14 @@ def _miniwob(runs: Mapping[str, Run]) -> dict[str, Any] | None:
     by_stage = {name: summarise_rows(run.rows) for name, run in runs.items()}
     tasks = sorted({task for s in by_stage.values() for task in s.by_task})
     scores = {name: _score(run) for name, run in runs.items()}
-    shown = {f"miniwob/{task}" for task in DEMONSTRATED}
-    halves = {"demonstrated": shown.intersection(tasks), "found_out": set(tasks) - shown}
+    imitated = {f"miniwob/{task}" for task in DEMONSTRATED}
+    groups = {"demonstrated": imitated.intersection(tasks), "undemonstrated": set(tasks) - imitated}
     return {
         **{name: score["mean"] for name, score in scores.items()},
         "intervals": {name: [score["low"], score["high"]] for name, score in scores.items()},
         "episodes": {name: score["items"] for name, score in scores.items()},
         "errors": {name: score["errors"] for name, score in scores.items()},
-        **{half: _means(by_stage, sorted(names)) for half, names in halves.items()},
+        **{group: _means(by_stage, sorted(names)) for group, names in groups.items()},
         "tasks": {t: {name: s.by_task[t].mean for name, s in by_stage.items() if t in s.by_task} for t in tasks},
     }
 
@@ -108,10 +109,10 @@ def shown(summary: Mapping[str, Any]) -> str:
                 f"  MiniWoB++ {name:11} {miniwob[name]:6.1%}  [{low:.1%}, {high:.1%}]  "
                 f"{miniwob['episodes'][name]} held-out episodes of {len(miniwob['tasks'])} tasks"
             )
-        for half in ("demonstrated", "found_out"):
-            pages = f"the {len(miniwob[half]['tasks'])} pages {HALVES[half]}"
-            means = ", ".join(f"{name} {miniwob[half][name]:.1%}" for name in STAGES if name in miniwob[half])
-            lines.append(f"    {pages}: {means}")
+        for group, what in GROUPS.items():
+            means = ", ".join(f"{name} {miniwob[group][name]:.1%}" for name in STAGES if name in miniwob[group])
+            if means:
+                lines.append(f"    the {len(miniwob[group]['tasks'])} pages {what}: {means}")
     for name in ("page_grounding", "screenshot_to_html"):
         if score := summary[name]:
             lines.append(f"  {name:21} {score['mean']:6.1%}  [{score['low']:.1%}, {score['high']:.1%}]")
