@@ -71,12 +71,12 @@ class Config:
 
 
 def laptop() -> Config:
-    """Two minutes on two cores: the quickstart's stage, an action an episode."""
+    """Two or three minutes on two cores: the quickstart's stage, an action an episode."""
     return Config(
-        steps=30,
+        steps=45,
         collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=1, max_context=512)),
         generator=GeneratorConfig(dtype="bfloat16"),
-        optim=OptimConfig(lr=4e-4, weight_decay=0.0),
+        optim=OptimConfig(lr=6e-4, weight_decay=0.0),
         schedule=ScheduleConfig("wsd", warmup=3, floor=0.1, decay=0.3),
         engine=TorchEngineConfig(dtype="bfloat16"),
     )
