@@ -330,7 +330,8 @@ def new_backbone(kind: str, width: int, depth: int, heads: int, patch_size: int)
     if kind == "siglip2":
         module: Any = Siglip2VisionModel(Siglip2VisionConfig(num_patches=64, **sizes))
     elif kind == "dinov3":
-        module = DINOv3ViTModel(DINOv3ViTConfig(**sizes))
+        # its random scale of positions is drawn once a forward: a loss would depend on which images share a micro-batch
+        module = DINOv3ViTModel(DINOv3ViTConfig(pos_embed_rescale=None, **sizes))
     else:
         raise ValueError(f"kind {kind!r} is neither siglip2 nor dinov3")
     module.set_attn_implementation("eager")  # torch's fused attention is slow backwards in bf16 on a CPU

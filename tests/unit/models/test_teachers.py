@@ -13,6 +13,7 @@ from mmagent.models.teachers import (
     GridFeatures,
     Teacher,
     load_backbone,
+    new_backbone,
     resize_pixels,
     save_backbone,
     wrap,
@@ -136,6 +137,19 @@ def test_backbone_encoder_hides_the_patches_it_is_told_to():
     hidden = [encoder(p, masked=masked).tokens for p in packs]
     assert torch.equal(*hidden)
     assert not torch.allclose(*[encoder(p).tokens for p in packs], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["siglip2", "dinov3"])
+@torch.no_grad()
+def test_a_new_backbone_in_training_sees_an_image_alike_in_any_pack(kind):
+    """Nothing is drawn at random in its forward, so a loss does not depend on the packs or the number of ranks."""
+    torch.manual_seed(0)
+    encoder = BackboneEncoder(new_backbone(kind, 32, 2, 2, 16)).train()
+    random = np.random.default_rng(0)
+    images = [patchify(random.integers(0, 256, (64, 64, 3), dtype=np.uint8), PATCH16) for _ in range(3)]
+    together = encoder(PackedVision.pack(images)).tokens
+    apart = [encoder(PackedVision.pack([image])).tokens for image in images]
+    assert torch.allclose(together, torch.cat(apart), atol=1e-5)
 
 
 def test_backbone_encoder_roles_cover_every_parameter():
