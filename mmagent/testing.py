@@ -256,11 +256,16 @@ def check_objective(
         require(value.ndim == 0, f"{name}: the sum of {term!r} has the shape {tuple(value.shape)}, expected ()")
         require(torch.isfinite(value), f"{name}: the sum of {term!r} is {value.item()}")
     require(any(v.requires_grad for v in output.sums.values()), f"{name}: no sum carries a gradient")
+    weights = {p.untyped_storage().data_ptr() for p in objective.parameters()}
     for metric, ratio in output.metrics.items():
         require(isinstance(ratio, Ratio), f"{name}: metric {metric!r} must be a Ratio, so that ranks can add it up")
         require(
             not any(isinstance(half, Tensor) and half.requires_grad for half in ratio),
             f"{name}: metric {metric!r} carries a gradient; detach it",
+        )
+        require(
+            not any(isinstance(half, Tensor) and half.untyped_storage().data_ptr() in weights for half in ratio),
+            f"{name}: metric {metric!r} is a view of a weight, which FSDP2 frees before it is read; clone it",
         )
     if parts:
         _check_split(objective, whole, parts, tolerance, atol)

@@ -406,7 +406,8 @@ class Ratio(NamedTuple):
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Local *sums* ``{term: ()}`` that carry gradient, and detached ``metrics {name: Ratio}``."""
+    """Local *sums* ``{term: ()}`` that carry gradient, and detached ``metrics {name: Ratio}``, none a view of a weight:
+    sharded engines free what they gathered before anything here is read."""
 
     sums: Mapping[str, Tensor]
     metrics: Mapping[str, Ratio] = field(default_factory=dict)

@@ -170,14 +170,14 @@ class MuonAdamW(Optimizer):
                 self._apply(*batches[n], part.view(len(batches[n][0]), *batches[n][0][0].shape))
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        parameters = [p for p in parameters if _local(p).numel()]
-        if not parameters:
-            return
-        for p in parameters:
+        for p in parameters:  # empty shards too: every rank must have what checkpoints gather from all
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(_local(p))
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(_local(p))
+        parameters = [p for p in parameters if _local(p).numel()]
+        if not parameters:
+            return
         states = [self.state[p] for p in parameters]
         adamw(
             [_local(p) for p in parameters],

@@ -124,7 +124,7 @@ class Alignment(nn.Module):
         return {
             "top1": Ratio(right.sum(), one * len(images)),
             "scale": Ratio(self.log_scale.detach().exp().squeeze(), one),
-            "bias": Ratio(self.bias.detach().squeeze(), one),
+            "bias": Ratio(self.bias.detach().squeeze().clone(), one),  # no view: sharded engines free gathered weights
         }
 
     @torch.no_grad()

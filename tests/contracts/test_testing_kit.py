@@ -246,6 +246,8 @@ class Squares(nn.Module):
         metric = Ratio(squares.sum() if self.fault == "metric with gradient" else squares.sum().detach(), n)
         if self.fault == "metric of means":
             metric = Ratio(squares.mean().detach(), torch.tensor(1.0))
+        if self.fault == "metric of a weight":
+            metric = Ratio(self.w.detach().squeeze(), torch.tensor(1.0))
         if self.fault == "bare metric":
             metric = squares.mean().detach()
         return StepOutput({"squares": total, **({"more": total} if self.fault == "more sums" else {})}, {"m": metric})
@@ -264,6 +266,7 @@ OBJECTIVE_FAULTS = {
     "no gradient": r"no sum carries a gradient",
     "metric with gradient": r"metric 'm' carries a gradient",
     "metric of means": r"metric 'm' depends",
+    "metric of a weight": r"metric 'm' is a view of a weight",
     "bare metric": r"metric 'm' must be a Ratio",
 }
 

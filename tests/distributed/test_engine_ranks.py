@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from mmagent.train.hooks import JsonlLog, LeaveOnSignal, SaveHook, Validate, rea
 from mmagent.train.loop import fit
 from mmagent.train.run import Run
 from mmagent.train.step import train_step
-from mmagent.types import ParamRole
+from mmagent.types import ParamRole, StepOutput
 from tests.engine_kit import ALONE, Toy, ToyBatch, ToyStream, toy_run
 
 
@@ -89,6 +91,47 @@ def test_a_run_goes_on_sharded_or_not_and_on_another_number_of_ranks(tmp_path):
     assert all(torch.equal(alone[name], tensor) for name, tensor in written.items())
     run_ranks(continued, 2, folder, "ddp", 5)
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "m.jsonl")] == [1, 2, 3, 4, 5]
+
+
+class Offset(Toy):
+    """With a parameter of one number, of which only one rank of an FSDP2 world holds anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch: ToyBatch) -> StepOutput:
+        return super().forward(ToyBatch(batch.values + self.offset))
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        return {**super().roles(), "offset": ParamRole("trunk", False)}
+
+
+def moments(world: World, parallel: str, given: str = "") -> dict[str, Any]:
+    """The optimizer's state after two steps, which go on from the one in the file ``given``."""
+    torch.manual_seed(0)
+    toy = Offset()
+    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig(parallel), world)
+    if given:
+        engine.load_state_dict(torch.load(given, weights_only=True))
+    batches = [ToyBatch(torch.randn(3, 6)) for _ in range(2)]
+    for _ in range(2):
+        train_step(toy, engine, batches[world.rank :: world.size], world)
+    return engine.state_dict()
+
+
+def test_what_only_one_rank_has_of_a_parameter_is_saved_and_taken_up(tmp_path):
+    """The others must join in gathering its state, though theirs is empty."""
+    given = ""
+    for steps in (2, 4):
+        state = run_ranks(moments, 2, "fsdp2", given)[0]
+        one, two = moments(ALONE, "none", given)["optimizer"], state["optimizer"]
+        assert {name: set(entries) for name, entries in one.items()} == {n: set(e) for n, e in two.items()}
+        assert one["offset"]["step"] == two["offset"]["step"] == steps
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(one["offset"][key], two["offset"][key], rtol=1e-3)
+        given = str(tmp_path / "state.pt")
+        torch.save(state, given)
 
 
 def validated(world: World, parallel: str) -> tuple[dict[str, float], list[dict[str, torch.Tensor]]]:

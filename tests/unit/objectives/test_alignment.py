@@ -16,6 +16,7 @@ from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
+from mmagent.testing import check_objective
 from mmagent.types import PackedVision, PairedBatch, Segments
 
 LENGTHS = [3, 1, 7, 3]
@@ -78,6 +79,11 @@ def test_the_loss_is_the_sigmoid_loss_of_images_and_texts_embedded_one_by_one():
     out.sums["contrastive"].backward()
     assert torch.allclose(model.encoder.embed.weight.grad, expected_gradients, rtol=1e-3, atol=1e-5)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_alignment_keeps_its_protocol():
+    """So no metric is a view of temperature or bias, which a sharded engine frees before metrics are read."""
+    check_objective(alignment(), batch())
 
 
 def test_words_are_classified_and_empty_captions_add_nothing():
