@@ -7,9 +7,6 @@ TASKS = (
     "grid-coordinate",
 )  # fmt: skip
 """Pages of MiniWoB++ that the quickstart trains on and is judged on, at seeds apart from each other."""
-DEMONSTRATED = ("click-test", "click-dialog", "click-tab", "click-button", "grid-coordinate")
-"""Those whose expert episodes are imitated. The others are shown and asked about in pretraining; to solve them is left
-to reinforcement."""
 JUDGED = {"laptop": 20, "debug": 1}
 """Held-out episodes a page."""
 BLINDED = {"laptop": 5, "debug": 1}

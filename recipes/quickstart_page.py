@@ -62,11 +62,7 @@ def _overview(summary: Mapping[str, Any]) -> Any:
             for name, interval in scores["intervals"].items()
         }
         parts.append(bar_chart(estimates, "Mean success on held-out seeds, with 95 % intervals"))
-        imitated = scores["demonstrated"]["tasks"]
-        rows = [
-            {"task": task, "expert imitated": "yes" if task in imitated else "no", **values}
-            for task, values in scores["tasks"].items()
-        ]
+        rows = [{"task": task, **values} for task, values in scores["tasks"].items()]
         parts += [heading("By task"), table(rows)]
     if summary["encoder"]:
         parts += [heading("Encoder probes"), table([{"encoder": n, **v} for n, v in summary["encoder"].items()])]

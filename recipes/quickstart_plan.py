@@ -41,12 +41,10 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     if not browser:
         return stages
     sft = ("recipes.sft", *preset, f"init={root}/pretrain/agent", *_shards(root, "sft", browser), f"output={root}/sft")
-    about = f"imitate experts on {len(mix.DEMONSTRATED)} of {len(mix.TASKS)} pages"
-    stages.append(Stage("sft", about, sft, root / "sft", _agent, 60, processes))
+    stages.append(Stage("sft", "imitate experts at their clicks", sft, root / "sft", _agent, 80, processes))
     tasks = "tasks=[" + ",".join(f"miniwob/{task}" for task in mix.TASKS) + "]"
     rl = ("recipes.rl", *preset, f"init={root}/sft/agent", tasks, f"output={root}/rl")
-    about = f"try all {len(mix.TASKS)} pages, be rewarded by them, improve (GRPO)"
-    stages.append(Stage("rl", about, rl, root / "rl", _agent, 140, processes))
+    stages.append(Stage("rl", "try, be rewarded by the page, improve (GRPO)", rl, root / "rl", _agent, 125, processes))
     stages += [_judge(root, who, who, ("miniwob",), size) for who in ("untrained", "sft", "rl")]
     stages.append(_judge(root, "blind", "rl", ("miniwob",), size, "--blind"))
     return [
@@ -58,10 +56,10 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
 def _data(root: Path, size: str, browser: bool) -> Stage:
     """Whether there is a browser is part of the command: with one, the data of a call without is made afresh."""
     samples = [f"{stage}.{n}={count}" for stage, kinds in mix.SAMPLES[size].items() for n, count in kinds.items()]
-    tasks = ("tasks=[" + ",".join(mix.TASKS) + "]", "demonstrated=[" + ",".join(mix.DEMONSTRATED) + "]")
+    tasks = "tasks=[" + ",".join(mix.TASKS) + "]"
     asked = ("questions=3", *(f"ask.{kind}={mix.ASK.get(kind, 0)}" for kind in WEIGHTS))
     seen = f"browser={'required' if browser else 'none'}"
-    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, *tasks, *samples, *asked)
+    arguments = ("data_pipelines.build", "--preset", size, f"folder={root}/data", seen, tasks, *samples, *asked)
     about = "draw scenes, render pages, play experts; write shards"
     made = [(stage, n) for stage, kinds in mix.SAMPLES[size].items() for n, count in kinds.items() if count]
     sources = [f"{stage}/{n}" for stage, n in made if browser or n in mix.BLIND]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evals.store import Run, RunError, read_run
-from evals.summary import Summary
 from evals.summary import summarise as summarise_rows
 from mmagent.train.hooks import read_jsonl
-from recipes.quickstart_mix import DEMONSTRATED
 
 STAGES = ("untrained", "sft", "rl", "blind")
 """Who is judged; the last is the agent after RL, shown blank screens: what it scores without seeing."""
-GROUPS = {"demonstrated": "whose experts were imitated", "undemonstrated": "whose were not"}
-"""Of pages, and what is said of them."""
 TAIL = 20  # steps at the end of a log over which a final figure is taken
 
 
@@ -60,22 +56,13 @@ def _miniwob(runs: Mapping[str, Run]) -> dict[str, Any] | None:
     by_stage = {name: summarise_rows(run.rows) for name, run in runs.items()}
     tasks = sorted({task for s in by_stage.values() for task in s.by_task})
     scores = {name: _score(run) for name, run in runs.items()}
-    imitated = {f"miniwob/{task}" for task in DEMONSTRATED}
-    groups = {"demonstrated": imitated.intersection(tasks), "undemonstrated": set(tasks) - imitated}
     return {
         **{name: score["mean"] for name, score in scores.items()},
         "intervals": {name: [score["low"], score["high"]] for name, score in scores.items()},
         "episodes": {name: score["items"] for name, score in scores.items()},
         "errors": {name: score["errors"] for name, score in scores.items()},
-        **{group: _means(by_stage, sorted(names)) for group, names in groups.items()},
         "tasks": {t: {name: s.by_task[t].mean for name, s in by_stage.items() if t in s.by_task} for t in tasks},
     }
-
-
-def _means(by_stage: Mapping[str, Summary], tasks: Sequence[str]) -> dict[str, Any]:
-    """The mean of every stage over ``tasks``, those without episodes left out."""
-    scored = {name: [s.by_task[t].mean for t in tasks if t in s.by_task] for name, s in by_stage.items()}
-    return {"tasks": list(tasks), **{name: sum(row) / len(row) for name, row in scored.items() if row}}
 
 
 def _pretrain(folder: Path) -> dict[str, float] | None:
@@ -109,10 +96,6 @@ def shown(summary: Mapping[str, Any]) -> str:
                 f"  MiniWoB++ {name:11} {miniwob[name]:6.1%}  [{low:.1%}, {high:.1%}]  "
                 f"{miniwob['episodes'][name]} held-out episodes of {len(miniwob['tasks'])} tasks"
             )
-        for group, what in GROUPS.items():
-            means = ", ".join(f"{name} {miniwob[group][name]:.1%}" for name in STAGES if name in miniwob[group])
-            if means:
-                lines.append(f"    the {len(miniwob[group]['tasks'])} pages {what}: {means}")
     for name in ("page_grounding", "screenshot_to_html"):
         if score := summary[name]:
             lines.append(f"  {name:21} {score['mean']:6.1%}  [{score['low']:.1%}, {score['high']:.1%}]")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mmagent.browser import find_chromium
 from mmagent.train.hooks import read_jsonl
 from recipes.processes import orphans
-from recipes.quickstart_mix import DEMONSTRATED, TASKS
+from recipes.quickstart_mix import TASKS
 from recipes.quickstart_plan import plan
 from tests.recipes.recipe_kit import ENVIRONMENT
 
@@ -46,9 +46,6 @@ def test_it_leaves_what_it_promises(undisturbed):
         low, high = summary["miniwob"]["intervals"][stage]
         assert low <= summary["miniwob"][stage] <= high
     assert len(summary["miniwob"]["tasks"]) == len(TASKS) >= 8
-    for group, count in (("demonstrated", len(DEMONSTRATED)), ("undemonstrated", len(TASKS) - len(DEMONSTRATED))):
-        assert len(summary["miniwob"][group]["tasks"]) == count
-        assert {"untrained", "sft", "rl"} <= set(summary["miniwob"][group])
     assert {"untrained", "siglip2", "dinov3", "both", "aligned"} <= set(summary["encoder"])
     figures = summary["pretrain"]
     assert {"loss/lm", "loss/mtp_1", "visual_share", "data/fill", "tokens_per_second"} <= set(figures)
