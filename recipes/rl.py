@@ -71,7 +71,7 @@ class Config:
 
 
 def laptop() -> Config:
-    """Two or three minutes on two cores: the quickstart's stage, an action an episode."""
+    """Two minutes on two cores: the quickstart's stage, an action an episode."""
     return Config(
         steps=45,
         collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=1, max_context=512)),

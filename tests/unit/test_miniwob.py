@@ -64,6 +64,16 @@ def test_every_expert_earns_the_full_reward_on_fifty_seeds(browser_pool):
     assert failures(play(browser_pool, miniwob.TASKS, [miniwob.seed_for("test", n) for n in range(50)])) == {}
 
 
+def of_all(one, tasks):
+    """What ``one`` finds wrong with each of the tasks, all at a time."""
+
+    async def run():
+        found = await asyncio.gather(*(one(task) for task in tasks))
+        return [pair for different in found for pair in different]
+
+    return run_sync(run())
+
+
 def disagreements(pool, tasks, seeds):
     """Tasks whose screens on a page with a past differ from those on a fresh page."""
     if not pool.begin_frame:
@@ -82,11 +92,7 @@ def disagreements(pool, tasks, seeds):
                     different.append((task, seed))
         return different
 
-    async def run():
-        found = await asyncio.gather(*(one(task) for task in tasks))
-        return [pair for different in found for pair in different]
-
-    return run_sync(run())
+    return of_all(one, tasks)
 
 
 def test_a_seed_is_a_screen_whatever_the_page_showed_before(browser_pool):
@@ -123,11 +129,7 @@ def replays(pool, tasks, seeds):
                     different.append((task, seed))
         return different
 
-    async def run():
-        found = await asyncio.gather(*(one(task) for task in tasks))
-        return [pair for different in found for pair in different]
-
-    return run_sync(run())
+    return of_all(one, tasks)
 
 
 def test_where_the_mouse_was_does_not_matter_to_a_click(browser_pool):
