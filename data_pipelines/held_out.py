@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from data_pipelines.mixture import Source, SourceConfig
+from data_pipelines.mixture import Source, SourceConfig, instead
 from data_pipelines.stream import PackStream
 from mmagent.config import ConfigError
 from mmagent.records import RecordError, from_sample
@@ -62,9 +61,7 @@ class HeldOut:
         found = {path.parent.name: str(path.parent) for path in tars}
         trained = {source.name: source for source in training.sources}
         for name in sorted(set(config.paths) - set(trained)):
-            near = difflib.get_close_matches(name, trained, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(trained)}"
-            raise ValueError(f"validation.paths.{name}: training has no such source; {hint}")
+            raise ValueError(f"validation.paths.{name}: training has no such source; {instead(name, trained)}")
         paths = {name: path for name, path in {**found, **config.paths}.items() if name in trained}
         if not paths:
             where = f"{config.folder} holds no shards" if config.folder else "is empty, so there are no held-out shards"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,12 @@ class Mixture:
         self.consumed = {name: int(state["consumed"][name]) for name in self.sources}
 
 
+def instead(name: str, known: Collection[str]) -> str:
+    """What to say of a source ``name`` that is not among those ``known``: the nearest, or which there are."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
+
+
 def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "") -> list[Source]:
     """The sources with a weight: those named, and every sub-folder of ``folder`` that holds shards.
 
@@ -130,9 +136,7 @@ def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "
         if not config.path and not folder:
             raise ValueError(f"sources.{name}.path: is empty, and the stream has no folder")
         if not config.path and name not in found and config.weight > 0:
-            near = difflib.get_close_matches(name, found, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(found)) or 'none'}"
-            raise ValueError(f"sources.{name}: {folder} holds no shards of that name; {hint}")
+            raise ValueError(f"sources.{name}: {folder} holds no shards of that name; {instead(name, found)}")
     sources = [
         Source(name, ShardSet(config.path or Path(folder) / name), config.weight, seed)
         for name, config in sorted(named.items())
