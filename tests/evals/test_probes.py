@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from evals.probes import class_mean_accuracy, knn_accuracy, linear_accuracy
+from evals.encoder.classify import class_mean_accuracy, knn_accuracy, linear_accuracy
 from mmagent.geometry import patch_labels
 
 
