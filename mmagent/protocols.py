@@ -87,9 +87,9 @@ class Engine(Protocol):
         """Back-propagate; over all micro-batches and ranks the gradient is the *sum*."""
         ...
 
-    def step(self, lr_scale: float = 1.0) -> float:
-        """Clip, step with every learning rate times ``lr_scale``, zero. Returns the global gradient norm before
-        clipping."""
+    def step(self, lr_scale: float = 1.0, role_scales: Mapping[str, float] | None = None) -> float:
+        """Clip, step with every learning rate times ``lr_scale``, or that of its role in ``role_scales``, zero. Returns
+        the global gradient norm before clipping."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -106,6 +106,14 @@ class ToyStream:
         self.position = state["position"]
 
 
+class SplitStream(ToyStream):
+    """A stream that any number of ranks can take up: they all stand at one position."""
+
+    def load_state_dicts(self, states):
+        assert len({state["position"] for state in states}) == 1
+        self.position = states[0]["position"]
+
+
 @dataclass
 class ToyRun:
     """Everything :func:`mmagent.train.loop.fit` wants."""

@@ -155,8 +155,9 @@ class TorchEngine:
         """Back-propagate; the average over ranks that DDP and FSDP2 take becomes a sum."""
         (loss * self.world.size).backward()
 
-    def step(self, lr_scale: float = 1.0) -> float:
-        """Clip, step, zero; returns the global norm before clipping.
+    def step(self, lr_scale: float = 1.0, role_scales: Mapping[str, float] | None = None) -> float:
+        """Clip, step, zero; returns the global norm before clipping. ``role_scales`` replaces ``lr_scale`` for the
+        optimizer's groups of those roles.
 
         Raises ``FloatingPointError``, before any weight has changed, when the gradient is not finite.
         """
@@ -168,8 +169,12 @@ class TorchEngine:
             raise FloatingPointError(f"the gradient norm is {norm.item()}; first seen in {few(bad) or 'another rank'}")
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(with_gradient.values(), self.config.clip_norm, norm)
+        scales = dict(role_scales or {})
+        if unknown := set(scales) - {group.get("role") for group in self.optimizer.param_groups}:
+            raise ValueError(f"schedules for roles that the optimizer does not have: {few(sorted(unknown))}")
         for group in self.optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_scale
+            scale = scales.get(group.get("role", ""), lr_scale)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()

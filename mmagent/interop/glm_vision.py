@@ -54,7 +54,15 @@ def vision_rules(
     projector_prefix: str = "projector",
     theirs: str = "",
 ) -> list[Rule]:
-    """Rules between our encoder and projector, under their prefixes, and a tower whose names start with ``theirs``."""
+    """Rules between our encoder and projector, under their prefixes, and a tower whose names start with ``theirs``.
+
+    Raises ``ValueError`` for an encoder or a projector that no tower of theirs has.
+    """
+    if vision.mlp != "swiglu" or projector.merge != "linear" or vision.temporal_patch != 2:
+        raise ValueError(
+            f"no tower of the GLM-V family has mlp {vision.mlp!r}, merge {projector.merge!r} and "
+            f"temporal_patch {vision.temporal_patch}: it has swiglu, linear and 2"
+        )
     width, merge = vision.width, vision.merge_size
     e, p = encoder_prefix, projector_prefix
     both = ("weight", "bias") if vision.bias else ("weight",)

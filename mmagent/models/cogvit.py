@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.geometry import patch_coordinates
-from mmagent.models.layers import EMBEDDING_STD, Linear, Recomputed, RMSNorm, SwiGLU
+from mmagent.models.layers import EMBEDDING_STD, GELUMLP, Linear, Recomputed, RMSNorm, SwiGLU
 from mmagent.ops.attention import varlen_attention
 from mmagent.ops.heads import Heads, split_heads
 from mmagent.ops.rotary import Rotation, angles_2d
@@ -44,6 +44,7 @@ class CogViTConfig:
     rope_base: float = 10000.0
     bias: bool = True
     qk_norm: bool = True
+    mlp: str = "swiglu"  # or "gelu": two matrices in place of three
     swiglu_limit: float = 0.0  # 10.0 in the GLM-5 tower
     embedding_norm: bool = False  # an RMSNorm after the patch embedding, as in GLM-4.1V
     position_table: int = 0  # side of a learned table, resampled to each image; 0 for none
@@ -55,6 +56,10 @@ class CogViTConfig:
             raise ValueError(f"vision: width {self.width} over {self.heads} heads must give heads of a multiple of 4")
         if self.pooling not in ("mean", "attention"):
             raise ValueError(f"vision: pooling must be 'mean' or 'attention', got {self.pooling!r}")
+        if self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"vision: mlp must be 'swiglu' or 'gelu', got {self.mlp!r}")
+        if self.mlp == "gelu" and self.swiglu_limit:
+            raise ValueError(f"vision: swiglu_limit {self.swiglu_limit} has no meaning for mlp 'gelu'")
 
     @property
     def patch_values(self) -> int:
@@ -80,14 +85,17 @@ class VisionAttention(nn.Module):
 
 
 class VisionBlock(Recomputed):
-    """Pre-norm attention and SwiGLU, each added to the residual stream; ``(P, W)`` to ``(P, W)``."""
+    """Pre-norm attention and feed-forward, each added to the residual stream; ``(P, W)`` to ``(P, W)``."""
 
     def __init__(self, config: CogViTConfig):
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps, inner=True)
         self.attention = VisionAttention(config)
         self.ffn_norm = RMSNorm(config.width, config.norm_eps, inner=True)
-        self.ffn = SwiGLU(config.width, config.ffn, config.bias, config.depth, config.swiglu_limit)
+        if config.mlp == "gelu":
+            self.ffn: nn.Module = GELUMLP(config.width, config.ffn, config.bias, config.depth)
+        else:
+            self.ffn = SwiGLU(config.width, config.ffn, config.bias, config.depth, config.swiglu_limit)
 
     def forward(self, x_PW: Tensor, rotation: Rotation, segments: Segments) -> Tensor:
         return self.recomputed(self._compute, x_PW, rotation, segments)
@@ -257,6 +265,13 @@ class CogViT(nn.Module):
 
 def cogvit_403m() -> CogViTConfig:
     return CogViTConfig()
+
+
+def seed_vit() -> CogViTConfig:
+    """Seed-ViT of arXiv 2505.07062, 532M: 27 blocks of width 1280, heads of 64, 2-D rotary, an MLP of four widths,
+    single frames. Which norms and biases it has is not published; they are those of CogViT. Its merger averages
+    (``ProjectorConfig.merge``)."""
+    return CogViTConfig(width=1280, depth=27, heads=20, ffn=5120, mlp="gelu", temporal_patch=1)
 
 
 def cogvit_laptop() -> CogViTConfig:

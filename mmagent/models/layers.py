@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,6 +99,18 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x), self.limit))
+
+
+class GELUMLP(nn.Module):
+    """``down(gelu(up(x)))``: the feed-forward part of the first transformers (arXiv 1706.03762, with GELU)."""
+
+    def __init__(self, width: int, ffn: int, bias: bool = True, depth: int = 0):
+        super().__init__()
+        self.up = Linear(width, ffn, bias=bias)
+        self.down = Linear(ffn, width, bias=bias, depth=depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
 
 
 class Recomputed(nn.Module):

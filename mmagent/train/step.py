@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,12 @@ class StepResult:
 
 
 def train_step(
-    objective: Objective, engine: Engine, micro_batches: Sequence[Any], world: World, lr_scale: float = 1.0
+    objective: Objective,
+    engine: Engine,
+    micro_batches: Sequence[Any],
+    world: World,
+    lr_scale: float = 1.0,
+    role_scales: Mapping[str, float] | None = None,
 ) -> StepResult:
     """Count, then back-propagate ``sum_k w_k * S_k / C_k`` for every micro-batch, then step.
 
@@ -60,7 +65,7 @@ def train_step(
             engine.backward(sum(output.sums[t] * scales[t] for t in terms))
         totals.add(batch, output)
     total = totals.reduce(world)
-    grad_norm = engine.step(lr_scale)
+    grad_norm = engine.step(lr_scale, role_scales)
     metrics = total["metrics"] | dict(objective.after_step() or {})
     loss, losses = mean_losses(total["sum"], counts, objective.weights)
     host = {term: count.item() for term, count in counts.items()}

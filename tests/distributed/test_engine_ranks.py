@@ -21,7 +21,7 @@ from mmagent.train.loop import fit
 from mmagent.train.run import Run
 from mmagent.train.step import train_step
 from mmagent.types import ParamRole, StepOutput
-from tests.engine_kit import ALONE, Toy, ToyBatch, ToyStream, toy_run
+from tests.engine_kit import ALONE, SplitStream, Toy, ToyBatch, toy_run
 
 
 def message_of(error: type[Exception], call) -> str:
@@ -59,14 +59,6 @@ def test_ranks_must_bring_equally_many_micro_batches(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for told in run_ranks(uneven, 2):
         assert told == "ranks bring [1, 2] micro-batches to one step: the numbers must be equal"
-
-
-class SplitStream(ToyStream):
-    """A stream that any number of ranks can take up: they all stand at one position."""
-
-    def load_state_dicts(self, states):
-        assert len({state["position"] for state in states}) == 1
-        self.position = states[0]["position"]
 
 
 def continued(world: World, folder: str, parallel: str, steps: int) -> dict[str, torch.Tensor]:

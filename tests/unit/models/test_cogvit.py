@@ -14,6 +14,7 @@ from mmagent.models.cogvit import (
     cogvit_403m,
     cogvit_debug,
     packed_coordinates,
+    seed_vit,
     sine_cosine_2d,
 )
 from mmagent.models.layers import collect_roles
@@ -41,6 +42,44 @@ def test_published_count():
         model = CogViT(cogvit_403m())
     assert sum(p.numel() for p in model.blocks.parameters()) == 403_024_896
     assert sum(p.numel() for p in model.parameters()) == 403_024_896 + 1176 * 1024 + 1024 + 1024
+
+
+def test_seed_vit_is_532m():
+    """Blocks of 4 W^2 attention and 8 W^2 MLP: with patch embedding, biases and norms the 532M of arXiv 2505.07062."""
+    with torch.device("meta"):
+        model = CogViT(seed_vit())
+    assert len(model.blocks) == 27
+    assert sum(p.numel() for p in model.parameters()) == 531_980_416
+
+
+def test_a_gelu_block_is_the_plain_formula():
+    block = build(mlp="gelu").blocks[0].ffn
+    x = torch.randn(5, 32)
+    up, down = block.up, block.down
+    torch.testing.assert_close(block(x), F.gelu(x @ up.weight.T + up.bias) @ down.weight.T + down.bias)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pooling": "attention", "position_table": 3}, {"mlp": "gelu"}])
+def test_gradients_of_a_pack_are_the_sums_of_those_of_images_alone(changes):
+    """A loss over tokens and summaries. Float32 sums in another order: gradients here are of the size 1 to 100."""
+    model, pack = build(**changes), vision()
+    directions = torch.randn(pack.patches.shape[0], 32), torch.randn(len(GRIDS), 32)
+
+    def backward(rows: slice, images: slice) -> None:
+        seen = model(PackedVision(pack.patches[rows], pack.grids[images]))
+        ((seen.tokens * directions[0][rows]).sum() + (seen.pooled * directions[1][images]).sum()).backward()
+
+    backward(slice(None), slice(None))
+    together = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    at = 0
+    for index, size in enumerate(pack.grids.prod(1).tolist()):
+        backward(slice(at, at + size), slice(index, index + 1))
+        at += size
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, together[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])

@@ -56,6 +56,27 @@ def test_stop_and_resume_equal_an_uninterrupted_run_bitwise(tmp_path):
     assert timing[0]["time/tokens_per_second"] > 0
 
 
+def test_a_role_follows_a_schedule_of_its_own(tmp_path):
+    """Experts begin two steps late and then move at the rate of the others; a role that is not there is named."""
+    toy = toy_run(tmp_path / "run", dropout=0.0)
+    start = {name: p.detach().clone() for name, p in toy.objective.named_parameters()}
+    moved = []
+
+    def watch(step, record):
+        now = dict(toy.objective.named_parameters())
+        moved.append({name: not torch.equal(now[name], before) for name, before in start.items()})
+
+    late = {"experts": lambda step: 0.0 if step < 2 else 1.0}
+    log = JsonlLog(tmp_path / "log.jsonl")
+    fit(toy.run, toy.objective, toy.engine, toy.stream, steps=3, role_schedules=late, hooks=[watch, log])
+    assert [row["experts"] for row in moved] == [False, False, True]
+    assert all(row["stacked.weight"] for row in moved)
+    rows = read_jsonl(tmp_path / "log.jsonl")
+    assert [(row["lr_scale"], row["lr_scale/experts"]) for row in rows] == [(1.0, 0.0), (1.0, 0.0), (1.0, 1.0)]
+    with pytest.raises(ValueError, match="roles that the optimizer does not have: text"):
+        toy.engine.step(1.0, {"text": 0.5})
+
+
 def test_steps_past_the_checkpoint_are_repeated_and_logged_once(tmp_path):
     whole = train(tmp_path / "whole", 12)
     train(tmp_path / "torn", 7, interval=5)
