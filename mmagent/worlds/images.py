@@ -11,36 +11,22 @@ a pixel of a photograph; the textures of materials, the widgets and the words ar
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-P, R = ParamSpec("P"), TypeVar("R")
+from mmagent.worlds.drawing import COLOURS, LARGEST, article, generator, once, random_size
+
 SHAPES = ("disc", "square", "triangle", "ring", "cross", "diamond", "star", "bar")
 MATERIALS = ("plain", "striped", "checked", "dotted", "noisy", "brick", "grass", "gravel")
-COLOURS = {
-    "red": (214, 44, 44),
-    "green": (44, 160, 64),
-    "blue": (48, 84, 214),
-    "yellow": (232, 206, 56),
-    "purple": (142, 56, 176),
-    "orange": (240, 138, 36),
-    "white": (242, 242, 242),
-    "black": (32, 32, 32),
-}
 PLACES = (
     *("top left", "top", "top right", "left", "centre", "right"),
     *("bottom left", "bottom", "bottom right"),
 )
 WIDGETS = ("button", "checkbox", "radio", "field", "slider", "link")
-SPLITS = {"train": 0, "test": 1, "validation": 2}
-SIDES = (112, 225)  # least and, exclusive, most pixels on a side where no size is asked for
 
 _WORDS = (
     *("ok", "cancel", "send", "open", "save", "next", "back", "menu", "login", "search", "name", "email", "city"),
@@ -114,12 +100,12 @@ def draw_scene(seed: int, split: str = "train", size: tuple[int, int] | None = N
     ``level`` 0 shows one large plain shape on a plain ground, 1 one shape of any material, 2 up to three, which may
     hide each other; None draws the level, too.
     """
-    random = _generator("scene", seed, split)
+    random = generator("scene", seed, split)
     drawn = int(random.integers(LEVELS))
     if level is not None and not 0 <= level < LEVELS:
         raise ValueError(f"scenes have levels 0 to {LEVELS - 1}, not {level}")
     rules = _LEVELS[drawn if level is None else level]
-    height, width = size or _size(random)
+    height, width = size or random_size(random)
     names = list(COLOURS)
     tint = int(random.integers(len(names)))
     ground = int(random.integers(rules.materials))
@@ -141,15 +127,15 @@ def draw_scene(seed: int, split: str = "train", size: tuple[int, int] | None = N
     noise = _noise()[_window(height, width, _noise().shape, random)]
     image = np.clip(image.astype(np.int16) + noise[..., None], 0, 255).astype(np.uint8)
     placed.sort(key=lambda item: -item[0])
-    said = ", ".join(f"{_a(f'{names[c]} {SHAPES[s]}')} in the {PLACES[p]}" for _, s, c, p in placed)
+    said = ", ".join(f"{article(f'{names[c]} {SHAPES[s]}')} in the {PLACES[p]}" for _, s, c, p in placed)
     _, shape, colour, place = placed[0]
-    return Scene(image, f"{said}, on {_a(names[tint])} ground", shape, colour, place, shapes, materials)
+    return Scene(image, f"{said}, on {article(names[tint])} ground", shape, colour, place, shapes, materials)
 
 
 def draw_panel(seed: int, split: str = "train", size: tuple[int, int] | None = None) -> Captioned:
     """A plain panel with two to five labelled widgets, one below the other: what a page looks like at its simplest."""
-    random = _generator("panel", seed, split)
-    height, width = size or _size(random)
+    random = generator("panel", seed, split)
+    height, width = size or random_size(random)
     shade = int(random.integers(225, 256))
     canvas = Image.new("RGB", (width, height), (shade, shade, min(shade + 5, 255)))
     draw = ImageDraw.Draw(canvas)
@@ -170,13 +156,13 @@ def crop_photo(seed: int, kind: str, split: str = "train", size: tuple[int, int]
     test the lower."""
     if kind not in _PHOTOS:
         raise ValueError(f"photo kind {kind!r} is none of {PHOTO_KINDS}")
-    random = _generator(f"photo-{kind}", seed, split)
+    random = generator(f"photo-{kind}", seed, split)
     package, name, caption = _PHOTOS[kind][int(random.integers(len(_PHOTOS[kind])))]
     photo = _photo(package, name)
     border, middle = photo.shape[1] * 2 // 3, photo.shape[0] // 2
     rest = photo[:, border:]
     photo = {"train": photo[:, :border], "validation": rest[:middle], "test": rest[middle:]}[split]
-    height, width = size or _size(random)
+    height, width = size or random_size(random)
     largest = min(photo.shape[0] / height, photo.shape[1] / width)
     scale = largest * math.exp(float(random.uniform(math.log(0.35), 0.0)))
     tall, wide = max(round(height * scale), 1), max(round(width * scale), 1)
@@ -185,24 +171,9 @@ def crop_photo(seed: int, kind: str, split: str = "train", size: tuple[int, int]
     return Captioned(np.asarray(crop.resize((width, height), Image.Resampling.BICUBIC)), caption)
 
 
-def _generator(kind: str, seed: int, split: str) -> np.random.Generator:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is none of {tuple(SPLITS)}")
-    return np.random.default_rng([SPLITS[split], seed, *kind.encode()])
-
-
-def _size(random: np.random.Generator) -> tuple[int, int]:
-    height, width = random.integers(*SIDES, 2)
-    return int(height), int(width)
-
-
 def _soften(colour: Sequence[int]) -> tuple[int, ...]:
     """Grounds are paler than what stands on them."""
     return tuple(round(0.55 * c + 0.45 * 150) for c in colour)
-
-
-def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _silhouette(
@@ -268,23 +239,10 @@ def _window(height: int, width: int, shape: Sequence[int], random: np.random.Gen
     return slice(top, top + height), slice(left, left + width)
 
 
-_SHEET = 512
-_loading = threading.RLock()
+_SHEET = LARGEST
 
 
-def _once(function: Callable[P, R]) -> Callable[P, R]:
-    """Cached for good, and computed by one thread only: of eight that draw, all would load the same photographs."""
-    cached = cache(function)
-
-    @wraps(function)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _loading:
-            return cached(*args, **kwargs)
-
-    return locked
-
-
-@_once
+@once
 def _sheets(name: str) -> tuple[np.ndarray, ...]:
     """Variants of one material as ``(512, 512)`` float32 sheets of darkness in [0, 1]."""
     y, x = np.mgrid[0:_SHEET, 0:_SHEET].astype(np.float32)
@@ -314,12 +272,12 @@ def _sheets(name: str) -> tuple[np.ndarray, ...]:
     return tuple(out)
 
 
-@_once
+@once
 def _noise() -> np.ndarray:
     return np.random.default_rng(1).normal(0.0, 5.0, (_SHEET, _SHEET)).round().astype(np.int16)
 
 
-@_once
+@once
 def _photo(package: str, name: str) -> np.ndarray:
     """``(h, w, 3)`` uint8, from the package's own folder: nothing is downloaded."""
     if package == "skimage":
@@ -349,7 +307,7 @@ def _draw_widget(
     if widget == "button":
         draw.rounded_rectangle((left, top, right, top + height), 4, fill=paint)
         draw.text((left + 7, top + 2), word, fill=(255, 255, 255), font=font)
-        return _a(f"{colour} button {word}")
+        return article(f"{colour} button {word}")
     if widget == "field":
         draw.rectangle((left, top, width - 6, top + height), fill=(255, 255, 255), outline=(120, 120, 120))
         draw.text((left + 4, top + 2), word, fill=ink, font=font)
@@ -362,7 +320,7 @@ def _draw_widget(
         knob = float(random.uniform(left + 6, width - 12))
         draw.line((left, top + 8, width - 6, top + 8), fill=(150, 150, 150), width=3)
         draw.ellipse((knob - 5, top + 3, knob + 5, top + 13), fill=paint)
-        return _a(f"{colour} slider at {round(10 * (knob - left) / (width - 6 - left))}")
+        return article(f"{colour} slider at {round(10 * (knob - left) / (width - 6 - left))}")
     chosen = bool(random.integers(2))
     box = (left, top, left + size, top + size)
     if widget == "checkbox":
@@ -374,4 +332,4 @@ def _draw_widget(
         if chosen:
             draw.ellipse((left + 3, top + 3, left + size - 3, top + size - 3), fill=paint)
     draw.text((left + size + 4, top - 1), word, fill=ink, font=font)
-    return _a(f"{'checked' if chosen else 'empty'} {widget} {word}")
+    return article(f"{'checked' if chosen else 'empty'} {widget} {word}")

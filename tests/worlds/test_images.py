@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mmagent.worlds import images
+from mmagent.worlds import drawing, images
 from mmagent.worlds.images import COLOURS, MATERIALS, PHOTO_KINDS, PLACES, SHAPES, crop_photo, draw_panel, draw_scene
 
 
@@ -98,7 +98,7 @@ def test_many_threads_load_a_photograph_once(monkeypatch):
     opened = []
     real = images.Image.open
     monkeypatch.setattr(images.Image, "open", lambda path, *rest: opened.append(str(path)) or real(path, *rest))
-    fresh = images._once(images._photo.__wrapped__)
+    fresh = drawing.once(images._photo.__wrapped__)
     with ThreadPoolExecutor(8) as threads:
         photos = list(threads.map(lambda _: fresh("sklearn", "flower.jpg"), range(8)))
     assert len(opened) == 1
