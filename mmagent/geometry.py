@@ -253,15 +253,16 @@ def patch_coordinates(grid: Sequence[int], merge_size: int) -> Tensor:
 
 def patch_labels(mask: np.ndarray, grid: Sequence[int], merge_size: int) -> Tensor:
     """The commonest class of a ``(height, width)`` map of classes 0, 1, ... under every patch of a still image, the
-    lowest of equals, in the stream's order: ``(p,)`` int64."""
+    lowest of equals, in the stream's order: ``(p,)`` int64. Pixels below 0 are of no class; -1 where all are."""
     _, rows, cols = grid
     row = np.repeat(np.arange(rows), np.diff(np.linspace(0, mask.shape[0], rows + 1).round().astype(int)))
     col = np.repeat(np.arange(cols), np.diff(np.linspace(0, mask.shape[1], cols + 1).round().astype(int)))
-    classes = int(mask.max()) + 1
-    cell = ((row * cols)[:, None] + col) * classes + mask
-    counts = np.bincount(cell.ravel(), minlength=rows * cols * classes).reshape(rows, cols, classes)
+    classes = max(int(mask.max()) + 1, 1)
+    cell = (((row * cols)[:, None] + col) * classes + mask)[mask >= 0]
+    counts = np.bincount(cell, minlength=rows * cols * classes).reshape(rows, cols, classes)
+    commonest = np.where(counts.any(axis=2), counts.argmax(axis=2), -1)
     at = patch_coordinates(grid, merge_size)
-    return torch.from_numpy(counts.argmax(axis=2))[at[:, 0], at[:, 1]]
+    return torch.from_numpy(commonest)[at[:, 0], at[:, 1]]
 
 
 def document_positions(is_image: Tensor, grids: Sequence[Sequence[int]], merge_size: int) -> Tensor:
