@@ -18,7 +18,24 @@ from data_pipelines.shards import ShardSet
 from mmagent.chat import Text
 from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
-from mmagent.worlds.images import LEVELS, PHOTO_KINDS, crop_photo, draw_panel, draw_scene
+from mmagent.worlds.charts import CHARTS, PARTS, draw_chart
+from mmagent.worlds.digits import DIGITS, draw_digit
+from mmagent.worlds.drawing import grown
+from mmagent.worlds.icons import ICONS, draw_icon
+from mmagent.worlds.images import LEVELS, MATERIALS, PHOTO_KINDS, SHAPES, Scene, crop_photo, draw_panel, draw_scene
+
+_Drawn = tuple[np.ndarray, str, np.ndarray | None]  # image, caption, classes
+_ICONS = 1 + len(SHAPES)  # where the classes of "things" go on
+_DIGITS = _ICONS + len(ICONS)
+_CHARTS = _DIGITS + len(DIGITS)
+CLASSES = {
+    "": 0,
+    "materials": len(MATERIALS),
+    "shapes": 1 + len(SHAPES),
+    "surfaces": len(MATERIALS) + len(PARTS) - 1,
+    "things": _CHARTS + len(CHARTS),
+}
+"""What :func:`built_in` can tell of every pixel, and how many classes that has."""
 
 _PATTERN = 1000  # positions after which a mixture's order of galleries repeats
 _ATTEMPTS = 100  # samples tried in place of one that cannot be used
@@ -210,34 +227,77 @@ def built_in(
     mix: Mapping[str, float], side: int = 0, classes: str = "materials", others: Mapping[str, Gallery] | None = None
 ) -> Gallery:
     """Galleries that need no download, and ``others`` by name, under their weights: ``scenes``, or their levels apart
-    (``scenes0`` is the plainest), ``panels`` and the kinds of photographs. The classes of scenes are ``materials`` or
-    ``shapes``, or none (""). ``side``: squares of so many pixels, which a stage that looks at squares need not resize;
-    else sizes vary."""
+    (``scenes0`` is the plainest), ``panels``, ``charts``, ``icons``, ``digits`` and the kinds of photographs. All of
+    them are of the train split.
+
+    ``classes`` is one of :data:`CLASSES`. Of scenes alone ``materials`` or ``shapes``, or nothing ("");
+    ``things``: shapes, then icons, digits, and marks by the kind of their chart, all else being 0; ``surfaces``:
+    materials, then axes, text and marks of charts, whose ground counts as plain. A gallery that does not know them has
+    none. ``side``: squares of so many pixels, which a stage that looks at squares need not resize; else sizes vary.
+    Raises ``ValueError`` for other classes and unknown galleries."""
+    if classes not in CLASSES:
+        raise ValueError(f"classes {classes!r} are none of {', '.join(name for name in CLASSES if name)}")
     size = (side, side) if side else None
     settings = f"(side {side}, classes {classes or 'none'})"
 
+    def gallery(name: str, draw: Callable[[int], _Drawn]) -> Gallery:
+        def pick(position: int) -> Picture:
+            image, caption, known = draw(position)
+            return Picture(image, caption, f"{name}-{position}", known)
+
+        return DrawnGallery(f"{name} {settings}", pick)
+
     def scenes(level: int | None) -> Gallery:
-        name = "scene" if level is None else f"scene{level}"
-
-        def draw(position: int) -> Picture:
+        def draw(position: int) -> _Drawn:
             scene = draw_scene(position, size=size, level=level)
-            return Picture(
-                scene.image, scene.caption, f"{name}-{position}", getattr(scene, classes) if classes else None
-            )
+            return scene.image, scene.caption, _scene_classes(scene, classes)
 
-        return DrawnGallery(f"{name} {settings}", draw)
-
-    def panels(position: int) -> Picture:
-        panel = draw_panel(position, size=size)
-        return Picture(panel.image, panel.caption, f"panel-{position}")
+        return gallery("scene" if level is None else f"scene{level}", draw)
 
     def photos(kind: str) -> Gallery:
-        def pick(position: int) -> Picture:
+        def draw(position: int) -> _Drawn:
             crop = crop_photo(position, kind, size=size)
-            return Picture(crop.image, crop.caption, f"{kind}-{position}")
+            return crop.image, crop.caption, None
 
-        return DrawnGallery(f"{kind} {settings}", pick)
+        return gallery(kind, draw)
+
+    def panels(position: int) -> _Drawn:
+        panel = draw_panel(position, size=size)
+        return panel.image, panel.caption, None
+
+    def charts(position: int) -> _Drawn:
+        chart, mark = draw_chart(position, size=size), PARTS.index("mark")
+        if classes == "things":
+            return chart.image, chart.caption, (_CHARTS + chart.kind) * (chart.regions() == mark)
+        regions = chart.regions() if classes == "surfaces" else None
+        known = None if regions is None else np.where(regions > 0, len(MATERIALS) - 1 + regions, 0)
+        return chart.image, chart.caption, known
+
+    def icons(position: int) -> _Drawn:
+        icon = draw_icon(position, size=size)
+        known = _covered(icon.inside, _ICONS + icon.icon) if classes == "things" else None
+        return icon.image, icon.caption, known
+
+    def digits(position: int) -> _Drawn:
+        digit = draw_digit(position, size=size)
+        return (
+            digit.image,
+            digit.caption,
+            _covered(digit.inside, _DIGITS + digit.digit) if classes == "things" else None,
+        )
 
     drawn = {"scenes": scenes(None), **{f"scenes{level}": scenes(level) for level in range(LEVELS)}}
-    drawn["panels"] = DrawnGallery(f"panels {settings}", panels)
+    worlds = {"panels": panels, "charts": charts, "icons": icons, "digits": digits}
+    drawn |= {name: gallery(name, draw) for name, draw in worlds.items()}
     return mixed({**drawn, **{kind: photos(kind) for kind in PHOTO_KINDS}, **(others or {})}, mix)
+
+
+def _scene_classes(scene: Scene, classes: str) -> np.ndarray | None:
+    if not classes:
+        return None
+    return scene.shapes if classes in ("shapes", "things") else scene.materials
+
+
+def _covered(inside: np.ndarray, number: int) -> np.ndarray:
+    """``number`` where something is, or is near: strokes are thinner than patches."""
+    return grown(number * inside, 3)
