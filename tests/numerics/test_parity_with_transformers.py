@@ -86,8 +86,9 @@ def test_vision_tower(kind):
     theirs = tower(kind)
     ours = Eye(theirs.config)
     ours.adapter.load(ours, theirs.state_dict())
-    vision = PackedVision(torch.cat([image_patches(g, i) for i, g in enumerate(GRIDS)]), torch.tensor(GRIDS))
-    wanted = theirs(vision.patches, torch.tensor(GRIDS)).pooler_output
+    grids = GRIDS if kind == "glm4v_moe" else [*GRIDS, (2, 2, 4)]  # the tower of GLM-4.5V fails at clips
+    vision = PackedVision(torch.cat([image_patches(g, i) for i, g in enumerate(grids)]), torch.tensor(grids))
+    wanted = theirs(vision.patches, torch.tensor(grids)).pooler_output
     got = ours.projector(ours.encoder(vision).tokens)
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
     direction = torch.randn(got.shape, generator=torch.Generator().manual_seed(3))
