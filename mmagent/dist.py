@@ -157,9 +157,18 @@ def exchange(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tenso
 
     Pairs of ``(tensor, rank)``. Two ranks that exchange several tensors must list them in matching order.
     """
+    with exchanging(sends, receives):
+        pass
+
+
+@contextmanager
+def exchanging(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Iterator[None]:
+    """:func:`exchange` while the block runs; what is sent must not change in it, and buffers are full after it."""
     operations = [torch_dist.P2POp(torch_dist.isend, tensor.contiguous(), rank) for tensor, rank in sends]
     operations += [torch_dist.P2POp(torch_dist.irecv, buffer, rank) for buffer, rank in receives]
-    for work in torch_dist.batch_isend_irecv(operations):
+    works = torch_dist.batch_isend_irecv(operations) if operations else []
+    yield
+    for work in works:
         work.wait()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,6 +69,17 @@ class Objective(Protocol):
     def after_step(self) -> Mapping[str, float] | None:
         """Non-gradient updates once a step: router bias, EMA, temperature clamp. May return metrics that only a whole
         step has, the same on every rank."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """What an :class:`Objective` may offer beside, if its loss compares samples of *different* micro-batches."""
+
+    def prepare(self, micro_batches: Sequence[Any], forward: Callable[[Any], StepOutput]) -> None:
+        """Called by all ranks once a step, before the forward and backward of each of ``micro_batches`` in their
+        order. ``forward(batch)`` calls the objective as those will, in the engine's precision; call it under
+        ``torch.no_grad``, so that nothing is kept. Draw no random numbers that the forward after it would miss."""
         ...
 
 

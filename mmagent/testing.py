@@ -19,7 +19,7 @@ from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.packing import pack
-from mmagent.protocols import Environment, Objective, Task, VisionEncoder
+from mmagent.protocols import Environment, Objective, Prepared, Task, VisionEncoder
 from mmagent.types import (
     Document,
     ImageView,
@@ -238,7 +238,8 @@ def check_objective(
     """Prove that ``objective`` keeps :class:`mmagent.protocols.Objective` on the batch ``whole``.
 
     With ``parts``, the same samples split into several batches, that sums, counts, metrics and gradients do not depend
-    on the split. Leave them out for a loss between the samples of a batch, such as a contrastive one.
+    on the split. Leave them out for a loss between the samples of one batch, unless the objective is
+    :class:`~mmagent.protocols.Prepared` and compares those of all batches of a step.
     """
     name = type(objective).__name__
     require(isinstance(objective, nn.Module), f"{name} must be a torch.nn.Module")
@@ -297,6 +298,8 @@ def _accumulate(objective: Objective, batches: Sequence[Any]) -> dict[str, dict[
     ratios: dict[str, Tensor] = {}
     divisors = [{t: c.double() for t, c in worker.counts(batch).items()} for batch in batches]
     totals = {t: sum(some[t] for some in divisors).clamp(min=1.0) for t in worker.weights}
+    if isinstance(worker, Prepared):
+        worker.prepare(batches, worker)
     for batch, counts in zip(batches, divisors, strict=True):
         output = worker(batch)
         sum(worker.weights[t] * output.sums[t] / totals[t].float() for t in worker.weights).backward()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.losses.contrastive import sigmoid_loss, word_loss
+from mmagent.losses.contrastive import prescribed, sigmoid_gradients, sigmoid_loss
+from mmagent.losses.words import Rarity, word_loss
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.text_tower import TextTower
 from mmagent.protocols import VisionEncoder
@@ -20,8 +23,15 @@ from mmagent.types import PackedVision, PairedBatch, ParamRole, Ratio, Segments,
 @dataclass
 class AlignmentConfig:
     """``width`` of the common space. ``scale`` and ``bias`` are where the learned temperature and bias start (SigLIP,
-    arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``. ``words_weight`` adds a classifier of the
-    caption's words over the image's summary (SuperClass, arXiv 2411.03313): it needs no large batch to learn from.
+    arXiv 2303.15343: 10 and -10); the scale never exceeds ``max_scale``.
+
+    ``negatives`` of an image are all other texts of the ``step``, or those of its ``microbatch`` on all ranks. The
+    first is what a large batch is for: it costs a second forward of the towers wherever a step has several
+    micro-batches, and the memory of one of them (gradient caching, arXiv 2101.06983).
+
+    ``words_weight`` adds a classifier of the caption's words over the image's summary (SuperClass, arXiv 2411.03313):
+    it needs no large batch to learn from. With ``words_rarity`` rare words weigh more in it. ``contrastive_weight`` 0
+    leaves it alone with the encoder: no text tower, no common space.
 
     Two more, over patches, tie words to places, as the grounding that SigLIP2 (arXiv 2502.14786) adds to the sigmoid's
     loss does. ``classes`` adds a classifier of what each patch shows, of that many classes; ``places`` one of where the
@@ -31,26 +41,65 @@ class AlignmentConfig:
     scale: float = 10.0
     bias: float = -10.0
     max_scale: float = 100.0
+    negatives: str = "step"
+    contrastive_weight: float = 1.0
     words_weight: float = 0.0
+    words_rarity: bool = False
     classes: int = 0
     classes_weight: float = 1.0
     places: int = 0
     places_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.negatives not in ("step", "microbatch"):
+            raise ValueError(f"negatives {self.negatives!r} is neither step nor microbatch")
+        if self.words_rarity and not self.words_weight:
+            raise ValueError("words_rarity weighs the words of a classifier that words_weight 0 leaves out")
+        if not (self.contrastive_weight or self.words_weight or self.classes or self.places):
+            raise ValueError("contrastive_weight 0 and no words_weight, classes or places: nothing would be learned")
+
+
+class _Seen(NamedTuple):
+    """What the first pass keeps of one micro-batch: embeddings ``(I, E)``, temperature and bias as the forward sees
+    them, which under FSDP2 nothing else does."""
+
+    keys: tuple[str, ...]
+    images: Tensor
+    texts: Tensor
+    log_scale: Tensor
+    bias: Tensor
+
+
+class _Share(NamedTuple):
+    """One micro-batch's part of the loss of a whole step: its value, which images found their text, and the gradients
+    by the four tensors that it comes from."""
+
+    keys: tuple[str, ...]
+    loss: Tensor
+    found: Tensor
+    gradients: tuple[Tensor, ...]
+
 
 class Alignment(nn.Module):
-    """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.PairedBatch`.
+    """Implements :class:`mmagent.protocols.Objective` and :class:`mmagent.protocols.Prepared` over
+    :class:`~mmagent.types.PairedBatch`.
 
-    The loss is summed over pairs and divided by the number of images, as SigLIP does. Negatives are all other texts of
-    the micro-batch on all ranks: every rank must bring the same number of micro-batches.
+    The contrastive loss is summed over pairs and divided by the number of images, as SigLIP does. Every rank must bring
+    the same number of micro-batches, of as many images as it likes, even none. Where the weight of that loss is 0, only
+    the vocabulary of ``text_tower`` counts: the tower is left out.
     """
 
     def __init__(self, encoder: nn.Module, text_tower: TextTower, config: AlignmentConfig):
         super().__init__()
         assert isinstance(encoder, VisionEncoder)
-        self.encoder, self.text_tower, self.config = encoder, text_tower, config
-        self.image_head = Linear(encoder.width, config.width)
-        self.text_head = Linear(text_tower.width, config.width)
+        self.encoder, self.config = encoder, config
+        if config.contrastive_weight:
+            self.text_tower = text_tower
+            self.image_head = Linear(encoder.width, config.width)
+            self.text_head = Linear(text_tower.width, config.width)
+            # of shape (1,), for sharded engines have no place for scalars
+            self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
+            self.bias = nn.Parameter(torch.tensor([config.bias]))
         outputs = {
             "words": text_tower.config.vocab_size if config.words_weight else 0,
             "classes": config.classes,
@@ -58,15 +107,16 @@ class Alignment(nn.Module):
         }
         heads = {name: Linear(encoder.width, values, bias=True) for name, values in outputs.items() if values}
         self.heads = nn.ModuleDict(heads)
-        # of shape (1,), for sharded engines have no place for scalars
-        self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
-        self.bias = nn.Parameter(torch.tensor([config.bias]))
+        self.rarity = Rarity(outputs["words"]) if config.words_rarity else None
+        self._first_pass: list[_Seen] | None = None
+        self._shares: deque[_Share] = deque()
 
     @property
     def weights(self) -> Mapping[str, float]:
         config = self.config
-        known = {"words": config.words_weight, "classes": config.classes_weight, "places": config.places_weight}
-        return {"contrastive": 1.0, **{name: known[name] for name in self.heads}}
+        heads = {"words": config.words_weight, "classes": config.classes_weight, "places": config.places_weight}
+        contrastive = {"contrastive": config.contrastive_weight} if config.contrastive_weight else {}
+        return {**contrastive, **{name: heads[name] for name in self.heads}}
 
     def counts(self, batch: PairedBatch) -> dict[str, Tensor]:
         device = batch.text_ids.device
@@ -98,51 +148,109 @@ class Alignment(nn.Module):
         """``(N, width)`` float32 of unit length."""
         return F.normalize(self.text_head(self.text_tower(text_ids, segments)).float(), dim=-1)
 
+    def prepare(self, micro_batches: Sequence[PairedBatch], forward: Callable[[Any], StepOutput]) -> None:
+        """The first of two passes, where the loss spans several micro-batches: embed them all without a graph, and
+        find the gradient of the loss of the whole step by every embedding. The second pass, a plain forward of every
+        micro-batch in the same order, then hands each its own. Random numbers that torch draws are the same in both.
+        """
+        self._shares.clear()
+        if len(micro_batches) == 1 or self.config.negatives != "step" or not self.config.contrastive_weight:
+            return
+        device = next(self.parameters()).device
+        self._first_pass = seen = []
+        try:
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                for batch in micro_batches:
+                    forward(batch)
+        finally:
+            self._first_pass = None
+        images, texts = torch.cat([s.images for s in seen]), torch.cat([s.texts for s in seen])
+        whole = sigmoid_gradients(images, texts, seen[0].log_scale, seen[0].bias)
+        sizes = [len(s.images) for s in seen]
+        rows = zip(*(x.split(sizes) for x in (whole.losses, whole.found, whole.images, whole.texts)), strict=True)
+        equal = (whole.log_scale / len(seen), whole.bias / len(seen))  # every pass must reach every parameter
+        for part, (losses, found, by_images, by_texts) in zip(seen, rows, strict=True):
+            self._shares.append(_Share(part.keys, losses.sum(), found, (by_images, by_texts, *equal)))
+
     def forward(self, batch: PairedBatch) -> StepOutput:
-        seen = self.encoder(batch.vision)
-        pooled = seen.pooled
-        images, texts = self._project(pooled), self.embed_texts(batch.text_ids, batch.segments)
-        with torch.autocast(images.device.type, enabled=False):
-            sums = {"contrastive": sigmoid_loss(images, texts, self.log_scale, self.bias)}
-        with torch.no_grad():
-            metrics = self._metrics(images, texts)
+        shown, count = batch if batch.keys else _null_pair(self.encoder, batch), len(batch.keys)
+        seen = self.encoder(shown.vision)
+        pooled, tokens = seen.pooled[:count], seen.tokens[: batch.num_patches]
+        sums: dict[str, Tensor] = {}
+        metrics: dict[str, Ratio] = {}
+        if self.config.contrastive_weight:
+            images, texts = self._project(pooled), self.embed_texts(shown.text_ids, shown.segments)[:count]
+            if self._first_pass is not None:
+                temperature = (self.log_scale.detach().clone(), self.bias.detach().clone())
+                self._first_pass.append(_Seen(batch.keys, images, texts, *temperature))
+                return StepOutput({})
+            sums["contrastive"], metrics = self._contrast(batch, images, texts)
         for name, head in self.heads.items():
             if name == "words":
-                sums[name] = word_loss(head(pooled), batch.text_ids, batch.segments)
+                sums[name] = self._words(head(pooled), batch)
                 continue
             known = self._classes(batch) if name == "classes" else self._places(batch).flatten()
-            logits = head(seen.tokens).float()
+            logits = head(tokens).float()
             logits = logits if name == "classes" else logits.view(-1, self.config.places)
             sums[name] = F.cross_entropy(logits, known, ignore_index=-1, reduction="sum")
             metrics[name] = Ratio((logits.argmax(dim=1) == known).sum(), (known >= 0).sum())
         return StepOutput(sums, metrics)
 
-    def _metrics(self, images: Tensor, texts: Tensor) -> dict[str, Ratio]:
-        """How often an image's own caption is the nearest of its micro-batch on this rank, and the temperature."""
+    def _contrast(self, batch: PairedBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, dict[str, Ratio]]:
+        """The loss; how often an image's own caption is the nearest of all its loss compares it with, equal ones
+        counting as its own; and the temperature."""
+        tensors = (images, texts, self.log_scale, self.bias)
+        if self._shares and torch.is_grad_enabled():
+            share = self._shares.popleft()
+            if share.keys != batch.keys:
+                raise ValueError(f"a forward of {batch.keys[:4]} where prepare saw {share.keys[:4]}: the order changed")
+            loss, found = prescribed(share.loss, tensors, share.gradients), share.found
+        else:
+            loss, _, found = sigmoid_loss(*tensors)
         one = torch.ones((), device=images.device)
-        right = (images @ texts.T).argmax(dim=1) == torch.arange(len(images), device=images.device)
-        return {
-            "top1": Ratio(right.sum(), one * len(images)),
+        return loss, {
+            "top1": Ratio(found.sum(), one * len(found)),
             "scale": Ratio(self.log_scale.detach().exp().squeeze(), one),
             "bias": Ratio(self.bias.detach().squeeze().clone(), one),  # no view: sharded engines free gathered weights
         }
 
+    def _words(self, logits: Tensor, batch: PairedBatch) -> Tensor:
+        if self.rarity is None:
+            return word_loss(logits, batch.text_ids, batch.segments)
+        if self.training and torch.is_grad_enabled():
+            self.rarity.count(batch.text_ids, batch.segments)
+        return word_loss(logits, batch.text_ids, batch.segments, self.rarity())
+
     @torch.no_grad()
     def after_step(self) -> None:
-        """Keep the temperature in bounds."""
-        self.log_scale.clamp_(max=math.log(self.config.max_scale))
+        """Keep the temperature in bounds, and count the step's words."""
+        if self.config.contrastive_weight:
+            self.log_scale.clamp_(max=math.log(self.config.max_scale))
+        if self.rarity is not None:
+            self.rarity.end_step()
 
     def roles(self) -> Mapping[str, ParamRole]:
         """Roles "encoder", "text" and "projection"; temperature and bias go with the last."""
-        roles = encoder_roles(self.encoder, "encoder.")
+        roles = encoder_roles(self.encoder, "encoder.") | collect_roles(self.heads, "projection", "heads.")
+        if not self.config.contrastive_weight:
+            return roles
         roles |= {f"text_tower.{name}": role for name, role in self.text_tower.roles().items()}
         roles |= collect_roles(self.image_head, "projection", "image_head.")
         roles |= collect_roles(self.text_head, "projection", "text_head.")
-        roles |= collect_roles(self.heads, "projection", "heads.")
         return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
 
     def blocks(self) -> Iterable[nn.Module]:
-        return (*trainable_blocks(self.encoder), *self.text_tower.blocks())
+        text = self.text_tower.blocks() if self.config.contrastive_weight else ()
+        return (*trainable_blocks(self.encoder), *text)
 
     def leaves(self) -> Iterable[nn.Module]:
         return ()
+
+
+def _null_pair(encoder: VisionEncoder, empty: PairedBatch) -> PairedBatch:
+    """What the towers see instead of nothing, so that every rank calls them and every parameter gets a gradient: one
+    token of black, and a caption that is its end alone."""
+    side, device = encoder.merge_size, empty.text_ids.device
+    patches = empty.vision.patches.new_zeros(side * side, empty.vision.patches.shape[1])
+    vision = PackedVision(patches, torch.tensor([[1, side, side]]))
+    return PairedBatch(vision, empty.text_ids.new_zeros(1), Segments([1], device), ("null",))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from mmagent.dist import World
-from mmagent.protocols import Engine, Objective
+from mmagent.protocols import Engine, Objective, Prepared
 from mmagent.train.metrics import Totals, global_counts, mean_losses
+from mmagent.types import StepOutput
 
 begun = threading.Event()
 """Set once this process has begun a step, or other work: no error after that is one of setting up."""
@@ -46,8 +47,9 @@ def train_step(
     """Count, then back-propagate ``sum_k w_k * S_k / C_k`` for every micro-batch, then step.
 
     ``S_k`` is a micro-batch's sum of term k, ``C_k`` the count over all micro-batches and ranks, so the gradient does
-    not depend on how the samples are split. Every rank brings equally many micro-batches. Raises
-    ``FloatingPointError``, before any weight has changed, for a loss or gradient that is not finite.
+    not depend on how the samples are split. Every rank brings equally many micro-batches. An objective that is
+    :class:`~mmagent.protocols.Prepared` sees all of them first. Raises ``FloatingPointError``, before any weight has
+    changed, for a loss or gradient that is not finite.
     """
     begun.set()
     if not micro_batches:
@@ -56,10 +58,16 @@ def train_step(
     counts = global_counts([objective.counts(batch) for batch in micro_batches], terms, world)
     # a term that nothing counts has a sum of zero: dividing by one keeps it, and its graph, harmless
     scales = {t: (objective.weights[t] / torch.where(counts[t] > 0, counts[t], 1.0)).float() for t in terms}
+
+    def forward(batch: Any) -> StepOutput:
+        return engine.forward(batch.to(world.device, non_blocking=True))
+
+    if isinstance(objective, Prepared):
+        objective.prepare(micro_batches, forward)
     totals = Totals()
     for i, batch in enumerate(micro_batches):
         with engine.micro_step(last=i + 1 == len(micro_batches)):
-            output = engine.forward(batch.to(world.device, non_blocking=True))
+            output = forward(batch)
             if set(output.sums) != set(terms):
                 raise ValueError(f"the objective returned sums {sorted(output.sums)}, but its weights are for {terms}")
             engine.backward(sum(output.sums[t] * scales[t] for t in terms))

@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig, patchify
-from mmagent.losses.contrastive import sigmoid_pairs
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.testing import check_objective
+from mmagent.train.step import train_step
 from mmagent.types import PackedVision, PairedBatch, Segments
+from tests.alignment_kit import WORDS, pairs, plain_loss, small_alignment
+from tests.engine_kit import ALONE
 
 LENGTHS = [3, 1, 7, 3]
 
@@ -69,7 +72,7 @@ def test_the_loss_is_the_sigmoid_loss_of_images_and_texts_embedded_one_by_one():
         ]
     )
     texts = torch.cat([model.embed_texts(ids, Segments([len(ids)])) for ids in pairs.text_ids.split(LENGTHS)])
-    expected = sigmoid_pairs(images, texts, torch.tensor(math.log(10.0)), torch.tensor(-10.0), matched=True)
+    expected = plain_loss(images, texts, torch.tensor(math.log(10.0)), torch.tensor(-10.0))
     out = model(pairs)
     assert out.sums["contrastive"].item() == pytest.approx(expected.item(), rel=1e-4)
     assert out.sums["contrastive"].shape == ()
@@ -158,3 +161,98 @@ def test_patches_say_where_the_middle_of_their_thing_lies():
     assert known.to("cpu").places is not None
     with pytest.raises(ValueError, match="places"):
         replace(pairs, places=places[1:])
+
+
+def with_words(**config) -> Alignment:
+    return small_alignment(AlignmentConfig(width=16, words_weight=0.5, **config))
+
+
+def test_rare_words_weigh_more():
+    """The weights are those of the counts by hand; an image's target sums to one all the same."""
+    model = with_words(words_rarity=True).train()
+    first, second = pairs([0, 1, 2]), pairs([3, 4, 5, 6])
+    even = with_words()(first).sums["words"]
+    torch.testing.assert_close(model(first).sums["words"], even)  # nothing was seen yet: all alike
+    model.after_step()
+    model(second)
+    with torch.no_grad():
+        model(second)  # what does not learn does not count
+    model.after_step()
+    captions = [ids[:-1].tolist() for some in (first, second) for ids in some.text_ids.split(some.segments.lengths)]
+    had = [sum(word in caption for caption in captions) for word in range(WORDS)]
+    assert int(model.rarity.captions) == 7
+    assert model.rarity.frequency.tolist() == had
+    weight = [math.log((7 + 2) / (1 + f)) for f in had]
+    torch.testing.assert_close(model.rarity(), torch.tensor(weight))
+    logits = model.heads["words"](model.encoder(first.vision).pooled)
+    expected = 0.0
+    for row, caption in zip(logits, captions, strict=False):
+        total = sum(weight[word] for word in set(caption))
+        expected -= sum(row.log_softmax(0)[word].item() * weight[word] / total for word in set(caption))
+    assert model(first).sums["words"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_counts_of_words_live_in_the_checkpoint():
+    model, other = with_words(words_rarity=True).train(), with_words(words_rarity=True)
+    model(pairs([0, 1, 2]))
+    model.after_step()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.rarity(), model.rarity())
+    assert not torch.equal(other.rarity(), with_words(words_rarity=True).rarity())
+
+
+def test_words_alone_need_no_text_tower():
+    model, batch = with_words(words_rarity=True, contrastive_weight=0.0), pairs([0, 1, 2, 3])
+    assert model.weights == {"words": 0.5}
+    assert {role.role for role in model.roles().values()} == {"encoder", "projection"}
+    assert set(model.roles()) == {name for name, _ in model.named_parameters()}
+    assert not any(name.startswith("text") for name in model.state_dict())
+    engine = TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), TorchEngineConfig("none"), ALONE)
+    losses = [train_step(model, engine, [batch, batch], ALONE).loss for _ in range(4)]
+    assert losses[-1] < losses[0]
+    check_objective(with_words(contrastive_weight=0.0), batch, [pairs([0]), pairs([1, 2, 3])])
+
+
+def test_the_contrastive_weight_weighs():
+    assert small_alignment(AlignmentConfig(width=16, contrastive_weight=0.25)).weights == {"contrastive": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"negatives": "world"}, "'world' is neither step nor microbatch"),
+        ({"words_rarity": True}, "words_weight 0 leaves out"),
+        ({"contrastive_weight": 0.0}, "nothing would be learned"),
+    ],
+)
+def test_configs_that_say_nothing_are_refused(config, said):
+    with pytest.raises(ValueError, match=said):
+        AlignmentConfig(**config)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_gradient_crosses_captions(causal):
+    """Each summary depends on its own caption's ids only; in a causal tower as in one that looks both ways."""
+    torch.manual_seed(0)
+    tower = TextTower(TextTowerConfig(vocab_size=50, width=32, depth=2, heads=2, ffn=64, causal=causal))
+    rows = []
+    tower.embedding.register_forward_hook(lambda _, __, out: rows.append(out))
+    summary = tower(batch().text_ids, batch().segments)
+    for n, at in enumerate(batch().segments.offsets()[:-1]):
+        (gradient,) = torch.autograd.grad((summary[n] * torch.arange(32)).sum(), rows[0], retain_graph=True)
+        own = torch.zeros(sum(LENGTHS), dtype=torch.bool)
+        own[at : at + LENGTHS[n]] = True
+        assert not gradient[~own].any()
+        assert gradient[own].any(dim=1).all()
+
+
+def test_an_empty_micro_batch_adds_nothing():
+    """A rank may have no pair for one of its micro-batches, and still every parameter gets its gradient of zero."""
+    model = small_alignment(AlignmentConfig(width=16, words_weight=0.5, words_rarity=True, classes=3, places=4))
+    engine = TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), TorchEngineConfig("none"), ALONE)
+    with_empty = train_step(model, engine, [pairs([0, 1]), pairs([]), pairs([2])], ALONE)
+    again = small_alignment(model.config)
+    engine = TorchEngine(again, torch.optim.SGD(again.parameters(), lr=0.1), TorchEngineConfig("none"), ALONE)
+    assert with_empty.loss == pytest.approx(train_step(again, engine, [pairs([0, 1, 2])], ALONE).loss, rel=1e-5)
+    for got, wanted in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, atol=5e-6, rtol=1e-4)
