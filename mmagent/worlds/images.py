@@ -56,6 +56,7 @@ _PHOTOS = {
     ),
 }
 PHOTO_KINDS = tuple(_PHOTOS)
+PHOTO_CAPTIONS = tuple(caption for photos in _PHOTOS.values() for *_, caption in photos)
 
 
 @dataclass(frozen=True)
