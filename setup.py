@@ -39,7 +39,8 @@ setup(
         "scikit-learn>=1.6",
     ],
     extras_require={
+        "datasets": ["datasets>=4.0,<6"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
-        "dev": ["pytest>=9", "hypothesis>=6.150", "ruff==0.17.6", "pytest-timeout>=2.3"],
+        "dev": ["datasets>=4.0,<6", "pytest>=9", "hypothesis>=6.150", "ruff==0.17.6", "pytest-timeout>=2.3"],
     },
 )

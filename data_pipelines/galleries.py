@@ -13,9 +13,12 @@ from typing import Protocol
 import numpy as np
 
 from data_pipelines.documents import Quarantine, QuarantineConfig
-from data_pipelines.mixture import Source, digest
-from data_pipelines.shards import ShardSet
-from mmagent.chat import Text
+from data_pipelines.hub_images import ColumnsConfig
+from data_pipelines.image_sets import open_images
+from data_pipelines.image_shards import ImageShards, plain_text
+from data_pipelines.labelled import ImageSet, LabelledPicture
+from data_pipelines.mixture import Source, digest, permute
+from data_pipelines.shards import ShardSet, TornTail
 from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
 from mmagent.worlds.charts import CHARTS, PARTS, draw_chart
@@ -169,17 +172,12 @@ class ShardGallery:
 
     def __call__(self, position: int) -> Picture:
         """Raises :class:`~data_pipelines.documents.QuarantineError` when too many records are unusable."""
-        sample = self.source.sample(position)
-        for attempt in range(_ATTEMPTS):
-            try:
-                picture = picture_of(from_sample(self.shards.read(sample)), self.geometry, self.kinds)
-            except RecordError as error:
-                self.quarantine.add(self.source.name, self.shards.where(sample), error)
-                sample = digest(self.source.seed, position, attempt) % len(self.shards)
-            else:
-                self.quarantine.good(self.source.name)
-                return picture
-        raise RecordError(self.source.name, "sample", f"{_ATTEMPTS} samples in a row cannot be used")
+
+        def read(sample: int) -> Picture:
+            return picture_of(from_sample(self.shards.read(sample)), self.geometry, self.kinds)
+
+        seeds = (self.source.seed, position)
+        return _usable(self.source.sample(position), seeds, self.shards, read, self.quarantine, self.source.name)
 
     def losses(self) -> Losses:
         """Its own, should it share a quarantine with others of other names."""
@@ -196,12 +194,7 @@ def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = 
     ground. Raises :class:`~mmagent.records.RecordError`."""
     if not record.images:
         raise RecordError(record.key, "images", "a picture needs an image")
-    try:
-        fit(*image_size(record.images[0], record.key, "images[0]"), geometry)
-    except RecordError:
-        raise
-    except ValueError as error:
-        raise RecordError(record.key, "images[0]", str(error)) from error
+    _check_shape(image_size(record.images[0], record.key, "images[0]"), geometry, record.key, "images[0]")
     image = decode_image(record.images[0].data, record.key, "images[0]")
     boxes = [region for region in record.boxes if region.image == 0 and region.label.strip()]
     labels = "; ".join(region.label for region in boxes)
@@ -210,9 +203,118 @@ def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = 
         classes = [number.get(region.label.split(' "')[0], 0) for region in boxes]
         things = tuple((region.coordinates, n) for region, n in zip(boxes, classes, strict=True) if n)
         return Picture(image, labels, record.key, things=things)
-    parts = record.parts or tuple(part for message in record.messages for part in message.parts)
-    caption = " ".join(part.text.strip() for part in parts if isinstance(part, Text))
-    return Picture(image, caption.strip() or labels, record.key)
+    return Picture(image, plain_text(record) or labels, record.key)
+
+
+def _check_shape(size: tuple[int, int], geometry: GeometryConfig, key: str, field: str) -> None:
+    try:
+        fit(*size, geometry)
+    except ValueError as error:
+        raise RecordError(key, field, str(error)) from error
+
+
+class _Samples(Protocol):
+    """What a gallery takes samples from."""
+
+    def __len__(self) -> int: ...
+
+    def where(self, index: int) -> str: ...
+
+
+def _usable(
+    sample: int,
+    seeds: tuple[int, int],
+    samples: _Samples,
+    read: Callable[[int], Picture],
+    quarantine: Quarantine,
+    name: str,
+) -> Picture:
+    """Picture number ``sample``, or the first that can be used of a sequence that ``seeds`` alone decide."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            picture = read(sample)
+        except RecordError as error:
+            quarantine.add(name, samples.where(sample), error)
+            sample = digest(*seeds, attempt) % len(samples)
+        else:
+            quarantine.good(name)
+            return picture
+    raise RecordError(name, "sample", f"{_ATTEMPTS} samples in a row cannot be used")
+
+
+class ImageSetGallery:
+    """Any :class:`~data_pipelines.labelled.ImageSet` as a gallery, in an order of its own every epoch. What cannot be
+    used is counted, logged and replaced as :class:`ShardGallery` does it.
+
+    Of several captions each position draws one; without any, the name of the image's class stands in. With ``kinds``,
+    what the classes 1 and on of its maps are, pictures carry their maps; pixels of no class are -1.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        geometry: GeometryConfig,
+        seed: int = 0,
+        name: str = "pictures",
+        quarantine: Quarantine | None = None,
+        kinds: Sequence[str] = (),
+        torn: Sequence[TornTail] = (),
+    ):
+        """``torn``: shards of the set that were cut short."""
+        self.images, self.geometry, self.seed, self.name = images, geometry, seed, name
+        self.quarantine = quarantine or Quarantine(QuarantineConfig())
+        self.kinds, self.torn = tuple(kinds), tuple(torn)
+        for tail in self.torn:
+            self.quarantine.torn(name, tail.shard, tail.offset, tail.problem)
+
+    def __call__(self, position: int) -> Picture:
+        """Raises :class:`~data_pipelines.documents.QuarantineError` when too many samples are unusable."""
+        epoch, place = divmod(position, len(self.images))
+        sample = permute(place, len(self.images), digest(self.seed, self.name, epoch))
+
+        def read(chosen: int) -> Picture:
+            return self._picture(self.images[chosen], position)
+
+        return _usable(sample, (self.seed, position), self.images, read, self.quarantine, self.name)
+
+    def _picture(self, found: LabelledPicture, position: int) -> Picture:
+        _check_shape(found.size(), self.geometry, found.key, "image")
+        classes = found.mask() if self.kinds else None
+        if classes is not None and int(classes.max()) > len(self.kinds):
+            raise RecordError(found.key, "mask", f"class {int(classes.max())}, but there are {len(self.kinds)} kinds")
+        caption = ""
+        if found.captions:
+            caption = found.captions[digest(self.seed, "caption", position) % len(found.captions)]
+        elif found.label is not None and found.label < len(self.images.classes):
+            caption = self.images.classes[found.label].replace("_", " ")
+        return Picture(found.image(), caption, found.key, classes)
+
+    def losses(self) -> Losses:
+        """Its own, should it share a quarantine with others of other names."""
+        return Losses(self.quarantine.bad[self.name], len(self.torn))
+
+    def fingerprint(self) -> str:
+        """The set's, with the seed of the order and the kinds."""
+        return f"{self.images.fingerprint()} in order {self.seed}, kinds {', '.join(self.kinds) or 'none'}"
+
+
+def open_gallery(
+    source: str,
+    geometry: GeometryConfig,
+    seed: int = 0,
+    name: str = "pictures",
+    quarantine: Quarantine | None = None,
+    kinds: Sequence[str] = (),
+    columns: ColumnsConfig | None = None,
+) -> Gallery:
+    """A gallery of whatever ``source`` names: a :class:`ShardGallery` for shards of the library's own records, which
+    know boxes, else an :class:`ImageSetGallery` of the set's training split, or of everything where it has no splits
+    (see :func:`~data_pipelines.image_sets.open_images`). Raises ``ValueError`` for what cannot be opened."""
+    images = open_images(source, columns=columns)
+    if isinstance(images, ImageShards) and images.records:
+        return ShardGallery(images.shards.location, geometry, seed, name, quarantine, kinds)
+    torn = images.shards.torn if isinstance(images, ImageShards) else ()
+    return ImageSetGallery(images, geometry, seed, name, quarantine, kinds, torn)
 
 
 def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gallery:

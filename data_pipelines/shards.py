@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 
 from mmagent.files import sync
 from mmagent.records import Record, RecordError, to_sample
@@ -164,7 +165,8 @@ class _File:
 
 
 class ShardSet:
-    """All samples of a folder, a glob or one tar, in the order of the shards' names, read at random.
+    """All samples of a folder, a glob (``{000..127}`` as well) or one tar, read at random, in the order of the shards'
+    names.
 
     Reading is safe from several threads; at most ``open_files`` tars stay open.
     """
@@ -241,7 +243,11 @@ def _find(location: str) -> list[Path]:
     elif path.is_file():
         found = [path]
     else:
-        found = sorted(Path(name) for name in glob.glob(location))
+        patterns = braceexpand(location) if "{" in location else [location]
+        matches = {pattern: glob.glob(pattern) for pattern in patterns}
+        found = sorted(Path(name) for names in matches.values() for name in names)
+        if found and (lacking := [pattern for pattern, names in matches.items() if not names]):
+            raise ShardError(f"{location}: {lacking[0]} is not there ({len(lacking)} of {len(matches)} are missing)")
     if not found:
         below = path.is_dir() and any(path.glob("*/*.tar"))
         hint = "; its sub-folders hold some: give it as the stream's folder, and each is a source" if below else ""

@@ -102,12 +102,7 @@ def decode_image(data: bytes, key: str, field: str = "image", max_pixels: int = 
     Raises :class:`RecordError` for what is no image, is truncated, or has more than ``max_pixels``.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides below
-            image = PILImage.open(io.BytesIO(data), formats=_FORMATS)
-        if image.width * image.height > max_pixels:
-            raise RecordError(key, field, f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
-        image.load()
+        image = _load(data, key, field, max_pixels)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white instead of scaling them
             image = PILImage.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
@@ -119,6 +114,37 @@ def decode_image(data: bytes, key: str, field: str = "image", max_pixels: int = 
         raise
     except _UNREADABLE as error:
         raise RecordError(key, field, f"cannot decode image: {error}") from error
+
+
+def decode_map(data: bytes, key: str, field: str = "map", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """``(height, width)`` uint8 or uint16: the values of a grey image, or the numbers of the colours of one with a
+    palette, which is how maps of classes and of distances are kept.
+
+    Raises :class:`RecordError` for what is no such image, is truncated, or has more than ``max_pixels``.
+    """
+    try:
+        image = _load(data, key, field, max_pixels)
+        values = np.asarray(image)
+    except RecordError:
+        raise
+    except _UNREADABLE as error:
+        raise RecordError(key, field, f"cannot decode image: {error}") from error
+    if image.mode in ("1", "L", "P"):
+        return values.astype(np.uint8)
+    if image.mode.startswith("I") and 0 <= int(values.min()) <= int(values.max()) <= np.iinfo(np.uint16).max:
+        return values.astype(np.uint16)
+    raise RecordError(key, field, f"a map is a grey image of 8 or 16 bits or one with a palette, got {image.mode}")
+
+
+def _load(data: bytes, key: str, field: str, max_pixels: int) -> PILImage.Image:
+    """The decoded image, refused by its header where it would be too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides below
+        image = PILImage.open(io.BytesIO(data), formats=_FORMATS)
+    if image.width * image.height > max_pixels:
+        raise RecordError(key, field, f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
+    image.load()
+    return image
 
 
 def encode_image(pixels: np.ndarray) -> EncodedImage:
