@@ -236,9 +236,7 @@ def pair_stream(
         if square:
             side = _square_side(length, geometry)
             pictures = [_squared(picture, side) for picture in pictures]
-        most = max(length // geometry.merge_size**2, 1)
-        room = replace(geometry, max_tokens=most, min_tokens=min(geometry.min_tokens, most))
-        return pair_pictures(pictures, room, vocab, max_text)
+        return pair_pictures(pictures, geometry.within(length), vocab, max_text)
 
     settings = {"geometry": geometry, "max_text": max_text, "square": square}
     return VisionStream(config, gallery, build, world, settings)
@@ -249,7 +247,7 @@ def pair_pictures(pictures: Sequence[Picture], geometry: GeometryConfig, vocab: 
 
     Raises ``ValueError`` naming a picture whose shape no geometry accepts.
     """
-    texts = [caption_ids(picture.caption, vocab, max_text) for picture in pictures]
+    texts = [vocab.caption_ids(picture.caption, max_text) for picture in pictures]
     images = [_patchify(picture, geometry) for picture in pictures]
     truths = [_patch_truth(p, i.grid, geometry.merge_size) for p, i in zip(pictures, images, strict=True)]
     return PairedBatch(
@@ -269,11 +267,6 @@ def _squared(picture: Picture, side: int) -> Picture:
         scale = (side / width, side / height) * 2
         things = tuple((tuple(x * s for x, s in zip(box, scale, strict=True)), kind) for box, kind in things)
     return replace(picture, image=resize(picture.image, side, side), things=things)
-
-
-def caption_ids(caption: str, vocab: Vocab, max_text: int) -> list[int]:
-    """At most ``max_text`` ids, the last of them the end; an empty caption is the end alone."""
-    return [*vocab.encode(caption)[: max_text - 1], vocab.pad_id]
 
 
 def _patch_truth(picture: Picture, grid: Sequence[int], merge_size: int) -> tuple[torch.Tensor, torch.Tensor]:

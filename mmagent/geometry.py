@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -64,6 +64,11 @@ class GeometryConfig:
     def patch_values(self) -> int:
         """C, the values of one patch."""
         return 3 * self.temporal_patch * self.patch_size**2
+
+    def within(self, patches: int) -> GeometryConfig:
+        """The same, for images of at most ``patches`` patches (or one token, where even that is more)."""
+        most = max(patches // self.merge_size**2, 1)
+        return replace(self, max_tokens=most, min_tokens=min(self.min_tokens, most))
 
 
 @dataclass(frozen=True)

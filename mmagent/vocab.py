@@ -136,6 +136,11 @@ class Vocab:
         """Plain text to ids; never a control id, whatever the text says."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def caption_ids(self, caption: str, most: int) -> list[int]:
+        """A caption as text towers read it: at most ``most`` ids, the last of them the end, however much is cut before
+        it; an empty caption is the end alone."""
+        return [*self.encode(caption)[: most - 1], self.pad_id]
+
     def decode(self, ids: Sequence[int], *, control: bool = True) -> str:
         """Ids to text; control tokens by name, or left out when ``control`` is false."""
         out: list[str] = []

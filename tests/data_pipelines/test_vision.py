@@ -16,7 +16,6 @@ from data_pipelines.shards import ShardWriter
 from data_pipelines.vision import (
     CropConfig,
     VisionStreamConfig,
-    caption_ids,
     crop_window,
     distillation_stream,
     pair_pictures,
@@ -215,11 +214,11 @@ def test_boxes_are_squared_with_their_image(vocab):
 
 def test_captions_end_and_empty_ones_have_an_end_too(vocab):
     end = vocab.pad_id
-    assert caption_ids("", vocab, 64) == [end]
-    ids = caption_ids("a red square " * 50, vocab, 8)
+    assert vocab.caption_ids("", 64) == [end]
+    ids = vocab.caption_ids("a red square " * 50, 8)
     assert len(ids) == 8
     assert ids[-1] == end
-    assert end not in caption_ids("<|endoftext|>", vocab, 64)[:-1]
+    assert end not in vocab.caption_ids("<|endoftext|>", 64)[:-1]
 
 
 def test_extreme_images(vocab):
