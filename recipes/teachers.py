@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_pipelines.galleries import built_in
+from data_pipelines.galleries import CLASSES, built_in
 from data_pipelines.masking import MaskConfig
 from data_pipelines.vision import CropConfig, VisionStream, VisionStreamConfig, distillation_stream, pair_stream
 from mmagent import dist
@@ -34,12 +34,12 @@ from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
 from mmagent.vocab import Vocab
-from mmagent.worlds.images import MATERIALS, SHAPES
 
 
 @dataclass
 class Config:
-    """``kind``: ``siglip2`` (needs a ``tokenizer``) or ``dinov3``; sizes are those of a vision transformer."""
+    """``kind``: ``siglip2`` (needs a ``tokenizer``) or ``dinov3``; sizes are those of a vision transformer. ``mix`` and
+    ``classes`` as in :func:`data_pipelines.galleries.built_in`."""
 
     kind: str = "siglip2"
     output: str = "runs/teachers/siglip2"
@@ -52,6 +52,7 @@ class Config:
     patch_size: int = 14
     side: int = 112  # pixels of the drawn squares
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.2})
+    classes: str = ""  # what patches show, for an objective with a classifier of it
     data: VisionStreamConfig = field(default_factory=lambda: VisionStreamConfig(16, 8192, sequence_lengths=[64]))
     mask: MaskConfig = field(default_factory=MaskConfig)
     crop: CropConfig = field(default_factory=lambda: CropConfig(1.0))
@@ -65,6 +66,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.kind not in ("siglip2", "dinov3"):
             raise ConfigError(f"kind {self.kind!r} is neither siglip2 nor dinov3")
+        asked = self.alignment.classes if self.kind == "siglip2" else self.reconstruction.classes
+        if asked and asked != CLASSES.get(self.classes):
+            raise ConfigError(
+                f"classes {self.classes!r} has {CLASSES.get(self.classes)} classes, the objective {asked}"
+            )
 
 
 def siglip2() -> Config:
@@ -72,7 +78,8 @@ def siglip2() -> Config:
     return Config(
         steps=210,
         mix={"scenes0": 0.6, "scenes1": 0.4},
-        alignment=AlignmentConfig(96, words_weight=4.0, classes=1 + len(SHAPES), classes_weight=12.0),
+        classes="shapes",
+        alignment=AlignmentConfig(96, words_weight=4.0, classes=CLASSES["shapes"], classes_weight=12.0),
     )
 
 
@@ -82,8 +89,9 @@ def dinov3() -> Config:
         kind="dinov3",
         output="runs/teachers/dinov3",
         mix={"scenes1": 0.45, "scenes2": 0.45, "panels": 0.1},
+        classes="materials",
         mask=MaskConfig(ratio=0.1),
-        reconstruction=ReconstructionConfig(classes=len(MATERIALS), classes_weight=6.0),
+        reconstruction=ReconstructionConfig(classes=CLASSES["materials"], classes_weight=6.0),
     )
 
 
@@ -96,7 +104,7 @@ def main() -> None:
     dist.seed_everything(config.seed)
     encoder = BackboneEncoder(new_backbone(config.kind, config.width, config.depth, config.heads, config.patch_size))
     geometry = GeometryConfig(patch_size=config.patch_size, min_tokens=1)
-    pictures = built_in(config.mix, config.side, classes="shapes" if config.kind == "siglip2" else "materials")
+    pictures = built_in(config.mix, config.side, config.classes)
     if config.kind == "siglip2":
         vocab = Vocab.load(config.tokenizer)
         objective: Any = Alignment(encoder, TextTower(replace(text_laptop(vocab.size), depth=1)), config.alignment)
