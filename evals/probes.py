@@ -29,8 +29,9 @@ Pair = tuple[LabelledImages, LabelledImages]
 @dataclass(frozen=True)
 class ProbeSets:
     """What :func:`probe_encoder` asks about, pairs of a training and a test set: ``digits`` written by hand
-    (scikit-learn's), ``scenes`` of one plain shape, ``icons``, ``charts``, ``photographs`` (which of 16 a crop shows),
-    and ``places``: scenes of several shapes with maps."""
+    (scikit-learn's), ``scenes`` of one plain shape, ``icons`` in the middle of a plain ground (of the harder ones small
+    encoders know nothing), ``charts``, ``photographs`` (which of 16 a crop shows), and ``places``: scenes of several
+    shapes with maps."""
 
     digits: Pair
     scenes: Pair
@@ -60,7 +61,7 @@ def probe_sets(train: int = 600, test: int = 400, side: int = 112) -> ProbeSets:
         return LabelledImages(tuple(scene.image for scene in drawn), {}, maps)
 
     def icons(first: int, count: int, _: bool) -> LabelledImages:
-        drawn = [draw_icon(seed, "test", (side, side)) for seed in range(first, first + count)]
+        drawn = [draw_icon(seed, "test", (side, side), level=0) for seed in range(first, first + count)]
         return LabelledImages(tuple(i.image for i in drawn), {"icon": torch.tensor([i.icon for i in drawn])}, {})
 
     def charts(first: int, count: int, _: bool) -> LabelledImages:

@@ -182,23 +182,35 @@ _GROUNDS = ("ground", "disc", "tile")
 _FINE = 3  # pixels drawn for one shown, either way
 
 
-def draw_icon(seed: int, split: str = "train", size: tuple[int, int] | None = None) -> Icon:
-    """One icon at any place, turned by up to a sixth of a right angle. ``size`` is ``(height, width)`` pixels."""
+LEVELS = 2
+
+
+def draw_icon(seed: int, split: str = "train", size: tuple[int, int] | None = None, level: int | None = None) -> Icon:
+    """One icon. ``size`` is ``(height, width)`` pixels. ``level`` 0 shows it large and upright in the middle of a plain
+    ground, 1 at any place, turned by up to a sixth of a right angle, maybe on a disc or a tile; None draws the level,
+    too. Raises ``ValueError`` for others."""
     random = generator("icon", seed, split)
+    drawn = int(random.integers(LEVELS))
+    if level is not None and not 0 <= level < LEVELS:
+        raise ValueError(f"icons have levels 0 to {LEVELS - 1}, not {level}")
+    easy = (drawn if level is None else level) == 0
     height, width = size or random_size(random)
     icon = int(random.integers(len(ICONS)))
     name, colours = list(ICONS)[icon], list(COLOURS)
     colour = int(random.integers(len(colours)))
     grounds = [other for other in colours if far_apart(other, colours[colour])]
     tint = grounds[int(random.integers(len(grounds)))]
-    under = _GROUNDS[int(random.integers(len(_GROUNDS)))]
+    under = "ground" if easy else _GROUNDS[int(random.integers(len(_GROUNDS)))]
     around = [other for other in colours if far_apart(other, tint)]
     behind = tint if under == "ground" else around[int(random.integers(len(around)))]
-    radius = float(random.uniform(0.2, 0.35)) * min(height, width)
+    radius = float(random.uniform(0.3 if easy else 0.2, 0.35)) * min(height, width)
     reach = 1.4 * radius  # the farthest corner of a symbol, half a stroke included
-    centre = [float(random.uniform(reach, side - reach)) for side in (height, width)]
     outline, thick = bool(random.integers(2)), float(random.uniform(0.16, 0.28)) * radius
-    turn = float(random.uniform(-1, 1)) * math.pi / 12
+    if easy:
+        centre, turn = [height / 2, width / 2], 0.0
+    else:
+        centre = [float(random.uniform(reach, side - reach)) for side in (height, width)]
+        turn = float(random.uniform(-1, 1)) * math.pi / 12
     image = np.empty((height, width, 3), dtype=np.float32)
     image[:] = COLOURS[behind]
     if under != "ground":

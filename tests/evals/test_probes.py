@@ -98,14 +98,14 @@ def test_no_gallery_shows_what_is_asked(sets):
     assert asked[0].tobytes() not in train
     assert not train & {image.tobytes() for image in asked}
     for name, draw in (("scenes", draw_scene), ("icons", draw_icon), ("charts", draw_chart)):
-        level = {"level": 0} if name == "scenes" else {}
+        level = {} if name == "charts" else {"level": 0}
         drawn = {draw(seed, "train", (112, 112), **level).image.tobytes() for seed in range(320)}
         assert not drawn & {image.tobytes() for half in getattr(sets, name) for image in half.images}
 
 
 def test_answers_are_those_of_the_worlds(sets):
     for seed in range(0, 200, 20):
-        assert int(sets.icons[0].labels["icon"][seed]) == draw_icon(seed, "test", (112, 112)).icon
+        assert int(sets.icons[0].labels["icon"][seed]) == draw_icon(seed, "test", (112, 112), level=0).icon
         chart = draw_chart(200 + seed // 2, "test", (112, 112))
         assert int(sets.charts[1].labels["chart"][seed // 2]) == chart.kind
         assert np.array_equal(sets.charts[1].maps["parts"][seed // 2], chart.regions())
@@ -123,17 +123,17 @@ def test_more_digits_than_there_are_share_them_in_proportion():
     assert [len(half.images) for half in _digits(600, 400, 112)] == [600, 400]
 
 
-def test_raw_pixels_know_digits_and_little_else(sets):
+def test_raw_pixels_know_what_never_moves(sets):
     """The baseline that needs no model. A digit of half the size has exactly its 8 x 8 pixels, which neighbours are
-    known to tell apart; places and colours of everything else vary too much for a row of pixels."""
+    known to tell apart, and an icon is always in the middle; shapes move and turn too much for a row of pixels."""
     scores = probe_scores(RawPixels(), GEOMETRY, sets)
     dense = [f"dense/{question}" for question in ("shapes", "materials", "parts")]
     assert list(scores) == [*(f"semantic/{question}" for question in CLASSES), *dense]
     assert scores["semantic/digit"] > 0.85
     assert scores["semantic/colour"] > 0.2
     assert scores["semantic/chart"] > 0.3
-    for question in ("icon", "shape"):
-        assert scores[f"semantic/{question}"] < 1 / CLASSES[question] + 0.14
+    assert scores["semantic/icon"] > 0.2
+    assert scores["semantic/shape"] < 1 / 8 + 0.14
     for question in dense:
         assert scores[question] < 0.4
     again = probe_scores(RawPixels(), GEOMETRY, sets)
@@ -153,10 +153,10 @@ def test_noise_scores_as_chance_does(sets):
     assert scores["dense/parts"] < 1 / 4 + 0.03
 
 
-def test_random_weights_pass_colours_on_and_know_no_icon(sets):
+def test_random_weights_pass_colours_on_and_know_few_icons(sets):
     torch.manual_seed(0)
     scores = probe_scores(CogViT(cogvit_laptop()).eval(), GEOMETRY, sets)
     assert scores["semantic/colour"] > 0.5
-    assert scores["semantic/icon"] < 0.2
+    assert 1 / len(ICONS) < scores["semantic/icon"] < 0.35
     assert 1 / len(CHARTS) + 0.1 < scores["semantic/chart"] < 0.9
     assert scores["dense/shapes"] < 0.3

@@ -47,6 +47,20 @@ def test_a_symbol_is_whole_and_has_its_colour():
     assert seen == set(range(len(ICONS)))
 
 
+def test_levels_grade_the_difficulty():
+    grounds = set()
+    for seed in range(40):
+        rows, columns = np.nonzero(draw_icon(seed, size=(112, 112), level=0).inside)
+        assert 20 < (rows.min() + rows.max()) / 2 < 92  # about the middle: a minus is flat, a pin hangs a little
+        assert columns.max() - columns.min() > 20
+        caption = draw_icon(seed, size=(112, 112), level=0).caption
+        assert caption.endswith(" ground")
+        grounds.add(draw_icon(seed, size=(112, 112), level=1).caption.split(" on ")[1].split()[2])
+    assert grounds == {"ground", "disc", "tile"}
+    with pytest.raises(ValueError, match="levels 0 to 1, not 2"):
+        draw_icon(0, level=2)
+
+
 def test_sizes_are_what_was_asked_for():
     for size in ((28, 28), (40, 200), (224, 160)):
         icon = draw_icon(1, size=size)
