@@ -17,6 +17,7 @@ SIZES = {
     3: [[1, 4, 2], [2, 0, 3]],
     4: [[2, 1, 3, 2], [0, 0, 4, 1], [1, 5, 0, 2]],
     5: [[1, 2, 1, 3, 1]],
+    6: [[1, 2, 0, 3, 1, 2]],
 }
 """Pairs a rank, by the number of ranks; some ranks bring none."""
 
@@ -44,7 +45,7 @@ def ring(world: dist.World, splits: list[list[int]]):
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6])
 def test_ring_equals_one_process(world):
     """Up to the order of float32 sums: some ten terms each, of which the largest is near 10."""
     outcomes = dist.run_ranks(ring, world, SIZES[world])

@@ -53,6 +53,32 @@ def test_it_divides_global_sums_by_global_counts():
     assert result.grad_norm == pytest.approx(torch.stack([g.norm() for g in wanted]).norm().item())
 
 
+def test_an_objective_may_see_all_micro_batches_first():
+    """Once a step, before any graph, and through the forward that follows: here in the engine's precision."""
+
+    class Peeking(Toy):
+        def __init__(self):
+            super().__init__()
+            self.calls: list[object] = []
+
+        def prepare(self, micro_batches, forward):
+            with torch.no_grad():
+                self.calls.append([float(forward(batch).sums["common"]) for batch in micro_batches])
+
+        def forward(self, batch):
+            output = super().forward(batch)
+            if torch.is_grad_enabled():
+                self.calls.append(float(output.sums["common"].detach()))
+            return output
+
+    torch.manual_seed(0)
+    toy, given = Peeking(), batches()
+    step(toy, given, dtype="bfloat16")
+    (first, *later) = toy.calls
+    assert first == later
+    assert len(later) == len(given)
+
+
 def test_the_record_is_flat_and_names_never_collide():
     record = step(fresh(), batches()).record()
     assert {"loss", "loss/common", "loss/rare", "error", "tokens", "grad_norm"} <= set(record)
