@@ -352,8 +352,8 @@ class PairedBatch:
 @dataclass(frozen=True)
 class MaskedVision:
     """Images for distillation: ``vision``, ``masked (P,)`` bool (true where the student is blind), and the
-    untouched RGB ``pixels`` (I of ``(3, height, width)`` float32 in [0, 1]) that the teachers look at; ``classes (P,)``
-    int64 says what is known of the patches, -1 for nothing."""
+    untouched RGB ``pixels`` (I of ``(3, height, width)`` float32 in [0, 1], of clips ``(frames, 3, height, width)``)
+    that the teachers look at; ``classes (P,)`` int64 says what is known of the patches, -1 for nothing."""
 
     vision: PackedVision
     masked: Tensor

@@ -24,7 +24,7 @@ from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
-from mmagent.models.teachers import BackboneEncoder, new_backbone, save_backbone
+from mmagent.models.backbones import BackboneEncoder, new_backbone, save_backbone
 from mmagent.models.text_tower import TextTower, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.objectives.reconstruction import MaskedReconstruction, ReconstructionConfig

@@ -113,13 +113,21 @@ class Distillation(nn.Module):
         rows: dict[str, Tensor] = {}
         metrics: dict[str, Ratio] = {}
         for teacher in self.teachers:
-            features = teacher(batch.pixels, batch.vision.grids, self.student.merge_size)
+            before = (teacher.hits, teacher.seen)
+            features = self._teach(teacher, batch)
             losses, cosine = self._losses(teacher.name, seen, features, batch.masked)
             rows |= losses
             metrics[f"{teacher.name}/cosine"] = Ratio(cosine.sum(), torch.ones_like(cosine).sum())
+            if teacher.cache is not None:
+                new = (float(now - then) for now, then in zip((teacher.hits, teacher.seen), before, strict=True))
+                metrics[f"{teacher.name}/cached"] = Ratio(*(torch.tensor(n, device=cosine.device) for n in new))
         if self.config.drop and self.training:
             rows = self._drop(rows, batch)
         return StepOutput({term: values.sum() for term, values in rows.items()}, metrics)
+
+    def _teach(self, teacher: Teacher, batch: MaskedVision) -> TeacherFeatures:
+        temporal = batch.vision.patches.shape[1] // (3 * self.student.patch_size**2)
+        return teacher(batch.pixels, batch.vision.grids, self.student.merge_size, temporal)
 
     def _look(self, batch: MaskedVision) -> VisionFeatures:
         if self.config.blind == "token":
@@ -178,7 +186,7 @@ class Distillation(nn.Module):
         summaries: dict[str, list[Tensor]] = {name: [] for name, head in self.heads.items() if head.cone is not None}
         for batch in batches:
             for teacher in self.teachers:
-                tokens, summary = teacher(batch.pixels, batch.vision.grids, self.student.merge_size)
+                tokens, summary = self._teach(teacher, batch)
                 if teacher.name not in moments:
                     moments[teacher.name] = Moments(tokens.shape[1], tokens.device)
                 moments[teacher.name].add(tokens)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches, patch_coordinates
+from mmagent.models.backbone import equal_grids
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
-from mmagent.models.teachers import equal_grids
 from mmagent.protocols import VisionEncoder
 from mmagent.types import MaskedVision, PackedVision, ParamRole, Ratio, StepOutput
 

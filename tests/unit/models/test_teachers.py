@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, patch_coordinates, patchify
-from mmagent.models.teachers import (
+from mmagent.models.backbone import resize_pixels
+from mmagent.models.backbones import (
     Backbone,
     BackboneEncoder,
     GridFeatures,
-    Teacher,
     load_backbone,
     new_backbone,
-    resize_pixels,
     save_backbone,
     wrap,
 )
+from mmagent.models.teachers import Teacher
 from mmagent.ops.torchvision_shim import ensure_torchvision
 from mmagent.types import PackedVision
 

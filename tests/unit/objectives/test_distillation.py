@@ -13,9 +13,10 @@ from torch import nn
 from data_pipelines.masking import MaskConfig, mask_patches
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.losses.standardisers import Cone
+from mmagent.models.backbones import Backbone, GridFeatures
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
-from mmagent.models.teachers import Backbone, GridFeatures, Teacher, TeacherFeatures
+from mmagent.models.teachers import Teacher, TeacherFeatures
 from mmagent.objectives.distillation import Distillation, DistillationConfig
 from mmagent.types import MaskedVision, PackedVision, VisionFeatures
 
@@ -221,7 +222,7 @@ def test_calibration_keeps_no_tokens():
     class Watched:
         name, width, summary_width, summary = "t", 4, 4, True
 
-        def __call__(self, pixels, grids, merge_size) -> TeacherFeatures:
+        def __call__(self, pixels, grids, merge_size, temporal_patch) -> TeacherFeatures:
             array = np.random.default_rng(len(arrays)).normal(size=(int(grids.prod(dim=1).sum()), 4))
             arrays.append(weakref.ref(array))
             tokens = torch.from_numpy(array)
