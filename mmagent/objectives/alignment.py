@@ -210,7 +210,7 @@ class Alignment(nn.Module):
         one = torch.ones((), device=images.device)
         return loss, {
             "top1": Ratio(found.sum(), one * len(found)),
-            "scale": Ratio(self.log_scale.detach().exp().squeeze(), one),
+            "scale": Ratio(self.log_scale.detach().float().exp().squeeze(), one),
             "bias": Ratio(self.bias.detach().squeeze().clone(), one),  # no view: sharded engines free gathered weights
         }
 
