@@ -45,7 +45,8 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     share, z2 = successes / n, z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # exact at the ends, where rounding would leave the share itself outside
+    return centre - half if successes > 0 else 0.0, centre + half if successes < n else 1.0
 
 
 def mean_interval(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.encoder.features import bar
+
 PENALTIES = tuple(10.0**k for k in range(-4, 5))
 """Ridge penalties tried, as multiples of the mean eigenvalue of the features' covariance."""
 L2 = tuple(10.0**k for k in range(1, -7, -1))
@@ -160,6 +162,7 @@ def fit_logistic(
     seed: int = 0,
     max_steps: int = 200,
     device: torch.device | str = "cpu",
+    progress: str = "",
 ) -> LinearProbe:
     """Multinomial logistic regression of ``labels (I,)`` on ``train (I, W)``: the linear probe of CLIP (arXiv
     2103.00020, A.3) and of the DINO family.
@@ -167,8 +170,10 @@ def fit_logistic(
     Features are standardised by the training set's mean and deviation. Full-batch L-BFGS minimises the mean
     cross-entropy plus ``penalty / 2 * |W|^2`` (the intercept is free). The penalty is the one of ``penalties`` that is
     most often right on the ``held_out`` share of every class (of equals, the one of the lower loss there), drawn by
-    ``seed``; then all rows are fitted. A class with a single row stays in the fit; where no class has two, the middle
-    penalty is taken. ``classes`` is K, should the training set lack the last ones.
+    ``seed``; then all rows are fitted. Penalties are tried from the strongest on, each from the solution of the one
+    before, until two in a row did worse than the best. A class with a single row stays in the fit; where no class has
+    two, the middle penalty is taken. ``classes`` is K, should the training set lack the last ones. ``progress`` names a
+    bar of the penalties tried, on stderr, which appears after two seconds.
     """
     check(train, labels, "linear probe")
     classes = max(classes, int(labels.max()) + 1)
@@ -181,12 +186,15 @@ def fit_logistic(
     fitted, held = stratified(labels, held_out, seed)
     if len(penalties) > 1 and len(held):
         best = (-1.0, -float("inf"))
-        warm = None
-        for penalty in penalties:
+        warm, worse = None, 0
+        for penalty in bar(progress, len(penalties), "penalty", penalties):
             warm = _minimise(x[fitted], y[fitted], classes, penalty, warm, max_steps)
             score = _judged(x[held], y[held], warm)
+            worse = 0 if score[0] >= best[0] else worse + 1
             if score > best:
                 best, chosen, start = score, penalty, warm
+            if worse == 2:
+                break
     solution = _minimise(x, y, classes, chosen, start, max_steps).cpu()
     weight = solution[:-1] / deviation[:, None].to(dtype)
     bias = solution[-1] - mean.to(dtype) @ weight

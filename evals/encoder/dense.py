@@ -64,29 +64,29 @@ def predicted_values(
 
 
 class SegmentationScore:
-    """Sums over images, from which mIoU and accuracies follow. ``classes`` is K; :data:`IGNORE` pixels do not count."""
+    """Sums over images, from which mIoU and accuracies follow. :data:`IGNORE` pixels do not count."""
 
-    def __init__(self, classes: int):
-        self.classes = classes
-        self._parts: list[np.ndarray] = []
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []  # (3, K of the image): pixels that are right, predicted, and there
 
     def add(self, predicted: np.ndarray, truth: np.ndarray) -> None:
-        """Two ``(height, width)`` maps of one image. Raises ``ValueError`` for a class of K or more in ``truth``."""
+        """Two ``(height, width)`` maps of classes of one image."""
         if predicted.shape != truth.shape:
             raise ValueError(f"a prediction of {predicted.shape} for a map of {truth.shape}")
         known = truth != IGNORE
         predicted, truth = predicted[known], truth[known]
-        if len(truth) and not 0 <= int(truth.min()) <= int(truth.max()) < self.classes:
-            raise ValueError(f"classes {int(truth.min())} to {int(truth.max())} in a map of {self.classes}")
-        both = np.bincount(truth[predicted == truth], minlength=self.classes)
-        self._parts.append(np.stack([both, *(np.bincount(m, minlength=self.classes) for m in (predicted, truth))]))
+        classes = max(int(truth.max()), int(predicted.max())) + 1 if len(truth) else 0
+        right = truth[predicted == truth]
+        self._parts.append(np.stack([np.bincount(m, minlength=classes) for m in (right, predicted, truth)]))
 
     def scores(self) -> dict[str, Estimate]:
         """``miou``: intersection over union of a class, over all images (Everingham et al. 2010), averaged over the
         classes that occur in truth or prediction. ``class_accuracy``: share of a class's pixels that are right,
         averaged over the classes that occur in truth. ``pixel_accuracy``: share of all pixels. Images are drawn for the
         intervals."""
-        parts = np.stack(self._parts) if self._parts else np.zeros((0, 3, self.classes))
+        parts = np.zeros((len(self._parts), 3, max((part.shape[1] for part in self._parts), default=0)))
+        for n, part in enumerate(self._parts):
+            parts[n, :, : part.shape[1]] = part
         return {
             "miou": of_sums(parts, lambda s: _class_mean(s[:, 0], s[:, 1] + s[:, 2] - s[:, 0])),
             "class_accuracy": of_sums(parts, lambda s: _class_mean(s[:, 0], s[:, 2])),

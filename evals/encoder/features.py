@@ -125,11 +125,11 @@ def stream_features(
     assert isinstance(encoder, VisionEncoder)
     if patches_per_pack < 1:
         raise ValueError(f"patches_per_pack {patches_per_pack} must be positive")
-    with _evaluating(encoder), _bar(progress, total) as bar:
+    with _evaluating(encoder), bar(progress, total) as shown:
         for names, pack in _packs(images, geometry, patches_per_pack):
             for row in _look(encoder, names, pack, dtype, tokens):
                 yield row
-                bar.update()
+                shown.update()
 
 
 @torch.no_grad()
@@ -173,9 +173,10 @@ def _packs(
         yield names, PackedVision.pack(waiting)
 
 
-def _bar(name: str, total: int | None) -> tqdm:
+def bar(name: str, total: int | None, unit: str = "image", items: Iterable[Item] | None = None) -> tqdm:
+    """A bar with the time left on stderr, around ``items`` if given; after two seconds, and none without a name."""
     return tqdm(
-        total=total, desc=name, unit="image", file=sys.stderr, disable=not name, delay=_QUIET, dynamic_ncols=True,
+        items, total=total, desc=name, unit=unit, file=sys.stderr, disable=not name, delay=_QUIET, dynamic_ncols=True,
         leave=False,
     )  # fmt: skip
 

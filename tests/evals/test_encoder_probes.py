@@ -195,7 +195,7 @@ def _maps(count: int, classes: int, seed: int):
 def test_overlap_and_accuracies_are_those_of_scikit_learn():
     wrong, truth = _maps(6, 5, 0)
     truth[0][:2] = -1  # of no class: neither right nor wrong
-    score = SegmentationScore(8)  # three classes never occur
+    score = SegmentationScore()
     for p, t in zip(wrong, truth, strict=True):
         score.add(p, t)
     y, z = (np.concatenate([m.ravel() for m in maps]) for maps in (truth, wrong))
@@ -259,11 +259,11 @@ def test_probes_of_patches_see_the_map_they_were_fitted_on():
 
 
 def test_maps_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"classes 0 to 7 in a map of 5"):
-        SegmentationScore(5).add(np.zeros((1, 8), int), np.arange(8)[None])
+    with pytest.raises(ValueError, match="for a map of"):
+        SegmentationScore().add(np.zeros((2, 2), int), np.zeros((2, 3), int))
     with pytest.raises(ValueError, match="for a map of"):
         RegressionScore().add(np.zeros((2, 2)), np.zeros((2, 3)))
-    assert math.isnan(SegmentationScore(3).scores()["miou"].mean)
+    assert math.isnan(SegmentationScore().scores()["miou"].mean)
     assert RegressionScore().scores()["rmse"].n == 0
 
 

@@ -20,7 +20,11 @@ from mmagent.config import resolve
 from recipes import pretrain, sft
 
 ROOT = Path(__file__).resolve().parents[2]
-BY_HAND = {"recipes.quickstart", "recipes.probe_encoders"}  # no config to print; the slow tests run them
+BY_HAND = {
+    "recipes.quickstart",
+    "recipes.probe_encoders",
+    "recipes.evaluate_encoder",
+}  # no config to print
 LAUNCH = re.compile(r"^ {4}(?:torchrun|python) .*?-m ((?:recipes|data_pipelines)\.\w+)(.*)$", re.MULTILINE)
 MADE = {f"runs/data/{stage}/{maker.name}" for stage, known in makers(BuildConfig()).items() for maker in known}
 

@@ -1,0 +1,184 @@
+"""The command on encoders of every kind, side by side; what the user can mend is told in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmagent.geometry import GeometryConfig
+from mmagent.interop.encoder_folder import save_encoder
+from mmagent.interop.image_text import save_image_text
+from mmagent.models.cogvit import CogViT, cogvit_debug
+from mmagent.models.text_tower import TextTower, text_debug
+from mmagent.objectives.alignment import Alignment, AlignmentConfig
+from mmagent.ops.torchvision_shim import ensure_torchvision
+from mmagent.train.launch import launch
+from mmagent.train.step import begun
+from mmagent.vocab import Vocab
+from recipes import evaluate_encoder
+from recipes.encoder_sources import open_encoder, open_judged
+from tests.data_pipelines.image_samples import COLOURS, bomb, encoded, folder_of_classes, pixels, tar_of, write
+
+GEOMETRY = GeometryConfig(min_tokens=1)
+
+
+class Means(torch.nn.Module):
+    """An encoder of the user, without parameters: a patch is its mean colour."""
+
+    patch_size, merge_size, width = 14, 2, 3
+
+    def forward(self, vision, layers=()):
+        from mmagent.types import VisionFeatures
+
+        tokens = vision.patches.unflatten(1, (3, -1)).mean(dim=2)
+        parts = tokens.split(vision.grids.prod(dim=1).tolist())
+        return VisionFeatures(tokens, {}, torch.stack([part.mean(dim=0) for part in parts]))
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> dict[str, Path]:
+    """Ours, aligned towers, timm's and a transformers folder: random, and tiny."""
+    root = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    ours = CogViT(cogvit_debug())
+    save_encoder(root / "ours" / "encoder", ours, GEOMETRY)
+    vocab = Vocab.train(["all red", "all green", "all blue"] * 3, 300)
+    towers = Alignment(ours, TextTower(text_debug(vocab.size)), AlignmentConfig(width=16))
+    save_image_text(root / "towers", towers, GEOMETRY, vocab, max_text=16)
+    ensure_torchvision()
+    import timm
+    from timm.models import save_for_hf
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 56}
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes)
+    save_for_hf(module, root / "timm", model_args=sizes, safe_serialization=True)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
+    Dinov2Model(config).save_pretrained(root / "transformers")
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Colours with captions, masks and distances, some of which cannot be used."""
+    root = folder_of_classes(tmp_path_factory.mktemp("photos") / "set", 16)
+    for name in COLOURS:
+        for n in range(16):
+            write(root / name / f"{n:03d}.txt", f"all {name}")
+            write(root / name / f"{n:03d}.mask.png", encoded(np.full((30, 44), list(COLOURS).index(name), np.uint8)))
+            write(root / name / f"{n:03d}.depth.png", encoded(np.full((30, 44), 100 + n, np.uint16)))
+    for n in range(4):
+        write(root / "red" / f"bad{n}.png", bomb() if n % 2 else b"no image")
+    return root
+
+
+def _run(monkeypatch, *arguments: object) -> None:
+    begun.clear()
+    monkeypatch.setattr(sys, "argv", ["evaluate_encoder", *map(str, arguments)])
+    launch(evaluate_encoder.main)
+
+
+def test_encoders_of_every_kind_side_by_side(encoders, photos, tmp_path, monkeypatch, capsys):
+    sources = [encoders["ours"] / "encoder", encoders["timm"], f"hf={encoders['transformers']}", encoders["towers"]]
+    own = "mean=tests.recipes.test_evaluate_encoder:Means"
+    how = ("--data", photos, "--output", tmp_path / "out", "--k", 1, 5, "--max-patches", 16)
+    _run(monkeypatch, *sources, own, *how)
+    said = capsys.readouterr()
+    assert "images cannot be used; the first: red/bad" in said.err
+    rows = said.out.splitlines()
+    assert rows[0].split() == ["ours", "timm", "hf", "towers", "mean"]
+    assert [row.split()[0] for row in rows[1:-1]] == [
+        "knn@1", "knn@5", "linear", "linear/class", "segmentation/miou", "segmentation/class_accuracy",
+        "segmentation/pixel_accuracy", "depth/rmse", "depth/r2", "depth/delta_1.25", "zero-shot/top-1",
+        "zero-shot/top-5", "zero-shot/class", "retrieval/image_to_text@1", "retrieval/image_to_text@5",
+        "retrieval/image_to_text@10", "retrieval/text_to_image@1", "retrieval/text_to_image@5",
+        "retrieval/text_to_image@10",
+    ]  # fmt: skip
+    left = json.loads((tmp_path / "out" / "encoder_scores.json").read_text())
+    scores = {name: sets[str(photos)] for name, sets in left["scores"].items()}
+    assert set(scores) == {"ours", "timm", "hf", "towers", "mean"}
+    for name, found in scores.items():
+        assert ("zero-shot/top-1" in found) == (name == "towers")
+        for value in found.values():
+            assert value["low"] <= value["mean"] <= value["high"], value
+    assert scores["mean"]["linear"]["mean"] == scores["mean"]["segmentation/miou"]["mean"] == 1.0  # colour is the class
+    assert scores["towers"]["knn@5"] == scores["ours"]["knn@5"]  # the same image tower
+    page = (tmp_path / "out" / "encoders.html").read_text()
+    assert page.count("<img ") > 5 * (3 + 2)
+    assert "green" in page
+
+
+def test_other_sources_and_probes_by_name(encoders, tmp_path, monkeypatch, capsys):
+    for part, first in (("train", 0), ("test", 90)):
+        members = {}
+        for n in range(9):
+            name = list(COLOURS)[n % 3]
+            members |= {f"{n}.png": encoded(pixels(name, first + n)), f"{n}.cls": name, f"{n}.txt": f"all {name}"}
+        tar_of(tmp_path / "shards" / part / "0.tar", members)
+    write(tmp_path / "shards" / "classes.txt", "\n".join(COLOURS))
+    ours = encoders["ours"] / "encoder"
+    _run(monkeypatch, ours, encoders["towers"], "--data", tmp_path / "shards", "--probes", "retrieval", "zero-shot",
+         "--output", tmp_path / "out", "--square", 56)  # fmt: skip
+    said = capsys.readouterr()
+    assert "without a text tower, so without retrieval and zero-shot: ours" in said.err
+    assert "knn" not in said.out
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder_of_classes(tmp_path / "f" / "train", 3)
+    folder_of_classes(tmp_path / "f" / "test", 2, first=50)
+    _run(monkeypatch, ours, "--data", f"datasets:imagefolder:{tmp_path}/f", "--probes", "knn", "--limit", 5,
+         "--output", tmp_path / "out", "--dtype", "bfloat16")  # fmt: skip
+    assert "knn@20" in capsys.readouterr().out
+    left = json.loads((tmp_path / "out" / "encoder_scores.json").read_text())
+    (found,) = left["scores"]["ours"].values()
+    assert found["knn@20"]["n"] == 5
+
+
+def test_without_data_the_built_in_questions_are_asked(encoders, tmp_path, monkeypatch, capsys):
+    _run(monkeypatch, encoders["ours"] / "encoder", "--images", 40, "--probes", "knn", "--output", tmp_path)
+    rows = capsys.readouterr().out.splitlines()[1:-1]
+    assert {row.split()[0] for row in rows} >= {"digit", "shape", "colour"}
+    assert all(row.split()[1] == "knn@20" for row in rows)
+
+
+def test_what_the_user_can_mend_is_one_line(encoders, photos, tmp_path, monkeypatch, capsys):
+    ours = encoders["ours"] / "encoder"
+    bare = folder_of_classes(tmp_path / "bare", 8)
+    for arguments, said in (
+        ((ours, "--data", tmp_path / "none"), "no such folder, tar or glob"),
+        ((tmp_path / "none", "--data", bare), "no such folder; an encoder is"),
+        (("timm:no_such_model", "--data", bare), "timm:no_such_model: cannot be loaded: "),
+        (("json:JSONDecoder", "--data", bare), "makes a JSONDecoder, which is no encoder"),
+        (("json:Nothing", "--data", bare), "has no 'Nothing'"),
+        ((ours, ours, "--data", bare), "two encoders are called 'ours'"),
+        ((ours, "--data", bare, "--probes", "dense"), "has no maps; put the map of IMAGE.jpg"),
+        ((ours, "--data", bare, "--probes", "retrieval"), "has no captions"),
+        ((ours, "--data", photos, "--probes", "zero-shot"), "no encoder has the text tower that is asked for"),
+        ((ours, "--data", bare, "--columns", "img=x"), "'img' is none of image, label"),
+        ((ours, "--data", bare, "--k", "0"), "--k must be 1"),
+        ((ours, "--probes", "retrieval"), "no answers for retrieval: give --data"),
+        ((ours, "--data", bare, "--templates", tmp_path / "none"), "no templates at"),
+        ((ours, "--data", bare, "--test", bare), "are the same images"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            _run(monkeypatch, *arguments, "--output", tmp_path / "out")
+        told = capsys.readouterr().err.strip()
+        assert ended.value.code == 1, told
+        assert told.startswith("error: ")
+        assert said in told
+        assert "\n" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_keep_their_geometry_within_what_is_asked(encoders):
+    model, geometry = open_encoder("tests.recipes.test_evaluate_encoder:Means")
+    assert (geometry.patch_size, geometry.merge_size) == (14, 2)
+    assert type(model).__name__ == "Means"
+    one = open_judged(f"x={encoders['ours']}/encoder", "cpu", max_patches=40, towers=False)
+    assert (one.name, one.geometry.max_tokens, one.towers) == ("x", 10, None)
+    assert open_judged(str(encoders["towers"]), "cpu").towers is not None
