@@ -50,6 +50,7 @@ class Backbone:
     ``patch_size``: pixels on a side of one cell of its grid, of a hierarchical model the total reduction. ``mean`` and
     ``std`` of its pixels; ``fixed (rows, cols)`` where it accepts one grid only; ``depth``: how many inner layers of
     the same grid it can return. ``pool``: its summary is its ``own``, or the ``mean`` of its tokens.
+    ``maskable``: it has a mask token for patches that are hidden.
     """
 
     module: nn.Module
@@ -62,6 +63,7 @@ class Backbone:
     fixed: tuple[int, int] | None = None
     depth: int = 0
     pool: str = "own"
+    maskable: bool = False
 
     def __call__(self, pixels: Tensor, masked: Tensor | None = None, layers: Sequence[int] = ()) -> GridFeatures:
         """``pixels (B, 3, rows * patch_size, cols * patch_size)`` in [0, 1]; ``layers`` from 0 to ``depth - 1``,
@@ -74,6 +76,8 @@ class Backbone:
         rows, cols = pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size
         if (rows * self.patch_size, cols * self.patch_size) != tuple(pixels.shape[-2:]):
             raise ValueError(f"{kind}: {tuple(pixels.shape[-2:])} pixels are no multiples of {self.patch_size}")
+        if masked is not None and not self.maskable:
+            raise ValueError(f"{kind} has no mask token")
         wanted = self._layers(layers)
         mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         seen = ((pixels - mean) / std).to(next(self.module.parameters()).dtype)

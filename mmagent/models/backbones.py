@@ -26,6 +26,7 @@ from mmagent.models.backbone import (
     Call,
     GridFeatures,
     equal_planes,
+    quietly,
     resample,
     resize_pixels,
     stream_order,
@@ -199,11 +200,13 @@ class BackboneEncoder(nn.Module):
     groups. A backbone of one size only sees images resized to it, and its features are resampled to their grids.
 
     Batch norms keep their running statistics in training as well (their gains and biases train): statistics of a
-    batch would let the images of a pack see each other. Randomness of the model itself (dropout, DINOv3's random scale
+    batch would let the images of a pack see each other. What neither tokens nor summary depend on is frozen: a head
+    whose place the mean of tokens took, and, with ``mask_token`` false, the mask token, for training that hides
+    nothing. Randomness of the model itself (dropout, DINOv3's random scale
     of positions) is left on in training; its config turns it off.
     """
 
-    def __init__(self, backbone: Backbone, geometry: GeometryConfig | None = None):
+    def __init__(self, backbone: Backbone, geometry: GeometryConfig | None = None, mask_token: bool = True):
         super().__init__()
         self.geometry = geometry or GeometryConfig(patch_size=backbone.patch_size)
         if self.geometry.patch_size != backbone.patch_size:
@@ -221,6 +224,7 @@ class BackboneEncoder(nn.Module):
         self.patch_size, self.merge_size = self.geometry.patch_size, self.geometry.merge_size
         self.width, self.patch_values = backbone.width, self.geometry.patch_values
         self.train(self.module.training)
+        _freeze_idle(backbone, mask_token)
 
     def train(self, mode: bool = True) -> BackboneEncoder:
         """As every module's, but for batch norms, which stay in evaluation mode."""
@@ -296,3 +300,24 @@ class BackboneEncoder(nn.Module):
 
     def leaves(self) -> Iterable[nn.Module]:
         return ()
+
+
+def _freeze_idle(backbone: Backbone, hides: bool) -> None:
+    """Freeze the parameters that a forward of a tiny image, with a hidden patch if ``hides``, does not use."""
+    trained = [parameter for parameter in backbone.module.parameters() if parameter.requires_grad]
+    if not trained:
+        return
+    rows, cols = backbone.fixed or (2, 3)
+
+    def look(pixels: Tensor) -> GridFeatures:
+        hidden = torch.zeros(len(pixels), rows * cols, dtype=torch.bool, device=pixels.device)
+        hidden[:, 0] = True
+        with torch.enable_grad():
+            return backbone(pixels, hidden if hides and backbone.maskable else None)
+
+    features = quietly(backbone.module, look, (rows * backbone.patch_size, cols * backbone.patch_size))
+    with torch.enable_grad():
+        used = features.tokens.float().sum() + features.summary.float().sum()
+    for parameter, gradient in zip(trained, torch.autograd.grad(used, trained, allow_unused=True), strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)

@@ -47,8 +47,8 @@ class FeatureCacheConfig:
 
     ``batch``: images that a teacher sees at once where it must compute them. The last bits of a feature depend on the
     shape of its batch, so with a cache every batch has this size, whatever was found: 1 is exact by construction. A
-    larger one fills its last batch with copies, and is exact where a row's place in a batch does not change its bits;
-    without a cache all images of one grid run together.
+    larger one keeps an accelerator busy, fills its last batch with copies, and is exact where a row's place in a batch
+    does not change its bits; without a cache all images of one grid run together.
     """
 
     folder: str = ""

@@ -38,8 +38,7 @@ class TimmCall:
 
     def __call__(self, module: Any, pixels: Tensor, masked: Tensor | None, layers: Sequence[int] = ()) -> GridFeatures:
         kind = type(module).__name__
-        if masked is not None:
-            raise ValueError(f"{kind} has no mask token that timm's forward can use")
+        assert masked is None, "no forward of timm takes masks, so its backbones are not maskable"
         rows, cols = pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size
         inner: dict[int, Tensor] = {}
         if layers:

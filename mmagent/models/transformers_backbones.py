@@ -66,8 +66,6 @@ class TransformersCall:
         kind = type(module).__name__
         inputs = _inputs(module, pixels, self.patch_size, self.takes, self.native)
         if masked is not None:
-            if "bool_masked_pos" not in self.takes:
-                raise ValueError(f"{kind} has no mask token")
             inputs["bool_masked_pos"] = masked
         if layers:
             inputs["output_hidden_states"] = True
@@ -154,6 +152,7 @@ def wrap_transformers(
         seen.fixed,
         _depth(seen.output, features, layout),
         pool,
+        "bool_masked_pos" in takes,
     )
 
 

@@ -515,6 +515,23 @@ def test_a_backbone_of_one_size_sees_resized_images():
         encoder(vision, masked=torch.zeros(24, dtype=torch.bool))
 
 
+def test_what_nothing_depends_on_is_frozen():
+    """So that no engine waits for its gradient: mask tokens of students that hide nothing, heads beside a mean."""
+    for mask_token in (True, False):
+        encoder = BackboneEncoder(wrap(transformers_model("dinov3")), mask_token=mask_token)
+        frozen = [name for name, p in encoder.named_parameters() if not p.requires_grad]
+        assert frozen == ([] if mask_token else ["module.embeddings.mask_token"])
+        check_encoder(encoder, unused=["module.embeddings.mask_token"] if mask_token else [])
+    encoder = BackboneEncoder(wrap(transformers_model("siglip2"), pool="mean"))
+    frozen = [name for name, p in encoder.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all(name.startswith("module.head.") for name in frozen)
+    check_encoder(encoder)
+    frozen_before = wrap(transformers_model("siglip2"))
+    frozen_before.module.requires_grad_(False)
+    assert not any(p.requires_grad for p in BackboneEncoder(frozen_before).parameters())
+
+
 def test_an_encoder_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="patches of 14 pixels"):
         BackboneEncoder(wrap(transformers_model("siglip2")), GeometryConfig())
