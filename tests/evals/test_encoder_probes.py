@@ -373,6 +373,21 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.85 <= hits / 120 <= 1.0  # 95 % promised; three deviations of 120 draws and the bootstrap's own bias
 
 
+def test_class_means_cover_the_truth_as_often_as_they_say():
+    random = np.random.default_rng(1)
+    labels = torch.tensor([0] * 60 + [1] * 20 + [2] * 8)
+    truth = np.array([0.9, 0.5, 0.2])
+    hits = 0
+    for _ in range(300):
+        one = class_mean(torch.from_numpy(random.random(88) < truth[labels]), labels)
+        assert one.low <= one.mean <= one.high
+        hits += one.low <= truth.mean() <= one.high
+    assert 0.92 <= hits / 300 <= 1.0  # 95 % promised, two and a half deviations of 300 draws
+    sure = class_mean(labels == 0, labels)  # all right or all wrong
+    assert sure.mean == pytest.approx(1 / 3)
+    assert sure.high - sure.low > 0.08
+
+
 def test_intervals_at_the_ends_are_not_empty():
     assert share(torch.ones(20, dtype=torch.bool)).low == pytest.approx(0.839, abs=1e-3)  # Wilson of 20 of 20
     assert share_by_image(torch.zeros(30, dtype=torch.bool), torch.arange(30) // 3).high > 0.2
