@@ -11,6 +11,7 @@ the hub. What has none is split by a hash of its samples' names (:func:`~data_pi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from data_pipelines.hub_images import PREFIX, ColumnsConfig, HubImages, load_splits
@@ -19,6 +20,7 @@ from data_pipelines.image_shards import ImageShards, holds_shards
 from data_pipelines.labelled import ImageSet, Renumbered, split_by_name
 
 TRAIN, TEST = ("train", "training"), ("test", "validation", "valid", "val")
+Parts = dict[str, Callable[[], ImageSet]]
 SHARE = 0.2
 """Of the samples without a split of their own, how many are for the test."""
 
@@ -32,7 +34,10 @@ def open_images(
     ``seed`` decide) where it has none for the test; "" is its training split whole, or everything where it has no
     splits; any other name is that of a split. Raises ``ValueError`` in one line for what cannot be opened.
     """
-    parts = _parts(source, columns or ColumnsConfig())
+    return _choose(source, _parts(source, columns or ColumnsConfig()), split, share, seed)
+
+
+def _choose(source: str, parts: Parts, split: str, share: float = SHARE, seed: int = 0) -> ImageSet:
     if split and split not in ("train", "test"):
         if split not in parts:
             raise ValueError(f"{source}: no split {split!r}; there are {_named(parts)}")
@@ -55,12 +60,13 @@ def open_pair(
 
     Raises ``ValueError`` where both are the same images, or a class of the test is none of the training's.
     """
+    parts = _parts(source, columns or ColumnsConfig())
     if not test:
-        return tuple(open_images(source, split, columns=columns, share=share, seed=seed) for split in ("train", "test"))
-    train = open_images(source, columns=columns)
+        return _choose(source, parts, "train", share, seed), _choose(source, parts, "test", share, seed)
+    train = _choose(source, parts, "")
     parts = _parts(test, columns or ColumnsConfig())
     own = next((name for name in TEST if name in parts), None)
-    other = parts[own]() if own else open_images(test, columns=columns)
+    other = parts[own]() if own else _choose(test, parts, "")
     if other.fingerprint() == train.fingerprint():
         raise ValueError(f"{source} and {test} are the same images: a test must not ask for what was trained on")
     if "label" not in train.holds & other.holds or train.classes == other.classes:
@@ -72,8 +78,12 @@ def open_pair(
     return train, Renumbered(other, train.classes)
 
 
-def _parts(source: str, columns: ColumnsConfig) -> dict[str, Callable[[], ImageSet]]:
-    """What opens each of the splits of ``source``; a source without has one, of an empty name."""
+def _parts(source: str, columns: ColumnsConfig) -> Parts:
+    """What opens each of the splits of ``source``, once; a source without has one, of an empty name."""
+    return {name: cache(opened) for name, opened in _openers(source, columns).items()}
+
+
+def _openers(source: str, columns: ColumnsConfig) -> Parts:
     if source.startswith(PREFIX):
         tables = load_splits(source, columns.subset)
         return {name: _hub(source, name, rows, columns) for name, rows in tables.items()}
@@ -125,5 +135,5 @@ def _folder(source: str, name: str, folder: Path, classes: tuple[str, ...]) -> C
     return lambda: ImageFolder(folder, f"{source}/{name}", classes)
 
 
-def _named(parts: dict[str, Callable[[], ImageSet]]) -> str:
+def _named(parts: Parts) -> str:
     return ", ".join(name for name in parts if name) or "none"

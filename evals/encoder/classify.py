@@ -59,7 +59,7 @@ def knn_predict(
     found: dict[int, list[Tensor]] = {k: [torch.empty(0, dtype=torch.int64)] for k in ks}
     for asked in test.split(block):
         asked = F.normalize((asked - centre).to(device), dim=1)
-        near = torch.empty(len(asked), 0, device=device)
+        near = asked[:, :0]
         labels = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
         for rows, answers in zip(train.split(_TRAIN_ROWS), train_labels.split(_TRAIN_ROWS), strict=True):
             similarity = asked @ F.normalize((rows - centre).to(device), dim=1).T
@@ -68,7 +68,7 @@ def knn_predict(
             labels = torch.cat([labels, answers.to(device)[nearest]], dim=1).gather(1, order)
             near, labels = near[:, :most], labels[:, :most]
         for k in ks:
-            votes = torch.zeros(len(asked), classes, device=device)
+            votes = torch.zeros(len(asked), classes, dtype=near.dtype, device=device)
             votes.scatter_add_(1, labels[:, :k], (near[:, :k] / temperature).exp())
             found[k].append(votes.argmax(dim=1).cpu())
     return {k: torch.cat(parts) for k, parts in found.items()}

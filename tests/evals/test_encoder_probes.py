@@ -84,6 +84,28 @@ def test_neighbours_need_little_memory(monkeypatch):
     assert max(seen) <= 1 << 24
 
 
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 1.0, 300.0]))
+@settings(max_examples=20, deadline=None)
+def test_neighbours_do_not_depend_on_order_place_or_scale(seed, scale):
+    """Cosines of centred features: moving, stretching and shuffling all of them changes no vote."""
+    (train, labels), (test, _) = _blobs(60, spread=1.5, seed=seed), _blobs(20, spread=1.5, seed=seed + 1)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+    expected = knn_predict(train.double(), labels, test.double(), (7,))[7]
+    moved = [scale * part.double() + 5.0 for part in (train[order], test)]
+    assert torch.equal(knn_predict(moved[0], labels[order], moved[1], (7,))[7], expected)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_ranks_do_not_depend_on_the_numbering_of_classes(seed):
+    images, classes, labels = _unit(30, seed), _unit(9, seed + 1), torch.arange(30) % 9
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
+    found, again = zero_shot(images, labels, classes), zero_shot(images, order.argsort()[labels], classes[order])
+    assert (found.top1, found.top5) == (again.top1, again.top5)
+    assert torch.equal(order[again.predicted], found.predicted)
+    assert found.top1.mean <= found.top5.mean
+
+
 # ------------------------------------------------------------------------------------------ logistic regression
 
 
