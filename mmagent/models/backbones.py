@@ -202,8 +202,8 @@ class BackboneEncoder(nn.Module):
     Batch norms keep their running statistics in training as well (their gains and biases train): statistics of a
     batch would let the images of a pack see each other. What neither tokens nor summary depend on is frozen: a head
     whose place the mean of tokens took, and, with ``mask_token`` false, the mask token, for training that hides
-    nothing. Randomness of the model itself (dropout, DINOv3's random scale
-    of positions) is left on in training; its config turns it off.
+    nothing. Randomness of the model itself (dropout, DINOv3's random scale of positions) is left on in training; its
+    config turns it off.
     """
 
     def __init__(self, backbone: Backbone, geometry: GeometryConfig | None = None, mask_token: bool = True):

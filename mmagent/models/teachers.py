@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -132,13 +133,19 @@ class Teacher:
                     f"teacher {self.name}: image {i} has {len(clip)} frames, its grid {groups} groups of up to "
                     f"{temporal_patch}; a clip is (frames, 3, height, width)"
                 )
+        kind = pixels[0].device.type if pixels else "cpu"
+        with torch.autocast(kind, enabled=False):  # its precision is its own, not the student's
+            return self._follow(clips, grids, merge_size, temporal_patch)
+
+    def _follow(self, clips: Sequence[Tensor], grids: Tensor, merge_size: int, temporal_patch: int) -> TeacherFeatures:
+        """Of I clips ``(frames, 3, h, w)``, in the student's order."""
         borders = list(pairwise(accumulate((len(clip) for clip in clips), initial=0)))
         planes = [self.grid or (rows, cols) for _, rows, cols in grids.tolist()]
         frames = [frame for clip in clips for frame in clip]
         sizes = [plane for clip, plane in zip(clips, planes, strict=True) for _ in clip]
         found = self._cached(frames, sizes) if self.cache else self._fresh(frames, sizes)
-        tokens: list[Tensor] = [torch.empty(0)] * len(pixels)
-        summaries: list[Tensor] = [torch.empty(0)] * len(pixels)
+        tokens: list[Tensor] = [torch.empty(0)] * len(clips)
+        summaries: list[Tensor] = [torch.empty(0)] * len(clips)
         for (rows, cols), members in equal_planes(grids).items():
             groups = [_groups([found[n].tokens for n in range(*borders[i])], temporal_patch) for i in members]
             plane = torch.cat(groups).unflatten(1, self.grid or (rows, cols))
@@ -163,8 +170,7 @@ class Teacher:
     def _look(self, frames: Sequence[Tensor], size: tuple[int, int]) -> list[CachedFeatures]:
         patch = self.backbone.patch_size
         seen = torch.stack([resize_pixels(frame, size[0] * patch, size[1] * patch) for frame in frames])
-        with torch.autocast(seen.device.type, enabled=False):  # its precision is its own, not the student's
-            features = self.backbone(seen)
+        features = self.backbone(seen)
         return [CachedFeatures(t, s) for t, s in zip(features.tokens, features.summary, strict=True)]
 
     def _cached(self, frames: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[CachedFeatures]:
@@ -202,13 +208,15 @@ class Teacher:
         """Of what decides a feature's bits: the pixels as they came with the size they are resized to, teacher,
         precision, kind of device and size of batch, and how it is stored."""
         assert self.cache is not None
-        precision = f"{next(self.backbone.module.parameters()).dtype} {torch.get_float32_matmul_precision()}"
-        how = f"{self.cache.dtype} {self.cache.batch} {frame.device.type} {torch.__version__}"
+        dtype, tf32 = next(self.backbone.module.parameters()).dtype, torch.backends.cudnn.allow_tf32
+        precision = f"{dtype} {torch.get_float32_matmul_precision()} {tf32}"
+        how = f"{self.cache.dtype} {self.cache.batch} {frame.device.type}"
         return content_key(self.identity, f"{size}", precision, how, frame)
 
     @cached_property
     def identity(self) -> str:
-        """A fingerprint of the backbone: its layers, configuration, preprocessing, and every weight and buffer."""
+        """A fingerprint of the backbone: its layers, configuration, preprocessing, every weight and buffer, and the
+        versions of the libraries that compute with them."""
         module = self.backbone.module
         backbone = self.backbone
         call = repr(backbone.call) if is_dataclass(backbone.call) else getattr(backbone.call, "__qualname__", "")
@@ -220,7 +228,16 @@ class Teacher:
         how = (call, backbone.patch_size, backbone.mean, backbone.std, backbone.pool)
         tensors = sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items())
         weights = [part for name, tensor in tensors for part in (name, tensor)]
-        return content_key(type(module).__qualname__, repr(module), built, attention, repr(how), *weights)
+        kind = f"{type(module).__module__}.{type(module).__qualname__} {_version(type(module))} {torch.__version__}"
+        return content_key(kind, repr(module), built, attention, repr(how), *weights)
+
+
+def _version(kind: type) -> str:
+    """Of the installed package that ``kind`` comes from; nothing for a class of the user's own."""
+    try:
+        return version(kind.__module__.partition(".")[0])
+    except PackageNotFoundError:
+        return ""
 
 
 def _groups(frames: Sequence[Tensor], temporal_patch: int) -> Tensor:

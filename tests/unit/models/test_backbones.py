@@ -133,6 +133,19 @@ def test_tokens_stand_in_reading_order(kind, make):
     assert right >= 0.8 * rows * cols
 
 
+@EACH_FAMILY
+@torch.no_grad()
+def test_what_was_seen_before_changes_nothing(kind, make):
+    """Of a small image above all: some windows are cut down by one, and stay so."""
+    backbone = wrap(make(kind))
+    patch = backbone.patch_size
+    (rows, cols), other = (backbone.fixed, backbone.fixed) if backbone.fixed else ((9, 8), (1, 1))
+    large, small = pictures(1, rows * patch, cols * patch), pictures(1, other[0] * patch, other[1] * patch, 1)
+    before = backbone(large).tokens
+    backbone(small)
+    assert torch.equal(backbone(large).tokens, before)
+
+
 @pytest.mark.parametrize("kind", [k for k in TRANSFORMERS if k not in HIERARCHICAL])
 @torch.no_grad()
 def test_layers_are_what_the_blocks_return(kind):

@@ -103,6 +103,21 @@ def test_no_forward_holds_more_patches_than_it_may():
     assert torch.allclose(limited.tokens, Teacher(counted.backbone, "t")(pixels, grids_of(pixels), 2).tokens, atol=1e-5)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_students_precision_is_not_the_teachers(cached, tmp_path):
+    """Nor are its gradients: called within a student's forward, a teacher repeats what it says alone."""
+    backbone = wrap(transformers_model("dinov3"))
+    pixels = [picture(32, 64, 1).requires_grad_(), picture(64, 64, 2)]
+    outs = []
+    for n, on in enumerate((False, True)):
+        teacher = Teacher(backbone, "t", cache=cache_in(tmp_path / str(n)) if cached else None)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            outs.append(teacher(pixels, grids_of(pixels), 2))
+        assert not outs[-1].tokens.requires_grad
+        assert outs[-1].tokens.dtype == outs[-1].summary.dtype == torch.float32
+    assert equal(*outs)
+
+
 # ---------------------------------------------------------------------------------------------- configs
 
 
