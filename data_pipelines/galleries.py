@@ -306,11 +306,13 @@ def open_gallery(
     quarantine: Quarantine | None = None,
     kinds: Sequence[str] = (),
     columns: ColumnsConfig | None = None,
+    split: str = "",
 ) -> Gallery:
     """A gallery of whatever ``source`` names: a :class:`ShardGallery` for shards of the library's own records, which
     know boxes, else an :class:`ImageSetGallery` of the set's training split, or of everything where it has no splits
-    (see :func:`~data_pipelines.image_sets.open_images`). Raises ``ValueError`` for what cannot be opened."""
-    images = open_images(source, columns=columns)
+    (see :func:`~data_pipelines.image_sets.open_images`). ``split`` "train" leaves a test part out in any case, the one
+    that an evaluation of the same source judges by. Raises ``ValueError`` for what cannot be opened."""
+    images = open_images(source, split, columns=columns)
     if isinstance(images, ImageShards) and images.records:
         return ShardGallery(images.shards.location, geometry, seed, name, quarantine, kinds)
     torn = images.shards.torn if isinstance(images, ImageShards) else ()

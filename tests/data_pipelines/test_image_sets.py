@@ -411,6 +411,15 @@ def test_a_gallery_goes_through_a_set_in_a_new_order_every_epoch(tmp_path):
     assert open_gallery(str(tmp_path / "set"), GEOMETRY, seed=3).fingerprint() != gallery.fingerprint()
 
 
+def test_training_can_leave_out_what_an_evaluation_judges_by(tmp_path):
+    root = str(folder_of_classes(tmp_path / "set", 20))
+    judged = open_pair(root)[1]
+    gallery = open_gallery(root, GEOMETRY, split="train")
+    seen = {gallery(n).key for n in range(60 - len(judged))}
+    assert len(seen) == 60 - len(judged)
+    assert not seen & {judged[n].key for n in range(len(judged))}
+
+
 def test_what_cannot_be_used_is_counted_and_replaced(tmp_path):
     root = folder_of_classes(tmp_path / "set", 5)
     write(root / "red" / "bad.png", encoded(pixels("red", 9))[:60])
