@@ -4,8 +4,9 @@ One signature, and every path equals :func:`varlen_attention_reference`:
 
 - accelerators run one variable-length flash kernel that reads ``cu_seqlens``;
 - CPUs have no such kernel: documents of one length are batched into dense calls (:func:`_by_length`);
-- in bf16 on a CPU, torch's fused kernel is slower than its fp32 one, and both are slower for short documents
-  than plain batched products (:class:`_ShortAttention`), which also batch documents of *similar* length.
+- in bf16 on a CPU, torch's fused kernel is slower for short documents than plain batched products
+  (:class:`_ShortAttention`), which also batch documents of *similar* length; so the short documents of a stream go
+  one way and the long ones the other (:func:`_apart`).
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def varlen_attention(
     with torch.autocast(q_THd.device.type, enabled=False):
         if q_THd.device.type == "cuda":
             return _flash(q_THd, k_TGd, v_TGd, segments, causal, scale)
-        if v_TGd.dtype == torch.bfloat16 and segments.longest <= SHORT:
-            return _short(q_THd, k_TGd, v_TGd, segments, causal, scale)
+        if v_TGd.dtype == torch.bfloat16:
+            return _apart(q_THd, k_TGd, v_TGd, segments, causal, scale)
         return _by_length(q_THd, k_TGd, v_TGd, segments, causal, scale)
 
 
@@ -160,17 +161,44 @@ class _Gather(torch.autograd.Function):
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
+@lru_cache(maxsize=64)
+def _halves(lengths: tuple[int, ...]) -> tuple[Segments, Segments, Tensor, Tensor]:
+    """The short segments and the long ones, the rows of the stream in that order, and the inverse of that order."""
+    rows = torch.arange(sum(lengths)).split(lengths)
+    order = torch.cat([x for short in (True, False) for x in rows if (len(x) <= SHORT) == short])
+    halves = (Segments([n for n in lengths if (n <= SHORT) == short]) for short in (True, False))
+    return *halves, order, torch.argsort(order)
+
+
+def _apart(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
+    """bf16: short segments by plain products, long ones by the fused kernel."""
+    if segments.longest <= SHORT:
+        return _short(q, k, v, segments, causal, scale)
+    if min(segments.lengths) > SHORT:
+        return _by_length(q, k, v, segments, causal, scale)
+    *halves, order, inverse = _halves(segments.lengths)
+    sizes = [half.total for half in halves]
+    streams = [_Gather.apply(x.to(v.dtype), order, inverse).split(sizes) for x in (q, k, v)]
+    parts = [
+        attend(*run, half, causal, scale)
+        for attend, half, *run in zip((_short, _by_length), halves, *streams, strict=True)
+    ]
+    return _Gather.apply(torch.cat(parts), inverse, order)
+
+
 def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
-    """One fused call for every batch of segments of equal length, in fp32."""
+    """One fused call for every batch of segments of equal length, in bf16 if the values are, else in fp32."""
     plan = _plan(segments.lengths, 0.0)
-    streams = [q.float(), k.float(), v.float()]
+    dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
+    streams = [x.to(dtype) for x in (q, k, v)]
     order = None
     if plan.inverse is not None:
         order = torch.cat([batch.rows for batch in plan.batches])
         streams = [_Gather.apply(x, order, plan.inverse) for x in streams]
     sizes = [batch.count * batch.length for batch in plan.batches]
     parts = []
-    for batch, *run in zip(plan.batches, *(x.split(sizes) for x in streams), strict=True):
+    runs = ([x] if len(sizes) == 1 else x.split(sizes) for x in streams)  # one split copies its gradient
+    for batch, *run in zip(plan.batches, *runs, strict=True):
         query, key, value = (x.unflatten(0, (batch.count, batch.length)).transpose(1, 2) for x in run)
         part = F.scaled_dot_product_attention(
             query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -210,9 +238,9 @@ class _ShortAttention(torch.autograd.Function):
         moves = plan.inverse is not None
         kept, parts, start = [], [], 0
         for batch in plan.batches:
-            queries = _stack(q.to(dtype), batch, moves, start, groups)
+            queries = _stack(q.to(dtype), batch, moves, start, groups) * scale  # far fewer values than scores
             keys, values = (_stack(x.to(dtype), batch, moves, start, groups) for x in (k, v))
-            scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+            scores = torch.bmm(queries, keys.transpose(1, 2))
             _mask(scores, batch, causal)
             weights = torch.softmax(scores, -1)
             parts.append(_unstack(torch.bmm(weights, values), batch, groups, heads))
@@ -238,8 +266,8 @@ class _ShortAttention(torch.autograd.Function):
                 upstream = upstream.mul_((batch.pad == 0).view(batch.count, 1, -1, 1)).view(queries.shape)
             grad_values = torch.bmm(weights.transpose(1, 2), upstream)
             slope = torch.bmm(upstream, values.transpose(1, 2))
-            slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype).mul_(ctx.scale)
-            parts[0].append(_unstack(torch.bmm(slope, keys), batch, groups, ctx.heads))
+            slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
+            parts[0].append(_unstack(torch.bmm(slope, keys).mul_(ctx.scale), batch, groups, ctx.heads))
             parts[1].append(_unstack(torch.bmm(slope.transpose(1, 2), queries), batch, groups, groups))
             parts[2].append(_unstack(grad_values, batch, groups, groups))
             start += batch.rows.shape[0]

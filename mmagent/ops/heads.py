@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmagent.ops.norm import inverse_rms, rms_norm_reference
+from mmagent.ops.norm import inverse_rms, norm_backward, rms_norm_reference
 from mmagent.ops.rotary import Rotation, rotate_reference, turn
 from mmagent.ops.rows import row_blocks
 
@@ -39,7 +39,7 @@ class _SplitHeads(torch.autograd.Function):
         stacked = qkv.view(qkv.shape[0], heads.queries + 2 * heads.keys, heads.width)
         turning = heads.queries + heads.keys
         normed = q_weight is not None and k_weight is not None
-        q, k, v = (stacked.new_empty(n.shape) for n in stacked.split((heads.queries, heads.keys, heads.keys), dim=1))
+        q, k = (stacked.new_empty(qkv.shape[0], n, heads.width) for n in (heads.queries, heads.keys))
         scale = torch.empty(qkv.shape[0] if normed else 0, turning, 1, dtype=torch.float32, device=qkv.device)
         gains = _norm_weights(q_weight, k_weight, heads) if normed else None
         for rows in row_blocks(stacked):
@@ -48,10 +48,10 @@ class _SplitHeads(torch.autograd.Function):
                 scale[rows] = inverse_rms(x, heads.eps)
                 x = (x * scale[rows]).mul_(gains)
             x = turn(x, rotation.cos[rows], rotation.sin[rows], rotation.interleaved)
-            q[rows], k[rows], v[rows] = x[:, : heads.queries], x[:, heads.queries :], stacked[rows, turning:]
+            q[rows], k[rows] = x[:, : heads.queries], x[:, heads.queries :]
         ctx.save_for_backward(qkv if normed else None, scale, rotation.cos, rotation.sin, q_weight, k_weight)
         ctx.heads, ctx.interleaved = heads, rotation.interleaved
-        return q, k, v
+        return q, k, stacked[:, turning:]
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
@@ -65,12 +65,10 @@ class _SplitHeads(torch.autograd.Function):
             grad = torch.cat([grad_q[rows], grad_k[rows]], dim=1).float()
             grad = turn(grad, cos[rows], -sin[rows], ctx.interleaved)
             if qkv is not None and gains is not None and grad_gains is not None:
-                unit = qkv[rows].view(-1, turning + heads.keys, heads.width)[:, :turning].float() * scale[rows]
-                product = grad * unit
-                along = (product * gains).sum(-1, keepdim=True).div_(heads.width)
-                grad = grad.mul_(gains).addcmul_(unit, along, value=-1).mul_(scale[rows])
-                grad_gains += product.sum(0)
-            out[rows, :turning] = grad
+                x = qkv[rows].view(-1, turning + heads.keys, heads.width)[:, :turning].float()
+                grad_gains += norm_backward(grad.mul_(scale[rows]), x, scale[rows], gains, out[rows, :turning])
+            else:
+                out[rows, :turning] = grad
             out[rows, turning:] = grad_v[rows]
         grad_q_weight = grad_k_weight = None
         if grad_gains is not None:
@@ -83,7 +81,7 @@ def split_heads(
     qkv: Tensor, heads: Heads, rotation: Rotation, q_weight: Tensor | None = None, k_weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(T, (H + 2G) d)`` to ``q (T, H, d)``, ``k (T, G, d)``, ``v (T, G, d)``, normalised with gains ``(d,)`` where
-    given, then turned. fp32 inside, the dtype of ``qkv`` outside."""
+    given, then turned. fp32 inside, the dtype of ``qkv`` outside; ``v`` is a view of ``qkv``."""
     return _SplitHeads.apply(qkv.contiguous(), heads, rotation, q_weight, k_weight)
 
 

@@ -21,12 +21,21 @@ def inverse_rms(x32: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x32.shape[-1]).add_(eps).rsqrt_()
 
 
-def norm_backward(grad32: Tensor, unit32: Tensor, scale: Tensor, weight32: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient to ``x``, and ``grad * unit`` (whose sum over rows is the gradient to the weight), where
-    ``unit = x * scale``."""
-    product = grad32 * unit32
-    along = torch.matmul(product, weight32).div_(grad32.shape[-1]).unsqueeze(-1)
-    return torch.mul(grad32, weight32).addcmul_(unit32, along, value=-1).mul_(scale), product
+def norm_backward(scaled32: Tensor, x32: Tensor, scale: Tensor, weight32: Tensor, out: Tensor) -> Tensor:
+    """Writes the gradient to ``x`` of ``weight * x * scale`` into ``out`` and returns that to the weight.
+
+    ``scaled32`` is the incoming gradient times ``scale``; it may be overwritten. Everything is said in terms of it, so
+    that the unit vectors ``x * scale`` are never made: on a CPU a pass costs what it moves. ``weight32`` is the last
+    dimension or more of ``x``.
+    """
+    product = scaled32 * x32
+    along = torch.matmul(product, weight32) if weight32.ndim == 1 else (product * weight32).sum(-1)
+    along = along.unsqueeze(-1).mul_(scale).mul_(scale).div_(x32.shape[-1])
+    into = out if out.dtype == torch.float32 else scaled32
+    torch.mul(scaled32, weight32, out=into).addcmul_(x32, along, value=-1)
+    if into is not out:
+        out.copy_(into)
+    return product.sum(0)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,9 +59,8 @@ class _RMSNorm(torch.autograd.Function):
         out = torch.empty_like(flat)
         grad_weight = torch.zeros_like(weight32)
         for rows in row_blocks(flat):
-            unit = flat[rows].float() * scale[rows]
-            out[rows], product = norm_backward(flat_grad[rows].float(), unit, scale[rows], weight32)
-            grad_weight += product.sum(0)
+            scaled = flat_grad[rows] * scale[rows]
+            grad_weight += norm_backward(scaled, flat[rows].float(), scale[rows], weight32, out[rows])
         return out.view(grad.shape), grad_weight.to(weight.dtype), None, None
 
 

@@ -65,7 +65,9 @@ def test_a_neighbour_cannot_be_seen():
     assert torch.equal(before[:6], after[:6])
 
 
-@pytest.mark.parametrize("lengths", [[6] * 4, [9, 8, 9, 3, 4, 4, 9], [1, 2, 30, 31, 29, 3], [600]])
+@pytest.mark.parametrize(
+    "lengths", [[6] * 4, [9, 8, 9, 3, 4, 4, 9], [1, 2, 30, 31, 29, 3], [600], [5, 530, 9, 520, 530, 7]]
+)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_bf16_paths_stay_within_rounding(lengths, causal, groups):
