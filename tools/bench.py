@@ -1,6 +1,6 @@
 """Measure ours beside its peers, and print a table.
 
-    python tools/bench.py AREA [--json FILE] [--repeats N] [--quick]
+    python tools/bench.py AREA [--json FILE] [--plot FILE] [--repeats N] [--quick] [--size small|large]
 
 AREA is a module of tools/benchmarks with a function ``rows(settings)``. Both sides of a row run in one process, in
 turns, so that a busy machine slows both; a row shows their medians, and the spread of the ratio from turn to turn. A
@@ -36,17 +36,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes only: shows that it runs, not how fast")
+    parser.add_argument("--size", choices=("small", "large"), help="of models (default: large on CUDA, else small)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there (areas that have a picture)")
     args = parser.parse_args(argv)
     module = importlib.import_module(f"tools.benchmarks.{args.area}")
+    for option, needed in (("size", "SIZES"), ("plot", "plot")):
+        if getattr(args, option) and not hasattr(module, needed):
+            parser.error(f"{args.area} has no --{option}")
     print(f"{args.area}: {(module.__doc__ or '').strip().splitlines()[0]}", flush=True)
     print(f"{machine()}; {args.repeats} turns a row", flush=True)
     rows: list[Row] = []
-    for row in module.rows(Settings(repeats=args.repeats, quick=args.quick)):
+    for row in module.rows(Settings(args.repeats, args.quick, args.size)):
         rows.append(row)
         print(f"  {row.name}: {row.ratio:.2f}x", file=sys.stderr, flush=True)
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if args.plot:
+        module.plot(rows, args.plot)
     return 0
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tools import bench
-from tools.benchmarks.row import Row, Settings, smaller_is_better, table, throughput
+from tools.benchmarks import encoder
+from tools.benchmarks.row import Row, Settings, smaller_is_better, table, throughput, throughputs
 
 
 def test_ratio_above_one_means_that_ours_is_better():
@@ -17,6 +19,42 @@ def test_ratio_above_one_means_that_ours_is_better():
     assert row.ours > row.peer
     assert len(calls) == 6  # one to warm up
     assert smaller_is_better("bytes", 10, 40, "wasteful", "MiB").ratio == 4
+
+
+def test_peers_of_one_row_meet_the_same_runs_of_ours():
+    calls: list[str] = []
+    peers = {name: lambda name=name: calls.append(name) for name in ("b", "c")}
+    rows = throughputs("x", lambda: calls.append("a"), peers, 10, "things/s", Settings(2))
+    assert "".join(calls) == "abc" + "abc" + "cba"  # to warm up, then there and back
+    assert [row.peer_name for row in rows] == ["b", "c"]
+    assert rows[0].ours == rows[1].ours
+
+
+def test_long_tail_is_the_distribution_that_is_stated():
+    """Quantiles of a log-normal, cut at both ends; sides are even, so a size is met to within their rounding."""
+    for size in encoder.SIZES.values():
+        lengths = sorted(rows * columns for rows, columns in encoder.long_tail(size))
+        assert all(side % encoder.MERGE == 0 for grid in encoder.long_tail(size) for side in grid)
+        assert encoder.long_tail(size) == encoder.long_tail(size)
+        middle = (lengths[size.images // 2 - 1] * lengths[size.images // 2]) ** 0.5
+        assert 0.8 * size.median < middle < 1.25 * size.median
+        assert lengths[-1] > 2 * sum(lengths) / len(lengths)
+
+
+def test_sides_get_the_same_pixels():
+    batch = encoder.Batch.of([(2, 4), (6, 2)], torch.device("cpu"))
+    assert batch.valid.sum(1).tolist() == [8, 12]
+    assert torch.equal(batch.padded[batch.valid], batch.rgb)
+    frames = batch.vision.patches.unflatten(1, (3, encoder.FRAMES, -1))
+    assert torch.equal(frames[:, :, 0], frames[:, :, 1])
+    # block by block: the first merged token of the first image is rows 0 and 1 of its columns 0 and 1
+    assert torch.equal(frames[:4, :, 0].flatten(1), batch.rgb[[0, 1, 4, 5]])
+
+
+def test_areas_refuse_options_that_they_do_not_have(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["data", "--size", "large"])
+    assert "data has no --size" in capsys.readouterr().err
 
 
 def test_table_is_aligned():
@@ -33,7 +71,7 @@ def test_unknown_areas_are_refused(capsys):
     assert "encoder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("area", [pytest.param("encoder", marks=pytest.mark.slow), "model", "data", "contrastive"])
+@pytest.mark.parametrize("area", ["model", "data", "contrastive"])
 def test_areas_run_and_write_json(area, tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert bench.main([area, "--quick", "--repeats", "1", "--json", str(path)]) == 0
@@ -42,3 +80,19 @@ def test_areas_run_and_write_json(area, tmp_path, capsys):
     assert rows[0].keys() == {"name", "ours", "peer", "peer_name", "ratio", "unit", "spread"}
     assert all(row["ratio"] > 0 for row in rows)
     assert rows[0]["name"] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_encoder_rows_have_their_names_and_a_picture(tmp_path, capsys):
+    rows_file, picture = tmp_path / "rows.json", tmp_path / "growth.png"
+    arguments = ["encoder", "--quick", "--repeats", "1", "--json", str(rows_file), "--plot", str(picture)]
+    assert bench.main(arguments) == 0
+    rows = json.loads(rows_file.read_text())
+    for start in ("long tail ", "equal "):
+        peers = {row["peer_name"] for row in rows if row["name"].startswith(start)}
+        assert {"transformers Siglip2", "timm NaFlexVit"} <= peers
+    assert {row["name"].split()[1] for row in rows if row["name"].startswith("growth ")} == {"64", "256"}
+    assert any(row["name"].startswith("same weights") for row in rows)
+    assert all(row["ratio"] > 0 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "transformers Siglip2" in capsys.readouterr().out

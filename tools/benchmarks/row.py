@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Settings:
+    """``size``: "small" or "large" for areas that have both; by default large where there is an accelerator."""
+
     repeats: int = 5
     quick: bool = False
+    size: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,37 @@ def throughput(
     settings: Settings,
 ) -> Row:
     """``work`` units a call, both sides in turns; more per second is better."""
-    for side in (ours, peer):
+    (row,) = throughputs(name, ours, {peer_name: peer}, work, unit, settings)
+    return row
+
+
+def throughputs(
+    name: str,
+    ours: Callable[[], object],
+    peers: Mapping[str, Callable[[], object]],
+    work: float,
+    unit: str,
+    settings: Settings,
+) -> list[Row]:
+    """One row a peer; all sides in turns, so that every peer meets the same runs of ours."""
+    sides = [ours, *peers.values()]
+    for side in sides:
         side()  # the first call pays for caches and allocations
-    times: list[tuple[float, float]] = []
+    times: list[list[float]] = []
     for turn in range(settings.repeats):
-        pair = [0.0, 0.0]
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):  # neither side always runs on the other's warm cache
-            pair[side] = seconds((ours, peer)[side])
-        times.append((pair[0], pair[1]))
-    fast, slow = (statistics.median(t[side] for t in times) for side in (0, 1))
-    ratios = sorted(theirs / own for own, theirs in times)
-    ratio = statistics.median(ratios)
-    quarter = len(ratios) // 4
-    spread = (ratios[-1 - quarter] - ratios[quarter]) / 2 / ratio
-    return Row(name, work / fast, work / slow, peer_name, ratio, unit, spread)
+        taken = [0.0] * len(sides)
+        for side in range(len(sides)) if turn % 2 == 0 else reversed(range(len(sides))):
+            taken[side] = seconds(sides[side])  # no side always runs on the cache that another warmed
+        times.append(taken)
+    medians = [statistics.median(taken) for taken in zip(*times, strict=True)]
+    rows = []
+    for side, peer_name in enumerate(peers, start=1):
+        ratios = sorted(taken[side] / taken[0] for taken in times)
+        ratio = statistics.median(ratios)
+        quarter = len(ratios) // 4
+        spread = (ratios[-1 - quarter] - ratios[quarter]) / 2 / ratio
+        rows.append(Row(name, work / medians[0], work / medians[side], peer_name, ratio, unit, spread))
+    return rows
 
 
 def seconds(call: Callable[[], object]) -> float:
