@@ -41,7 +41,7 @@ def main() -> None:
     loaded = {name: load_encoder(folder) for name, folder in folders.items()}
     begun.set()
     scores: dict[str, dict[str, float]] = {}
-    for name, (encoder, geometry) in loaded.items():
+    for name, (encoder, geometry, _) in loaded.items():
         if "untrained" not in scores:
             torch.manual_seed(0)
             untrained = probe_scores(CogViT(encoder.config).eval(), geometry, sets)

@@ -13,15 +13,15 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from mmagent.chat import ChatConfig
-from mmagent.config import load_yaml, locate, to_yaml
+from mmagent.config import load_yaml, to_yaml
 from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig
-from mmagent.interop.encoder_folder import load_encoder
+from mmagent.interop.encoder_folder import EncoderConfig, build_encoder, check_geometry, is_factory, open_encoder
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
 from mmagent.models.cogvit import CogViT
 from mmagent.ops.state import load_weights, save_weights
@@ -33,8 +33,8 @@ _PIECE = 65536
 
 @dataclass
 class AgentConfig:
-    """What ``config.yaml`` holds. ``encoder`` is the import path of a custom encoder's factory, called without
-    arguments; empty for the CogViT of ``model.vision``."""
+    """What ``config.yaml`` holds. ``encoder`` is the ``custom`` of an encoder's folder
+    (:class:`~mmagent.interop.encoder_folder.EncoderConfig`): empty for the CogViT of ``model.vision``."""
 
     model: AgentModelConfig = field(default_factory=AgentModelConfig)
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
@@ -55,22 +55,23 @@ class Agent(NamedTuple):
 def new_agent(
     config: AgentModelConfig, vocab: Vocab, geometry: GeometryConfig, chat: ChatConfig, encoder: str = ""
 ) -> Agent:
-    """An agent that has learnt nothing. ``encoder`` is an encoder's folder, whose size and geometry then count, or
-    ``package.module:factory`` of a custom one; empty for a new CogViT of ``config.vision``.
+    """An agent that has learnt nothing. ``encoder`` is a source of
+    :func:`~mmagent.interop.encoder_folder.open_encoder`, whose size and geometry then count (a factory's geometry is
+    ``geometry``); empty for a new CogViT of ``config.vision``.
 
     Raises ``ValueError`` where model, encoder, vocabulary and geometry do not fit: before the training, not after it.
     """
-    vision, tower, factory = config.vision, None, ""
-    if ":" in encoder and not Path(encoder).is_dir():
-        factory, tower = encoder, locate(encoder)()
-    elif encoder:
-        tower, geometry = load_encoder(encoder)
-        vision = tower.config
+    vision, tower, custom = config.vision, None, ""
+    if encoder:
+        tower, own, custom = open_encoder(encoder, geometry)
+        vision = tower.config if isinstance(tower, CogViT) else vision
+        if is_factory(encoder):
+            check_geometry(tower, geometry, encoder)
+        else:
+            geometry = own
     config = replace(config, image_id=vocab.image_id, vision=vision)
-    _check_fit(AgentConfig(config, geometry, chat, factory), vocab, encoder or "model")
-    if factory:
-        _check_custom(tower, geometry, factory)
-    return Agent(AgentModel(config, tower), vocab, geometry, chat, factory)
+    _check_fit(AgentConfig(config, geometry, chat, custom), vocab, encoder or "model")
+    return Agent(AgentModel(config, tower), vocab, geometry, chat, custom)
 
 
 def save_agent(
@@ -85,9 +86,9 @@ def save_agent(
 ) -> None:
     """Write the folder, replacing an older one.
 
-    ``encoder`` must name the factory when the model's encoder is no CogViT. ``weights`` is the full state dict of a
-    sharded model, gathered by all ranks; one rank writes. Raises ``ValueError`` when model and vocabulary disagree,
-    before anything is written.
+    ``encoder`` is :attr:`Agent.encoder`, which must be there when the model's encoder is no CogViT. ``weights`` is the
+    full state dict of a sharded model, gathered by all ranks; one rank writes. Raises ``ValueError`` when model and
+    vocabulary disagree, before anything is written.
     """
     folder = Path(folder)
     config = AgentConfig(model.config, geometry, chat, encoder)
@@ -114,7 +115,8 @@ def load_agent(folder: Path | str) -> Agent:
     config = load_yaml(AgentConfig(), folder / CONFIG)
     vocab = Vocab.load(folder / TOKENIZER)
     _check_fit(config, vocab, str(folder))
-    model = AgentModel(config.model, locate(config.encoder)() if config.encoder else None)
+    tower = build_encoder(EncoderConfig(config.model.vision, config.geometry, config.encoder))
+    model = AgentModel(config.model, tower)
     load_weights(model, folder / WEIGHTS)
     return Agent(model.eval(), vocab, config.geometry, config.chat, config.encoder)
 
@@ -154,10 +156,3 @@ def _check_fit(config: AgentConfig, vocab: Vocab, where: str) -> None:
             f"{where}: the encoder takes {model.vision.patch_values} values a patch, "
             f"the image geometry makes {geometry.patch_values}"
         )
-
-
-def _check_custom(encoder: Any, geometry: GeometryConfig, path: str) -> None:
-    for name in ("patch_size", "merge_size", "patch_values"):
-        has, makes = getattr(encoder, name, None), getattr(geometry, name)
-        if has != makes and not (has is None and name == "patch_values"):  # that one it need not say
-            raise ValueError(f"{path}: the encoder's {name} is {has}, the image geometry's {makes}")

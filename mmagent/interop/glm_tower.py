@@ -156,7 +156,8 @@ def _kind(vision: CogViTConfig, projector: ProjectorConfig, width: int) -> str:
             return "glm_ocr_vision"
     raise ValueError(
         f"no tower of the GLM-V family has embedding_norm {vision.embedding_norm}, position_table "
-        f"{vision.position_table}, qk_norm {vision.qk_norm}, ffn {vision.ffn} and a merger of {projector.ffn} to {width}"
+        f"{vision.position_table}, qk_norm {vision.qk_norm}, ffn {vision.ffn} and a "
+        f"merger of {projector.ffn} into {width}"
     )
 
 

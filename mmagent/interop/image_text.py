@@ -205,11 +205,13 @@ def save_image_text(
     *,
     max_text: int,
     max_patches: int = 0,
+    custom: str = "",
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write both towers of ``alignment`` as a folder, replacing an older one, whole or not at all.
 
-    ``max_text`` and ``max_patches`` as in :class:`ImageTextConfig`. ``weights`` is the full state dict of a sharded
+    ``max_text`` and ``max_patches`` as in :class:`ImageTextConfig`, ``custom`` as in
+    :class:`~mmagent.interop.encoder_folder.EncoderConfig`. ``weights`` is the full state dict of a sharded
     alignment, gathered by all ranks; one rank writes. Raises ``ValueError``, before anything is written, for one
     without a text tower, or where ``vocab`` or ``max_text`` do not fit that.
     """
@@ -222,7 +224,7 @@ def save_image_text(
     parts = ("text_tower.", "image_head.", "text_head.", "log_scale", "bias")
     encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     with new_folder(Path(folder)) as beside:
-        save_encoder(beside / ENCODER, alignment.encoder, geometry, weights=encoder)
+        save_encoder(beside / ENCODER, alignment.encoder, geometry, custom=custom, weights=encoder)
         save_weights({name: t for name, t in state.items() if name.startswith(parts)}, beside / WEIGHTS)
         vocab.save(beside / TOKENIZER)
         (beside / CONFIG).write_text(to_yaml(config), encoding="utf-8")
@@ -244,7 +246,7 @@ def load_image_text(source: Path | str) -> ImageTextModel:
             f"{folder} is no image-text folder: {', '.join(missing)} missing (alignment leaves one behind), nor is it "
             f"one of transformers, which has a config.json"
         )
-    encoder, geometry = load_encoder(folder / ENCODER)
+    encoder, geometry, _ = load_encoder(folder / ENCODER)
     config = load_yaml(ImageTextConfig(), folder / CONFIG)
     model = AlignedTowers(encoder, geometry, Vocab.load(folder / TOKENIZER), config)
     load_weights(_Rest(model), folder / WEIGHTS)

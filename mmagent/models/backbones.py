@@ -244,6 +244,8 @@ class BackboneEncoder(nn.Module):
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.geometry.mean, self.geometry.std))
         sizes = vision.grids.prod(dim=1).tolist()
         patches = vision.patches.split(sizes)
+        if masked is None and self.backbone.maskable and self.backbone.fixed is None:
+            masked = torch.zeros(sum(sizes), dtype=torch.bool, device=device)  # its token must not lack a gradient
         hidden = None if masked is None else masked.split(sizes)
         out: dict[str | int, list[Tensor]] = {key: [torch.empty(0)] * len(sizes) for key in ("tokens", *layers)}
         pooled: list[Tensor] = [torch.empty(0)] * len(sizes)

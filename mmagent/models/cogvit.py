@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -204,6 +204,7 @@ class CogViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_size, self.merge_size, self.width = config.patch_size, config.merge_size, config.width
+        self.patch_values = config.patch_values
         self.embed = Linear(config.patch_values, config.width, bias=True)
         self.embed_norm = RMSNorm(config.width, config.norm_eps) if config.embedding_norm else None
         self.positions = PositionTable(config.position_table, config.width) if config.position_table else None
@@ -215,6 +216,13 @@ class CogViT(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=EMBEDDING_STD)
+
+    def add_mask_token(self) -> None:
+        """Give an encoder that has none a new vector for masked patches, so that it can be distilled further."""
+        if self.mask_token is None:
+            self.config = replace(self.config, mask_token=True)
+            self.mask_token = nn.Parameter(torch.empty_like(self.embed.bias))
             nn.init.normal_(self.mask_token, std=EMBEDDING_STD)
 
     def forward(self, vision: PackedVision, layers: Sequence[int] = (), masked: Tensor | None = None) -> VisionFeatures:

@@ -242,7 +242,7 @@ def _version(kind: type) -> str:
 
 def _groups(frames: Sequence[Tensor], temporal_patch: int) -> Tensor:
     """``(groups, cells, W)`` float32: the mean over every ``temporal_patch`` frames of ``(cells, W)``."""
-    stacked = torch.stack(list(frames)).float()
+    stacked = torch.stack([frame.float() for frame in frames])  # autocast cannot stack float16 on a CPU
     if len(frames) == 1:
         return stacked
     groups = -(-len(frames) // temporal_patch)

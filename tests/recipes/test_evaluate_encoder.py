@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmagent.geometry import GeometryConfig
-from mmagent.interop.encoder_folder import save_encoder
+from mmagent.interop.encoder_folder import open_encoder, save_encoder
 from mmagent.interop.image_text import save_image_text
 from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.models.text_tower import TextTower, text_debug
@@ -21,7 +21,7 @@ from mmagent.train.launch import launch
 from mmagent.train.step import begun
 from mmagent.vocab import Vocab
 from recipes import evaluate_encoder
-from recipes.encoder_sources import open_encoder, open_judged
+from recipes.encoder_sources import open_judged
 from tests.data_pipelines.image_samples import COLOURS, bomb, encoded, folder_of_classes, pixels, tar_of, write
 
 GEOMETRY = GeometryConfig(min_tokens=1)
@@ -153,7 +153,7 @@ def test_what_the_user_can_mend_is_one_line(encoders, photos, tmp_path, monkeypa
         ((ours, "--data", tmp_path / "none"), "no such folder, tar or glob"),
         ((tmp_path / "none", "--data", bare), "no such folder; an encoder is"),
         (("timm:no_such_model", "--data", bare), "timm:no_such_model: cannot be loaded: "),
-        (("json:JSONDecoder", "--data", bare), "makes a JSONDecoder, which is no encoder"),
+        (("json:JSONDecoder", "--data", bare), "JSONDecoder is no encoder"),
         (("json:Nothing", "--data", bare), "has no 'Nothing'"),
         ((ours, ours, "--data", bare), "two encoders are called 'ours'"),
         ((ours, "--data", bare, "--probes", "dense"), "has no maps; put the map of IMAGE.jpg"),
@@ -176,7 +176,7 @@ def test_what_the_user_can_mend_is_one_line(encoders, photos, tmp_path, monkeypa
 
 
 def test_sources_keep_their_geometry_within_what_is_asked(encoders):
-    model, geometry = open_encoder("tests.recipes.test_evaluate_encoder:Means")
+    model, geometry, _ = open_encoder("tests.recipes.test_evaluate_encoder:Means")
     assert (geometry.patch_size, geometry.merge_size) == (14, 2)
     assert type(model).__name__ == "Means"
     one = open_judged(f"x={encoders['ours']}/encoder", "cpu", max_patches=40, towers=False)

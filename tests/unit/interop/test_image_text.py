@@ -94,7 +94,7 @@ def test_an_image_that_cannot_be_cut_is_named(folder):
 
 
 def test_the_encoder_inside_is_an_encoder_folder(folder, vocab):
-    encoder, geometry = load_encoder(folder / "encoder")
+    encoder, geometry, _ = load_encoder(folder / "encoder")
     assert geometry == GEOMETRY
     assert torch.equal(encoder.embed.weight, alignment(vocab).encoder.embed.weight)
 

@@ -280,6 +280,18 @@ def test_a_full_disk_changes_no_bit(tmp_path, monkeypatch):
     assert equal(teacher(pixels, grids_of(pixels), 2), right)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_autocast_of_the_student_is_none_of_a_teachers_business(cached, tmp_path):
+    """Its features are stored in float16, which autocast to bfloat16 on a CPU cannot join."""
+    torch.manual_seed(0)
+    cache = cache_in(tmp_path) if cached else None
+    teacher = Teacher(wrap(transformers_model("dinov3")), "dinov3", cache=cache)
+    pixels = [picture(32, 64, 0), picture(32, 64, 1, frames=3)]
+    plain = teacher(pixels, grids_of(pixels), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(teacher(pixels, grids_of(pixels), 2), plain)
+
+
 def batch_of(seed: int) -> MaskedVision:
     random = np.random.default_rng(seed)
     sizes = [(56, 84), (28, 56), (56, 84)]
@@ -325,10 +337,10 @@ def test_a_run_with_a_warm_cache_equals_one_with_a_cold_cache_bitwise(tmp_path):
             assert {n: v for n, v in step.items() if "/" not in n} == {n: v for n, v in found.items() if "/" not in n}
         state = trained.state_dict()
         assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
-    assert [step["dinov3/cached"] for step in cold] == [1.0, 0.0, 0.0, 1.0]  # the first batch was calibrated on
-    assert [step["dinov3/cached"] for step in warm] == [1.0] * 4
-    assert [step["dinov3/cached"] for step in partly] == [1.0, 1.0, 0.0, 1.0]
+    assert [step["time/dinov3_cached"] for step in cold] == [1.0, 0.0, 0.0, 1.0]  # the first batch was calibrated on
+    assert [step["time/dinov3_cached"] for step in warm] == [1.0] * 4
+    assert [step["time/dinov3_cached"] for step in partly] == [1.0, 1.0, 0.0, 1.0]
     plain, _ = train(None, 4)
-    assert all("dinov3/cached" not in step for step in plain)
+    assert all("time/dinov3_cached" not in step for step in plain)
     # half precision moves targets by a thousandth
     assert math.isclose(plain[-1]["dinov3_patches"], cold[-1]["dinov3_patches"], rel_tol=1e-2)
