@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent import dist
+from mmagent.dist import stable_seed
 from mmagent.losses.distillation import feature_distance
 from mmagent.losses.standardisers import Cone, LayerStandardiser, Moments, NoStandardiser, PhiS, Whitening
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
@@ -120,10 +122,13 @@ class Distillation(nn.Module):
             metrics[f"{teacher.name}/cosine"] = Ratio(cosine.sum(), torch.ones_like(cosine).sum())
             if teacher.cache is not None:
                 new = (float(now - then) for now, then in zip((teacher.hits, teacher.seen), before, strict=True))
-                metrics[f"{teacher.name}/cached"] = Ratio(*(torch.tensor(n, device=cosine.device) for n in new))
+                metrics[f"time/{teacher.name}_cached"] = Ratio(*(torch.tensor(n, device=cosine.device) for n in new))
         if self.config.drop and self.training:
             rows = self._drop(rows, batch)
-        return StepOutput({term: values.sum() for term, values in rows.items()}, metrics)
+        sums = {term: values.sum() for term, values in rows.items()}
+        if all(head.summary is None for head in self.heads.values()) and seen.pooled.requires_grad:
+            sums[next(iter(sums))] += 0.0 * seen.pooled.sum()  # a pooling head must not be left without gradient
+        return StepOutput(sums, metrics)
 
     def _teach(self, teacher: Teacher, batch: MaskedVision) -> TeacherFeatures:
         temporal = batch.vision.patches.shape[1] // (3 * self.student.patch_size**2)
@@ -158,7 +163,8 @@ class Distillation(nn.Module):
     def _drop(self, rows: Mapping[str, Tensor], batch: MaskedVision) -> dict[str, Tensor]:
         """Per image keep the teacher with the largest loss, and each other one with chance 1 - drop.
 
-        Draws come from torch's own generator on the host, which every checkpoint carries.
+        Draws are a function of an image's key and mask, so they depend on no rank, no micro-batch and no resumption;
+        seen again with another mask, an image draws anew.
         """
         images, device = len(batch.keys), batch.masked.device
         owners = torch.repeat_interleave(batch.vision.grids.prod(dim=1)).to(device)
@@ -166,7 +172,10 @@ class Distillation(nn.Module):
         losses = rows[f"{self.teachers[0].name}_patches"].new_zeros(len(self.teachers), images)
         for n, teacher in enumerate(self.teachers):
             losses[n].index_add_(0, hidden, rows[f"{teacher.name}_patches"].detach())
-        stays = torch.rand(losses.shape).to(device) >= self.config.drop
+        masks = batch.masked.cpu().split(batch.vision.grids.prod(dim=1).tolist())
+        seeds = [stable_seed(key, mask.numpy().tobytes()) for key, mask in zip(batch.keys, masks, strict=True)]
+        draws = np.stack([np.random.default_rng(seed).random(len(self.teachers)) for seed in seeds], axis=1)
+        stays = torch.from_numpy(draws >= self.config.drop).to(device)
         stays = stays.scatter(0, losses.argmax(dim=0, keepdim=True), True).float()
         kept: dict[str, Tensor] = {}
         for n, teacher in enumerate(self.teachers):
