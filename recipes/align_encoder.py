@@ -3,64 +3,51 @@
     torchrun --standalone --nproc_per_node=2 -m recipes.align_encoder --preset laptop \\
         init=runs/distill/encoder tokenizer=runs/data/tokenizer.json output=runs/align
 
-Negatives come from every rank by a two-way ring. Learning rates go by role (``optim.role_lr``: encoder, text, head).
-The run resumes by itself and leaves an encoder folder in ``output/encoder``.
+Negatives come from the whole step of every rank, by a two-way ring and cached gradients. Learning rates and schedules
+go by role (``optim.role_lr``, ``role_schedules``: encoder, text, projection). Your own pairs: ``sources.mine=FOLDER
+mix.mine=1``. The run resumes by itself and leaves an encoder folder in ``output/encoder``, and both towers in
+``output/image_text``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from data_pipelines.documents import Quarantine, QuarantineConfig
-from data_pipelines.galleries import ShardGallery, built_in
 from data_pipelines.vision import VisionStreamConfig, pair_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
-from mmagent.engine.checkpoint import gather_weights
-from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
-from mmagent.interop.encoder_folder import load_encoder, save_encoder
+from mmagent.engine.torch_engine import TorchEngineConfig
+from mmagent.interop.encoder_folder import open_encoder, save_encoder
+from mmagent.interop.image_text import save_image_text
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
-from mmagent.train.hooks import usual_hooks
 from mmagent.train.launch import launch
-from mmagent.train.loop import fit
-from mmagent.train.phases import Phase
-from mmagent.train.run import Run
 from mmagent.vocab import Vocab
 from mmagent.worlds.questions import KINDS
+from recipes.encoder_stage import StageConfig, part_of, pictures, train
 
 
 @dataclass
-class Config:
-    """``init``: the encoder folder of stage 1. ``text.vocab_size`` is raised to the tokenizer's if it is smaller.
-    ``mix`` weighs the galleries: those that are drawn here, and ``shards`` by name, whose boxes say what patches show:
-    ``kinds`` are classes 1 and on of ``objective.classes``."""
+class Config(StageConfig):
+    """``init``: the encoder of stage 1, or any that :func:`~mmagent.interop.encoder_folder.open_encoder` takes.
+    ``text.vocab_size`` is raised to the tokenizer's if it is smaller. ``sources`` whose records have labelled boxes say
+    what patches show: ``kinds`` are classes 1 and on of ``objective.classes``."""
 
     output: str = "runs/align"
     init: str = "runs/distill/encoder"
     tokenizer: str = "runs/data/tokenizer.json"
-    seed: int = 0
-    steps: int = 1000
     max_text: int = 64
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.2})
-    shards: dict[str, str] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
     objective: AlignmentConfig = field(default_factory=AlignmentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=5))
-    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
-    quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
-    save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in self.shards:
-            if name not in self.mix:
-                raise ConfigError(f"shards.{name} has no weight and would not be seen; add mix.{name}=0.5, or =0")
-        if self.shards and self.objective.classes not in (0, 1 + len(self.kinds)):
+        super().__post_init__()
+        if self.sources and self.objective.classes not in (0, 1 + len(self.kinds)):
             raise ConfigError(
                 f"objective.classes {self.objective.classes} must be 0 or, with the ground, "
                 f"{1 + len(self.kinds)} for {len(self.kinds)} kinds"
@@ -104,34 +91,27 @@ def large() -> Config:
 
 
 def main() -> None:
-    """Build encoder, text tower, objective, engine, stream and run; fit."""
+    """Build encoder, text tower, objective and stream; train; save the encoder, and both towers."""
     config = parse_cli({"laptop": laptop, "debug": debug, "large": large}, __doc__ or "")
     if not config.init:
         raise ConfigError("init: alignment starts from an encoder folder, such as runs/distill/encoder")
-    config = replace(config, quarantine=config.quarantine.within(config.output))
     world = dist.init()
     dist.seed_everything(config.seed)
     vocab = Vocab.load(config.tokenizer)
-    encoder, geometry = load_encoder(config.init)
-    tower = TextTower(replace(config.text, vocab_size=max(config.text.vocab_size, vocab.size)))
+    encoder, geometry, custom = open_encoder(config.init)
+    size = max(config.text.vocab_size, vocab.size)
+    tower = TextTower(replace(config.text, vocab_size=size, max_length=max(config.text.max_length, config.max_text)))
     objective = Alignment(encoder, tower, config.objective)
-    engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
-    quarantine = Quarantine(config.quarantine, world.rank)
-    galleries = {
-        name: ShardGallery(path, geometry, config.seed, name, quarantine, config.kinds)
-        for name, path in config.shards.items()
-        if config.mix[name]
-    }
-    pictures = built_in(config.mix, classes="", others=galleries)
-    stream = pair_stream(config.data, pictures, geometry, vocab, config.max_text, world)
-    run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
-    hooks = usual_hooks(run, "align", config.steps, config.save_every)
-    rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
-    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=hooks)
-    stream.close()
-    weights = gather_weights(encoder)  # by all ranks, for they may be sharded
+    gallery = pictures(config, geometry, world, kinds=tuple(config.kinds), classes="")
+    stream = pair_stream(config.data, gallery, geometry, vocab, config.max_text, world)
+    run, weights = train(config, "align", objective, stream, world)
     if world.is_main:
-        save_encoder(run.directory / "encoder", encoder, geometry, weights=weights)
+        whole = part_of(weights, "encoder")
+        save_encoder(run.directory / "encoder", encoder, geometry, custom=custom, weights=whole)
+        if config.objective.contrastive_weight:
+            limits = {"max_text": config.max_text, "max_patches": max(config.data.sequence_lengths)}
+            both = run.directory / "image_text"
+            save_image_text(both, objective, geometry, vocab, **limits, custom=custom, weights=weights)
     dist.shutdown()
 
 

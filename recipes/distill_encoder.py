@@ -1,11 +1,13 @@
-"""Stage 1: distil CogViT from frozen vision teachers; the student sees a corrupted image and describes all of it.
+"""Stage 1: distil an encoder from frozen vision teachers; the student sees a corrupted image and describes all of it.
 
     torchrun --standalone --nproc_per_node=2 -m recipes.distill_encoder --preset laptop \\
         teachers.siglip2.source=google/siglip2-base-patch16-224 \\
         teachers.dinov3.source=facebook/dinov3-vits16-pretrain-lvd1689m output=runs/distill
 
-A teacher's source is a folder, a hub id, or ``timm:`` and a model name; a third teacher is one more line. The run
-resumes by itself, the teachers' statistics included. It leaves an encoder folder in ``output/encoder``.
+A teacher's source is a folder, a hub id, or ``timm:`` and a model name; a third teacher is one more line
+(``teachers.clip.source=...``). So is the student's (``encoder=timm:vit_small_patch16_224``), which is a CogViT of
+``vision`` otherwise. Your own images: ``sources.mine=FOLDER mix.mine=1``. The run resumes by itself, the teachers'
+statistics included. It leaves an encoder folder in ``output/encoder``.
 """
 
 from __future__ import annotations
@@ -15,61 +17,43 @@ from itertools import islice
 
 import torch
 
-from data_pipelines.galleries import built_in
 from data_pipelines.masking import MaskConfig
 from data_pipelines.vision import CropConfig, VisionStreamConfig, distillation_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
-from mmagent.engine.checkpoint import gather_weights
-from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.encoder_folder import save_encoder
-from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_403m, cogvit_debug, cogvit_laptop
-from mmagent.models.teachers import Teacher
+from mmagent.models.cogvit import CogViTConfig, cogvit_403m, cogvit_debug, cogvit_laptop, seed_vit
+from mmagent.models.feature_cache import FeatureCache, FeatureCacheConfig
+from mmagent.models.teachers import TeacherConfig, load_teachers
 from mmagent.objectives.distillation import Distillation, DistillationConfig
-from mmagent.train.hooks import usual_hooks
 from mmagent.train.launch import launch
-from mmagent.train.loop import fit
-from mmagent.train.phases import Phase
-from mmagent.train.run import Run
+from recipes.encoder_stage import StageConfig, part_of, pictures, student, train
 
 TEACHERS = ("siglip2", "dinov3")
 
 
 @dataclass
-class TeacherConfig:
-    """``source`` as in :func:`mmagent.models.teachers.load_backbone`; empty leaves the teacher out. ``resolution`` 0
-    matches the teacher's grid to the student's. ``summary`` false: nothing has trained its summary, none is learned."""
-
-    source: str = ""
-    resolution: int = 0
-    summary: bool = True
-
-
-@dataclass
-class Config:
-    """``mix``: weights of the built-in galleries (``scenes``, ``panels`` and kinds of photographs)."""
+class Config(StageConfig):
+    """``encoder``: what :func:`~mmagent.interop.encoder_folder.open_encoder` takes, to go on from; empty for a new
+    CogViT of ``vision``. ``calibration``: steps' worth of images that the teachers' statistics are estimated from.
+    ``side``: pixels of drawn squares; 0 draws many sizes. ``cache`` keeps teachers' features on disk."""
 
     output: str = "runs/distill"
-    seed: int = 0
-    steps: int = 1000
-    calibration: int = 4  # steps' worth of images that the teachers' statistics are estimated from
-    teacher_dtype: str = "float32"
     teachers: dict[str, TeacherConfig] = field(default_factory=lambda: {n: TeacherConfig() for n in TEACHERS})
+    teacher_dtype: str = "float32"
+    calibration: int = 4
+    cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
+    encoder: str = ""
     vision: CogViTConfig = field(default_factory=cogvit_laptop)
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
-    mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.1, "scientific": 0.1})
-    side: int = 0  # pixels of drawn squares; 0 draws many sizes
-    data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
+    side: int = 0
     mask: MaskConfig = field(default_factory=MaskConfig)
     crop: CropConfig = field(default_factory=CropConfig)
     objective: DistillationConfig = field(default_factory=DistillationConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=10))
-    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
-    save_every: int = 50
 
 
 def debug() -> Config:
@@ -110,34 +94,44 @@ def large() -> Config:
     )
 
 
+def seed() -> Config:
+    """Seed-ViT's masked stage (arXiv 2505.07062): one CLIP teacher (``teachers.clip.source=``), 75 % masked, cosine."""
+    return replace(
+        large(),
+        teachers={"clip": TeacherConfig(summary=False)},
+        vision=seed_vit(),
+        geometry=GeometryConfig(temporal_patch=1),
+        data=VisionStreamConfig(images_per_step=55_296, patches_per_microbatch=1 << 16),
+        mask=MaskConfig(ratio=0.75),
+        objective=DistillationConfig(standardise="none", cosine=1.0, smooth_l1=0.0),
+        optim=OptimConfig(lr=7.06e-3),
+    )
+
+
 def main() -> None:
-    """Build teachers, student, objective, engine, stream and run; calibrate once; fit."""
-    config = parse_cli({"laptop": laptop, "debug": debug, "large": large}, __doc__ or "")
+    """Build teachers, student, objective and stream; calibrate once; train; save the student."""
+    config = parse_cli({"laptop": laptop, "debug": debug, "large": large, "seed": seed}, __doc__ or "")
     world = dist.init()
     dist.seed_everything(config.seed)
-    sources = {name: t for name, t in config.teachers.items() if t.source}
-    if not sources:
+    if not any(teacher.source for teacher in config.teachers.values()):
         raise ConfigError(f"teachers: give at least one of {', '.join(config.teachers)} a source (a folder or hub id)")
-    dtype = getattr(torch, config.teacher_dtype)
-    known = {n: {"resolution": t.resolution, "summary": t.summary} for n, t in sources.items()}
-    load = {n: Teacher.load(t.source, n, dtype=dtype, **known[n]) for n, t in sources.items()}
-    student = CogViT(replace(config.vision, mask_token=True))
-    objective = Distillation(student, [teacher.to(world.device) for teacher in load.values()], config.objective)
-    engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
-    pictures = built_in(config.mix, config.side)
-    stream = distillation_stream(config.data, pictures, config.geometry, config.mask, config.crop, world)
-    run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
-    if not run.resume():
-        first = distillation_stream(config.data, pictures, config.geometry, config.mask, config.crop, world)
+    dtype, cache = getattr(torch, config.teacher_dtype), FeatureCache.open(config.cache)
+    teachers = load_teachers(config.teachers, dtype, world.device, cache)
+    mask_token = config.objective.blind == "token"
+    encoder, geometry, custom = student(config.encoder, config.vision, config.geometry, mask_token)
+    objective = Distillation(encoder, teachers, config.objective)
+    gallery = pictures(config, geometry, world, side=config.side)
+    stream = distillation_stream(config.data, gallery, geometry, config.mask, config.crop, world)
+
+    def calibrate() -> None:
+        first = distillation_stream(config.data, gallery, geometry, config.mask, config.crop, world)
         objective.calibrate(batch.to(world.device) for step in islice(first, config.calibration) for batch in step)
         first.close()
-    hooks = usual_hooks(run, "distill", config.steps, config.save_every)
-    rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
-    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=hooks)
-    stream.close()
-    weights = gather_weights(student)  # by all ranks, for they may be sharded
+
+    run, weights = train(config, "distill", objective, stream, world, calibrate)
     if world.is_main:
-        save_encoder(run.directory / "encoder", student, config.geometry, weights=weights)
+        whole = part_of(weights, "student")
+        save_encoder(run.directory / "encoder", encoder, geometry, custom=custom, weights=whole)
     dist.shutdown()
 
 

@@ -25,10 +25,10 @@ def plan(root: Path, size: str, processes: int, browser: bool) -> list[Stage]:
     preset = ("--preset", size)
     align = ("recipes.align_encoder", *preset, f"init={root}/distill/encoder", vocabulary, f"output={root}/align")
     if browser:
-        align += tuple(f"shards.{name}={root}/data/pretrain/{name}" for name in ("tiles", "screens"))
+        align += tuple(f"sources.{name}={root}/data/pretrain/{name}" for name in ("tiles", "screens"))
         align += tuple(f"mix.{name}={weight}" for name, weight in mix.SHOWN.items())
     about = "contrast images with captions at native resolution, packed; learn what stands where"
-    stages.append(Stage("align", about, align, root / "align", _encoder, 55, processes))
+    stages.append(Stage("align", about, align, root / "align", encoder, 55, processes))
     stages.append(_probes(root, size))
     pretrain = ("recipes.pretrain", *preset, vocabulary, f"encoder={root}/align/encoder")
     pretrain += (*_shards(root, "pretrain", browser), f"validation.folder={root}/data/validation", "validation.steps=3")
@@ -63,7 +63,7 @@ def _data(root: Path, size: str, browser: bool) -> Stage:
     about = "draw scenes, render pages, play experts; write shards"
     made = [(stage, n) for stage, kinds in mix.SAMPLES[size].items() for n, count in kinds.items() if count]
     sources = [f"{stage}/{n}" for stage, n in made if browser or n in mix.BLIND]
-    return Stage("data", about, arguments, root / "data", _built(sources), 90, 0)
+    return Stage("data", about, arguments, root / "data", built(sources), 90, 0)
 
 
 def _teacher(root: Path, kind: str, size: str, processes: int) -> Stage:
@@ -71,7 +71,7 @@ def _teacher(root: Path, kind: str, size: str, processes: int) -> Stage:
     arguments = ("recipes.teachers", "--preset", kind, f"tokenizer={root}/data/tokenizer.json", f"output={output}")
     arguments += ("steps=2", "data.images_per_step=8") if size == "debug" else ()
     about = f"train a small {kind} teacher, as none can be downloaded here"
-    return Stage(f"teacher-{kind}", about, arguments, output, _file("teacher/model.safetensors"), 35, processes)
+    return Stage(f"teacher-{kind}", about, arguments, output, file("teacher/model.safetensors"), 35, processes)
 
 
 def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
@@ -81,7 +81,7 @@ def _distil(root: Path, size: str, processes: int, only: str = "") -> Stage:
     sources = tuple(f"teachers.{kind}.source={root}/teachers/{kind}/teacher" for kind in kinds)
     arguments = ("recipes.distill_encoder", "--preset", size, *sources, f"output={root}/{name}")
     about = f"the same from {only} alone, to compare with" if only else "CogViT learns from both teachers"
-    return Stage(name, about, arguments, root / name, _encoder, 26, processes)
+    return Stage(name, about, arguments, root / name, encoder, 26, processes)
 
 
 def _probes(root: Path, size: str) -> Stage:
@@ -89,7 +89,7 @@ def _probes(root: Path, size: str) -> Stage:
     pairs = tuple(f"{name}={root}/{folder}/encoder" for name, folder in names.items())
     images = ("--images", "60" if size == "debug" else "300")
     arguments = ("recipes.probe_encoders", *pairs, f"output={root}/probes", *images)
-    return Stage("probes", "what each encoder knows", arguments, root / "probes", _file("probes.json"), 25, 0)
+    return Stage("probes", "what each encoder knows", arguments, root / "probes", file("probes.json"), 25, 0)
 
 
 def _shards(root: Path, stage: str, browser: bool) -> tuple[str, ...]:
@@ -109,7 +109,9 @@ def _judge(root: Path, name: str, who: str, suites: tuple[str, ...], size: str, 
     return Stage(f"judge-{name}", about, arguments, output, _judged(suites), 20, 0)
 
 
-def _built(sources: Sequence[str]) -> Callable[[Path], None]:
+def built(sources: Sequence[str]) -> Callable[[Path], None]:
+    """A check that a folder has a vocabulary and shards of all ``sources``."""
+
     def check(folder: Path) -> None:
         Vocab.load(folder / "tokenizer.json")
         if missing := [name for name in sources if not any((folder / name).glob("*.tar"))]:
@@ -118,7 +120,8 @@ def _built(sources: Sequence[str]) -> Callable[[Path], None]:
     return check
 
 
-def _encoder(folder: Path) -> None:
+def encoder(folder: Path) -> None:
+    """Check that a stage left an encoder."""
     load_encoder(folder / "encoder")
 
 
@@ -130,7 +133,9 @@ def _judged(suites: tuple[str, ...]) -> Callable[[Path], None]:
     return lambda folder: [read_run(folder / suite) for suite in suites] and None
 
 
-def _file(name: str) -> Callable[[Path], None]:
+def file(name: str) -> Callable[[Path], None]:
+    """A check that a folder has the file ``name``."""
+
     def check(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")

@@ -15,44 +15,41 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_pipelines.galleries import CLASSES, built_in
+from data_pipelines.galleries import CLASSES
 from data_pipelines.masking import MaskConfig
-from data_pipelines.vision import CropConfig, VisionStream, VisionStreamConfig, distillation_stream, pair_stream
+from data_pipelines.vision import CropConfig, VisionStreamConfig, distillation_stream, pair_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
-from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.models.backbones import BackboneEncoder, new_backbone, save_backbone
 from mmagent.models.text_tower import TextTower, text_laptop
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.objectives.reconstruction import MaskedReconstruction, ReconstructionConfig
-from mmagent.train.hooks import usual_hooks
 from mmagent.train.launch import launch
-from mmagent.train.loop import fit
-from mmagent.train.phases import Phase
-from mmagent.train.run import Run
 from mmagent.vocab import Vocab
+from recipes.encoder_stage import StageConfig, part_of, pictures, train
 
 
 @dataclass
-class Config:
-    """``kind``: ``siglip2`` (needs a ``tokenizer``) or ``dinov3``; sizes are those of a vision transformer. ``mix`` and
-    ``classes`` as in :func:`data_pipelines.galleries.built_in`."""
+class Config(StageConfig):
+    """``kind``: ``siglip2`` (needs a ``tokenizer``) or ``dinov3``; sizes are those of a vision transformer.
+    ``classes``: which classes of patches it is told (:data:`data_pipelines.galleries.CLASSES`). ``side``: pixels of the
+    drawn squares."""
 
     kind: str = "siglip2"
     output: str = "runs/teachers/siglip2"
     tokenizer: str = "runs/data/tokenizer.json"
-    seed: int = 0
+    classes: str = ""  # what patches show, for an objective with a classifier of it
     steps: int = 180
     width: int = 128
     depth: int = 4
     heads: int = 2
     patch_size: int = 14
-    side: int = 112  # pixels of the drawn squares
+    side: int = 112
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.2})
-    classes: str = ""  # what patches show, for an objective with a classifier of it
     data: VisionStreamConfig = field(default_factory=lambda: VisionStreamConfig(16, 8192, sequence_lengths=[64]))
     mask: MaskConfig = field(default_factory=MaskConfig)
     crop: CropConfig = field(default_factory=lambda: CropConfig(1.0))
@@ -61,9 +58,9 @@ class Config:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=5))
     engine: TorchEngineConfig = field(default_factory=lambda: TorchEngineConfig(dtype="bfloat16"))
-    save_every: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in ("siglip2", "dinov3"):
             raise ConfigError(f"kind {self.kind!r} is neither siglip2 nor dinov3")
         asked = self.alignment.classes if self.kind == "siglip2" else self.reconstruction.classes
@@ -87,9 +84,9 @@ def dinov3() -> Config:
     """Half a minute on two cores."""
     return Config(
         kind="dinov3",
+        classes="materials",
         output="runs/teachers/dinov3",
         mix={"scenes1": 0.45, "scenes2": 0.45, "panels": 0.1},
-        classes="materials",
         mask=MaskConfig(ratio=0.1),
         reconstruction=ReconstructionConfig(classes=CLASSES["materials"], classes_weight=6.0),
     )
@@ -104,27 +101,19 @@ def main() -> None:
     dist.seed_everything(config.seed)
     encoder = BackboneEncoder(new_backbone(config.kind, config.width, config.depth, config.heads, config.patch_size))
     geometry = GeometryConfig(patch_size=config.patch_size, min_tokens=1)
-    pictures = built_in(config.mix, config.side, config.classes)
+    gallery = pictures(config, geometry, world, side=config.side, classes=config.classes)
     if config.kind == "siglip2":
         vocab = Vocab.load(config.tokenizer)
         objective: Any = Alignment(encoder, TextTower(replace(text_laptop(vocab.size), depth=1)), config.alignment)
-        stream = pair_stream(config.data, pictures, geometry, vocab, world=world, square=True)
+        stream = pair_stream(config.data, gallery, geometry, vocab, world=world, square=True)
     else:
         objective = MaskedReconstruction(encoder, config.reconstruction)
-        stream = distillation_stream(config.data, pictures, geometry, config.mask, config.crop, world)
-    _train(config, objective, stream, world)
+        stream = distillation_stream(config.data, gallery, geometry, config.mask, config.crop, world)
+    _, weights = train(config, f"teacher {config.kind}", objective, stream, world)
     if world.is_main:
+        encoder.load_state_dict(part_of(weights, "encoder"))  # the average, where there is one
         save_backbone(encoder.backbone, f"{config.output}/teacher")
     dist.shutdown()
-
-
-def _train(config: Config, objective: Any, stream: VisionStream[Any], world: dist.World) -> None:
-    engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
-    run = Run(config.output, world, {"objective": objective, "engine": engine, "stream": stream}, config=config)
-    hooks = usual_hooks(run, f"teacher {config.kind}", config.steps, config.save_every)
-    rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
-    fit(run, objective, engine, stream, steps=config.steps, schedule=rate, hooks=hooks)
-    stream.close()
 
 
 if __name__ == "__main__":

@@ -234,9 +234,9 @@ def test_a_model_sees_images_as_its_encoder_learned_to(lineage, tmp_path):
 
 def test_alignment_refuses_shards_that_it_would_not_look_at(tmp_path):
     """Weight 0 leaves them out on purpose: they need not even be there."""
-    with pytest.raises(ConfigError, match=r"shards\.screens has no weight .* add mix\.screens="):
-        align_encoder.Config(shards={"screens": str(tmp_path)})
-    assert align_encoder.Config(shards={"screens": str(tmp_path)}, mix={"scenes": 1.0, "screens": 0.0}).shards
+    with pytest.raises(ConfigError, match=r"sources\.screens has no weight .* add mix\.screens="):
+        align_encoder.Config(sources={"screens": str(tmp_path)})
+    assert align_encoder.Config(sources={"screens": str(tmp_path)}, mix={"scenes": 1.0, "screens": 0.0}).sources
 
 
 def test_the_adapter_phase_leaves_the_encoder_alone(lineage, tmp_path):
