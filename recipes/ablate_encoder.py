@@ -138,11 +138,9 @@ def main() -> int:
         print(f"ablation: {error}", file=sys.stderr)
         return 1
     names = {folder_of(condition): condition for condition in CONDITIONS}
-    print(
-        write(
-            args.output, [args.output / f"seed{seed}" / "probes" / "probes.json" for seed in range(args.seeds)], names
-        )
-    )
+    against = {condition: "all patches" for condition in CONDITIONS if condition.startswith("all, ")}
+    found = [args.output / f"seed{seed}" / "probes" / "probes.json" for seed in range(args.seeds)]
+    print(write(args.output, found, names, against))
     return 0
 
 

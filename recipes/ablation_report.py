@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t
 
+from evals.report.charts import linear_ticks
 from evals.statistics import Estimate
 from mmagent.files import write_text
 
@@ -26,23 +27,25 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
-def write(output: Path, files: Sequence[Path], names: Mapping[str, str]) -> str:
+def write(output: Path, files: Sequence[Path], names: Mapping[str, str], against: Mapping[str, str]) -> str:
     """Read the probes of every seed; write ``ablation.json``, ``.md`` and ``.svg`` into ``output``; return the table.
 
-    ``names`` maps a condition in the files to what people call it; the first is what others are compared with.
+    ``names`` maps a condition in the files to what people call it; ``against`` says with which other one each is
+    compared, by those names, where that is not the first.
     """
     seeds = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     rows = {"untrained": "untrained", **names}
     found = {label: {group: [seed[key][group] for seed in seeds] for group in GROUPS} for key, label in rows.items()}
-    reference = found[next(iter(names.values()))]
+    first = next(iter(names.values()))
     lines = [
-        f"| condition | {' | '.join(GROUPS)} | mean against the first, seed by seed |",
+        f"| condition | {' | '.join(GROUPS)} | mean, seed by seed |",
         f"| --- | {' | '.join('---' for _ in GROUPS)} | --- |",
     ]
     for label, scores in found.items():
         cells = [_shown(t_interval(scores[group])) for group in GROUPS]
-        apart = [a - b for a, b in zip(scores["mean"], reference["mean"], strict=True)]
-        compared = "" if scores is reference else f"{_shown(t_interval(apart), sign=True)}"
+        other = against.get(label, first)
+        apart = [a - b for a, b in zip(scores["mean"], found[other]["mean"], strict=True)]
+        compared = "" if label == other else f"{_shown(t_interval(apart), sign=True)} against {other}"
         lines.append(f"| {label} | {' | '.join(cells)} | {compared} |")
     table = "\n".join(lines)
     output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ def _shown(value: Estimate, sign: bool = False) -> str:
     return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
-_LEFT, _WIDTH, _PANEL, _ROW, _TOP = 130, 210, 236, 24, 46
+_LEFT, _WIDTH, _PANEL, _ROW, _TOP = 130, 200, 244, 24, 46
 _INK, _FAINT, _DOT, _MEAN = "#222", "#ddd", "#8aa4c8", "#1f4e8c"
 
 
@@ -93,7 +96,7 @@ def _panel(
 
     bottom = _TOP + _ROW * len(found)
     parts = [f'<text x="{left}" y="22" font-weight="bold">{group}</text>']
-    for tick in np.linspace(*span, 5):
+    for tick in linear_ticks(*span, 5):
         parts.append(f'<line x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{_TOP}" y2="{bottom}" stroke="{_FAINT}"/>')
         parts.append(
             f'<text x="{at(tick):.1f}" y="{bottom + 16}" text-anchor="middle" font-size="10">{tick:.2f}</text>'

@@ -32,8 +32,9 @@ from mmagent.train.run import Run
 class StageConfig:
     """``mix`` weighs where pictures come from: galleries that are drawn here (``scenes``, ``panels``, ``charts``,
     ``icons``, ``digits`` and kinds of photographs), and your own ``sources`` by name: a folder, webdataset shards or
-    ``datasets:ID``, whose ``columns`` can be named. ``role_schedules``: roles whose learning rate follows a schedule of
-    its own. With ``average.decay`` the averaged weights are what is handed on."""
+    ``datasets:ID``, whose ``columns`` can be named; ``split=train`` leaves out what ``evaluate_encoder`` judges by.
+    ``role_schedules``: roles whose learning rate follows a schedule of its own. With ``average.decay`` the averaged
+    weights are what is handed on."""
 
     output: str = "runs/encoder"
     seed: int = 0
@@ -41,6 +42,7 @@ class StageConfig:
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.1, "scientific": 0.1})
     sources: dict[str, str] = field(default_factory=dict)
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    split: str = ""
     data: VisionStreamConfig = field(default_factory=VisionStreamConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=10))
@@ -64,7 +66,7 @@ def pictures(
     quarantine = Quarantine(config.quarantine.within(config.output), world.rank)
     wanted = {name: source for name, source in config.sources.items() if config.mix[name]}
     others = {
-        name: open_gallery(source, geometry, config.seed, name, quarantine, kinds, config.columns)
+        name: open_gallery(source, geometry, config.seed, name, quarantine, kinds, config.columns, config.split)
         for name, source in wanted.items()
     }
     return built_in(config.mix, others=others, **drawn)

@@ -1,7 +1,7 @@
 """Evaluate encoders side by side: nearest neighbours, linear and dense probes, zero-shot classification, retrieval.
 
     python -m recipes.evaluate_encoder runs/distill/encoder timm:vit_small_patch14_dinov2 --data photos
-    python -m recipes.evaluate_encoder mine=runs/align/towers other=google/siglip2-base-patch16-224 --data photos \\
+    python -m recipes.evaluate_encoder mine=runs/align/image_text other=google/siglip2-base-patch16-224 --data photos \\
         --probes zero-shot retrieval
 
 Without --data the built-in questions are asked, which need no download. Prints scores with 95 % intervals and leaves
