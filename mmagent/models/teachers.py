@@ -4,9 +4,8 @@ the student's order; what it saw can be cached on disk."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from mmagent.models.backbone import Backbone, equal_planes, resample, resize_pixels, stream_order
 from mmagent.models.backbones import load_backbone
 from mmagent.models.feature_cache import CachedFeatures, FeatureCache, content_key
+from mmagent.models.fingerprint import Fingerprint, fingerprint, has_name
 
 LARGE = 50_000_000
 """Parameters from which on a loaded teacher runs in bfloat16, if nothing else is said."""
@@ -214,30 +214,22 @@ class Teacher:
         return content_key(self.identity, f"{size}", precision, how, frame)
 
     @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of the backbone; reads all weights, once. Raises ``ValueError`` for a call that has no name."""
+        try:
+            return fingerprint(self.backbone)
+        except ValueError as error:
+            raise ValueError(f"teacher {self.name}: {error}") from error
+
+    @property
+    def named(self) -> bool:
+        """Whether it has a fingerprint: what calls its module is a function or a dataclass."""
+        return has_name(self.backbone.call)
+
+    @property
     def identity(self) -> str:
-        """A fingerprint of the backbone: its layers, configuration, preprocessing, every weight and buffer, and the
-        versions of the libraries that compute with them."""
-        module = self.backbone.module
-        backbone = self.backbone
-        call = repr(backbone.call) if is_dataclass(backbone.call) else getattr(backbone.call, "__qualname__", "")
-        if not call:
-            raise ValueError(f"teacher {self.name}: to cache what it sees, its call must be a function or a dataclass")
-        config = getattr(module, "config", None)
-        built = config.to_json_string() if hasattr(config, "to_json_string") else ""
-        attention = str(getattr(config, "_attn_implementation", ""))
-        how = (call, backbone.patch_size, backbone.mean, backbone.std, backbone.pool)
-        tensors = sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items())
-        weights = [part for name, tensor in tensors for part in (name, tensor)]
-        kind = f"{type(module).__module__}.{type(module).__qualname__} {_version(type(module))} {torch.__version__}"
-        return content_key(kind, repr(module), built, attention, repr(how), *weights)
-
-
-def _version(kind: type) -> str:
-    """Of the installed package that ``kind`` comes from; nothing for a class of the user's own."""
-    try:
-        return version(kind.__module__.partition(".")[0])
-    except PackageNotFoundError:
-        return ""
+        """All of the :attr:`fingerprint`: weights, settings and the versions of the libraries."""
+        return content_key(*self.fingerprint)
 
 
 def _groups(frames: Sequence[Tensor], temporal_patch: int) -> Tensor:

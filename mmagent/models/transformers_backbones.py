@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,13 @@ _PROBE = 192  # pixels: a multiple of every reduction that hierarchical models h
 @dataclass(frozen=True)
 class TransformersCall:
     """Calls a model of transformers: ``prefix`` tokens in front of the grid, ``registers`` of them no class token;
-    ``layout`` of its last hidden state; ``takes`` of the optional inputs; ``native`` pixels it was built for."""
+    ``layout`` of its last hidden state; inputs that it ``takes``, in order; ``native`` pixels, its own size."""
 
     patch_size: int
     prefix: int
     registers: int
     layout: str
-    takes: frozenset[str]
+    takes: tuple[str, ...]
     native: tuple[int, int] | None
 
     def __call__(self, module: Any, pixels: Tensor, masked: Tensor | None, layers: Sequence[int] = ()) -> GridFeatures:
@@ -82,7 +82,7 @@ class TransformersCall:
 
 
 def _inputs(
-    module: Any, pixels: Tensor, patch: int, takes: frozenset[str], native: tuple[int, int] | None
+    module: Any, pixels: Tensor, patch: int, takes: Collection[str], native: tuple[int, int] | None
 ) -> dict[str, Any]:
     if module.config.model_type in PATCHED:
         images, channels, height, width = pixels.shape
@@ -143,7 +143,7 @@ def wrap_transformers(
     width = tokens.shape[-1]
     return Backbone(
         module,
-        TransformersCall(patch, prefix, registers, layout, takes, native),
+        TransformersCall(patch, prefix, registers, layout, tuple(sorted(takes)), native),
         patch,
         width,
         width if pooled is None or pool == "mean" else pooled.flatten(1).shape[-1],

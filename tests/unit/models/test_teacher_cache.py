@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,7 @@ from mmagent.models.layers import initialise
 from mmagent.models.teachers import Teacher, TeacherConfig, TeacherFeatures, load_teachers
 from mmagent.objectives.distillation import Distillation, DistillationConfig
 from mmagent.types import MaskedVision, PackedVision
-from tests.backbone_kit import timm_model, transformers_model
+from tests.backbone_kit import TIMM, timm_model, transformers_model
 
 GEOMETRY = GeometryConfig(min_tokens=1)
 HALF = (0.5, 0.5, 0.5)
@@ -238,6 +242,7 @@ def test_whatever_changes_a_feature_changes_its_key(tmp_path):
     look(wrap(transformers_model("dinov3"), pool="mean"), cache)
     look(wrap(transformers_model("dinov3", layer_norm_eps=1e-3)), cache)
     look(wrap(transformers_model("dinov3", hidden_act="relu")), cache)
+    look(wrap(transformers_model("dinov3", rope_theta=50.0)), cache)
     look(wrap(transformers_model("dinov3")), cache, resolution=32)
     look(wrap(transformers_model("dinov3")), cache, dtype=torch.bfloat16)
     look(wrap(transformers_model("dinov3")), cache_in(tmp_path, "bfloat16"))
@@ -251,6 +256,69 @@ def test_whatever_changes_a_feature_changes_its_key(tmp_path):
     again = Teacher(wrap(transformers_model("dinov3")), "another name", cache=cache)
     again([image], grid, 2)
     assert again.hits == 1
+
+
+@pytest.mark.parametrize("change", ["global_pool", "temperature", "_private", "pool"])
+def test_what_is_no_weight_and_no_layer_tells_teachers_of_timm_apart(change, tmp_path):
+    """Same weights, same layers, another value beside them: each has its own features."""
+    name, cache = "vit_small_patch16_dinov3.lvd1689m", cache_in(tmp_path)
+    one, other = (timm_model(name) for _ in range(2))
+    options = {"pool": "mean"} if change == "pool" else {}
+    if change == "global_pool":
+        other = timm_model(name, global_pool="avg")
+        assert repr(one) == repr(other)
+    elif change == "temperature":
+        other.rope.temperature = 7.0
+    elif change == "_private":
+        other.blocks[1].attn._scales = (0.5, [True, "x"])
+    other.load_state_dict(one.state_dict())
+    first, second = Teacher(wrap(one), "t", cache=cache), Teacher(wrap(other, **options), "t", cache=cache)
+    assert first.fingerprint.weights == second.fingerprint.weights
+    pixels = [picture(64, 64, 0)]
+    seen = [teacher(pixels, grids_of(pixels), 2).summary for teacher in (first, second)]
+    assert second.hits == 0
+    assert change not in ("global_pool", "pool") or not torch.equal(*seen)
+
+
+IDENTITIES = """
+from mmagent.models.backbones import wrap
+from mmagent.models.teachers import Teacher
+from tests.backbone_kit import timm_model, transformers_model
+
+kinds = ["dinov2", "dinov3", "siglip2", "beit", "convnext"]
+for model in map(transformers_model, kinds):
+    print(*Teacher(wrap(model), "t").fingerprint)
+for name in ("vit_small_patch16_dinov3.lvd1689m", "naflexvit_base_patch16_siglip.v2_webli", "resnet18.a1_in1k"):
+    print(*Teacher(wrap(timm_model(name)), "t").fingerprint)
+"""
+
+
+def test_an_identity_is_the_same_in_every_process():
+    """Order of sets, addresses and what is noted at random would each differ."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", IDENTITIES],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    said = [run.communicate(timeout=120)[0].splitlines() for run in runs]
+    assert all(run.returncode == 0 for run in runs)
+    assert len(set(said[0])) == 8
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit_small_patch16_dinov3.lvd1689m"])
+def test_an_identity_follows_a_folder_that_moves_and_outlives_use(kind, tmp_path):
+    make = timm_model if kind in TIMM else transformers_model
+    save_backbone(wrap(make(kind)), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    one, other = (Teacher.load(tmp_path / name, "t") for name in "ab")
+    pixels = [picture(64, 96, 0), picture(32, 32, 0)]
+    other(pixels, grids_of(pixels), 2)
+    assert one.fingerprint == other.fingerprint
 
 
 def test_a_call_without_a_name_cannot_be_cached(tmp_path):
