@@ -226,13 +226,13 @@ def _classify(fit: _Seen, seen: _Seen, train: Examples, test: Examples, how: Pro
 
 
 class _Patches:
-    """A sample of the training images' patches with what lies under them."""
+    """A sample of the training images' patches with what lies under them, and of which image they are."""
 
     def __init__(self, merge_size: int, how: Probing, images: int):
         self.merge_size, self.how = merge_size, how
         self.most = min(how.patches_per_image, max(how.patches // max(images, 1), 1))
-        self.classes: list[tuple[Tensor, Tensor]] = []
-        self.values: list[tuple[Tensor, Tensor]] = []
+        self.classes: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.values: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def keep(self, n: int, example: Example, features: ImageFeatures) -> None:
         if example.mask is not None:
@@ -240,24 +240,24 @@ class _Patches:
         if example.depth is not None:
             self._add(self.values, n, features, patch_means(example.depth, features.grid, self.merge_size))
 
-    def _add(self, into: list[tuple[Tensor, Tensor]], n: int, features: ImageFeatures, truth: Tensor) -> None:
+    def _add(self, into: list[tuple[Tensor, Tensor, Tensor]], n: int, features: ImageFeatures, truth: Tensor) -> None:
         known = (truth.isfinite() if truth.is_floating_point() else truth >= 0).nonzero()[:, 0]
         chosen = known[sampled(len(known), self.most, n)]
-        into.append((features.tokens[chosen], truth[chosen]))
+        into.append((features.tokens[chosen], truth[chosen], torch.full_like(chosen, n)))
 
     def fit(self, name: str) -> tuple[LinearProbe | None, LinearProbe | None]:
         """Of classes and of values, as far as there are any."""
         found = []
         for kept in (self.classes, self.values):
-            there = any(len(truth) for _, truth in kept)
+            there = any(len(truth) for _, truth, _ in kept)
             found.append([torch.cat(column) for column in zip(*kept, strict=True)] if there else None)
         classes, values = found
         if classes is None and values is None:
             raise ValueError(f"{name}: no image has a map of classes or of distances, which dense probes need")
         told, device = f"{name}: segmentation" if self.how.progress else "", self.how.device
         return (
-            None if classes is None else fit_logistic(*classes, device=device, progress=told),
-            None if values is None else fit_ridge(*values, device=device),
+            None if classes is None else fit_logistic(*classes[:2], groups=classes[2], device=device, progress=told),
+            None if values is None else fit_ridge(*values[:2], groups=values[2], device=device),
         )
 
 
@@ -296,7 +296,8 @@ class _Judge:
 
     def facts(self) -> dict[str, str]:
         probes = {"segmentation": self.classes, "depth": self.values}
-        return {name: f"penalty {probe.penalty:g}" for name, probe in probes.items() if probe is not None}
+        chosen = "chosen on a fifth of the training images"
+        return {name: f"penalty {probe.penalty:g}, {chosen}" for name, probe in probes.items() if probe is not None}
 
 
 def measure_towers(model: ImageText, test: Examples, classes: Tensor | None, how: Probing) -> Measured:

@@ -163,6 +163,7 @@ def fit_logistic(
     max_steps: int = 200,
     device: torch.device | str = "cpu",
     progress: str = "",
+    groups: Tensor | None = None,
 ) -> LinearProbe:
     """Multinomial logistic regression of ``labels (I,)`` on ``train (I, W)``: the linear probe of CLIP (arXiv
     2103.00020, A.3) and of the DINO family.
@@ -172,8 +173,10 @@ def fit_logistic(
     most often right on the ``held_out`` share of every class (of equals, the one of the lower loss there), drawn by
     ``seed``; then all rows are fitted. Penalties are tried from the strongest on, each from the solution of the one
     before, until two in a row did worse than the best. A class with a single row stays in the fit; where no class has
-    two, the middle penalty is taken. ``classes`` is K, should the training set lack the last ones. ``progress`` names a
-    bar of the penalties tried, on stderr, which appears after two seconds.
+    two, the middle penalty is taken. Rows of one image are alike: with ``groups (I,)``, whose image a row is, whole
+    groups are held out (:func:`whole_groups`), so that no row is judged by its neighbours. ``classes`` is K, should the
+    training set lack the last ones. ``progress`` names a bar of the penalties tried, on stderr, which appears after two
+    seconds.
     """
     check(train, labels, "linear probe")
     classes = max(classes, int(labels.max()) + 1)
@@ -183,7 +186,10 @@ def fit_logistic(
     y = labels.to(device)
     penalties = sorted(penalties, reverse=True)
     chosen, start = penalties[len(penalties) // 2], None
-    fitted, held = stratified(labels, held_out, seed)
+    if groups is None:
+        fitted, held = stratified(labels, held_out, seed)
+    else:
+        fitted, held = whole_groups(groups, held_out, seed, labels)
     if len(penalties) > 1 and len(held):
         best = (-1.0, -float("inf"))
         warm, worse = None, 0
@@ -213,6 +219,30 @@ def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]
         held.append(rows[: min(max(int(share * len(rows)), 1), len(rows) - 1)])
     out = torch.zeros(len(labels), dtype=torch.bool)
     out[torch.cat(held)] = True
+    return (~out).nonzero()[:, 0], out.nonzero()[:, 0]
+
+
+def whole_groups(groups: Tensor, share: float, seed: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows to fit and rows held out, ascending, of which no two are of one group of ``groups (I,)``: about ``share`` of
+    the groups is held out, at least one of two, drawn by ``seed``. A group that has the last rows of one of the classes
+    ``labels (I,)`` stays in the fit. Nothing is held out where that leaves no group, or there is only one."""
+    order = groups.argsort(stable=True)
+    _, counts = groups.unique(return_counts=True)
+    rows = order.split(counts.tolist())
+    most = min(max(int(share * len(rows)), 1), len(rows) - 1)
+    left = labels.bincount() if labels is not None else None
+    out = torch.zeros(len(groups), dtype=torch.bool)
+    held = 0
+    for n in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        if held >= most:
+            break
+        if labels is not None and left is not None:
+            own, times = labels[rows[n]].unique(return_counts=True)
+            if (left[own] == times).any():
+                continue
+            left[own] -= times
+        out[rows[n]] = True
+        held += 1
     return (~out).nonzero()[:, 0], out.nonzero()[:, 0]
 
 
@@ -260,18 +290,23 @@ def _judged(x: Tensor, labels: Tensor, solution: Tensor) -> tuple[float, float]:
     return right / len(x), likelihood / len(x)
 
 
-def fit_ridge(train: Tensor, targets: Tensor, *, device: torch.device | str = "cpu") -> LinearProbe:
+def fit_ridge(
+    train: Tensor, targets: Tensor, *, device: torch.device | str = "cpu", groups: Tensor | None = None
+) -> LinearProbe:
     """Ridge regression of ``targets (N,)`` on ``train (N, W)``, standardised; the intercept is free.
 
-    The penalty is the one of :data:`PENALTIES` with the least squared error on every fifth row, left out of a first
-    fit.
+    The penalty is the one of :data:`PENALTIES` with the least squared error on every fifth row, or with ``groups (N,)``
+    on a fifth of the groups (:func:`whole_groups`), left out of a first fit; the middle one where there is no such row.
     """
     check(train, targets, "regression")
     if not targets.isfinite().all():
         raise ValueError(f"regression: the target of row {int(targets.isfinite().int().argmin())} is not finite")
     mean, deviation = _moments(train)
     x, y = ((train - mean) / deviation).to(device, torch.float64), targets.to(device, torch.float64)
-    held = torch.arange(len(x), device=x.device) % 5 == 4
+    held = torch.arange(len(x)) % 5 == 4
+    if groups is not None:
+        held = torch.zeros(len(x), dtype=torch.bool).index_fill(0, whole_groups(groups, 0.2, 0)[1], True)
+    held = held.to(x.device)
     chosen = PENALTIES[len(PENALTIES) // 2]
     if held.any():
         solutions = _ridge_path(x[~held], y[~held])

@@ -23,6 +23,7 @@ from evals.encoder.classify import (
     knn_predict,
     linear_accuracy,
     stratified,
+    whole_groups,
 )
 from evals.encoder.dense import (
     RegressionScore,
@@ -140,6 +141,36 @@ def test_the_penalty_is_the_best_on_rows_held_out_of_every_class():
         accuracies[penalty] = theirs.score(x[held], labels[held].numpy())
     assert accuracies[probe.penalty] == max(accuracies.values())
     assert len(set(accuracies.values())) > 1  # there was something to choose
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=60), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_images_are_held_out_whole_and_every_class_keeps_a_row(rows, seed):
+    labels, groups = (torch.tensor(column) for column in zip(*rows, strict=True))
+    fitted, held = whole_groups(groups, 0.2, seed, labels)
+    assert sorted([*fitted.tolist(), *held.tolist()]) == list(range(len(rows)))
+    assert not set(groups[fitted].tolist()) & set(groups[held].tolist())
+    assert set(labels[fitted].tolist()) == set(labels.tolist())
+    count = len(groups.unique())
+    _, drawn = whole_groups(groups, 0.2, seed)
+    assert len(groups[drawn].unique()) == (max(int(0.2 * count), 1) if count > 1 else 0)
+
+
+def test_a_penalty_is_not_chosen_by_patches_of_images_that_were_fitted():
+    """Each image has a direction of its own that all its patches share: rows held out at random are known by it, and
+    then the least penalty seems best; a new image has none of it."""
+    generator = torch.Generator().manual_seed(0)
+    images, each = 60, 20
+    groups = torch.arange(images).repeat_interleave(each)
+    truth = torch.randn(images, generator=generator)
+    own = torch.randn(images, 60, generator=generator)[groups]
+    signal = (truth + 2.0 * torch.randn(images, generator=generator))[groups, None]
+    x = torch.cat([own, signal, 0.1 * torch.randn(images * each, 4, generator=generator)], dim=1)
+    y = truth[groups]
+    assert fit_ridge(x, y).penalty == min(classify.PENALTIES)
+    assert fit_ridge(x, y, groups=groups).penalty > 1e-2
+    labels = (y > 0).long()
+    assert fit_logistic(x, labels, groups=groups).penalty > fit_logistic(x, labels).penalty
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(0, 5))
