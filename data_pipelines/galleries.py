@@ -15,9 +15,9 @@ import numpy as np
 from data_pipelines.documents import Quarantine, QuarantineConfig
 from data_pipelines.hub_images import ColumnsConfig
 from data_pipelines.image_sets import open_images
-from data_pipelines.image_shards import ImageShards, plain_text
-from data_pipelines.labelled import ImageSet, LabelledPicture
-from data_pipelines.mixture import Source, digest, permute
+from data_pipelines.image_shards import LOOKED_AT, ImageShards, plain_text
+from data_pipelines.labelled import ImageSet, LabelledPicture, Subset, require
+from data_pipelines.mixture import digest, permute
 from data_pipelines.shards import ShardSet, TornTail
 from mmagent.geometry import GeometryConfig, fit
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
@@ -161,10 +161,13 @@ class ShardGallery:
         name: str = "pictures",
         quarantine: Quarantine | None = None,
         kinds: Sequence[str] = (),
+        chosen: Subset | None = None,
     ):
-        """``geometry`` refuses images of impossible shape before a stream meets them."""
-        self.shards, self.geometry = ShardSet(path), geometry
-        self.source = Source(name, self.shards, 1.0, seed)
+        """``geometry`` refuses images of impossible shape before a stream meets them. ``chosen``: only these samples of
+        the shards."""
+        self.shards, self.geometry, self.chosen = ShardSet(path), geometry, chosen
+        self.samples: _Samples = self.shards if chosen is None else chosen
+        self.name, self.seed = name, seed
         self.quarantine = quarantine or Quarantine(QuarantineConfig())
         self.kinds = tuple(kinds)
         for torn in self.shards.torn:
@@ -174,18 +177,20 @@ class ShardGallery:
         """Raises :class:`~data_pipelines.documents.QuarantineError` when too many records are unusable."""
 
         def read(sample: int) -> Picture:
-            return picture_of(from_sample(self.shards.read(sample)), self.geometry, self.kinds)
+            number = sample if self.chosen is None else self.chosen.index(sample)
+            return picture_of(from_sample(self.shards.read(number)), self.geometry, self.kinds)
 
-        seeds = (self.source.seed, position)
-        return _usable(self.source.sample(position), seeds, self.shards, read, self.quarantine, self.source.name)
+        sample = _in_order(position, len(self.samples), self.seed, self.name)
+        return _usable(sample, (self.seed, position), self.samples, read, self.quarantine, self.name)
 
     def losses(self) -> Losses:
         """Its own, should it share a quarantine with others of other names."""
-        return Losses(self.quarantine.bad[self.source.name], len(self.shards.torn))
+        return Losses(self.quarantine.bad[self.name], len(self.shards.torn))
 
     def fingerprint(self) -> str:
         """The shards', with the seed of the order and the kinds."""
-        return f"{self.shards.fingerprint()} in order {self.source.seed}, kinds {', '.join(self.kinds) or 'none'}"
+        samples = self.shards.fingerprint() if self.chosen is None else self.chosen.fingerprint()
+        return f"{samples} in order {self.seed}, kinds {', '.join(self.kinds) or 'none'}"
 
 
 def picture_of(record: Record, geometry: GeometryConfig, kinds: Sequence[str] = ()) -> Picture:
@@ -219,6 +224,12 @@ class _Samples(Protocol):
     def __len__(self) -> int: ...
 
     def where(self, index: int) -> str: ...
+
+
+def _in_order(position: int, size: int, seed: int, name: str) -> int:
+    """Which of ``size`` samples stands at ``position``: every epoch has an order of its own."""
+    epoch, place = divmod(position, size)
+    return permute(place, size, digest(seed, name, epoch))
 
 
 def _usable(
@@ -269,8 +280,7 @@ class ImageSetGallery:
 
     def __call__(self, position: int) -> Picture:
         """Raises :class:`~data_pipelines.documents.QuarantineError` when too many samples are unusable."""
-        epoch, place = divmod(position, len(self.images))
-        sample = permute(place, len(self.images), digest(self.seed, self.name, epoch))
+        sample = _in_order(position, len(self.images), self.seed, self.name)
 
         def read(chosen: int) -> Picture:
             return self._picture(self.images[chosen], position)
@@ -307,16 +317,36 @@ def open_gallery(
     kinds: Sequence[str] = (),
     columns: ColumnsConfig | None = None,
     split: str = "",
+    captions: bool = False,
+    maps: bool = True,
 ) -> Gallery:
     """A gallery of whatever ``source`` names: a :class:`ShardGallery` for shards of the library's own records, which
     know boxes, else an :class:`ImageSetGallery` of the set's training split, or of everything where it has no splits
     (see :func:`~data_pipelines.image_sets.open_images`). ``split`` "train" leaves a test part out in any case, the one
-    that an evaluation of the same source judges by. Raises ``ValueError`` for what cannot be opened."""
+    that an evaluation of the same source judges by. ``kinds`` are those of labelled boxes, and with ``maps`` of maps of
+    classes too. Raises ``ValueError`` for what cannot be opened, and with ``captions`` for what has no texts: neither
+    captions nor names of classes."""
     images = open_images(source, split, columns=columns)
-    if isinstance(images, ImageShards) and images.records:
-        return ShardGallery(images.shards.location, geometry, seed, name, quarantine, kinds)
-    torn = images.shards.torn if isinstance(images, ImageShards) else ()
-    return ImageSetGallery(images, geometry, seed, name, quarantine, kinds, torn)
+    whole, chosen = (images.whole, images) if isinstance(images, Subset) else (images, None)
+    records = isinstance(whole, ImageShards) and whole.records
+    if captions and not (records and _labelled(whole.shards)) and not ("label" in images.holds and images.classes):
+        require(images, "caption")
+    if records:
+        return ShardGallery(whole.shards.location, geometry, seed, name, quarantine, kinds, chosen)
+    torn = whole.shards.torn if isinstance(whole, ImageShards) else ()
+    return ImageSetGallery(images, geometry, seed, name, quarantine, kinds if maps else (), torn)
+
+
+def _labelled(shards: ShardSet) -> bool:
+    """Whether any of some records has labelled boxes, which stand in for a text."""
+    for n in range(looked := min(len(shards), LOOKED_AT)):
+        try:
+            record = from_sample(shards.read(n * len(shards) // looked))
+        except RecordError:
+            continue  # whoever uses the record counts it
+        if any(region.label.strip() for region in record.boxes):
+            return True
+    return False
 
 
 def mixed(galleries: Mapping[str, Gallery], weights: Mapping[str, float]) -> Gallery:

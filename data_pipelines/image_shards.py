@@ -20,7 +20,7 @@ from mmagent.chat import Text
 from mmagent.records import IMAGE_EXTENSIONS, Record, RecordError, from_sample
 
 CLASSES = "classes.txt"
-_LOOKED_AT = 32  # samples that are asked what kinds of answers there are
+LOOKED_AT = 32  # samples that are asked what kinds of answers there are
 
 
 class ImageShards:
@@ -36,7 +36,7 @@ class ImageShards:
 
     def _kinds(self) -> frozenset[Kind]:
         found: set[Kind] = set()
-        looked = min(len(self), _LOOKED_AT)
+        looked = min(len(self), LOOKED_AT)
         bad: list[RecordError] = []
         for n in range(looked):
             try:

@@ -110,26 +110,30 @@ def require(images: ImageSet, kind: Kind) -> None:
 
 
 class Subset:
-    """Some of the samples of another set. ``name`` tells how they were chosen."""
+    """Some of the samples of another set, the ``whole``. ``name`` tells how they were chosen."""
 
     def __init__(self, images: ImageSet, indices: Sequence[int], name: str):
-        self._images, self._indices, self._name = images, np.asarray(indices, dtype=np.int64), name
+        self.whole, self._indices, self._name = images, np.asarray(indices, dtype=np.int64), name
         self.source, self.classes, self.holds = f"{images.source} ({name})", images.classes, images.holds
 
     def __len__(self) -> int:
         return len(self._indices)
 
+    def index(self, index: int) -> int:
+        """Which sample of the whole set its ``index``-th is."""
+        return int(self._indices[index])
+
     def __getitem__(self, index: int) -> LabelledPicture:
-        return self._images[int(self._indices[index])]
+        return self.whole[self.index(index)]
 
     def where(self, index: int) -> str:
-        return self._images.where(int(self._indices[index]))
+        return self.whole.where(self.index(index))
 
     def hint(self, kind: Kind) -> str:
-        return self._images.hint(kind)
+        return self.whole.hint(kind)
 
     def fingerprint(self) -> str:
-        return f"{self._images.fingerprint()} {self._name}"
+        return f"{self.whole.fingerprint()} {self._name}"
 
 
 class Renumbered:

@@ -66,10 +66,11 @@ class CropConfig:
 
 @dataclass(frozen=True)
 class _Step(Generic[Batch]):
-    """A prepared step, and how often a sample could not be used for it."""
+    """A prepared step, how often a sample could not be used for it, and more to log."""
 
     batches: list[Batch]
     quarantined: int
+    metrics: Mapping[str, float]
 
 
 class VisionStream(Iterator[list[Batch]], Generic[Batch]):
@@ -131,6 +132,7 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
             "data/fill_patches": patches / (len(batches) * self.config.patches_per_microbatch),
             "data/quarantined": float(step.quarantined),
             "data/torn_shards": float(losses_of(self.gallery).torn_shards),
+            **step.metrics,
         }
         return batches
 
@@ -153,7 +155,8 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         for n in range(count):
             positions = mine[len(mine) * n // count : len(mine) * (n + 1) // count]
             batches.append(self._build([self.gallery(p) for p in positions], positions, length))
-        return _Step(batches, losses_of(self.gallery).samples - before)  # a running sum would not survive a kill
+        lost = losses_of(self.gallery).samples - before  # a running sum would not survive a kill
+        return _Step(batches, lost, _distinct_captions(batches))
 
     def state_dict(self) -> dict[str, Any]:
         """Steps delivered, and what must not change when they are continued."""
@@ -182,6 +185,13 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         """Stop the thread. Iterating afterwards is an error."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
+
+
+def _distinct_captions(batches: Sequence[MaskedVision | PairedBatch]) -> dict[str, float]:
+    """``data/distinct_captions``: of this rank's texts of the step, as the text tower sees them, the share that a
+    contrast could tell apart: 1 where no two are equal."""
+    texts = [t for b in batches if isinstance(b, PairedBatch) for t in b.text_ids.split(b.segments.lengths)]
+    return {"data/distinct_captions": len({tuple(text.tolist()) for text in texts}) / len(texts)} if texts else {}
 
 
 def distillation_stream(

@@ -33,7 +33,8 @@ from recipes.encoder_stage import StageConfig, part_of, pictures, train
 class Config(StageConfig):
     """``init``: the encoder of stage 1, or any that :func:`~mmagent.interop.encoder_folder.open_encoder` takes.
     ``text.vocab_size`` is raised to the tokenizer's if it is smaller. ``sources`` whose records have labelled boxes say
-    what patches show: ``kinds`` are classes 1 and on of ``objective.classes``."""
+    what patches show: ``kinds`` are classes 1 and on of ``objective.classes``, and kinds of your own are also those of
+    plain images' maps (``IMAGE.mask.png``)."""
 
     output: str = "runs/align"
     init: str = "runs/distill/encoder"
@@ -102,7 +103,11 @@ def main() -> None:
     size = max(config.text.vocab_size, vocab.size)
     tower = TextTower(replace(config.text, vocab_size=size, max_length=max(config.text.max_length, config.max_text)))
     objective = Alignment(encoder, tower, config.objective)
-    gallery = pictures(config, geometry, world, kinds=tuple(config.kinds), classes="")
+    asked = config.objective
+    kinds = tuple(config.kinds) if asked.classes or asked.places else ()
+    texts = bool(asked.contrastive_weight or asked.words_weight)
+    own = kinds != KINDS  # a map of plain images cannot mean the widgets that our own screens have
+    gallery = pictures(config, geometry, world, kinds=kinds, captions=texts, maps=own, classes="")
     stream = pair_stream(config.data, gallery, geometry, vocab, config.max_text, world)
     run, weights = train(config, "align", objective, stream, world)
     if world.is_main:

@@ -59,16 +59,28 @@ class StageConfig:
 
 
 def pictures(
-    config: StageConfig, geometry: GeometryConfig, world: World, *, kinds: tuple[str, ...] = (), **drawn: Any
+    config: StageConfig,
+    geometry: GeometryConfig,
+    world: World,
+    *,
+    kinds: tuple[str, ...] = (),
+    captions: bool = False,
+    maps: bool = True,
+    **drawn: Any,
 ) -> Gallery:
-    """All of ``config.mix`` in one gallery. ``kinds`` are classes of labelled boxes; ``drawn`` goes to
-    :func:`~data_pipelines.galleries.built_in`."""
+    """All of ``config.mix`` in one gallery. ``kinds``, ``captions`` and ``maps`` go to
+    :func:`~data_pipelines.galleries.open_gallery`, ``drawn`` to :func:`~data_pipelines.galleries.built_in`. Raises
+    ``ConfigError`` naming a source that cannot be used so."""
     quarantine = Quarantine(config.quarantine.within(config.output), world.rank)
-    wanted = {name: source for name, source in config.sources.items() if config.mix[name]}
-    others = {
-        name: open_gallery(source, geometry, config.seed, name, quarantine, kinds, config.columns, config.split)
-        for name, source in wanted.items()
-    }
+    how: dict[str, Any] = {"columns": config.columns, "split": config.split, "captions": captions, "maps": maps}
+    others: dict[str, Gallery] = {}
+    for name, source in config.sources.items():
+        if not config.mix[name]:
+            continue
+        try:
+            others[name] = open_gallery(source, geometry, config.seed, name, quarantine, kinds, **how)
+        except ValueError as error:
+            raise ConfigError(f"sources.{name}: {error}") from error
     return built_in(config.mix, others=others, **drawn)
 
 

@@ -101,7 +101,8 @@ def main() -> None:
     dist.seed_everything(config.seed)
     encoder = BackboneEncoder(new_backbone(config.kind, config.width, config.depth, config.heads, config.patch_size))
     geometry = GeometryConfig(patch_size=config.patch_size, min_tokens=1)
-    gallery = pictures(config, geometry, world, side=config.side, classes=config.classes)
+    texts = config.kind == "siglip2"
+    gallery = pictures(config, geometry, world, captions=texts, side=config.side, classes=config.classes)
     if config.kind == "siglip2":
         vocab = Vocab.load(config.tokenizer)
         objective: Any = Alignment(encoder, TextTower(replace(text_laptop(vocab.size), depth=1)), config.alignment)

@@ -19,7 +19,7 @@ from data_pipelines.shards import ShardWriter
 from mmagent.chat import Image as ImagePart
 from mmagent.chat import Text
 from mmagent.geometry import GeometryConfig
-from mmagent.records import Record, RecordError, encode_image
+from mmagent.records import Record, RecordError, Region, encode_image
 from tests.data_pipelines.image_samples import COLOURS, bomb, encoded, folder_of_classes, pixels, tar_of, write
 
 GEOMETRY = GeometryConfig(min_tokens=1)
@@ -418,6 +418,41 @@ def test_training_can_leave_out_what_an_evaluation_judges_by(tmp_path):
     seen = {gallery(n).key for n in range(60 - len(judged))}
     assert len(seen) == 60 - len(judged)
     assert not seen & {judged[n].key for n in range(len(judged))}
+
+
+def test_what_has_no_texts_is_refused_where_texts_are_learned_from(tmp_path):
+    """All its pictures would share one empty caption, and any of them counts as found."""
+    write(tmp_path / "flat" / "a.png", encoded(pixels("red", 0)))
+    tar_of(tmp_path / "numbered" / "0.tar", {"a.png": encoded(pixels("red", 0)), "a.cls": "3"})
+    with ShardWriter(tmp_path / "silent") as writer:
+        writer.write(Record("r", "s", parts=(ImagePart(),), images=(encode_image(pixels("red", 0)),)))
+    for name, said in (
+        ("flat", "put captions of IMAGE.jpg into IMAGE.txt"),
+        ("numbered", "a sample's captions are its KEY.txt"),
+        ("silent", "a sample's captions are its KEY.txt"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: has no captions; {said}"):
+            open_gallery(str(tmp_path / name), GEOMETRY, captions=True)
+        assert open_gallery(str(tmp_path / name), GEOMETRY)(0).caption == ""
+    write(tmp_path / "flat" / "a.txt", "a red field")
+    assert open_gallery(str(tmp_path / "flat"), GEOMETRY, captions=True)(0).caption == "a red field"
+    named = open_gallery(str(folder_of_classes(tmp_path / "named", 1)), GEOMETRY, captions=True)
+    assert named(0).caption in NAMES
+    with ShardWriter(tmp_path / "boxes") as writer:
+        boxes = (Region(0, (0, 0, 20, 20), "button"),)
+        writer.write(Record("r", "s", parts=(ImagePart(),), images=(encode_image(pixels("red", 0)),), boxes=boxes))
+    assert open_gallery(str(tmp_path / "boxes"), GEOMETRY, captions=True)(0).caption == "button"
+
+
+def test_maps_that_nobody_reads_stop_nothing(tmp_path):
+    """Their classes are the user's, not the kinds of boxes; they may even be broken."""
+    write(tmp_path / "set" / "a.png", encoded(pixels("red", 0)))
+    write(tmp_path / "set" / "a.mask.png", encoded(_mask([0, 90, 255])))
+    write(tmp_path / "set" / "b.png", encoded(pixels("red", 1)))
+    write(tmp_path / "set" / "b.mask.png", b"no image")
+    strict = Quarantine(QuarantineConfig(max_share=0.0, min_seen=1))
+    gallery = open_gallery(str(tmp_path / "set"), GEOMETRY, quarantine=strict, kinds=("button",), maps=False)
+    assert [gallery(n).classes for n in range(4)] == [None] * 4
 
 
 def test_what_cannot_be_used_is_counted_and_replaced(tmp_path):

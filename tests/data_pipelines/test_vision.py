@@ -167,6 +167,26 @@ def test_pairs_keep_aspect_and_follow_the_sequence_length(vocab):
     assert len(shapes) > 4
 
 
+def test_the_share_of_distinct_captions_is_told(vocab):
+    """Of what the text tower sees: texts that differ beyond their end are equal."""
+    texts = ("red", "red", "a", "")
+
+    def pictures(position: int) -> Picture:
+        return Picture(np.zeros((28, 28, 3), np.uint8), texts[position % 4], f"{position}")
+
+    def share(max_text: int) -> float:
+        config = VisionStreamConfig(images_per_step=4, patches_per_microbatch=32, sequence_lengths=[16], prefetch=False)
+        stream = pair_stream(config, pictures, GEOMETRY, vocab, max_text)
+        assert len(next(stream)) == 2  # counted over micro-batches
+        return stream.metrics["data/distinct_captions"]
+
+    assert share(64) == 0.75
+    assert share(1) == 0.25  # nothing but the end
+    masked = masked_stream(prefetch=False)
+    next(masked)
+    assert "data/distinct_captions" not in masked.metrics
+
+
 def test_square_pairs_are_all_of_one_grid(vocab):
     config = VisionStreamConfig(images_per_step=6, patches_per_microbatch=500, sequence_lengths=[70], prefetch=False)
     (pairs,) = next(pair_stream(config, tiny_picture, GEOMETRY, vocab, square=True))

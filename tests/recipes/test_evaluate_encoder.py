@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipelines.hub_images import ColumnsConfig
+from data_pipelines.shards import ShardWriter
+from mmagent.chat import Image, Text
+from mmagent.dist import World
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import open_encoder, save_encoder
 from mmagent.interop.image_text import save_image_text
@@ -17,11 +21,14 @@ from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.models.text_tower import TextTower, text_debug
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.ops.torchvision_shim import ensure_torchvision
+from mmagent.records import Record, Region, encode_image
 from mmagent.train.launch import launch
 from mmagent.train.step import begun
 from mmagent.vocab import Vocab
 from recipes import evaluate_encoder
 from recipes.encoder_sources import open_judged
+from recipes.encoder_stage import StageConfig, pictures
+from recipes.probe_data import DataOptions, users_question
 from tests.data_pipelines.image_samples import COLOURS, bomb, encoded, folder_of_classes, pixels, tar_of, write
 
 GEOMETRY = GeometryConfig(min_tokens=1)
@@ -182,3 +189,46 @@ def test_sources_keep_their_geometry_within_what_is_asked(encoders):
     one = open_judged(f"x={encoders['ours']}/encoder", "cpu", max_patches=40, towers=False)
     assert (one.name, one.geometry.max_tokens, one.towers) == ("x", 10, None)
     assert open_judged(str(encoders["towers"]), "cpu").towers is not None
+
+
+def _sources(root: Path) -> dict[str, Path | str]:
+    """Every kind of source of 60 images, no two of which are equal, with and without splits of its own."""
+    made = {(name, n): encoded(pixels(name, n)) for name in COLOURS for n in range(20)}
+    folder_of_classes(root / "folder", 20)
+    folder_of_classes(root / "split" / "train", 14)
+    folder_of_classes(root / "split" / "test", 6, first=14)
+    members: dict[str, bytes | str] = {}
+    for (name, n), data in made.items():
+        members |= {f"{name}{n}.png": data, f"{name}{n}.txt": f"{name} {n}"}
+    tar_of(root / "tars" / "0.tar", members)
+    for part, some in (("train", slice(80)), ("test", slice(80, None))):
+        tar_of(root / "tar splits" / part / "0.tar", dict(list(members.items())[some]))
+    with ShardWriter(root / "records") as writer:
+        for name, n in made:
+            boxes = (Region(0, (0, 0, 20, 20), f'button "{name}"'),)
+            parts = (Image(), Text(f"{name} {n}"))
+            writer.write(Record(f"{name}{n}", "s", parts=parts, images=(encode_image(pixels(name, n)),), boxes=boxes))
+    found: dict[str, Path | str] = {path.name: path for path in root.iterdir()}
+    found["hub"], found["hub splits"] = f"datasets:imagefolder:{root}/folder", f"datasets:imagefolder:{root}/split"
+    return found
+
+
+@pytest.mark.parametrize("kind", ["folder", "split", "tars", "tar splits", "records", "hub", "hub splits"])
+def test_training_on_a_source_leaves_out_what_the_command_judges_by(kind, tmp_path, monkeypatch):
+    """By the defaults of both commands, whatever the seed of the training."""
+    if kind.startswith("hub"):
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = str(_sources(tmp_path / "sources")[kind])
+    args = evaluate_encoder.parser().parse_args(["x", "--data", source])
+    options = DataOptions(ColumnsConfig(), args.limit, args.square, args.seed)
+    question = users_question(source, args.test, (), options)
+    judged = {example.image.tobytes() for example in question.test.read()}
+    fitted = {example.image.tobytes() for example in question.train.read()}
+    config = StageConfig(str(tmp_path / "run"), seed=5, mix={"mine": 1.0}, sources={"mine": source}, split="train")
+    gallery = pictures(config, GEOMETRY, World(0, 1, 0, torch.device("cpu")), kinds=("button",))
+    shown = [gallery(n) for n in range(len(fitted))]  # one epoch
+    assert {picture.image.tobytes() for picture in shown} == fitted
+    assert judged
+    assert not judged & fitted
+    assert all(picture.things for picture in shown) == (kind == "records")  # boxes come along
