@@ -38,7 +38,8 @@ _NO_BUFFER_SYNC = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_SWIT
 @dataclass
 class TorchEngineConfig:
     """``parallel``: ``none`` (one process), ``ddp`` or ``fsdp2``. ``dtype``: ``float32`` or ``bfloat16`` (autocast;
-    FSDP2 also gathers parameters in it and reduces gradients in float32). ``clip_norm`` 0 leaves gradients as they
+    FSDP2 also gathers parameters in it, but those of blocks that say ``full_precision``, and reduces gradients in
+    float32). ``clip_norm`` 0 leaves gradients as they
     are. A trainable parameter that a step does not use is an error, unless ``allow_unused``."""
 
     parallel: str = "ddp"
@@ -91,9 +92,10 @@ class TorchEngine:
         for tensor in (*self.objective.parameters(), *self.objective.buffers()):
             broadcast(tensor.data)  # as DDP does: rank 0 decides the initial weights
         low = torch.bfloat16 if self.config.dtype == "bfloat16" else None
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         mesh = self.world.mesh()
         for module in (*_blocks(self.objective), self.objective):
+            dtype = None if getattr(module, "full_precision", False) else low
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             fully_shard(module, mesh=mesh, mp_policy=policy)
         if self.config.allow_unused and hasattr(self.objective, "set_reduce_scatter_unused_params"):  # torch >= 2.13
             self.objective.set_reduce_scatter_unused_params(True)  # a rank may not have used what its peers did

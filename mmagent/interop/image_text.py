@@ -26,6 +26,7 @@ from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.models.layers import Linear
+from mmagent.models.temperature import Temperature
 from mmagent.models.text_tower import TextTower, TextTowerConfig
 from mmagent.ops.state import load_weights, save_weights
 from mmagent.ops.torchvision_shim import ensure_torchvision
@@ -170,16 +171,16 @@ class AlignedTowers(ImageTextModel):
         self.text_tower = TextTower(config.text)
         self.image_head = Linear(encoder.width, config.width)  # type: ignore[arg-type]
         self.text_head = Linear(self.text_tower.width, config.width)
-        self.log_scale, self.bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.temperature = Temperature()
         self.width = config.width
 
     @property
     def logit_scale(self) -> float:  # type: ignore[override]
-        return self.log_scale.exp().item()
+        return self.temperature.log_scale.exp().item()
 
     @property
     def logit_bias(self) -> float:  # type: ignore[override]
-        return self.bias.item()
+        return self.temperature.bias.item()
 
     def _prepare_image(self, image: np.ndarray) -> tuple[PatchedImage, int]:
         patched = patchify(image, self.geometry)
@@ -221,7 +222,7 @@ def save_image_text(
     if config.text.vocab_size < vocab.size:
         raise ValueError(f"{folder}: the tower knows {config.text.vocab_size} ids, the vocabulary has {vocab.size}")
     state = alignment.state_dict() if weights is None else weights
-    parts = ("text_tower.", "image_head.", "text_head.", "log_scale", "bias")
+    parts = ("text_tower.", "image_head.", "text_head.", "temperature.")
     encoder = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     with new_folder(Path(folder)) as beside:
         save_encoder(beside / ENCODER, alignment.encoder, geometry, custom=custom, weights=encoder)
@@ -259,7 +260,7 @@ class _Rest(nn.Module):
     def __init__(self, model: AlignedTowers):
         super().__init__()
         self.text_tower, self.image_head, self.text_head = model.text_tower, model.image_head, model.text_head
-        self.log_scale, self.bias = model.log_scale, model.bias
+        self.temperature = model.temperature
 
 
 # ---------------------------------------------------------------------------------------------- transformers

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmagent.losses.contrastive import prescribed, sigmoid_gradients, sigmoid_loss
 from mmagent.losses.words import Rarity, word_loss
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
+from mmagent.models.temperature import Temperature
 from mmagent.models.text_tower import TextTower
 from mmagent.protocols import VisionEncoder
 from mmagent.types import PackedVision, PairedBatch, ParamRole, Ratio, Segments, StepOutput
@@ -97,9 +98,7 @@ class Alignment(nn.Module):
             self.text_tower = text_tower
             self.image_head = Linear(encoder.width, config.width)
             self.text_head = Linear(text_tower.width, config.width)
-            # of shape (1,), for sharded engines have no place for scalars
-            self.log_scale = nn.Parameter(torch.tensor([math.log(config.scale)]))
-            self.bias = nn.Parameter(torch.tensor([config.bias]))
+            self.temperature = Temperature(config.scale, config.bias)
         outputs = {
             "words": text_tower.config.vocab_size if config.words_weight else 0,
             "classes": config.classes,
@@ -180,11 +179,11 @@ class Alignment(nn.Module):
         metrics: dict[str, Ratio] = {}
         if self.config.contrastive_weight:
             images, texts = self._project(pooled), self.embed_texts(shown.text_ids, shown.segments)[:count]
+            log_scale, bias = self.temperature()
             if self._first_pass is not None:
-                temperature = (self.log_scale.detach().clone(), self.bias.detach().clone())
-                self._first_pass.append(_Seen(batch.keys, images, texts, *temperature))
+                self._first_pass.append(_Seen(batch.keys, images, texts, log_scale, bias))
                 return StepOutput({})
-            sums["contrastive"], metrics = self._contrast(batch, images, texts)
+            sums["contrastive"], metrics = self._contrast(batch, (images, texts, log_scale, bias))
         for name, head in self.heads.items():
             if name == "words":
                 sums[name] = self._words(head(pooled), batch)
@@ -194,12 +193,14 @@ class Alignment(nn.Module):
             logits = logits if name == "classes" else logits.view(-1, self.config.places)
             sums[name] = F.cross_entropy(logits, known, ignore_index=-1, reduction="sum")
             metrics[name] = Ratio((logits.argmax(dim=1) == known).sum(), (known >= 0).sum())
+        if pooled.requires_grad and not {"contrastive", "words"} & set(sums):
+            sums[next(iter(sums))] += 0.0 * pooled.sum()  # a pooling head must not be left without gradient
         return StepOutput(sums, metrics)
 
-    def _contrast(self, batch: PairedBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, dict[str, Ratio]]:
-        """The loss; how often an image's own caption is the nearest of all its loss compares it with, equal ones
-        counting as its own; and the temperature."""
-        tensors = (images, texts, self.log_scale, self.bias)
+    def _contrast(self, batch: PairedBatch, tensors: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Ratio]]:
+        """From images, texts, log scale and bias: the loss; how often an image's own caption is the nearest of all that
+        its loss compares it with, equal ones counting as its own; and the temperature."""
+        _, _, log_scale, bias = tensors
         if self._shares and torch.is_grad_enabled():
             share = self._shares.popleft()
             if share.keys != batch.keys:
@@ -207,11 +208,11 @@ class Alignment(nn.Module):
             loss, found = prescribed(share.loss, tensors, share.gradients), share.found
         else:
             loss, _, found = sigmoid_loss(*tensors)
-        one = torch.ones((), device=images.device)
+        one = torch.ones((), device=bias.device)
         return loss, {
             "top1": Ratio(found.sum(), one * len(found)),
-            "scale": Ratio(self.log_scale.detach().float().exp().squeeze(), one),
-            "bias": Ratio(self.bias.detach().squeeze().clone(), one),  # no view: sharded engines free gathered weights
+            "scale": Ratio(log_scale.detach().exp().squeeze(), one),
+            "bias": Ratio(bias.detach().squeeze(), one),
         }
 
     def _words(self, logits: Tensor, batch: PairedBatch) -> Tensor:
@@ -225,7 +226,7 @@ class Alignment(nn.Module):
     def after_step(self) -> None:
         """Keep the temperature in bounds, and count the step's words."""
         if self.config.contrastive_weight:
-            self.log_scale.clamp_(max=math.log(self.config.max_scale))
+            self.temperature.log_scale.clamp_(max=math.log(self.config.max_scale))
         if self.rarity is not None:
             self.rarity.end_step()
 
@@ -237,11 +238,12 @@ class Alignment(nn.Module):
         roles |= {f"text_tower.{name}": role for name, role in self.text_tower.roles().items()}
         roles |= collect_roles(self.image_head, "projection", "image_head.")
         roles |= collect_roles(self.text_head, "projection", "text_head.")
-        return roles | {name: ParamRole("projection", matrix=False, decay=False) for name in ("log_scale", "bias")}
+        alone = ParamRole("projection", matrix=False, decay=False)
+        return roles | {f"temperature.{name}": alone for name in ("log_scale", "bias")}
 
     def blocks(self) -> Iterable[nn.Module]:
-        text = self.text_tower.blocks() if self.config.contrastive_weight else ()
-        return (*trainable_blocks(self.encoder), *text)
+        own = (*self.text_tower.blocks(), self.temperature) if self.config.contrastive_weight else ()
+        return (*trainable_blocks(self.encoder), *own)
 
     def leaves(self) -> Iterable[nn.Module]:
         return ()

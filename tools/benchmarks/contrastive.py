@@ -79,7 +79,7 @@ class OneGraph(Alignment):
     """The same towers; the loss over the whole matrix of one batch, left to autograd."""
 
     def _contrast(self, batch: PairedBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, dict[str, Ratio]]:
-        return whole_matrix(images, texts, self.log_scale, self.bias), {}
+        return whole_matrix(images, texts, *self.temperature()), {}
 
 
 def batch_of(numbers: range) -> PairedBatch:

@@ -114,15 +114,26 @@ def test_every_parameter_has_a_role_and_a_learning_rate_of_its_own():
     roles = model.roles()
     assert set(roles) == {name for name, _ in model.named_parameters()}
     assert {role.role for role in roles.values()} == {"encoder", "text", "projection"}
-    assert len(list(model.blocks())) == 3
+    assert len(list(model.blocks())) == 4  # two of the encoder, one of the text tower, and the temperature
+
+
+def test_a_pooling_head_without_use_still_gets_a_gradient():
+    """Classes of patches alone: nothing reads the summary, and engines must not wait for its head."""
+    torch.manual_seed(0)
+    encoder = CogViT(CogViTConfig(width=32, depth=2, heads=2, ffn=64, pooling="attention"))
+    model = Alignment(encoder, TextTower(text_debug(50)), AlignmentConfig(contrastive_weight=0.0, classes=3))
+    known = torch.ones(batch().num_patches, dtype=torch.int64)
+    sum(model(replace(batch(), classes=known)).sums.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in encoder.pool.parameters())
 
 
 def test_the_temperature_stays_in_bounds():
     model = alignment()
     with torch.no_grad():
-        model.log_scale.fill_(9.0)
+        model.temperature.log_scale.fill_(9.0)
     model.after_step()
-    assert model.log_scale.exp().item() == pytest.approx(100.0)
+    assert model.temperature.log_scale.exp().item() == pytest.approx(100.0)
 
 
 def test_patches_are_told_apart_where_the_batch_knows_them():
