@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +17,13 @@ from mmagent.config import ConfigError
 from mmagent.dist import World
 from mmagent.engine.average import AverageConfig, WeightAverage
 from mmagent.engine.checkpoint import gather_weights
-from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.engine.optim import OptimConfig, build_optimizer, check_known
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
-from mmagent.interop.encoder_folder import Encoder, can_hide, open_encoder
+from mmagent.interop.encoder_folder import Encoder, can_hide, is_factory, open_encoder
 from mmagent.models.cogvit import CogViT, CogViTConfig
+from mmagent.testing import check_encoder
 from mmagent.train.hooks import usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
@@ -90,6 +92,8 @@ def student(source: str, vision: CogViTConfig, geometry: GeometryConfig, mask_to
     if not source:
         return Encoder(CogViT(replace(vision, mask_token=mask_token)), geometry)
     found = open_encoder(source, geometry)
+    if is_factory(source):
+        check_encoder(found.model)  # a student whose images see each other would train, and nothing would say so
     if mask_token and isinstance(found.model, CogViT):
         found.model.add_mask_token()
     elif mask_token and not can_hide(found.model):
@@ -110,12 +114,17 @@ def train(
     Returns the run and the objective's full state dict (on rank 0; averaged, if so configured).
     """
     config = replace(config, quarantine=config.quarantine.within(config.output))  # as `pictures` has it
-    engine = TorchEngine(objective, build_optimizer(objective, config.optim), config.engine, world)
+    optimizer = build_optimizer(objective, config.optim)
+    check_known(config.role_schedules, (group["role"] for group in optimizer.param_groups), "role_schedules")
+    engine = TorchEngine(objective, optimizer, config.engine, world)
     average = WeightAverage(objective, config.average)
     parts = {"objective": objective, "engine": engine, "stream": stream, "average": average}
     run = Run(config.output, world, parts, config=config)
-    if not run.resume():
+    first = run.resume(config.steps)
+    if not first:
         begin()
+    if first == config.steps and world.is_main:
+        print(f"{title}: {config.output} stands at step {first} of {first}, nothing is left to train", file=sys.stderr)
     hooks = [average, *usual_hooks(run, title, config.steps, config.save_every)]
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
     own = {role: Phase(steps=config.steps, schedule=s).rate(0) for role, s in config.role_schedules.items()}

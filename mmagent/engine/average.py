@@ -29,9 +29,9 @@ class AverageConfig:
 
 
 class WeightAverage:
-    """``average = d * average + (1 - d) * weights`` in float32 after every step, over parameters and buffers that hold
-    floating-point numbers; other buffers are those of the last step. Under a sharding engine each rank averages its
-    shard: make one after the engine.
+    """``average = d * average + (1 - d) * weights`` in float32 after every step, over parameters; buffers (statistics
+    of teachers, running means) are those of the last step. Under a sharding engine each rank averages its shard: make
+    one after the engine.
 
     A part of a :class:`~mmagent.train.run.Run` (one state for all ranks, in full tensors, for any number of ranks) and
     one of its hooks.
@@ -47,8 +47,7 @@ class WeightAverage:
             self.average = {name: tensor.detach().float().clone() for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
-        state = self.module.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        return dict(self.module.named_parameters())
 
     @torch.no_grad()
     def __call__(self, step: int, record: Mapping[str, float]) -> None:

@@ -95,12 +95,17 @@ def _check_roles(model: nn.Module, roles: Mapping[str, ParamRole], role_lr: Mapp
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if unknown := sorted(set(roles) - every):
         raise ValueError(f"{type(model).__name__}.roles() names what is no parameter: {few(unknown)}")
-    known = sorted({role.role for role in roles.values()})
-    for role in role_lr:
+    check_known(role_lr, (role.role for role in roles.values()), "role_lr")
+
+
+def check_known(asked: Iterable[str], roles: Iterable[str], where: str) -> None:
+    """Raises ``ValueError`` for a role asked for by ``where`` that is none of ``roles``, with the nearest one."""
+    known = sorted(set(roles))
+    for role in asked:
         if role not in known:
             near = difflib.get_close_matches(role, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the model has {', '.join(known)}"
-            raise ValueError(f"role_lr names the unknown role {role!r}; {hint}")
+            raise ValueError(f"{where} names the unknown role {role!r}; {hint}")
 
 
 def _check_matrix(name: str, parameter: Tensor, splits: tuple[int, ...]) -> None:

@@ -132,10 +132,10 @@ def save_encoder(
     """Write the folder beside its place and move it there whole, replacing an older one. ``custom`` as in
     :class:`EncoderConfig`. ``weights`` is the full state dict of a sharded encoder, gathered by all ranks; one rank
     writes. Raises ``ValueError`` for an encoder that is no CogViT and without ``custom``."""
-    if isinstance(encoder, CogViT):
-        config = EncoderConfig(encoder.config, geometry)
-    elif custom:
+    if custom:
         config = EncoderConfig(geometry=geometry, custom=custom)
+    elif type(encoder) is CogViT:  # a subclass may compute something else
+        config = EncoderConfig(encoder.config, geometry)
     else:
         raise ValueError(f"custom: name the import path of the factory of {type(encoder).__name__}")
     with new_folder(Path(folder)) as beside:
@@ -158,4 +158,6 @@ def load_encoder(folder: Path | str) -> Encoder:
     config = load_yaml(EncoderConfig(), folder / CONFIG)
     model = build_encoder(config)
     load_weights(model, folder / WEIGHTS)
+    if broken := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
+        raise ValueError(f"{folder}: weights are not finite: {', '.join(broken[:4])} ({len(broken)} in all)")
     return Encoder(model.eval(), config.geometry, config.custom)

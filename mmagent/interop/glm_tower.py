@@ -154,6 +154,11 @@ def _kind(vision: CogViTConfig, projector: ProjectorConfig, width: int) -> str:
             return "glm5_next_vision"
         if projector.ffn == 3 * width:
             return "glm_ocr_vision"
+    if vision.position_table and vision.qk_norm:
+        raise ValueError(
+            "no tower of the GLM-V family has both a position table and query-key norms, as the laptop preset does: "
+            "train the encoder with vision.position_table=0"
+        )
     raise ValueError(
         f"no tower of the GLM-V family has embedding_norm {vision.embedding_norm}, position_table "
         f"{vision.position_table}, qk_norm {vision.qk_norm}, ffn {vision.ffn} and a "

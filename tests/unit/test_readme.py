@@ -10,8 +10,9 @@ PAGES = ("README.md", "recipes/ENCODER.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_example_in_python_runs(page):
+def test_the_example_in_python_runs(page, tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)  # what it writes
     exec(compile(example, page, "exec"), {"__name__": "readme"})
 
 

@@ -65,6 +65,18 @@ def test_shards_average_like_the_whole(tmp_path):
     assert all(torch.equal(alone[name], tensor) for name, tensor in sharded.items())
 
 
+def test_buffers_are_those_of_the_last_step():
+    """Statistics that are not known yet are NaN, and an average would never forget that."""
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(float("nan"))
+    average = WeightAverage(norm, AverageConfig(0.5))
+    norm.running_mean.fill_(3.0)
+    average(1, {})
+    with average.in_place():
+        assert norm.running_mean.tolist() == [3.0, 3.0]
+    assert set(average.state_dict()["average"]) == {"weight", "bias"}
+
+
 def test_without_decay_nothing_is_kept_and_a_change_of_mind_is_refused():
     linear = torch.nn.Linear(2, 2)
     off = WeightAverage(linear, AverageConfig())

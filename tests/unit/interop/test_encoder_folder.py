@@ -105,6 +105,35 @@ def test_any_encoder_becomes_an_agents_eye(tmp_path, mine, theirs, kind):
     assert again.geometry == found.geometry
 
 
+class Twice(CogViT):
+    """A CogViT but for what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(cogvit_debug())
+
+    def forward(self, vision: PackedVision, layers=(), masked=None) -> VisionFeatures:
+        seen = super().forward(vision, layers, masked)
+        return VisionFeatures(2 * seen.tokens, seen.layers, 2 * seen.pooled)
+
+
+def test_a_subclass_of_cogvit_is_no_cogvit(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_encoders", SimpleNamespace(Twice=Twice))
+    found = open_encoder("my_encoders:Twice")
+    with pytest.raises(ValueError, match="name the import path of the factory of Twice"):
+        save_encoder(tmp_path / "out", found.model, found.geometry)
+    save_encoder(tmp_path / "out", found.model, found.geometry, custom=found.custom)
+    assert type(load_encoder(tmp_path / "out").model) is Twice
+
+
+def test_weights_that_are_no_numbers_are_told(tmp_path):
+    model = CogViT(cogvit_debug())
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    save_encoder(tmp_path / "out", model, GeometryConfig())
+    with pytest.raises(ValueError, match=r"weights are not finite: norm\.weight \(1 in all\)"):
+        load_encoder(tmp_path / "out")
+
+
 def test_what_is_no_encoder_is_told(tmp_path, mine, monkeypatch):
     with pytest.raises(ValueError, match="an encoder's source is empty"):
         open_encoder("")
