@@ -55,10 +55,12 @@ def _choose(source: str, parts: Parts, split: str, share: float = SHARE, seed: i
 def open_pair(
     source: str, test: str = "", *, columns: ColumnsConfig | None = None, share: float = SHARE, seed: int = 0
 ) -> tuple[ImageSet, ImageSet]:
-    """A training and a test set that share no sample: the two splits of ``source``, or ``source`` whole and another
-    source for the test (its test split, if it has one, else all of it).
+    """A training and a test set: the two splits of ``source``, which share no name of a sample, or ``source`` whole and
+    another source for the test (its test split, if it has one, else all of it).
 
-    Raises ``ValueError`` where both are the same images, or a class of the test is none of the training's.
+    Nothing is read: equal images under two names, or in two sources, may be in both until
+    :func:`~data_pipelines.copies.without_copies` has compared them. Raises ``ValueError`` where both are one and the
+    same set, or a class of the test is none of the training's.
     """
     parts = _parts(source, columns or ColumnsConfig())
     if not test:

@@ -136,6 +136,14 @@ class Subset:
         return f"{self.whole.fingerprint()} {self._name}"
 
 
+def some_of(images: ImageSet, limit: int, seed: int) -> ImageSet:
+    """At most ``limit`` samples, drawn by ``seed``, in their order; all of them with 0."""
+    if not limit or limit >= len(images):
+        return images
+    chosen = np.sort(np.random.default_rng(seed).choice(len(images), limit, replace=False))
+    return Subset(images, chosen, f"{limit} by seed {seed}")
+
+
 class Renumbered:
     """Another set whose labels are numbers of ``classes``, which hold all of its own."""
 

@@ -49,21 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("--test", metavar="SOURCE", default="", help="images to judge by, from elsewhere; all of --data is then fitted")
     add("--probes", nargs="+", choices=PROBES, default=[], help="default: all that there are answers for")
     columns = ", ".join(one.name for one in fields(ColumnsConfig))
-    add(
-        "--columns",
-        nargs="+",
-        metavar="KIND=COLUMN",
-        default=[],
-        help=f"where types do not tell: {columns}",
-    )
+    told = f"where types do not tell: {columns}"
+    add("--columns", nargs="+", metavar="KIND=COLUMN", default=[], help=told)
     add("--limit", type=int, default=0, metavar="N", help="at most N images a set, drawn by the seed")
-    add(
-        "--images",
-        type=int,
-        default=600,
-        metavar="N",
-        help="of a built-in set to fit, 2/3 N to judge (%(default)s)",
-    )
+    told = "of a built-in set to fit, 2/3 N to judge (%(default)s)"
+    add("--images", type=int, default=600, metavar="N", help=told)
     add("--seed", type=int, default=0, help="of splits and of --limit (%(default)s)")
     add = made.add_argument_group("how").add_argument
     add("--max-patches", type=int, default=0, metavar="N", help="shrink images to N patches (the encoder's own limit)")
@@ -98,14 +88,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = Probing(ks=tuple(args.k), whole=args.features, dtype=getattr(torch, args.dtype), device=args.device)
     results = {one.name: {q.name: _measured(one, q, how, templates) for q in questions} for one in judged}
     about: dict[str, object] = {name: str(value) for name, value in vars(args).items() if value}
-    for unusable in (part for question in questions for part in question.unusable if part.problems):
-        print(unusable, file=sys.stderr)
-        about[f"left out of {unusable.source}"] = f"{len(unusable.problems)} of {unusable.total} images"
+    about |= _left_out(questions)
     args.output.mkdir(parents=True, exist_ok=True)
     write_text(args.output / "encoder_scores.json", json.dumps(_plain(results, about), indent=1) + "\n")
     page = args.output / "encoders.html"
     write_text(page, render(results, {q.name: q.test.classes for q in questions}, about))
     print(f"{score_table(results)}\npictures: {page}")
+
+
+def _left_out(questions: Sequence[Question]) -> dict[str, object]:
+    """What images took no part, told on stderr and for the page."""
+    out: dict[str, object] = {}
+    for question in questions:
+        if question.copies:
+            out["left out of the fit"] = f"{question.copies} images that are images of the test too"
+            print(f"{question.name}: left out of the fit: {out['left out of the fit']}", file=sys.stderr)
+        for unusable in (part for part in question.unusable if part.problems):
+            print(unusable, file=sys.stderr)
+            out[f"left out of {unusable.source}"] = f"{len(unusable.problems)} of {unusable.total} images"
+    return out
 
 
 def _check(judged: list[Judged], asked: set[Probe], by_name: bool) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from data_pipelines.copies import without_copies
 from data_pipelines.hub_images import ColumnsConfig
 from data_pipelines.image_sets import open_pair
-from data_pipelines.labelled import ImageSet, Kind, require
+from data_pipelines.labelled import ImageSet, Kind, require, some_of
 from evals.encoder.battery import Example, Examples, Probe
 from evals.encoder.features import LabelledImages, ahead
 from evals.probes import Pair, probe_sets
@@ -20,6 +21,7 @@ from mmagent.records import RecordError
 WORKERS = min(os.cpu_count() or 1, 8)
 NEEDS: dict[Probe, Kind] = {"knn": "label", "linear": "label", "zero-shot": "label", "retrieval": "caption"}
 MAPS: tuple[Kind, ...] = ("mask", "depth")
+FITTED: set[Probe] = {"knn", "linear", "dense"}
 
 
 @dataclass
@@ -37,13 +39,15 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Question:
-    """Images to fit and to judge by, the ``probes`` that they have answers for, and what was left out so far."""
+    """Images to fit and to judge by, the ``probes`` that they have answers for, and what was left out so far: what
+    cannot be used, and how many ``copies`` of test images were among those to fit."""
 
     name: str
     train: Examples
     test: Examples
     probes: tuple[Probe, ...]
     unusable: tuple[Unusable, ...] = ()
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,10 @@ def users_question(source: str, test: str, wanted: Sequence[Probe], options: Dat
     probes = tuple(wanted) or _answered(*pair)
     if not probes:
         raise ValueError(f"{source}: has neither labels nor captions nor maps; {pair[0].hint('label')}")
-    fit, judge = (_examples(part, options, "dense" in probes) for part in pair)
-    return Question(source, fit[0], judge[0], probes, (fit[1], judge[1]))
+    train, test = (some_of(part, options.limit, options.seed) for part in pair)
+    train, copies = without_copies(train, test, progress=True) if FITTED & set(probes) else (train, 0)
+    fit, judge = (_examples(part, options, "dense" in probes) for part in (train, test))
+    return Question(source, fit[0], judge[0], probes, (fit[1], judge[1]), copies)
 
 
 def _answered(train: ImageSet, test: ImageSet) -> tuple[Probe, ...]:
@@ -90,10 +96,7 @@ def _answered(train: ImageSet, test: ImageSet) -> tuple[Probe, ...]:
 
 def _examples(images: ImageSet, options: DataOptions, maps: bool) -> tuple[Examples, Unusable]:
     """Decoded by several threads; what cannot be used is counted and left out."""
-    chosen = np.arange(len(images))
-    if options.limit and options.limit < len(images):
-        chosen = np.sort(np.random.default_rng(options.seed).choice(len(images), options.limit, replace=False))
-    unusable = Unusable(images.source, len(chosen))
+    unusable = Unusable(images.source, len(images))
 
     def make(index: int) -> Example | RecordError:
         try:
@@ -105,13 +108,13 @@ def _examples(images: ImageSet, options: DataOptions, maps: bool) -> tuple[Examp
         return Example(found.key, image, found.label, found.captions, mask, depth)
 
     def read() -> Iterator[Example]:
-        for index, made in zip(chosen.tolist(), ahead(make, chosen.tolist(), WORKERS), strict=True):
+        for index, made in enumerate(ahead(make, range(len(images)), WORKERS)):
             if isinstance(made, RecordError):
                 unusable.problems[images.where(index)] = str(made)
             else:
                 yield made
 
-    return Examples(images.source, read, len(chosen), images.classes), unusable
+    return Examples(images.source, read, len(images), images.classes), unusable
 
 
 def built_in_questions(images: int, wanted: Sequence[Probe], square: int = 0) -> list[Question]:

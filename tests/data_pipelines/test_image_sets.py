@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.copies import without_copies
 from data_pipelines.documents import Quarantine, QuarantineConfig, QuarantineError
 from data_pipelines.galleries import ImageSetGallery, ShardGallery, losses_of, open_gallery
 from data_pipelines.hub_images import ColumnsConfig
 from data_pipelines.image_sets import open_images, open_pair
-from data_pipelines.labelled import IGNORE, ImageSet, require
+from data_pipelines.labelled import IGNORE, ImageSet, require, some_of
 from data_pipelines.shards import ShardWriter
 from mmagent.chat import Image as ImagePart
 from mmagent.chat import Text
@@ -195,6 +196,32 @@ def test_another_source_may_be_the_test(tmp_path):
     write(tmp_path / "b" / "violet" / "9.png", encoded(pixels("red", 9)))
     with pytest.raises(ValueError, match="class 'violet' is none of the 3"):
         open_pair(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_images_of_the_test_are_not_fitted_whatever_they_are_called(tmp_path):
+    for n, name in enumerate(NAMES * 3):
+        write(tmp_path / "cls" / name / f"{n}.png", encoded(pixels(name, n)))
+        write(tmp_path / "super" / name / f"other{n}.png", encoded(pixels(name, n)))
+    write(tmp_path / "cls" / "red" / "bad.png", b"")
+    write(tmp_path / "super" / "red" / "new.png", encoded(pixels("red", 99)))
+    train, test = open_pair(str(tmp_path / "super"), str(tmp_path / "cls"))
+    fitted, copies = without_copies(train, test)
+    assert ([fitted[n].key for n in range(len(fitted))], copies) == (["red/new.png"], 9)
+    assert fitted.fingerprint() != train.fingerprint()
+    assert without_copies(test, open_images(str(folder_of_classes(tmp_path / "far", 1, first=50))))[0] is test
+    (tmp_path / "super" / "red" / "new.png").unlink()
+    with pytest.raises(ValueError, match="are the same images: nothing is left to fit"):
+        without_copies(*open_pair(str(tmp_path / "super"), str(tmp_path / "cls")))
+
+
+def test_some_of_a_set_are_drawn_by_a_seed(tmp_path):
+    images = open_images(str(folder_of_classes(tmp_path / "set", 4)))
+    some = some_of(images, 5, 1)
+    keys = [some.where(n) for n in range(5)]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == len(some) == 5
+    assert keys != [some_of(images, 5, 2).where(n) for n in range(5)]
+    assert some_of(images, 0, 1) is some_of(images, 12, 1) is images
 
 
 # ------------------------------------------------------------------------------------------ shards

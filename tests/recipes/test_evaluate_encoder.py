@@ -146,6 +146,17 @@ def test_other_sources_and_probes_by_name(encoders, tmp_path, monkeypatch, capsy
     assert found["knn@20"]["n"] == 5
 
 
+def test_a_test_that_was_fitted_is_told(encoders, tmp_path, monkeypatch, capsys):
+    folder_of_classes(tmp_path / "cls", 4)
+    folder_of_classes(tmp_path / "super", 6)
+    _run(monkeypatch, encoders["ours"] / "encoder", "--data", tmp_path / "super", "--test", tmp_path / "cls",
+         "--probes", "knn", "--output", tmp_path / "out")  # fmt: skip
+    told = "12 images that are images of the test too"
+    assert f"left out of the fit: {told}" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "encoder_scores.json").read_text())["about"]["left out of the fit"] == told
+    assert "6 to fit, 12 to judge" in (tmp_path / "out" / "encoders.html").read_text()
+
+
 def test_without_data_the_built_in_questions_are_asked(encoders, tmp_path, monkeypatch, capsys):
     _run(monkeypatch, encoders["ours"] / "encoder", "--images", 40, "--probes", "knn", "--output", tmp_path)
     rows = capsys.readouterr().out.splitlines()[1:-1]

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.hooks import evaluate, read_jsonl
 from recipes import align_encoder, pretrain
+from tests.data_pipelines.image_samples import encoded, pixels, write
 from tests.engine_kit import ALONE
 from tests.recipes.recipe_kit import BROKEN, RECIPES, run_here, start, train_all
 
@@ -237,6 +239,23 @@ def test_alignment_refuses_shards_that_it_would_not_look_at(tmp_path):
     with pytest.raises(ConfigError, match=r"sources\.screens has no weight .* add mix\.screens="):
         align_encoder.Config(sources={"screens": str(tmp_path)})
     assert align_encoder.Config(sources={"screens": str(tmp_path)}, mix={"scenes": 1.0, "screens": 0.0}).sources
+
+
+def test_alignment_on_plain_images_needs_texts_and_no_kinds(lineage, tmp_path):
+    """A user's masks are no widgets: they stop nothing, and teach nothing."""
+    for n in range(8):
+        write(tmp_path / "mine" / f"{n}.png", encoded(pixels("red", n)))
+        write(tmp_path / "mine" / f"{n}.mask.png", encoded(np.full((30, 44), 200, np.uint8)))
+    mine = (f"sources.mine={tmp_path}/mine", "mix.mine=1", "mix.scenes=0", "mix.panels=0", "mix.captions=0")
+    few = (*mine, "mix.boxes=0", "steps=1", "save_every=1")
+    with pytest.raises(ConfigError, match=r"sources\.mine: .*mine: has no captions; put captions of IMAGE"):
+        run_here("align", lineage[0], tmp_path / "refused", *few)
+    for n in range(8):
+        write(tmp_path / "mine" / f"{n}.txt", f"number {n % 2}")
+    (row,) = run_here("align", lineage[0], tmp_path / "run", *few)
+    assert row["data/quarantined"] == 0
+    assert row["data/distinct_captions"] == 2 / 8
+    assert row["loss/classes"] == 0
 
 
 def test_the_adapter_phase_leaves_the_encoder_alone(lineage, tmp_path):
