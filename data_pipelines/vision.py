@@ -53,13 +53,21 @@ class VisionStreamConfig:
         return self.patches_per_microbatch // length
 
 
+CROPS = ("square", "native")
+
+
 @dataclass
 class CropConfig:
-    """Squares for distillation: a random place, an area of ``min_area`` to 1 of the largest square that fits."""
+    """What distillation looks at: a random place, an area of ``min_area`` to 1 of all there is. ``shape``: ``square``
+    parts of the largest square that fits are brought to one size; ``native`` parts have the image's own aspect and are
+    shrunk only where they have more patches than the step's sequence length."""
 
     min_area: float = 0.5
+    shape: str = "square"
 
     def __post_init__(self) -> None:
+        if self.shape not in CROPS:
+            raise ValueError(f"crop.shape {self.shape!r} is none of {', '.join(CROPS)}")
         if not 0.0 < self.min_area <= 1.0:
             raise ValueError(f"crop.min_area {self.min_area} must lie in (0, 1]")
 
@@ -202,25 +210,30 @@ def distillation_stream(
     crop: CropConfig | None = None,
     world: World | None = None,
 ) -> VisionStream[MaskedVision]:
-    """Square crops, each of as many patches as the step's sequence length allows, with their masks.
+    """Crops, each of at most as many patches as the step's sequence length allows, with their masks: squares that all
+    have as many as that, or with ``crop.shape`` native each image's own aspect. Teachers get the same crop, as it is.
 
     256 patches of 14 pixels are the 224 x 224 of the published recipe. Raises ``ValueError`` for a length in which
-    no square of whole visual tokens fits.
+    no square of whole visual tokens fits, and for a mask's unit that does not divide such a token.
     """
     crop = crop or CropConfig()
     for length in config.sequence_lengths:
         _square_side(length, geometry)
+    if crop.shape == "native" and geometry.merge_size % mask.unit:
+        raise ValueError(f"mask.unit {mask.unit} must divide the merge size {geometry.merge_size} of native crops")
 
     def build(pictures: Sequence[Picture], positions: Sequence[int], length: int) -> MaskedVision:
         side = _square_side(length, geometry)
         exact = replace(geometry, min_tokens=1, max_tokens=max(geometry.max_tokens, length))
+        within = geometry.within(length)
         images, pixels, masks, classes = [], [], [], []
         for picture, position in zip(pictures, positions, strict=True):
             random = np.random.default_rng([config.seed, position])
             window = crop_window(picture.image.shape[:2], crop, random)
-            square = picture.image[window]
-            images.append(patchify(resize(square, side, side), exact))
-            pixels.append(torch.from_numpy(square.copy()).permute(2, 0, 1).float() / 255.0)
+            part = picture.image[window]
+            square = crop.shape == "square"
+            images.append(patchify(resize(part, side, side), exact) if square else patchify(part, within))
+            pixels.append(torch.from_numpy(part.copy()).permute(2, 0, 1).float() / 255.0)
             masks.append(mask_patches(images[-1].grid, geometry.merge_size, mask, random))
             known = None if picture.classes is None else picture.classes[window]
             classes.append(_patch_classes(known, images[-1].grid, geometry.merge_size))
@@ -302,12 +315,16 @@ def _patch_classes(known: np.ndarray | None, grid: Sequence[int], merge_size: in
 
 
 def crop_window(size: Sequence[int], config: CropConfig, random: np.random.Generator) -> tuple[slice, slice]:
-    """A square at a random place of ``(height, width)``: its rows and columns."""
+    """A part of ``(height, width)`` of the configured shape at a random place: its rows and columns."""
     height, width = size
     share = math.sqrt(random.uniform(config.min_area, 1.0))
-    side = max(round(min(height, width) * share), 1)
-    top, left = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
-    return slice(top, top + side), slice(left, left + side)
+    if config.shape == "square":
+        rows = cols = max(round(min(height, width) * share), 1)
+    else:  # rounded towards the square, so that no part is longer in shape than an image may be
+        long, short = max(math.floor(max(size) * share), 1), math.ceil(min(size) * share)
+        rows, cols = (long, short) if height > width else (short, long)
+    top, left = int(random.integers(height - rows + 1)), int(random.integers(width - cols + 1))
+    return slice(top, top + rows), slice(left, left + cols)
 
 
 def _square_side(length: int, geometry: GeometryConfig) -> int:

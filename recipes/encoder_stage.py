@@ -83,7 +83,8 @@ def pictures(
             others[name] = open_gallery(source, geometry, config.seed, name, quarantine, kinds, **how)
         except ValueError as error:
             raise ConfigError(f"sources.{name}: {error}") from error
-    return built_in(config.mix, others=others, **drawn)
+    mix = {name: weight for name, weight in config.mix.items() if weight or name not in config.sources}
+    return built_in(mix, others=others, **drawn)
 
 
 def student(source: str, vision: CogViTConfig, geometry: GeometryConfig, mask_token: bool) -> Encoder:

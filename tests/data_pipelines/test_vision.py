@@ -158,6 +158,84 @@ def test_squares_have_their_exact_share_hidden_and_the_teachers_see_the_same_pic
     assert torch.allclose(seen.mean(dim=(1, 2)), square.mean(dim=(1, 2)), atol=0.02)
 
 
+def oblong(position: int) -> Picture:
+    """Three pages, of which the first is small: columns tell what is left, rows what is on top."""
+    height, width = ((84, 112), (420, 140), (210, 630))[position % 3]
+    rows, cols = np.arange(height)[:, None], np.arange(width)[None, :]
+    image = np.stack(np.broadcast_arrays(rows * 255 // height, cols * 255 // width, position % 256), axis=-1)
+    return Picture(image.astype(np.uint8), "", f"oblong/{position}", ((cols >= width // 2) & (rows >= 0)).astype(int))
+
+
+def native_stream(**changes):
+    config = {"images_per_step": 9, "patches_per_microbatch": 400, "sequence_lengths": [128, 64], **changes}
+    crop = CropConfig(0.5, "native")
+    return distillation_stream(VisionStreamConfig(**config), oblong, GEOMETRY, MaskConfig(), crop)
+
+
+def test_native_crops_keep_aspect_exact_masks_and_the_teachers_picture():
+    stream = native_stream(prefetch=False)
+    areas, grids = [], set()
+    for step in range(8):
+        batches = next(stream)
+        assert sum(len(batch.keys) for batch in batches) == 9
+        for batch in batches:
+            sizes = batch.vision.grids.prod(dim=1).tolist()
+            assert sum(sizes) <= 400
+            assert max(sizes) <= stream.length(step)
+            parts = zip(
+                batch.keys, batch.pixels, batch.vision.grids.tolist(), batch.masked.split(sizes),
+                batch.vision.patches.split(sizes), batch.classes.split(sizes), strict=True,
+            )  # fmt: skip
+            for key, pixels, grid, masked, patches, classes in parts:
+                height, width = oblong(int(key.partition("/")[2])).image.shape[:2]
+                rows, cols = pixels.shape[1:]
+                assert rows / cols == pytest.approx(height / width, rel=0.02)  # to a pixel
+                # sides are whole visual tokens: half a token of 28 pixels more or less, of as few as three
+                assert grid[1] / grid[2] == pytest.approx(height / width, rel=0.4)
+                assert int(masked.sum()) == round(0.35 * len(masked))
+                seen = from_patches(patches, tuple(grid), GEOMETRY)[0]
+                seen = seen * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+                assert torch.allclose(seen.mean(dim=(1, 2)), pixels.mean(dim=(1, 2)), atol=0.02)
+                right = seen.unflatten(2, (grid[2], -1)).unflatten(1, (grid[1], -1))[1].mean(dim=(1, 3)) > 0.5
+                at = patch_coordinates(grid, GEOMETRY.merge_size)
+                agree = (right[at[:, 0], at[:, 1]] == (classes == 1)).float().mean()
+                assert agree >= 1 - 1 / grid[2]  # a column on the border may be rounded either way
+                areas.append(rows * cols / (height * width))
+                grids.add(tuple(grid))
+    assert min(areas) >= 0.5 - 0.02
+    assert max(areas) <= 1.0
+    assert np.std(areas) > 0.1  # uniform over a half: 0.144
+    assert len(grids) > 6
+
+
+def test_native_crops_are_the_same_every_time_and_on_resumption():
+    whole, again = native_stream(), native_stream(prefetch=False)
+    steps = [next(whole) for _ in range(3)]
+    for batches in steps[:2]:
+        assert all(equal(a, b) for a, b in zip(batches, next(again), strict=True))
+    resumed = native_stream()
+    resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
+    assert all(equal(a, b) for a, b in zip(steps[2], next(resumed), strict=True))
+    with pytest.raises(ValueError, match="crop: the checkpoint has"):
+        masked_stream(images_per_step=9, sequence_lengths=[128, 64]).load_state_dict(
+            {**again.state_dict(), "gallery": "tiny_picture"}
+        )
+
+
+def test_native_crops_are_never_longer_in_shape_than_their_image():
+    random = np.random.default_rng(0)
+    for size in ((1, 1), (5, 1000), (1000, 5), (3, 7), (1, 200)):
+        for _ in range(50):
+            rows, cols = (part.stop - part.start for part in crop_window(size, CropConfig(0.1, "native"), random))
+            assert 1 <= rows <= size[0]
+            assert 1 <= cols <= size[1]
+            assert max(rows, cols) / min(rows, cols) <= max(size) / min(size)
+    with pytest.raises(ValueError, match=r"crop\.shape 'round' is none of square, native"):
+        CropConfig(shape="round")
+    with pytest.raises(ValueError, match=r"mask\.unit 3 must divide the merge size 2"):
+        distillation_stream(VisionStreamConfig(), oblong, GEOMETRY, MaskConfig(unit=3), CropConfig(shape="native"))
+
+
 def test_pairs_keep_aspect_and_follow_the_sequence_length(vocab):
     stream = paired_stream(vocab, prefetch=False)
     shapes = set()
