@@ -340,6 +340,12 @@ def tracked(*suffixes: str) -> list[Path]:
     return [path for path in paths if path.suffix in suffixes and path.exists()]
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their base names, and stops at the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_no_path_of_one_machine():
     pattern = re.compile(r"(?<![\w.$}/-])/(?:root|home|Users|work)/\w+")
     found = [
