@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ STANDARDISERS = {
     "none": lambda width: NoStandardiser(),
 }
 BLINDFOLDS = ("token", "zero")
+_DIGEST = 32  # bytes of a sha256
 
 
 @dataclass
@@ -33,8 +35,12 @@ class DistillationConfig:
     """``standardise``: how teachers are made comparable: phi-s (arXiv 2410.01680), whiten, layer or none. ``blind``: a
     hidden patch becomes the student's mask ``token``, or ``zero`` pixels for an encoder of the protocol that has none.
     ``visible_weight`` adds the same loss on the patches that the student does see. ``mlp`` gives every head a hidden
-    layer. ``drop`` is the chance that a teacher sits out an image; the one with the largest loss never does (teacher
-    dropping of UNIC, arXiv 2408.05088)."""
+    layer. ``cosine`` and ``smooth_l1`` weigh the two parts of the loss of a patch, ``summary_weight`` that of an image.
+
+    ``drop`` is the chance that a teacher sits out an image; the one with the largest loss never does (teacher dropping
+    of UNIC, arXiv 2408.05088). A dropped image counts as zero in the losses that are trained on and logged; the metrics
+    ``TEACHER/patches``, ``/visible`` and ``/summary`` are the means before dropping, ``TEACHER/kept`` the share of
+    images that stayed."""
 
     standardise: str = "phi-s"
     blind: str = "token"
@@ -52,6 +58,11 @@ class DistillationConfig:
             raise ValueError(f"blind {self.blind!r} is none of {', '.join(BLINDFOLDS)}")
         if not 0.0 <= self.drop < 1.0:
             raise ValueError(f"drop {self.drop} must lie in [0, 1)")
+        for name in ("cosine", "smooth_l1", "summary_weight", "visible_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} must be finite and not negative")
+        if not (self.cosine or self.smooth_l1 or self.summary_weight):
+            raise ValueError("cosine, smooth_l1 and summary_weight are all 0: nothing would be learned")
 
 
 class TeacherHead(nn.Module):
@@ -63,6 +74,37 @@ class TeacherHead(nn.Module):
         self.standardiser = STANDARDISERS[config.standardise](teacher.width)
         self.summary = _head(width, teacher.summary_width, config.mlp) if teacher.summary else None
         self.cone = Cone(teacher.summary_width) if teacher.summary else None
+        # of weights, settings and library versions; zeros where nothing is known
+        self.register_buffer("origin", torch.zeros(3, _DIGEST, dtype=torch.uint8))
+        self._checked: tuple[int, int] | None = None
+
+    @torch.no_grad()
+    def mark(self, teacher: Teacher) -> None:
+        """Note that the statistics are those of ``teacher``."""
+        self.origin.copy_(_origin(teacher))
+
+    def require(self, teacher: Teacher) -> None:
+        """Raise ``ValueError`` where the statistics, wherever they were loaded from, are those of another teacher: of
+        other weights, or of other settings as far as the same libraries read them. Cheap once they were compared."""
+        if self._checked == (state := (id(self.origin), self.origin._version)):
+            return
+        known = self.origin.cpu()
+        if known.any() and (own := _origin(teacher)).any():
+            weights, settings, versions = (torch.equal(one, other) for one, other in zip(known, own, strict=True))
+            if not weights or (versions and not settings):
+                raise ValueError(
+                    f"teacher {teacher.name}: the statistics in this checkpoint are those of another one, with other "
+                    f"{'settings' if weights else 'weights, precision or preprocessing'}: go on with the teacher that "
+                    f"the run began with, or begin a new run from the student's encoder"
+                )
+        self._checked = state
+
+
+def _origin(teacher: Teacher) -> Tensor:
+    """``(3, 32)`` bytes: the teacher's fingerprint; zeros for one whose call has no name."""
+    if not teacher.named:
+        return torch.zeros(3, _DIGEST, dtype=torch.uint8)
+    return torch.tensor([list(bytes.fromhex(digest)) for digest in teacher.fingerprint], dtype=torch.uint8)
 
 
 def _head(width: int, outputs: int, mlp: bool) -> nn.Module:
@@ -75,7 +117,8 @@ class Distillation(nn.Module):
     """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.MaskedVision`.
 
     Teachers are no submodules: they are neither trained, nor sharded, nor stored with the student. Their statistics
-    are: call :meth:`calibrate` once before training; a resumed run finds them in the checkpoint.
+    are: call :meth:`calibrate` once before training; a resumed run finds them in the checkpoint, and its first forward
+    raises ``ValueError`` where they are those of another teacher.
     """
 
     def __init__(self, student: nn.Module, teachers: Sequence[Teacher], config: DistillationConfig):
@@ -84,6 +127,8 @@ class Distillation(nn.Module):
         names = [teacher.name for teacher in teachers]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"teachers must be one or more with names of their own, got {names}")
+        if not (config.cosine or config.smooth_l1 or any(teacher.summary for teacher in teachers)):
+            raise ValueError("cosine and smooth_l1 are 0 and no teacher has a summary: nothing would be learned")
         self.student, self.config = student, config
         self.teachers = tuple(teachers)
         self.heads = nn.ModuleDict({t.name: TeacherHead(student.width, t, config) for t in teachers})
@@ -115,6 +160,7 @@ class Distillation(nn.Module):
         rows: dict[str, Tensor] = {}
         metrics: dict[str, Ratio] = {}
         for teacher in self.teachers:
+            self.heads[teacher.name].require(teacher)
             before = (teacher.hits, teacher.seen)
             features = self._teach(teacher, batch)
             losses, cosine = self._losses(teacher.name, seen, features, batch.masked)
@@ -123,8 +169,13 @@ class Distillation(nn.Module):
             if teacher.cache is not None:
                 new = (float(now - then) for now, then in zip((teacher.hits, teacher.seen), before, strict=True))
                 metrics[f"time/{teacher.name}_cached"] = Ratio(*(torch.tensor(n, device=cosine.device) for n in new))
-        if self.config.drop and self.training:
-            rows = self._drop(rows, batch)
+        if self.config.drop:
+            for term, values in rows.items():
+                metrics["/".join(term.rsplit("_", 1))] = Ratio(values.detach().sum(), torch.ones_like(values).sum())
+            whole = torch.ones(len(self.teachers), len(batch.keys), device=batch.masked.device)
+            rows, kept = self._drop(rows, batch) if self.training else (rows, whole)
+            for teacher, stays in zip(self.teachers, kept, strict=True):
+                metrics[f"{teacher.name}/kept"] = Ratio(stays.sum(), torch.ones_like(stays).sum())
         sums = {term: values.sum() for term, values in rows.items()}
         if all(head.summary is None for head in self.heads.values()) and seen.pooled.requires_grad:
             sums[next(iter(sums))] += 0.0 * seen.pooled.sum()  # a pooling head must not be left without gradient
@@ -160,8 +211,9 @@ class Distillation(nn.Module):
             losses[f"{name}_summary"] = head.cone(head.summary(seen.pooled), features.summary)
         return losses, cosine
 
-    def _drop(self, rows: Mapping[str, Tensor], batch: MaskedVision) -> dict[str, Tensor]:
-        """Per image keep the teacher with the largest loss, and each other one with chance 1 - drop.
+    def _drop(self, rows: Mapping[str, Tensor], batch: MaskedVision) -> tuple[dict[str, Tensor], Tensor]:
+        """Per image keep the teacher with the largest loss, and each other one with chance 1 - drop. Also returns which
+        stay, ``(teachers, I)``, 1 or 0.
 
         Draws are a function of an image's key and mask, so they depend on no rank, no micro-batch and no resumption;
         seen again with another mask, an image draws anew.
@@ -177,12 +229,12 @@ class Distillation(nn.Module):
         draws = np.stack([np.random.default_rng(seed).random(len(self.teachers)) for seed in seeds], axis=1)
         stays = torch.from_numpy(draws >= self.config.drop).to(device)
         stays = stays.scatter(0, losses.argmax(dim=0, keepdim=True), True).float()
-        kept: dict[str, Tensor] = {}
+        left: dict[str, Tensor] = {}
         for n, teacher in enumerate(self.teachers):
             for place, image in {"patches": hidden, "visible": visible, "summary": slice(None)}.items():
                 if (term := f"{teacher.name}_{place}") in rows:
-                    kept[term] = rows[term] * stays[n][image]
-        return kept
+                    left[term] = rows[term] * stays[n][image]
+        return left, stays
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[MaskedVision]) -> None:
@@ -191,6 +243,8 @@ class Distillation(nn.Module):
 
         Raises ``ValueError`` for no batch, or a teacher whose features never vary.
         """
+        for teacher in self.teachers:  # before any of them has run: some models note what they last saw
+            self.heads[teacher.name].mark(teacher)
         moments: dict[str, Moments] = {}
         summaries: dict[str, list[Tensor]] = {name: [] for name, head in self.heads.items() if head.cone is not None}
         for batch in batches:
@@ -209,6 +263,9 @@ class Distillation(nn.Module):
             head.standardiser.fit(moments[name])
             if head.cone is not None:
                 head.cone.fit(torch.cat(summaries[name]), dist.all_reduce)
+            # eigenvectors have a sign that unlike hosts may choose differently: all must aim at the same targets
+            for buffer in head.buffers():
+                dist.broadcast(buffer)
 
     def after_step(self) -> None:
         """Nothing moves outside the gradient."""

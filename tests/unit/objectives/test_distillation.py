@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_pipelines.masking import MaskConfig, mask_patches
+from mmagent.engine.checkpoint import load_weights
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.losses.standardisers import Cone
 from mmagent.models.backbones import Backbone, GridFeatures
@@ -32,7 +33,8 @@ class Patches(nn.Module):
         self.cut = nn.Conv2d(3, width, 16, 16)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.cut.weight.copy_(torch.randn(self.cut.weight.shape, generator=generator))
+            for parameter in self.cut.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.cut(pixels).flatten(2).transpose(1, 2)
@@ -221,7 +223,7 @@ def test_calibration_keeps_no_tokens():
     arrays: list[weakref.ref] = []
 
     class Watched:
-        name, width, summary_width, summary = "t", 4, 4, True
+        name, width, summary_width, summary, named = "t", 4, 4, True, False
 
         def __call__(self, pixels, grids, merge_size, temporal_patch) -> TeacherFeatures:
             array = np.random.default_rng(len(arrays)).normal(size=(int(grids.prod(dim=1).sum()), 4))
@@ -287,10 +289,104 @@ def test_a_pooling_head_that_no_teacher_asks_for_still_gets_a_gradient():
     assert not any(p.grad.any() for p in student.pool.parameters())
 
 
-@pytest.mark.parametrize("bad", [{"standardise": "phis"}, {"blind": "eyes"}, {"drop": 1.0}])
+def test_dropping_does_not_hide_the_losses_from_the_log():
+    """The metrics are those of a run that drops nothing, and say how many images each teacher kept."""
+    batch = batch_of(SIZES * 4)
+    distillation = objective(DistillationConfig(drop=0.5, visible_weight=1.0), batch)
+    plain, dropped = distillation.eval()(batch), distillation.train()(batch)
+    counts = distillation.counts(batch)
+    shares = []
+    for name in ("text", "dense"):
+        for term in ("patches", "visible", "summary"):
+            for out in (plain, dropped):
+                value = out.metrics[f"{name}/{term}"]
+                assert int(value.denominator) == int(counts[f"{name}_{term}"])
+                assert value.numerator.item() == pytest.approx(plain.sums[f"{name}_{term}"].item(), rel=1e-6)
+                assert not value.numerator.requires_grad
+        assert plain.metrics[f"{name}/kept"] == (16, 16)
+        kept, images = dropped.metrics[f"{name}/kept"]
+        assert images == 16
+        shares.append(float(kept))
+    assert 16 <= sum(shares) < 32  # one of two teachers of every image, and some others
+    assert not any(name.endswith(("/kept", "/patches")) for name in objective()(batch).metrics)
+
+
+def resumed(state: dict[str, torch.Tensor], teachers: list[Teacher]) -> Distillation:
+    """A new objective that takes ``state`` up as a run does."""
+    student = CogViT(CogViTConfig(width=32, depth=2, heads=2, ffn=64, mask_token=True, pooling="attention"))
+    other = Distillation(student, teachers, DistillationConfig())
+    load_weights(other, {name: tensor.clone() for name, tensor in state.items()})
+    return other
+
+
+def test_statistics_of_another_teacher_are_refused():
+    batch = batch_of(SIZES)
+    right = objective(batch=batch)
+    state, out = right.state_dict(), right(batch)
+    again = resumed(state, [teacher("text", 12, 1), teacher("dense", 7, 2)])
+    assert all(torch.equal(value, again(batch).sums[name]) for name, value in out.sums.items())
+    with pytest.raises(ValueError, match=r"teacher dense: .* other weights"):
+        resumed(state, [teacher("text", 12, 1), teacher("dense", 7, 9)])(batch)
+    changed = teacher("text", 12, 1)
+    changed.backbone.module.temperature = 2.0
+    with pytest.raises(ValueError, match=r"teacher text: .* other settings"):
+        resumed(state, [changed, teacher("dense", 7, 2)])(batch)
+    # what a newer library says of the same weights need not be what the older one said
+    changed.fingerprint = changed.fingerprint._replace(versions="0" * 64)
+    resumed(state, [changed, teacher("dense", 7, 2)])(batch)
+    # an objective that has run already, and is given another's state then
+    load_weights(again, objective_of(teacher("text", 12, 5), teacher("dense", 7, 2), batch).state_dict())
+    with pytest.raises(ValueError, match="teacher text"):
+        again(batch)
+
+
+def objective_of(one: Teacher, other: Teacher, batch: MaskedVision) -> Distillation:
+    student = CogViT(CogViTConfig(width=32, depth=2, heads=2, ffn=64, mask_token=True, pooling="attention"))
+    initialise(student)
+    built = Distillation(student, [one, other], DistillationConfig())
+    built.calibrate([batch])
+    return built
+
+
+def test_a_teacher_whose_call_has_no_name_is_taken_at_its_word():
+    class Call:
+        def __call__(self, module: nn.Module, pixels: torch.Tensor, masked: torch.Tensor | None) -> GridFeatures:
+            return call(module, pixels, masked)
+
+    def nameless(seed: int) -> Teacher:
+        return Teacher(Backbone(Patches(12, seed), Call(), 16, 12, 12, (0.5,) * 3, (0.5,) * 3), "text")
+
+    batch = batch_of(SIZES)
+    state = objective_of(nameless(1), teacher("dense", 7, 2), batch).state_dict()
+    assert not state["heads.text.origin"].any()
+    assert state["heads.dense.origin"].any()
+    resumed(state, [nameless(3), teacher("dense", 7, 2)])(batch)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"standardise": "phis"},
+        {"blind": "eyes"},
+        {"drop": 1.0},
+        {"cosine": -0.1},
+        {"smooth_l1": -1.0},
+        {"summary_weight": -1.0},
+        {"visible_weight": float("nan")},
+        {"cosine": 0.0, "smooth_l1": 0.0, "summary_weight": 0.0},
+    ],
+)
 def test_bad_configurations_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         DistillationConfig(**bad)
+
+
+def test_a_loss_of_nothing_is_refused():
+    dense = teacher("b", 8, 2)
+    dense.summary = False
+    student = CogViT(CogViTConfig(32, 1, 2, 64, mask_token=True))
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        Distillation(student, [dense], DistillationConfig(cosine=0.0, smooth_l1=0.0))
 
 
 def test_teachers_need_names_of_their_own():
