@@ -49,6 +49,10 @@ class FeatureCacheConfig:
     shape of its batch, so with a cache every batch has this size, whatever was found: 1 is exact by construction. A
     larger one keeps an accelerator busy, fills its last batch with copies, and is exact where a row's place in a batch
     does not change its bits; without a cache all images of one grid run together.
+
+    Only pixels that were seen before are found: a fresh random crop never is. What hits is the same stream again: a
+    second run of the same seed, a resumed one, ablations of student or loss over the same images, calibration, and
+    epochs of a stream that neither crops nor resizes at random.
     """
 
     folder: str = ""

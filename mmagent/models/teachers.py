@@ -26,7 +26,10 @@ LARGE = 50_000_000
 class TeacherConfig:
     """``source`` as in :func:`mmagent.models.backbones.load_backbone`; empty leaves the teacher out. ``resolution`` 0
     matches the teacher's grid to the student's; other values show it squares of that many pixels. ``summary`` false:
-    nothing has trained its summary, none is learned. ``patch_limit``: its patches of one forward, at most."""
+    nothing has trained its summary, none is learned. ``patch_limit``: its patches of one forward, at most.
+
+    A cache of what it saw pays for runs over the same stream (the same seed again, resumption, ablations), not for
+    random crops that are new every epoch: see :class:`~mmagent.models.feature_cache.FeatureCacheConfig`."""
 
     source: str = ""
     resolution: int = 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,8 +226,54 @@ def load_transformers(source: str, dtype: torch.dtype) -> Backbone:
     if kind is None or not issubclass(kind, PreTrainedModel) or kind.main_input_name != "pixel_values":
         raise ValueError(f"{source} is a {whole.model_type!r} model, and transformers has no vision model of that type")
     pixels = _preprocessing(source)
-    module = _load(kind, source, config, dtype) if config is whole else _load_tower(kind, source, config, dtype)
+    with _quiet_transformers():
+        module = _load(kind, source, config, dtype) if config is whole else _load_tower(kind, source, config, dtype)
     return wrap_transformers(module, pixels.get("image_mean"), pixels.get("image_std"))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the library's progress bars, and its reports only where loading fails: then a note on the error. Bars of
+    downloads stay as they were."""
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as settings
+
+    said, library = _Collected(), logging.getLogger("transformers")
+    bars, downloads = settings.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    handlers, passes_on = library.handlers, library.propagate
+    library.handlers, library.propagate = [said], False
+    try:
+        _show_bars(False, downloads)
+        yield
+    except Exception as error:
+        if said.lines:
+            error.add_note("\n".join(said.lines))
+        raise
+    finally:
+        library.handlers, library.propagate = handlers, passes_on
+        _show_bars(bars, downloads)
+
+
+def _show_bars(bars: bool, downloads: bool) -> None:
+    """Transformers' switch turns the one of downloads as well."""
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging as settings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a variable of the environment has the last word
+        (settings.enable_progress_bar if bars else settings.disable_progress_bar)()
+        (hub.enable_progress_bars if downloads else hub.disable_progress_bars)()
+
+
+class _Collected(logging.Handler):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def _load(kind: Any, source: str, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -290,7 +339,7 @@ def save_transformers(backbone: Backbone, folder: Path) -> None:
     """A folder that transformers itself and :func:`load_transformers` read."""
     module: Any = backbone.module
     pixels = {"image_mean": list(backbone.mean), "image_std": list(backbone.std)}
-    with new_folder(folder) as beside:
+    with new_folder(folder) as beside, _quiet_transformers():
         module.save_pretrained(beside)
         (beside / PREPROCESSORS[0]).write_text(json.dumps(pixels, indent=1), encoding="utf-8")
 

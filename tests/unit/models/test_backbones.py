@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from mmagent.geometry import WHITE_MEAN, GeometryConfig, patch_coordinates, patchify
@@ -350,6 +353,39 @@ def test_a_model_published_without_its_pooler_is_summarised_by_its_class_token(t
     same_backbone(backbone, reopened(backbone))
     backbone = wrap(backbone.module, pool="mean")
     assert torch.allclose(backbone(pixels).summary, hand[:, 1:].mean(dim=1))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_is_quiet_and_leaves_the_librarys_switches(shown, tmp_path, capfd):
+    """A tower out of a whole model has unexpected weights, which transformers reports at length."""
+    import huggingface_hub.utils as hub
+    import transformers
+    from transformers.utils import logging as settings
+
+    _, sizes = TRANSFORMERS["dinov2"]
+    config = transformers.Dinov2Config(**sizes, num_labels=3)
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "a")
+    library = logging.getLogger("transformers")
+    try:
+        (settings.enable_progress_bar if shown else settings.disable_progress_bar)()
+        hub.enable_progress_bars()
+        handlers, propagate = list(library.handlers), library.propagate
+        capfd.readouterr()
+        backbone = load_backbone(tmp_path / "a")
+        save_backbone(backbone, tmp_path / "b")
+        assert capfd.readouterr() == ("", "")
+        with safe_open(tmp_path / "b" / "model.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        name = next(name for name in tensors if name.endswith("cls_token"))
+        save_file(tensors | {name: torch.zeros(1, 1, 7)}, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(RuntimeError) as caught:  # one weight has another shape, and the report says which
+            load_backbone(tmp_path / "b")
+        assert "cls_token" in f"{caught.value} {caught.value.__notes__}"
+        assert settings.is_progress_bar_enabled() is shown
+        assert not hub.are_progress_bars_disabled()
+        assert (library.handlers, library.propagate) == (handlers, propagate)
+    finally:
+        settings.enable_progress_bar()
 
 
 def test_weights_that_would_have_to_be_unpickled_are_refused(tmp_path):
