@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=600, metavar="N", help=told)
     add("--seed", type=int, default=0, help="of splits and of --limit (%(default)s)")
     add = made.add_argument_group("how").add_argument
-    add("--max-patches", type=int, default=0, metavar="N", help="shrink images to N patches (the encoder's own limit)")
+    add("--max-patches", type=int, default=0, metavar="N", help="shrink images to N patches (what the encoder knows)")
     add("--square", type=int, default=0, metavar="PIXELS", help="show squares of so many pixels (native shape)")
     add("--k", nargs="+", type=int, default=[20], metavar="K", help="neighbours that vote (20)")
     add("--features", choices=get_args(Whole), default="both", help="what the linear probe reads (%(default)s)")
@@ -88,12 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = Probing(ks=tuple(args.k), whole=args.features, dtype=getattr(torch, args.dtype), device=args.device)
     results = {one.name: {q.name: _measured(one, q, how, templates) for q in questions} for one in judged}
     about: dict[str, object] = {name: str(value) for name, value in vars(args).items() if value}
-    about |= _left_out(questions)
+    about |= {f"shown to {one.name}": one.limit for one in judged} | _left_out(questions)
     args.output.mkdir(parents=True, exist_ok=True)
     write_text(args.output / "encoder_scores.json", json.dumps(_plain(results, about), indent=1) + "\n")
     page = args.output / "encoders.html"
     write_text(page, render(results, {q.name: q.test.classes for q in questions}, about))
-    print(f"{score_table(results)}\npictures: {page}")
+    shown = "\n".join(f"{one.name}: {one.limit}" for one in judged)
+    print(f"{score_table(results)}\n{shown}\npictures: {page}")
 
 
 def _left_out(questions: Sequence[Question]) -> dict[str, object]:

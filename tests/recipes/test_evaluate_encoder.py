@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from data_pipelines.hub_images import ColumnsConfig
 from data_pipelines.shards import ShardWriter
 from mmagent.chat import Image, Text
 from mmagent.dist import World
-from mmagent.geometry import GeometryConfig
+from mmagent.geometry import GeometryConfig, image_grid
 from mmagent.interop.encoder_folder import open_encoder, save_encoder
-from mmagent.interop.image_text import save_image_text
+from mmagent.interop.image_text import AlignedTowers, save_image_text
+from mmagent.models.backbones import new_backbone, wrap
 from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.models.text_tower import TextTower, text_debug
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
@@ -26,7 +29,7 @@ from mmagent.train.launch import launch
 from mmagent.train.step import begun
 from mmagent.vocab import Vocab
 from recipes import evaluate_encoder
-from recipes.encoder_sources import open_judged
+from recipes.encoder_sources import PATCHES, native_patches, open_judged
 from recipes.encoder_stage import StageConfig, pictures
 from recipes.probe_data import DataOptions, users_question
 from tests.data_pipelines.image_samples import COLOURS, bomb, encoded, folder_of_classes, pixels, tar_of, write
@@ -99,7 +102,7 @@ def test_encoders_of_every_kind_side_by_side(encoders, photos, tmp_path, monkeyp
     assert "images cannot be used; the first: red/bad" in said.err
     rows = said.out.splitlines()
     assert rows[0].split() == ["ours", "timm", "hf", "towers", "mean"]
-    assert [row.split()[0] for row in rows[1:-1]] == [
+    assert [row.split()[0] for row in rows[1:-6]] == [
         "knn@1", "knn@5", "linear", "linear/class", "segmentation/miou", "segmentation/class_accuracy",
         "segmentation/pixel_accuracy", "depth/rmse", "depth/r2", "depth/delta_1.25", "zero-shot/top-1",
         "zero-shot/top-5", "zero-shot/class", "retrieval/image_to_text@1", "retrieval/image_to_text@5",
@@ -115,7 +118,10 @@ def test_encoders_of_every_kind_side_by_side(encoders, photos, tmp_path, monkeyp
             assert value["low"] <= value["mean"] <= value["high"], value
     assert scores["mean"]["linear"]["mean"] == scores["mean"]["segmentation/miou"]["mean"] == 1.0  # colour is the class
     assert scores["towers"]["knn@5"] == scores["ours"]["knn@5"]  # the same image tower
+    assert rows[-6] == "ours: 16 patches an image at most, as asked"
+    assert left["about"]["shown to hf"] == "16 patches an image at most, as asked"
     page = (tmp_path / "out" / "encoders.html").read_text()
+    assert "16 patches an image at most" in page
     assert page.count("<img ") > 5 * (3 + 2)
     assert "green" in page
 
@@ -159,7 +165,7 @@ def test_a_test_that_was_fitted_is_told(encoders, tmp_path, monkeypatch, capsys)
 
 def test_without_data_the_built_in_questions_are_asked(encoders, tmp_path, monkeypatch, capsys):
     _run(monkeypatch, encoders["ours"] / "encoder", "--images", 40, "--probes", "knn", "--output", tmp_path)
-    rows = capsys.readouterr().out.splitlines()[1:-1]
+    rows = capsys.readouterr().out.splitlines()[1:-2]
     assert {row.split()[0] for row in rows} >= {"digit", "shape", "colour"}
     assert all(row.split()[1] == "knn@20" for row in rows)
 
@@ -199,7 +205,62 @@ def test_sources_keep_their_geometry_within_what_is_asked(encoders):
     assert type(model).__name__ == "Means"
     one = open_judged(f"x={encoders['ours']}/encoder", "cpu", max_patches=40, towers=False)
     assert (one.name, one.geometry.max_tokens, one.towers) == ("x", 10, None)
+    assert one.limit == "40 patches an image at most, as asked"
     assert open_judged(str(encoders["towers"]), "cpu").towers is not None
+
+
+def test_images_are_shown_as_large_as_an_encoder_knows_them(encoders, tmp_path):
+    """A photograph of a telephone, to each kind of encoder; in patches."""
+    photo = (3000, 4000)
+
+    def shown(source: object, max_patches: int = 0) -> tuple[int, str]:
+        one = open_judged(str(source), "cpu", max_patches)
+        if isinstance(one.towers, AlignedTowers):
+            assert one.towers.geometry == one.geometry
+        return math.prod(image_grid(*photo, one.geometry)), one.limit.partition(", ")[2]
+
+    patches, why = shown(encoders["ours"] / "encoder")
+    assert 900 < patches <= PATCHES
+    assert why == "by default"
+    save_encoder(tmp_path / "small", CogViT(cogvit_debug()), replace(GEOMETRY, max_tokens=20))
+    assert shown(tmp_path / "small")[0] <= 80
+    assert shown(tmp_path / "small")[1] == "by its geometry"
+    assert 1000 < shown(tmp_path / "small", 1200)[0] <= 1200
+    for kind, cells in (("transformers", 4), ("timm", 4)):  # 56 pixels: 4 patches of 14, and 3.5 of 16
+        patches, why = shown(encoders[kind])
+        assert patches <= cells**2
+        assert why == "as the model was made for"
+    own = shown("tests.recipes.test_evaluate_encoder:Means")
+    assert 900 < own[0] <= PATCHES
+
+
+def test_aligned_towers_see_what_their_training_showed_in_all_probes(tmp_path, capsys):
+    vocab = Vocab.train(["all red", "all green", "all blue"] * 3, 300)
+    towers = Alignment(CogViT(cogvit_debug()), TextTower(text_debug(vocab.size)), AlignmentConfig(width=16))
+    save_image_text(tmp_path / "both", towers, GEOMETRY, vocab, max_text=16, max_patches=48)
+    for with_text in (True, False):
+        one = open_judged(str(tmp_path / "both"), "cpu", towers=with_text)
+        assert one.geometry.max_tokens * 4 == 48
+        assert one.limit == "48 patches an image at most, as its training had"
+    asked = open_judged(str(tmp_path / "both"), "cpu", 20)
+    assert isinstance(asked.towers, AlignedTowers)
+    assert asked.towers.geometry == asked.geometry == GEOMETRY.within(20)
+
+
+@pytest.mark.parametrize(("name", "cells"), [("siglip2", 64), ("dinov3", 14 * 14)])
+def test_foreign_models_say_what_size_they_were_made_for(name, cells):
+    """SigLIP2 counts patches, DINOv3 pixels: 224 of them, in patches of 16."""
+    assert native_patches(new_backbone(name, 32, 1, 2, 16)) == cells
+
+
+def test_an_odd_grid_is_lifted_to_whole_tokens():
+    ensure_torchvision()
+    from transformers import ConvNextConfig, ConvNextModel
+
+    config = ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], image_size=224)
+    backbone = wrap(ConvNextModel(config).eval())
+    assert native_patches(backbone) == 49
+    assert native_patches(backbone, 2) == 64
 
 
 def _sources(root: Path) -> dict[str, Path | str]:
