@@ -15,7 +15,7 @@ from data_pipelines.labelled import ImageSet, Kind, require, some_of
 from evals.encoder.battery import Example, Examples, Probe
 from evals.encoder.features import LabelledImages, ahead
 from evals.probes import Pair, probe_sets
-from mmagent.geometry import resize
+from mmagent.geometry import GeometryConfig, fit, resize
 from mmagent.records import RecordError
 
 WORKERS = min(os.cpu_count() or 1, 8)
@@ -102,9 +102,11 @@ def _examples(images: ImageSet, options: DataOptions, maps: bool) -> tuple[Examp
         try:
             found = images[index]
             mask, depth = (found.mask(), found.depth()) if maps else (None, None)
-            image = _shaped(found.image(), options.square)
-        except RecordError as error:
-            return error
+            image = found.image()
+            fit(*image.shape[:2], GeometryConfig())  # a shape that no encoder is shown
+        except (RecordError, ValueError) as error:
+            return error if isinstance(error, RecordError) else RecordError(found.key, "image", str(error))
+        image = _shaped(image, options.square)
         return Example(found.key, image, found.label, found.captions, mask, depth)
 
     def read() -> Iterator[Example]:

@@ -285,7 +285,7 @@ def bar_chart(
     if not values:
         return line_chart({}, title)
     thick, gap = 12, 11
-    left = 14 + min(max(len(label) for label in groups), 30) * 7
+    left = 16 + min(max(len(label) for label in groups), 30) * 8  # of bold letters
     end = maximum if maximum is not None else max(*values, 0.0) or 1.0
     axis = Axis(0.0, end, left, _WIDTH - 78)
     parts, y = [], 8.0

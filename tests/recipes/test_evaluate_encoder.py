@@ -84,6 +84,7 @@ def photos(tmp_path_factory) -> Path:
             write(root / name / f"{n:03d}.depth.png", encoded(np.full((30, 44), 100 + n, np.uint16)))
     for n in range(4):
         write(root / "red" / f"bad{n}.png", bomb() if n % 2 else b"no image")
+    write(root / "red" / "line.png", encoded(np.zeros((2, 900, 3), np.uint8)))  # a shape that no encoder is shown
     return root
 
 
