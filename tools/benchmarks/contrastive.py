@@ -78,8 +78,8 @@ def loss_rows(settings: Settings) -> Iterator[Row]:
 class OneGraph(Alignment):
     """The same towers; the loss over the whole matrix of one batch, left to autograd."""
 
-    def _contrast(self, batch: PairedBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, dict[str, Ratio]]:
-        return whole_matrix(images, texts, *self.temperature()), {}
+    def _contrast(self, batch: PairedBatch, tensors: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Ratio]]:
+        return whole_matrix(*tensors), {}
 
 
 def batch_of(numbers: range) -> PairedBatch:

@@ -174,12 +174,14 @@ def _train(world: World, packs: int) -> tuple[float, float, np.ndarray]:
 
 
 def test_the_step_does_not_depend_on_ranks():
+    """AdamW's first step is the rate, 1e-2, times ``g / (|g| + 1e-8)``: where a gradient is hardly larger than that,
+    rounding moves a weight by some thousandths of the rate; a lost sample would move most weights by all of it."""
     (alone,) = run_ranks(_train, 1, 1)
     first, second = run_ranks(_train, 2, 2)
     assert np.array_equal(first[2], second[2])
     assert alone[0] == pytest.approx(first[0], abs=1e-5)
     assert alone[1] == pytest.approx(first[1], rel=1e-4)
-    np.testing.assert_allclose(first[2], alone[2], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(first[2], alone[2], rtol=0, atol=1e-4)
 
 
 def test_mtp_learns_without_touching_anything_else():
@@ -240,7 +242,8 @@ def test_the_entropy_term_is_that_of_the_sampled_tokens(reduction):
     weights = 1 / torch.bincount(owner)[owner] if reduction == "trajectory" else torch.ones(len(owner))
     (-entropy * weights).sum().backward()
     for name, expected in gradients(model).items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        bound = 5e-6 * max(1.0, expected.abs().max().item())  # rounding is that of the largest: 2e-6 of it was seen
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_kl_needs_a_reference():
