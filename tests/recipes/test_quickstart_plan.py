@@ -33,7 +33,7 @@ def test_the_data_is_usable_once_every_source_has_shards(tmp_path):
     Vocab.train(["click(1, 2)"], 256 + len(SPECIAL_TOKENS)).save(data)
     blind.check(data)
     with pytest.raises(
-        ValueError, match=r"no shards of pretrain/screens, pretrain/tiles, .*sft/episodes, .*validation/html$"
+        ValueError, match=r"no shards of pretrain/screens, pretrain/tiles, .*sft/episodes, .*validation/pages$"
     ):
         seeing.check(data)
     (data / "pretrain" / "captions" / "0.tar").unlink()
