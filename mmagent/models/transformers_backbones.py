@@ -226,8 +226,12 @@ def load_transformers(source: str, dtype: torch.dtype) -> Backbone:
     if kind is None or not issubclass(kind, PreTrainedModel) or kind.main_input_name != "pixel_values":
         raise ValueError(f"{source} is a {whole.model_type!r} model, and transformers has no vision model of that type")
     pixels = _preprocessing(source)
-    with _quiet_transformers():
-        module = _load(kind, source, config, dtype) if config is whole else _load_tower(kind, source, config, dtype)
+    try:
+        with _quiet_transformers():
+            module = _load(kind, source, config, dtype) if config is whole else _load_tower(kind, source, config, dtype)
+    except OSError as error:  # no weights, or none that can be read
+        said = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{source} cannot be loaded: {said[0]}") from error
     return wrap_transformers(module, pixels.get("image_mean"), pixels.get("image_std"))
 
 
@@ -240,8 +244,9 @@ def _quiet_transformers() -> Iterator[None]:
 
     said, library = _Collected(), logging.getLogger("transformers")
     bars, downloads = settings.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
-    handlers, passes_on = library.handlers, library.propagate
+    handlers, passes_on, level = library.handlers, library.propagate, library.level
     library.handlers, library.propagate = [said], False
+    library.setLevel(logging.WARNING)  # the reports' own, whatever was set for people
     try:
         _show_bars(False, downloads)
         yield
@@ -251,6 +256,7 @@ def _quiet_transformers() -> Iterator[None]:
         raise
     finally:
         library.handlers, library.propagate = handlers, passes_on
+        library.setLevel(level)
         _show_bars(bars, downloads)
 
 

@@ -365,8 +365,9 @@ def test_loading_is_quiet_and_leaves_the_librarys_switches(shown, tmp_path, capf
     _, sizes = TRANSFORMERS["dinov2"]
     config = transformers.Dinov2Config(**sizes, num_labels=3)
     transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "a")
-    library = logging.getLogger("transformers")
+    library, level = logging.getLogger("transformers"), settings.get_verbosity()
     try:
+        settings.set_verbosity_error()  # as a user may have it
         (settings.enable_progress_bar if shown else settings.disable_progress_bar)()
         hub.enable_progress_bars()
         handlers, propagate = list(library.handlers), library.propagate
@@ -384,8 +385,17 @@ def test_loading_is_quiet_and_leaves_the_librarys_switches(shown, tmp_path, capf
         assert settings.is_progress_bar_enabled() is shown
         assert not hub.are_progress_bars_disabled()
         assert (library.handlers, library.propagate) == (handlers, propagate)
+        assert settings.get_verbosity() == logging.ERROR
     finally:
         settings.enable_progress_bar()
+        settings.set_verbosity(level)
+
+
+def test_a_folder_without_weights_is_told_in_one_line(tmp_path):
+    save_backbone(wrap(transformers_model("dinov2")), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model cannot be loaded: .*model\.safetensors"):
+        load_backbone(tmp_path / "model")
 
 
 def test_weights_that_would_have_to_be_unpickled_are_refused(tmp_path):
