@@ -6,7 +6,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mmagent.geometry import GeometryConfig, patchify
+from mmagent.models.layers import evaluating
 from mmagent.protocols import VisionEncoder
 from mmagent.types import PackedVision, PatchedImage
 
@@ -125,7 +125,7 @@ def stream_features(
     assert isinstance(encoder, VisionEncoder)
     if patches_per_pack < 1:
         raise ValueError(f"patches_per_pack {patches_per_pack} must be positive")
-    with _evaluating(encoder), bar(progress, total) as shown:
+    with evaluating(encoder), bar(progress, total) as shown:
         for names, pack in _packs(images, geometry, patches_per_pack):
             for row in _look(encoder, names, pack, dtype, tokens):
                 yield row
@@ -179,16 +179,6 @@ def bar(name: str, total: int | None, unit: str = "image", items: Iterable[Item]
         items, total=total, desc=name, unit=unit, file=sys.stderr, disable=not name, delay=_QUIET, dynamic_ncols=True,
         leave=False,
     )  # fmt: skip
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmagent import dist
-from mmagent.engine.sharding import gather_like, shard_like
+from mmagent.engine.sharding import gather_like, local_part, shard_like
 from mmagent.ops.state import check_weights, shapes_of
 
 
@@ -58,16 +57,16 @@ class WeightAverage:
         decay = min(self.config.decay, (1 + self.updates) / (10 + self.updates))
         now = self._tensors()
         torch._foreach_lerp_(
-            [_local(mean) for mean in self.average.values()],
-            [_local(now[name]).float() for name in self.average],
+            [local_part(mean) for mean in self.average.values()],
+            [local_part(now[name]).float() for name in self.average],
             1.0 - decay,
         )
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While it lasts the module has the averaged weights, if there is an average: to be judged or saved."""
-        kept = {name: _local(tensor).detach().clone() for name, tensor in self._tensors().items() if self.average}
-        self._write({name: _local(mean) for name, mean in self.average.items()})
+        kept = {name: local_part(tensor).detach().clone() for name, tensor in self._tensors().items() if self.average}
+        self._write({name: local_part(mean) for name, mean in self.average.items()})
         try:
             yield
         finally:
@@ -77,7 +76,7 @@ class WeightAverage:
     def _write(self, values: Mapping[str, Tensor]) -> None:
         tensors = self._tensors()
         for name, value in values.items():
-            _local(tensors[name]).copy_(value)
+            local_part(tensors[name]).copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The average in full float32 tensors on the host of rank 0 (``{}`` elsewhere), and the number of updates. A
@@ -96,8 +95,4 @@ class WeightAverage:
         check_weights(shapes_of(self.average), shapes_of(given), f"the average of {type(self.module).__name__}")
         self.updates = int(state["updates"])
         for name, mean in self.average.items():
-            _local(mean).copy_(_local(shard_like(given[name], mean)))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local_part(mean).copy_(local_part(shard_like(given[name], mean)))

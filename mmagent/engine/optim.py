@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from mmagent import dist
-from mmagent.engine.sharding import shard_like
+from mmagent.engine.sharding import local_part, shard_like
 from mmagent.protocols import Trainable
 from mmagent.types import ParamRole
 
@@ -178,15 +178,15 @@ class MuonAdamW(Optimizer):
         for p in parameters:  # empty shards too: every rank must have what checkpoints gather from all
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p]["exp_avg"] = torch.zeros_like(_local(p))
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(_local(p))
-        parameters = [p for p in parameters if _local(p).numel()]
+                self.state[p]["exp_avg"] = torch.zeros_like(local_part(p))
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(local_part(p))
+        parameters = [p for p in parameters if local_part(p).numel()]
         if not parameters:
             return
         states = [self.state[p] for p in parameters]
         adamw(
-            [_local(p) for p in parameters],
-            [_local(p.grad) for p in parameters],
+            [local_part(p) for p in parameters],
+            [local_part(p.grad) for p in parameters],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -204,14 +204,14 @@ class MuonAdamW(Optimizer):
     def _momenta(self, parameters: list[Tensor]) -> None:
         for p in parameters:
             if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(_local(p))
-            self.state[p]["momentum"].lerp_(_local(p.grad), 1 - self.config.momentum)
+                self.state[p]["momentum"] = torch.zeros_like(local_part(p))
+            self.state[p]["momentum"].lerp_(local_part(p.grad), 1 - self.config.momentum)
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
         """Updates ``(N, *matrix)`` of a batch of parameters of one shape: gather, orthogonalise by logical matrix."""
         gathered = []
         for p in parameters:
-            nesterov = _local(p.grad).lerp(self.state[p]["momentum"], self.config.momentum)
+            nesterov = local_part(p.grad).lerp(self.state[p]["momentum"], self.config.momentum)
             gathered.append(_gather(nesterov.to(getattr(torch, self.config.newton_schulz_dtype)), p))
         stacked = _as_matrices(torch.stack(gathered))
         pieces = stacked.split(list(group["splits"] or (stacked.shape[-2],)), dim=-2)
@@ -224,7 +224,7 @@ class MuonAdamW(Optimizer):
     def _apply(self, parameters: list[Tensor], group: dict[str, Any], updates: Tensor) -> None:
         """Decay, and add this rank's part of each update."""
         for p, update in zip(parameters, updates, strict=True):
-            local = _local(p)
+            local = local_part(p)
             local.mul_(1 - group["lr"] * group["weight_decay"])
             whole = update.view(p.shape) if p.ndim > 3 else update  # experts may be here in part, kernels never
             local.add_(_keep(whole, p).to(local.dtype), alpha=-group["lr"])
@@ -279,10 +279,6 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         yield batch
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _whole_matrices(parameter: DTensor) -> bool:
     """Whether each rank holds whole matrices (experts sharded along their own dimension), so nothing need travel."""
     rows_kept = all(isinstance(p, Replicate) or p == Shard(0) for p in parameter.placements)
@@ -299,5 +295,7 @@ def _gather(local: Tensor, parameter: Tensor) -> Tensor:
 
 def _keep(full: Tensor, parameter: Tensor) -> Tensor:
     return (
-        full if isinstance(parameter, DTensor) and _whole_matrices(parameter) else _local(shard_like(full, parameter))
+        full
+        if isinstance(parameter, DTensor) and _whole_matrices(parameter)
+        else local_part(shard_like(full, parameter))
     )

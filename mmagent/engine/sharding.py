@@ -8,6 +8,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def local_part(value: Any) -> Any:
+    """This rank's shard of a ``DTensor``; anything else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def gather_like(value: Any, parameter: Tensor) -> Any:
     """``value`` as a full tensor on the host, sharded as ``parameter`` is (a collective if so); others as they are.
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import register_dataclass
 
 from mmagent.dist import World, broadcast
 from mmagent.engine.optim import few
-from mmagent.engine.sharding import gather_like, shard_like
+from mmagent.engine.sharding import gather_like, local_part, shard_like
 from mmagent.protocols import Trainable
 from mmagent.types import ModelOutput, StepOutput, VisionFeatures
 
@@ -39,8 +39,8 @@ _NO_BUFFER_SYNC = {"forward_sync_buffers" if "forward_sync_buffers" in _DDP_SWIT
 class TorchEngineConfig:
     """``parallel``: ``none`` (one process), ``ddp`` or ``fsdp2``. ``dtype``: ``float32`` or ``bfloat16`` (autocast;
     FSDP2 also gathers parameters in it, but those of blocks that say ``full_precision``, and reduces gradients in
-    float32). ``clip_norm`` 0 leaves gradients as they
-    are. A trainable parameter that a step does not use is an error, unless ``allow_unused``."""
+    float32). ``clip_norm`` 0 leaves gradients as they are. A trainable parameter that a step does not use is an error,
+    unless ``allow_unused``."""
 
     parallel: str = "ddp"
     dtype: str = "float32"
@@ -167,7 +167,7 @@ class TorchEngine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient.values()])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
-            bad = [n for n, p in with_gradient.items() if not torch.isfinite(_local(p.grad)).all()]
+            bad = [n for n, p in with_gradient.items() if not torch.isfinite(local_part(p.grad)).all()]
             raise FloatingPointError(f"the gradient norm is {norm.item()}; first seen in {few(bad) or 'another rank'}")
         if self.config.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(with_gradient.values(), self.config.clip_norm, norm)
@@ -212,12 +212,8 @@ class TorchEngine:
                     shapes = f"{tuple(value.shape)} for {tuple(parameter.shape)}"
                     raise ValueError(f"optimizer state {key} of {name} is misshapen: {shapes}")
             shards = {key: shard_like(value, parameter) for key, value in entries.items()}
-            fresh[index[id(parameter)]] = {k: _local(v) if local else v for k, v in shards.items()}
+            fresh[index[id(parameter)]] = {k: local_part(v) if local else v for k, v in shards.items()}
         self.optimizer.load_state_dict({"state": fresh, "param_groups": self.optimizer.state_dict()["param_groups"]})
-
-
-def _local(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

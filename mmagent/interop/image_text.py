@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,7 +24,7 @@ from mmagent.config import load_yaml, to_yaml
 from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
-from mmagent.models.layers import Linear
+from mmagent.models.layers import Linear, evaluating
 from mmagent.models.temperature import Temperature
 from mmagent.models.text_tower import TextTower, TextTowerConfig
 from mmagent.ops.state import load_weights, save_weights
@@ -71,7 +70,7 @@ class ImageTextModel(nn.Module, ABC):
             raise ValueError(f"a batch of at most {budget} patches or tokens holds nothing")
         rows = [torch.empty(0, self.width)]
         ready = (_named(f"{kind} {n}", prepare, item) for n, item in enumerate(items))
-        with _evaluating(self):
+        with evaluating(self):
             for batch in _batches(ready, budget):
                 rows.append(F.normalize(run(batch).float(), dim=-1).cpu())
         return torch.cat(rows)
@@ -115,16 +114,6 @@ def _batches(items: Iterable[tuple[Ready, int]], budget: int) -> Iterator[list[R
         size += cost
     if waiting:
         yield waiting
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 # ---------------------------------------------------------------------------------------------- ours

@@ -8,7 +8,8 @@ fills everything with NaN first, so that nothing stays unwritten unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,6 +146,17 @@ def initialise(module: nn.Module) -> None:
         unwritten = [name for name, p in (*module.named_parameters(), *module.named_buffers()) if p.isnan().any()]
     if unwritten:
         raise ValueError(f"never initialised: {', '.join(unwritten[:5])} ({len(unwritten)} in all)")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation mode while the block runs, and then as it was."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def collect_roles(module: nn.Module, role: str, prefix: str = "") -> dict[str, ParamRole]:
