@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.labelled import Kind, LabelledPicture
+from mmagent.config import first_line
 from mmagent.records import RecordError
 
 PREFIX = "datasets:"
@@ -66,8 +67,7 @@ def load_splits(source: str, subset: str = "") -> dict[str, Any]:
         else:
             loaded = datasets.load_dataset(name, subset or None, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source}: cannot be loaded: {said}") from error
+        raise ValueError(f"{source}: cannot be loaded: {first_line(error)}") from error
     if isinstance(loaded, dict):
         return dict(loaded)
     return {split or "": loaded}

@@ -44,7 +44,7 @@ def resolve(default: T, argv: Sequence[str] | None = None) -> T:
     try:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(first_line(error)) from error
 
 
 def _set(default: Any, config: DictConfig, override: str) -> DictConfig:
@@ -78,7 +78,7 @@ def _update(config: DictConfig, key: str, override: str, origin: str) -> DictCon
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {_first_line(error)} (in {origin})") from error
+        raise ConfigError(f"{key}: {first_line(error)} (in {origin})") from error
     return config
 
 
@@ -91,13 +91,14 @@ def _merge(default: Any, config: DictConfig, overlay: Any, origin: str) -> DictC
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known_keys(default)[:12])}, ..."
         raise ConfigError(f"unknown config key {key!r} in {origin}{hint}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or error.key}: {_first_line(error)} (in {origin})") from error
+        raise ConfigError(f"{error.full_key or error.key}: {first_line(error)} (in {origin})") from error
     except TypeError as error:  # a mapping where a list stands, or the other way round
-        raise ConfigError(f"{', '.join(overlay)}: {_first_line(error)} (in {origin})") from error
+        raise ConfigError(f"{', '.join(overlay)}: {first_line(error)} (in {origin})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def known_keys(default: Any, prefix: str = "") -> list[str]:

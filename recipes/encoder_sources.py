@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mmagent.config import load_yaml
+from mmagent.config import first_line, load_yaml
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import open_encoder
 from mmagent.interop.image_text import (
@@ -56,7 +56,7 @@ def open_judged(argument: str, device: str, max_patches: int = 0, smallest: int 
         try:
             both = load_image_text(source).to(device)
         except (ValueError, OSError) as error:  # most encoders are alone: whether that matters, the probes decide
-            why = _first_line(error)
+            why = first_line(error)
     pair = aligned and (folder / TOKENIZER).is_file()
     trained = load_yaml(ImageTextConfig(), folder / CONFIG).max_patches if pair else 0
     geometry, limit = _limited(model, geometry, max_patches, trained)
@@ -96,10 +96,6 @@ def native_patches(backbone: Backbone, merge_size: int = 1) -> int:
     if not grid:  # SigLIP2 of any aspect counts patches
         return int(getattr(config, "num_patches", 0) or 0)
     return math.prod(max(-(-side // merge_size), 1) * merge_size for side in grid)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _named(source: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mmagent.config import load_yaml, locate, to_yaml
+from mmagent.config import first_line, load_yaml, locate, to_yaml
 from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig
 from mmagent.models.backbones import BackboneEncoder, architecture, from_architecture, load_backbone
@@ -92,8 +92,7 @@ def open_encoder(source: Path | str, geometry: GeometryConfig | None = None) -> 
     try:
         backbone = load_backbone(text)
     except (OSError, RuntimeError) as error:  # what hub and timm raise for names that they do not have
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{text}: cannot be loaded: {said}") from error
+        raise ValueError(f"{text}: cannot be loaded: {first_line(error)}") from error
     own = replace(geometry or GeometryConfig(), patch_size=backbone.patch_size, mean=backbone.mean, std=backbone.std)
     return Encoder(BackboneEncoder(backbone, own).eval(), own, json.dumps(architecture(backbone)))
 

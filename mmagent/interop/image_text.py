@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.config import load_yaml, to_yaml
+from mmagent.config import first_line, load_yaml, to_yaml
 from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
@@ -311,7 +311,7 @@ def _load_transformers(source: str) -> TransformersTowers:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no image-text model {source!r}: it must be a folder that alignment leaves behind, the folder of a model "
-            f"of transformers, or a hub id that can be reached from here ({_first_line(error)})"
+            f"of transformers, or a hub id that can be reached from here ({first_line(error)})"
         ) from error
     if kind not in classes:
         raise ValueError(f"{source} is a {kind!r} model; known image-text models are {', '.join(classes)}")
@@ -325,9 +325,5 @@ def _load_transformers(source: str) -> TransformersTowers:
         try:
             parts.append(loader.from_pretrained(source))
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"{source}: its {what} cannot be loaded ({_first_line(error)})") from error
+            raise ValueError(f"{source}: its {what} cannot be loaded ({first_line(error)})") from error
     return TransformersTowers(model.eval(), *parts).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmagent.config import first_line
 from mmagent.files import new_folder
 from mmagent.geometry import CLIP_MEAN, CLIP_STD
 from mmagent.models.backbone import (
@@ -215,10 +216,9 @@ def load_transformers(source: str, dtype: torch.dtype) -> Backbone:
     try:
         whole = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f"no teacher {source!r}: it must be the folder of a model (recipes.teachers leaves one in OUTPUT/teacher), "
-            f"or a hub id that can be reached from here ({said[0]})"
+            f"or a hub id that can be reached from here ({first_line(error)})"
         ) from error
     config = getattr(whole, "vision_config", whole)
     known = MODEL_MAPPING.get(type(config), None)
@@ -230,8 +230,7 @@ def load_transformers(source: str, dtype: torch.dtype) -> Backbone:
         with _quiet_transformers():
             module = _load(kind, source, config, dtype) if config is whole else _load_tower(kind, source, config, dtype)
     except OSError as error:  # no weights, or none that can be read
-        said = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"{source} cannot be loaded: {said[0]}") from error
+        raise ValueError(f"{source} cannot be loaded: {first_line(error)}") from error
     return wrap_transformers(module, pixels.get("image_mean"), pixels.get("image_std"))
 
 
