@@ -92,7 +92,7 @@ class World:
             raise ValueError(f"{self.size} ranks cannot be laid out as {asked}")
         if not torch_dist.is_initialized():
             torch_dist.init_process_group(_backend(self.device), store=torch_dist.HashStore(), rank=0, world_size=1)
-            atexit.register(shutdown)
+            atexit.register(_leave)
         if len(sizes) == 1:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=tuple(sizes))
         world_group, key = torch_dist.group.WORLD, (self.timeout, *sizes.items())
@@ -161,12 +161,14 @@ class World:
 
 
 def init(timeout: float = 600.0, threads: int | None = None) -> World:
-    """Join the world that ``torchrun`` describes in the environment, or be alone.
+    """Join the world that ``torchrun``, ``accelerate launch`` or MPI describes in the environment, or be alone.
 
     NCCL carries GPU tensors and gloo CPU tensors. ``timeout`` (seconds) bounds every collective, so that a lost rank
     is an error and not a wait for ever. ``threads`` of each rank default to its share of the processors this process
-    may use; torchrun's own default is one, which leaves most of a CPU machine idle.
+    may use; torchrun's own default is one, which leaves most of a CPU machine idle. ``ValueError`` for a launcher that
+    started several processes without telling them of each other, or asks for what it does not decide here.
     """
+    _understand_launcher()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -174,10 +176,54 @@ def init(timeout: float = 600.0, threads: int | None = None) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     torch.set_num_threads(threads or default_threads(local_size))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL remembers, for the dump of a hang
     if size > 1 and not torch_dist.is_initialized():
-        torch_dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout))
-        atexit.register(shutdown)
+        wait = timedelta(seconds=timeout)
+        store, *_ = next(torch_dist.rendezvous("env://", rank, size, timeout=wait))
+        # torchrun's store outlives its restarts: without a name of its own a restarted rank would find the addresses
+        # of those that were killed, and wait for them
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch_dist.PrefixStore(f"mmagent/life-{life}", store)
+        torch_dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=wait)
+        atexit.register(_leave)
     return World(rank, size, local_rank, device, timeout=timeout)
+
+
+_BY_MPI = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE"),
+}
+"""What Open MPI, MPICH with its kin (Intel MPI), and MVAPICH call what torchrun calls so."""
+
+
+def _understand_launcher() -> None:
+    """Complete the environment to what torchrun would have set, so that everyone may read that."""
+    for switch, instead in (
+        ("ACCELERATE_USE_DEEPSPEED", "engine.parallel=zero1, zero2 or zero3"),
+        ("ACCELERATE_USE_FSDP", "engine.parallel=fsdp2 or hsdp"),
+        ("ACCELERATE_USE_MEGATRON_LM", "engine.parallel"),
+    ):
+        if os.environ.get(switch, "").lower() in ("true", "1"):
+            raise ValueError(f"{switch}: accelerate only launches here, engines are ours: leave it out, set {instead}")
+    if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise ValueError(f"accelerate asks for mixed precision {asked!r}: it only launches here; set engine.dtype")
+    if "WORLD_SIZE" in os.environ:
+        return
+    found = {ours: os.environ[t] for ours, theirs in _BY_MPI.items() for t in theirs if t in os.environ}
+    if int(found.get("WORLD_SIZE", 1)) > 1:
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ValueError(
+                f"MPI started {found['WORLD_SIZE']} ranks, but {' and '.join(missing)} are not set, where they could "
+                f"meet: export them (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+            )
+        os.environ.update(found)
+    elif "MASTER_ADDR" in os.environ and any(name.startswith("ACCELERATE_") for name in os.environ):
+        raise ValueError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, and it would train alone: use "
+            "accelerate launch --multi_gpu --num_processes N, which starts N ranks on CPUs as well, or torchrun"
+        )
 
 
 def _backend(device: torch.device) -> str:
@@ -192,12 +238,16 @@ def default_threads(local_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 
 
-def shutdown(together: bool = False) -> None:
-    """Leave the process group, if there is one. ``together``, at the end of a run that went well, waits for all ranks:
-    who leaves first takes its end of connections along that others still use."""
+def shutdown() -> None:
+    """The end of a run that went well: leave the process group, if there is one, once all ranks are here. Who left
+    first would take its end of connections along that others still use."""
+    barrier()
+    _leave()
+
+
+def _leave() -> None:
+    """Leave without a word: a process that ends, perhaps for an error, must not wait for others."""
     if torch_dist.is_initialized():
-        if together:
-            torch_dist.barrier()
         torch_dist.destroy_process_group()
 
 
@@ -243,6 +293,22 @@ def all_to_all(rows: Tensor, sends: Sequence[int], receives: Sequence[int], grou
     return _AllToAll.apply(rows, tuple(sends), tuple(receives), group)
 
 
+def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> list[Tensor]:
+    """``rows (n, ...)`` of every rank of ``group``, in order of ranks, on every rank; ``n`` may differ, and be 0. Rows
+    that lie on the host do not pass through the accelerator."""
+    if not torch_dist.is_initialized() or torch_dist.get_world_size(group) == 1:
+        return [rows]
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(torch_dist.get_world_size(group))]
+    torch_dist.all_gather(counts, count, group=group)
+    longest = max(int(n) for n in counts)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    everyone = [torch.empty_like(padded) for _ in counts]
+    torch_dist.all_gather(everyone, padded, group=group)
+    return [some[: int(n)] for some, n in zip(everyone, counts, strict=True)]
+
+
 def exchange(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
     """Send each tensor to its rank while filling each buffer from its rank; returns when all have arrived.
 
@@ -272,6 +338,17 @@ def gather_ints(value: int, device: torch.device | str = "cpu") -> list[int]:
     return [int(n) for n in all_reduce(everyone).tolist()]
 
 
+def gather_pieces(piece: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The flat ``piece (sizes[rank],)`` of every rank, one after the other, on every rank. A collective."""
+    if len(sizes) == 1:
+        return piece
+    padded = piece.new_zeros(max(sizes))
+    padded[: piece.numel()] = piece
+    everyone = padded.new_empty(len(sizes), max(sizes))
+    torch_dist.all_gather(list(everyone.unbind()), padded)
+    return torch.cat([row[:size] for row, size in zip(everyone, sizes, strict=True)])
+
+
 def rank() -> int:
     """This process's rank; 0 when alone."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0
@@ -282,11 +359,17 @@ def size() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
-def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
-    """Overwrite ``tensor`` with that of the rank ``source``, in place, and return it. Alone: unchanged."""
-    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
-        torch_dist.broadcast(tensor, source)
+def broadcast(tensor: Tensor, source: int = 0, group: ProcessGroup | None = None) -> Tensor:
+    """Overwrite ``tensor`` with that of the rank ``source`` on the ranks of ``group`` (all of them), in place, and
+    return it. Alone: unchanged."""
+    if torch_dist.is_initialized() and torch_dist.get_world_size(group) > 1:
+        torch_dist.broadcast(tensor, source, group=group)
     return tensor
+
+
+def first_of(group: ProcessGroup) -> int:
+    """The rank, in the world, of the first member of ``group``."""
+    return torch_dist.get_global_rank(group, 0)
 
 
 def barrier() -> None:
@@ -439,5 +522,5 @@ def _rank_main(
     except BaseException:  # the parent raises it again, so nothing is swallowed
         sender.send_bytes(pickle.dumps((None, traceback.format_exc())))
     finally:
-        shutdown()
+        _leave()
         faulthandler.cancel_dump_traceback_later()

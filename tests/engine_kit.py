@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from mmagent import dist
 from mmagent.dist import World
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.saving import SavingConfig
+from mmagent.engine.torch_engine import TorchEngine
+from mmagent.train.health import HealthConfig
 from mmagent.train.run import Run
 from mmagent.types import ParamRole, Ratio, StepOutput
 
@@ -60,6 +64,9 @@ class Toy(nn.Module):
             self._rows += len(batch.values)
         error = Ratio(squares.detach().sum(), torch.tensor(float(len(squares))))
         return StepOutput({"common": squares.sum(), "rare": (squares * rare).sum()}, {"error": error})
+
+    def forget(self) -> None:
+        self._rows = torch.zeros(())
 
     def after_step(self) -> dict[str, float]:
         self.seen[0] += dist.all_reduce(self._rows)
@@ -124,13 +131,36 @@ class ToyRun:
     stream: ToyStream
 
 
-def toy_run(folder: Path, world: World = ALONE, parallel: str = "ddp", dropout: float = 0.2, keep: int = 2) -> ToyRun:
+class BadStream(ToyStream):
+    """Spoils what rank 1 (of one rank: rank 0) reads in the given steps: values times ``spoil[step]``."""
+
+    def __init__(self, world: World, spoil: Mapping[int, float], accumulation: int = 2):
+        super().__init__(world, accumulation)
+        self.spoil = spoil
+
+    def __next__(self) -> list[ToyBatch]:
+        step = self.position // self.accumulation
+        *before, last = super().__next__()
+        if step in self.spoil and self.world.rank == self.world.size - 1:
+            last = ToyBatch(last.values * self.spoil[step], last.keys)
+        return [*before, last]
+
+
+def toy_run(
+    folder: Path,
+    world: World = ALONE,
+    parallel: str = "ddp",
+    dropout: float = 0.2,
+    keep: int = 2,
+    health: HealthConfig | None = None,
+    spoil: Mapping[int, float] | None = None,
+    background: bool = True,
+) -> ToyRun:
     dist.seed_everything(0)
     objective = Toy(dropout)
-    engine = TorchEngine(
-        objective, build_optimizer(objective, OptimConfig(lr=0.02)), TorchEngineConfig(parallel), world
-    )
+    engine = build_engine(objective, build_optimizer(objective, OptimConfig(lr=0.02)), EngineConfig(parallel), world)
     dist.seed_everything(0, world.rank)
-    stream = ToyStream(world)
-    run = Run(folder, world, {"model": objective, "engine": engine, "stream": stream}, keep=keep)
+    stream = BadStream(world, spoil or {})
+    parts = {"model": objective, "engine": engine, "stream": stream}
+    run = Run(folder, world, parts, keep=keep, health=health, saving=SavingConfig(background=background))
     return ToyRun(run, objective, engine, stream)

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmagent import dist
-from mmagent.engine.sharding import gather_like, local_part, shard_like
+from mmagent.engine.pieces import shard_of
+from mmagent.engine.sharding import as_sharded, gather_like, local_part, whole_shape
 from mmagent.ops.state import check_weights, shapes_of
 
 
@@ -43,15 +45,15 @@ class WeightAverage:
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         if config.decay:
-            self.average = {name: tensor.detach().float().clone() for name, tensor in self._tensors().items()}
+            self.average = {name: _own(tensor).float().clone() for name, tensor in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.module.named_parameters())
 
     @torch.no_grad()
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
-        """Take in the weights of ``step``: a hook."""
-        if not self.config.decay:
+        """Take in the weights of ``step``, unless its batch was left out: a hook."""
+        if not self.config.decay or record.get("health/left_out"):
             return
         self.updates += 1
         decay = min(self.config.decay, (1 + self.updates) / (10 + self.updates))
@@ -81,8 +83,17 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Any]:
         """The average in full float32 tensors on the host of rank 0 (``{}`` elsewhere), and the number of updates. A
         collective where it is sharded."""
-        full = {name: gather_like(mean, mean) for name, mean in self.average.items()}
+        now = self._tensors()
+        full = {name: gather_like(mean, now[name]) for name, mean in self.average.items()}
         return {"updates": self.updates, "average": full if dist.is_main() else {}}
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The same, as every rank holds it: nothing travels."""
+        now = self._tensors()
+        return {
+            "updates": self.updates,
+            "average": {name: as_sharded(mean, now[name]) for name, mean in self.average.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ``ValueError`` where it is another module's, or one of the two has no average."""
@@ -92,7 +103,14 @@ class WeightAverage:
             raise ValueError(
                 f"the checkpoint has {has} of weights, this run wants {wants}: keep average.decay as it was"
             )
-        check_weights(shapes_of(self.average), shapes_of(given), f"the average of {type(self.module).__name__}")
+        now = self._tensors()
+        wanted = {name: whole_shape(now[name]) for name in self.average}
+        check_weights(wanted, shapes_of(given), f"the average of {type(self.module).__name__}")
         self.updates = int(state["updates"])
         for name, mean in self.average.items():
-            local_part(mean).copy_(local_part(shard_like(given[name], mean)))
+            local_part(mean).copy_(local_part(shard_of(given[name], now[name])))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this rank has of ``tensor``: a ``DTensor`` stays one, for it says how it is sharded."""
+    return tensor.detach() if isinstance(tensor, DTensor) else local_part(tensor).detach()

@@ -1,7 +1,10 @@
-"""Checkpoints that are whole or not there: written aside, described by a manifest of sizes and checksums, renamed.
+"""Checkpoints that are whole or refused: what a folder holds, how it is found, verified and read.
 
-A checkpoint is a folder ``step-00000120`` with one ``<module>.safetensors`` for every module, ``shared.pt`` for what
-all ranks share, ``rank-00000.pt`` for what each rank owns, and ``manifest.json``. Nothing is ever unpickled.
+A checkpoint is a folder ``step-00000120``. Every part of a run that has tensors has ``<part>.safetensors``, or, where
+ranks share them, ``<part>-00000.safetensors`` and so on, each rank's share (:mod:`mmagent.engine.pieces`).
+``shared.pt`` holds what else all ranks share, ``rank-00000.pt`` what each rank owns, and ``manifest.json`` the size
+and checksum of every file. Nothing is ever unpickled. What the manifest does not list is nobody's: a note or a sidecar
+of the storage in the folder does no harm. :mod:`mmagent.engine.saving` writes them.
 """
 
 from __future__ import annotations
@@ -11,30 +14,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mmagent import dist
 from mmagent.dist import World
 from mmagent.engine.optim import few
-from mmagent.engine.sharding import gather_like, shard_like
-from mmagent.files import discard_folder, put_folder, sync
-from mmagent.ops.state import WeightsError, check_weights, shapes_of
+from mmagent.engine.pieces import CheckpointError, Piece, PieceFiles, StoredTensor, aliases_of, shard_of, write_pieces
+from mmagent.engine.sharding import gather_like, is_part, local_part, whole_shape
+from mmagent.ops.state import WeightsError, check_weights
+from mmagent.ops.tensor_files import Stored
+from mmagent.retries import retried
 
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)  # in 1 all tensors of shared parts were in shared.pt, and weights were never in pieces
 _STEP = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that must not be used; the message names the file or tensor and what is wrong with it."""
 
 
 # ---------------------------------------------------------------------------------------------- weights
@@ -42,52 +43,64 @@ class CheckpointError(ValueError):
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """The module's state dict in full tensors, ``{}`` on ranks other than 0. A collective where it is sharded."""
-    state = module.state_dict()
-    full = {name: gather_like(t, t) if isinstance(t, DTensor) else t.detach() for name, t in state.items()}
+    state = module.state_dict(keep_vars=True)
+    full = {name: gather_like(t, t) if is_part(t) else t.detach() for name, t in state.items()}
     return full if dist.is_main() else {}
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file. A tensor of several names (tied weights) is stored once; the others are noted beside it."""
-    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and first.setdefault(key, name) != name:
-            aliases[name] = first[key]
-    stored = {
-        n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items() if n not in aliases
-    }
-    # one entry at most: the library writes several in random order, and equal weights should be equal files
-    save_file(stored, path, metadata={"aliases": json.dumps(aliases)} if aliases else {"format": "pt"})
+    aliases = aliases_of(tensors)
+    host = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in aliases}
+    pieces = {n: Piece(t, (0,) * t.ndim, tuple(t.shape)) for n, t in host.items()}
+    write_pieces(path, pieces, aliases)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """What :func:`write_weights` wrote, or any safetensors file, on the host."""
+    """What :func:`write_weights` wrote, or any safetensors file, on the host. ``path`` may also name the weights of a
+    part, ``step-00000120/model.safetensors``, that lie there in pieces."""
+    if not path.is_file() and (path.parent / "manifest.json").is_file():
+        stored = tensors_of(path.parent, read_manifest(path.parent), path.stem)
+        return {name: tensor.whole() for name, tensor in stored.items()}
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
     return tensors | {alias: tensors[name] for alias, name in aliases.items()}
 
 
+@contextmanager
+def open_weights(path: Path, module: str) -> Iterator[Mapping[str, Stored]]:
+    """The tensors of ``module`` in the checkpoint ``path``, unread, tied ones under their first name; open within the
+    block. Raises :class:`CheckpointError` where the files of the module are not whole, or there is no such module."""
+    _require_module(path, read_manifest(path), module)
+    manifest = verify(path, part=module)
+    files = tensors_of(path, manifest, module)
+    yield {name: tensor.streamed() for name, tensor in files.items() if name not in files.aliases}
+    files.close()
+
+
 @torch.no_grad()
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str = "the checkpoint") -> None:
-    """Copy full ``tensors`` into ``module`` (each rank its shard), all or nothing.
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor | StoredTensor], origin: str = "the checkpoint"
+) -> None:
+    """Copy full ``tensors`` into ``module`` (each rank its shard), all or nothing. Of those in files a rank reads what
+    it holds, which is a collective.
 
     Raises :class:`CheckpointError` naming missing, unexpected and misshapen tensors before anything is written. As a
     second net the module is filled with NaN first, and whatever still is NaN afterwards is an error that names it.
     """
-    state = module.state_dict()
+    state = module.state_dict(keep_vars=True)
     try:
-        check_weights(shapes_of(state), shapes_of(tensors), f"{origin} does not fit {type(module).__name__}")
+        wanted = {name: whole_shape(tensor) for name, tensor in state.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        check_weights(wanted, found, f"{origin} does not fit {type(module).__name__}")
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
+    local = {name: local_part(tensor) for name, tensor in state.items() if tensor.is_floating_point()}
+    for tensor in local.values():
+        tensor.fill_(float("nan"))
     for name, tensor in state.items():
-        tensor.copy_(shard_like(tensors[name].to(tensor.dtype), tensor))
-    local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in state.items() if t.is_floating_point()}
+        local_part(tensor).copy_(local_part(shard_of(tensors[name], tensor)))
     if unwritten := [name for name, tensor in local.items() if tensor.isnan().any()]:
         raise CheckpointError(f"{origin} left NaN in {few(unwritten)}")
 
@@ -95,60 +108,15 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str =
 # ---------------------------------------------------------------------------------------------- folders
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What goes into a checkpoint. ``modules`` are gathered here, ``shared`` must be the same for all ranks (rank 0's
-    is kept), ``own`` is this rank's; both hold tensors and plain Python values only. ``files`` are extra texts."""
-
-    modules: Mapping[str, nn.Module]
-    shared: Mapping[str, Any]
-    own: Mapping[str, Any]
-    files: Mapping[str, str]
-
-
-def save(root: Path, step: int, contents: Contents, world: World, keep: int = 2) -> Path:
-    """Write the checkpoint of ``step`` under ``root`` and drop all but the newest ``keep``. A collective.
-
-    Either the folder appears whole under its final name, or it does not appear: killing the process at any moment,
-    or losing power, leaves the previous checkpoint as the newest.
-    """
-    final, aside = root / f"step-{step:08d}", root / f".writing-{step:08d}"
-    if world.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier()
-    written: list[str] = []
-    for name, module in contents.modules.items():
-        weights = gather_weights(module)
-        if world.is_main:
-            write_weights(aside / f"{name}.safetensors", weights)
-            written.append(f"{name}.safetensors")
-    if world.is_main:
-        _write_state(aside / "shared.pt", contents.shared)
-        for name, text in contents.files.items():
-            (aside / name).write_text(text)
-        written += ["shared.pt", *contents.files]
-    own = f"rank-{world.rank:05d}.pt"
-    _write_state(aside / own, contents.own)
-    written.append(own)
-    described = world.gather_objects({name: _describe(aside / name, written=True) for name in written})
-    if world.is_main:
-        body = {"format": FORMAT, "step": step, "world_size": world.size, "files": {}}
-        for files in described:
-            body["files"] |= files
-        (aside / "manifest.json").write_text(json.dumps(body | {"sha256": _digest_of(body)}, indent=1))
-        sync(aside / "manifest.json")
-        put_folder(aside, final)
-        for old in steps(root)[keep:]:
-            discard_folder(old)
-    dist.barrier()
-    return final
-
-
 def steps(root: Path) -> list[Path]:
     """Checkpoints under ``root``, whole or not, newest first."""
     found = [path for path in root.iterdir() if _STEP.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=step_of, reverse=True)
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return root / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
@@ -159,52 +127,91 @@ def step_of(path: Path) -> int:
     return int(match.group(1))
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of ``path`` after every file it lists was found with its size and checksum.
+def verify(path: Path, rank: int = 0, ranks: int = 1, part: str = "") -> dict[str, Any]:
+    """The manifest of ``path`` after every file it lists (of one ``part``, if named) was found with its size and
+    checksum; of ``ranks`` that look together each reads its share of the files.
 
     Raises :class:`CheckpointError` that says what is torn or was changed.
     """
     manifest = read_manifest(path)
-    for name, expected in manifest["files"].items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing")
-        if (size := (path / name).stat().st_size) != expected["bytes"]:
-            raise CheckpointError(f"{path / name} is torn: {size} bytes, not {expected['bytes']}")
-        if _describe(path / name) != expected:
-            raise CheckpointError(f"{path / name} was changed: its checksum does not match")
+    files = {name: manifest["files"][name] for name in manifest["parts"].get(part, []) or manifest["files"]}
+    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::ranks]:
+        retried(partial(_verify_file, path / name, files[name]), path / name)
     return manifest
 
 
+def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if (size := path.stat().st_size) != expected["bytes"]:
+        raise CheckpointError(f"{path} is torn: {size} bytes, not {expected['bytes']}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            raise CheckpointError(f"{path} was changed: its checksum does not match")
+
+
+def write_manifest(path: Path, body: Mapping[str, Any]) -> None:
+    """``path/manifest.json`` with its own checksum; see :func:`read_manifest`."""
+    text = json.dumps({**body, "sha256": _digest_of(body)}, indent=1)
+    (path / "manifest.json").write_text(text, encoding="utf-8")
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
-    """``{"format", "step", "world_size", "files": {name: {"bytes", "sha256"}}}``, itself checked."""
+    """``{"format", "step", "world_size", "files": {name: {"bytes", "sha256"}}, "parts": {part: [names]}, "modules":
+    [parts]}``, itself checked."""
     manifest_path = path / "manifest.json"
     if not manifest_path.is_file():
         raise CheckpointError(f"{path} is torn: it has no manifest.json")
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = json.loads(retried(partial(manifest_path.read_text, "utf-8"), manifest_path))
         claimed = manifest.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{manifest_path} is torn or was changed: {error}") from error
     if claimed != _digest_of(manifest):
         raise CheckpointError(f"{manifest_path} was changed: its checksum does not match")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads {FORMAT}")
+    if manifest["format"] not in READS:
+        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads up to {FORMAT}")
+    if manifest["format"] == 1:
+        modules = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
+        manifest |= {"parts": {name: [f"{name}.safetensors"] for name in modules}, "modules": modules}
+    if stray := [name for name in manifest["files"] if Path(name).name != name]:
+        raise CheckpointError(f"{manifest_path} names a file outside of its folder: {stray[0]}")
     return manifest
 
 
-def latest(root: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint under ``root`` and why each newer one was refused.
+def tensors_of(path: Path, manifest: Mapping[str, Any], part: str) -> PieceFiles:
+    """The tensors of one part, not yet read."""
+    names = manifest["parts"].get(part, [])
+    if unlisted := [name for name in names if name not in manifest["files"]]:
+        raise CheckpointError(f"{path}: no checksum of {few(unlisted)}")
+    return PieceFiles([path / name for name in names], f"{path / part}.safetensors")
 
-    Raises :class:`CheckpointError` when there are checkpoints but none is whole: starting over silently would be worse.
+
+def latest(root: Path, world: World | None = None, step: int | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint under ``root``, not after ``step`` if given, and why each newer one was refused.
+
+    With a ``world`` it is a collective: every file is read by one rank, all ranks read at the same time, and they
+    share the verdict. Raises :class:`CheckpointError` when there are checkpoints but none is whole (starting over
+    silently would be worse), and where not all ranks see the folder.
     """
     refused: dict[Path, str] = {}
-    for path in steps(root):
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    names = [path.name for path in steps(root) if step is None or step_of(path) <= step]
+    if world:
+        names = world.gather_objects(names if world.is_main else [])[0]
+    for path in (root / name for name in names):
+        problem, unseen = "", not path.is_dir()
         try:
-            verify(path)
+            verify(path, rank, size)
         except CheckpointError as error:
-            refused[path] = str(error)
-        else:
+            problem = str(error)
+        found = world.gather_objects([problem, unseen]) if world else [[problem, unseen]]
+        if blind := [n for n, (_, there) in enumerate(found) if there != found[0][1]]:
+            raise CheckpointError(f"rank {blind[0]} does not see {path}: checkpoints lie where all ranks can read them")
+        problems = [problem for problem, _ in found if problem]
+        if not problems:
             return path, refused
+        refused[path] = problems[0]
     if refused:
         raise CheckpointError("no checkpoint is whole:\n" + "\n".join(refused.values()))
     return None, refused
@@ -218,31 +225,21 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def newest_weights(root: Path, module: str) -> Path:
-    """The weights of ``module`` in the newest whole checkpoint under ``root``: what the next stage starts from."""
-    path, _ = latest(root)
-    if path is None:
-        raise CheckpointError(f"{root} holds no checkpoint yet")
-    if not (file := path / f"{module}.safetensors").is_file():
-        others = ", ".join(p.stem for p in path.glob("*.safetensors"))
-        raise CheckpointError(f"{path} holds no module {module!r}, but {others}")
-    return file
+def _require_module(path: Path, manifest: Mapping[str, Any], module: str) -> None:
+    if module not in manifest["modules"]:
+        raise CheckpointError(f"{path} holds no module {module!r}, but {', '.join(manifest['modules'])}")
 
 
-def clean(root: Path) -> None:
-    """Remove what interrupted writers and removers left under ``root``."""
+def clean(root: Path, but: str = "") -> None:
+    """Remove what interrupted writers and removers left under ``root``, all ``but`` one name."""
     for left in (*root.glob(".writing-*"), *root.glob(".removing-*")):
-        shutil.rmtree(left)
+        if left.name != but:
+            shutil.rmtree(left)
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """A ``.pt`` file of a checkpoint: tensors and plain values; anything else in it is refused by torch."""
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _write_state(path: Path, state: Mapping[str, Any]) -> None:
-    require_plain(dict(state), path.stem)
-    torch.save(dict(state), path)
+    return retried(lambda: torch.load(path, map_location="cpu", weights_only=True), path)
 
 
 def require_plain(value: Any, where: str) -> None:
@@ -257,14 +254,6 @@ def require_plain(value: Any, where: str) -> None:
     elif not (value is None or type(value) in (bool, int, float, str, bytes, Tensor)):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise ValueError(f"state at {where} is a {kind}: use tensors, numbers, strings, lists, tuples and dicts only")
-
-
-def _describe(path: Path, written: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if written:
-        sync(path)
-    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:

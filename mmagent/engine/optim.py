@@ -1,26 +1,28 @@
 """Muon for hidden matrices and AdamW for everything else, in one optimizer.
 
 The model says which parameter is what (:class:`mmagent.types.ParamRole`); nothing is read off a name. All arithmetic
-runs on local shards; Muon gathers a sharded matrix, orthogonalises it as a whole and keeps its shard.
+runs on local shards, but that a matrix is orthogonalised as a whole: ranks share this work, each takes some matrices,
+gets their parts and hands out the updates (as arXiv 2502.16982 distributes Muon), so nothing is computed twice.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from mmagent import dist
-from mmagent.engine.sharding import local_part, shard_like
+from mmagent.engine.sharding import cut_of, local_part, whole_shape
 from mmagent.protocols import Trainable
 from mmagent.types import ParamRole
 
@@ -123,11 +125,12 @@ def few(names: Iterable[str], limit: int = 8) -> str:
 
 
 class MuonAdamW(Optimizer):
-    """Each group is either Muon's (``group["muon"]``) or AdamW's; state holds plain tensors, local under FSDP2."""
+    """Each group is either Muon's (``group["muon"]``) or AdamW's; state holds plain tensors, local where parameters are
+    shards (FSDP2) or cut (:class:`~mmagent.engine.sharding.Cut`)."""
 
     local_state = True  # says so to the engine, which gathers it for checkpoints
     replicas = 1
-    """Ranks with the same parameters and gradients, which then share the work; the engine knows."""
+    """Ranks with the same plain parameters and gradients, which then share the work on them; the engine knows."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
         self.config = config
@@ -138,43 +141,68 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient. With ``replicas`` it is a collective."""
+        """Update every parameter that has a gradient. A collective wherever ranks share any."""
         assert closure is None, "closures re-evaluate the loss, which train_step owns"
-        batches: list[tuple[list[Tensor], dict[str, Any]]] = []
+        shared: dict[_Sharing, list[_Unit]] = {}
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if group["muon"]:
-                self._momenta(parameters)
-                batches += [(batch, group) for batch in _batches(parameters)]
-            else:
+            if not group["muon"]:
                 self._adamw(parameters, group)
-        common = [work for work in batches if self.replicas > 1 and not isinstance(work[0][0], DTensor)]
-        if common:
-            self._in_turn(common)
-        for batch, group in batches:
-            if self.replicas == 1 or isinstance(batch[0], DTensor):  # its share of the experts, which others lack
-                self._apply(batch, group, self._muon(batch, group))
-
-    def _in_turn(self, batches: list[tuple[list[Tensor], dict[str, Any]]]) -> None:
-        """Replicas hold equal gradients: each orthogonalises its part of the batches and hands it to the others."""
-        dtype = getattr(torch, self.config.newton_schulz_dtype)
-        owners = _owners([_cost(batch) for batch, _ in batches], self.replicas)
-        updates: dict[int, Tensor] = {}
-        for n, (batch, group) in enumerate(batches):
-            if owners[n] == dist.rank():
-                updates[n] = self._muon(batch, group)
-        for owner in range(self.replicas):
-            its = [n for n in range(len(batches)) if owners[n] == owner]
-            if not its:
                 continue
-            sizes = [sum(p.numel() for p in batches[n][0]) for n in its]
-            if owner == dist.rank():
-                flat = torch.cat([updates[n].flatten() for n in its])
-            else:
-                flat = torch.empty(sum(sizes), dtype=dtype, device=batches[its[0]][0][0].device)
-            dist.broadcast(flat.view(torch.uint8), owner)  # as bytes: gloo knows no bfloat16
-            for n, part in zip(its, flat.split(sizes), strict=True):
-                self._apply(*batches[n], part.view(len(batches[n][0]), *batches[n][0][0].shape))
+            self._momenta(parameters)
+            for alike in _neighbours(parameters):
+                ranks = _Sharing.of(alike[0], self.replicas)
+                batches = _batches(alike, ranks.number)
+                if ranks.number > 1:
+                    shared.setdefault(ranks, []).extend(_Unit(batch, group) for batch in batches)
+                else:
+                    for batch in batches:
+                        self._apply(batch, group, self._muon(batch, group))
+        for ranks, units in shared.items():
+            self._share(units, ranks)
+
+    def _share(self, units: Sequence[_Unit], ranks: _Sharing) -> None:
+        """Every unit of work goes to one rank. A collective of those that hold the parameters."""
+        owners = _owners([unit.cost for unit in units], ranks.number)
+        for turn in _turns([unit.elements for unit in units], owners, ranks.number):
+            work: list[list[tuple[int, _Unit]]] = [[] for _ in ranks.copies]  # of each copy: which shard does what
+            for n in sorted(turn, key=lambda n: owners[n]):
+                work[owners[n] // ranks.shards].append((owners[n] % ranks.shards, units[n]))
+            updates = self._updates(work[ranks.copy], ranks)
+            for copy, some in enumerate(work):
+                parameters = [(p, unit.group) for _, unit in some for p in unit.parameters]
+                sizes = [local_part(p).numel() for p, _ in parameters]
+                flat = updates if copy == ranks.copy else updates.new_empty(sum(sizes))
+                if len(ranks.copies) > 1 and flat.numel():  # as bytes: gloo knows no bfloat16
+                    dist.broadcast(flat.view(torch.uint8), ranks.copies[copy], ranks.copy_group)
+                for (p, group), update in zip(parameters, flat.split(sizes), strict=True):
+                    local = local_part(p)
+                    local.mul_(1 - group["lr"] * group["weight_decay"])
+                    local.add_(update.view(local.shape).to(local.dtype), alpha=-group["lr"])
+
+    def _updates(self, work: Sequence[tuple[int, _Unit]], ranks: _Sharing) -> Tensor:
+        """Flat, this rank's parts of the updates of ``work``, that of one copy in order of its owners: parts travel to
+        the owner, who joins them, and come back as parts of what it made. Every element travels twice at most."""
+        dtype = getattr(torch, self.config.newton_schulz_dtype)
+        pieces = [self._nesterov(p).to(dtype).flatten() for _, unit in work for p in unit.parameters]
+        sends = [0] * ranks.shards
+        for owner, unit in work:
+            sends[owner] += sum(local_part(p).numel() for p in unit.parameters)
+        mine = [unit for owner, unit in work if owner == ranks.shard]
+        sizes = [[ranks.sizes(p)[shard] for unit in mine for p in unit.parameters] for shard in range(ranks.shards)]
+        receives = [sum(of_shard) for of_shard in sizes]
+        given = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype, device=ranks.device)
+        arrived = ranks.swap(given, sends, receives).split(receives)
+        by_matrix = zip(*(rows.split(size) for rows, size in zip(arrived, sizes, strict=True)), strict=True)
+        wholes = iter([torch.cat(parts) for parts in by_matrix])
+        made: list[Tensor] = []
+        for unit in mine:
+            shape = whole_shape(unit.parameters[0])
+            joined = torch.stack([next(wholes).view(shape) for _ in unit.parameters])
+            made += self._orthogonal(joined, unit.group).flatten(1).unbind()
+        parts = [whole.split([size[i] for size in sizes]) for i, whole in enumerate(made)]
+        back = [some[shard] for shard in range(ranks.shards) for some in parts]
+        return ranks.swap(torch.cat(back) if back else given[:0], receives, sends)
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:  # empty shards too: every rank must have what checkpoints gather from all
@@ -182,6 +210,8 @@ class MuonAdamW(Optimizer):
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p]["exp_avg"] = torch.zeros_like(local_part(p))
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(local_part(p))
+            if not local_part(p).numel():  # what is cut anew, or loaded from rank 0's, may have elements here
+                self.state[p]["step"] += 1
         parameters = [p for p in parameters if local_part(p).numel()]
         if not parameters:
             return
@@ -211,11 +241,16 @@ class MuonAdamW(Optimizer):
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> Tensor:
         """Updates ``(N, *matrix)`` of a batch of parameters of one shape: gather, orthogonalise by logical matrix."""
-        gathered = []
-        for p in parameters:
-            nesterov = local_part(p.grad).lerp(self.state[p]["momentum"], self.config.momentum)
-            gathered.append(_gather(nesterov.to(getattr(torch, self.config.newton_schulz_dtype)), p))
-        stacked = _as_matrices(torch.stack(gathered))
+        dtype = getattr(torch, self.config.newton_schulz_dtype)
+        return self._orthogonal(torch.stack([_gather(self._nesterov(p).to(dtype), p) for p in parameters]), group)
+
+    def _nesterov(self, parameter: Tensor) -> Tensor:
+        """This rank's part of what is orthogonalised: the gradient, and the momentum that has taken it in already."""
+        return local_part(parameter.grad).lerp(self.state[parameter]["momentum"], self.config.momentum)
+
+    def _orthogonal(self, parameters: Tensor, group: dict[str, Any]) -> Tensor:
+        """Of whole ``(N, *parameter)``, each logical matrix orthogonalised and scaled: ``(N, *matrix)``."""
+        stacked = _as_matrices(parameters)
         pieces = stacked.split(list(group["splits"] or (stacked.shape[-2],)), dim=-2)
         scaled = []
         for piece in pieces:
@@ -253,10 +288,72 @@ def _as_matrices(stacked: Tensor) -> Tensor:
     return stacked.flatten(2) if stacked.ndim > 4 else stacked
 
 
-def _cost(batch: list[Tensor]) -> float:
-    """What orthogonalising takes: the shorter side once more than there are elements."""
-    shape = batch[0].flatten(1).shape if batch[0].ndim > 3 else batch[0].shape
-    return sum(p.numel() for p in batch) * min(shape[-2:])
+class _Unit(NamedTuple):
+    """Parameters of one shape and group, orthogonalised together by one rank."""
+
+    parameters: list[Tensor]
+    group: dict[str, Any]
+
+    @property
+    def elements(self) -> int:
+        return len(self.parameters) * math.prod(whole_shape(self.parameters[0]))
+
+    @property
+    def cost(self) -> float:
+        """The shorter side once more than there are elements."""
+        shape = whole_shape(self.parameters[0])
+        sides = (shape[0], math.prod(shape[1:])) if len(shape) > 3 else shape[-2:]
+        return self.elements * min(sides)
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """The ranks that share the work on some matrices: each of ``shards`` (of ``shard_group``) holds a part of one copy,
+    and ``copies`` are the ranks that hold the same part as this one (of ``copy_group``), by their numbers in the world.
+    This rank is the one at ``copy`` and ``shard``. No group means all ranks."""
+
+    device: torch.device
+    copies: tuple[int, ...] = (0,)
+    shards: int = 1
+    copy: int = 0
+    shard: int = 0
+    copy_group: ProcessGroup | None = None
+    shard_group: ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, parameter: Tensor, replicas: int) -> _Sharing:
+        """``replicas``: ranks that hold the same plain parameters. Batches of matrices that are sharded (experts) are
+        shared already: every rank has other ones."""
+        device = parameter.device
+        if (cut := cut_of(parameter)) is not None:
+            return cls(device, shards=len(cut.sizes), shard=dist.rank())
+        if not isinstance(parameter, DTensor):
+            return cls(device, tuple(range(replicas)), copy=dist.rank()) if replicas > 1 else cls(device)
+        if parameter.ndim == 3:
+            return cls(device)
+        mesh, *(*before, last) = parameter.device_mesh, *parameter.placements
+        assert (last, before) in ((Shard(0), []), (Shard(0), [Replicate()])), parameter.placements  # FSDP2's, HSDP's
+        *copy, shard = mesh.get_coordinate() or ()
+        shards = cls(device, shards=mesh.size(-1), shard=shard, shard_group=mesh.get_group(mesh.ndim - 1))
+        if not copy:
+            return shards
+        return replace(shards, copies=tuple(mesh.mesh[:, shard].tolist()), copy=copy[0], copy_group=mesh.get_group(0))
+
+    @property
+    def number(self) -> int:
+        return len(self.copies) * self.shards
+
+    def sizes(self, parameter: Tensor) -> list[int]:
+        """Elements of each shard; one after the other they are the whole."""
+        if (cut := cut_of(parameter)) is not None:
+            return cut.sizes
+        rows, row = parameter.shape[0], math.prod(parameter.shape[1:])
+        each = -(-rows // self.shards)
+        return [row * max(min(each, rows - shard * each), 0) for shard in range(self.shards)]
+
+    def swap(self, rows: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        """:func:`mmagent.dist.all_to_all` among the shards of a copy."""
+        return rows if self.shards == 1 else dist.all_to_all(rows, sends, receives, self.shard_group)
 
 
 def _owners(costs: list[float], ranks: int) -> list[int]:
@@ -268,17 +365,31 @@ def _owners(costs: list[float], ranks: int) -> list[int]:
     return owners
 
 
-def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of equal shape and sharding together, as long as a batch stays small."""
-    batch: list[Tensor] = []
-    for p in parameters:
-        full = batch and (len(batch) + 1) * p.numel() > _BATCH_ELEMENTS
-        if batch and (full or p.shape != batch[0].shape or _placements(p) != _placements(batch[0])):
-            yield batch
-            batch = []
-        batch.append(p)
-    if batch:
-        yield batch
+def _turns(sizes: list[int], owners: list[int], ranks: int) -> list[list[int]]:
+    """The work of one turn after the other: of each rank as much as stays within :data:`_BATCH_ELEMENTS`, or one."""
+    turns: list[list[int]] = []
+    filled = [(0, 0)] * ranks  # of each rank, its last turn and the elements in it
+    for n, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
+        turn, held = filled[owner]
+        if held and held + size > _BATCH_ELEMENTS:
+            turn, held = turn + 1, 0
+        filled[owner] = (turn, held + size)
+        turns += [[] for _ in range(turn + 1 - len(turns))]
+        turns[turn].append(n)
+    return turns
+
+
+def _neighbours(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of equal shape and sharding."""
+    for _, alike in groupby(parameters, key=lambda p: (whole_shape(p), _placements(p))):
+        yield list(alike)
+
+
+def _batches(alike: list[Tensor], ranks: int) -> Iterator[list[Tensor]]:
+    """As many together as keeps a batch small, and leaves each of ``ranks`` its part."""
+    most = min(_BATCH_ELEMENTS // max(math.prod(whole_shape(alike[0])), 1), -(-len(alike) // ranks))
+    for start in range(0, len(alike), max(most, 1)):
+        yield alike[start : start + max(most, 1)]
 
 
 def _placements(parameter: Tensor) -> tuple[Any, ...]:
@@ -286,14 +397,9 @@ def _placements(parameter: Tensor) -> tuple[Any, ...]:
 
 
 def _gather(local: Tensor, parameter: Tensor) -> Tensor:
-    """Of this rank's part of ``parameter`` whole matrices: all of them, or, of a batch of matrices, a share."""
+    """Of this rank's part of a batch of matrices whole ones: a share of those that are cut through."""
     if not isinstance(parameter, DTensor):
         return local
-    if parameter.ndim != 3:
-        full = DTensor.from_local(
-            local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-        )
-        return full.full_tensor()
     if (cut := _cut_along(parameter)) is None:
         return local
     shares, own = _shares(local.shape[0], cut)
@@ -305,8 +411,6 @@ def _keep(whole: Tensor, parameter: Tensor) -> Tensor:
     """The way back: this rank's part of what :func:`_gather` gave."""
     if not isinstance(parameter, DTensor):
         return whole
-    if parameter.ndim != 3:
-        return local_part(shard_like(whole, parameter))
     if (cut := _cut_along(parameter)) is None:
         return whole
     shares, own = _shares(parameter.to_local().shape[0], cut)

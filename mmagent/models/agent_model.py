@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.context import Context, ContextAttention, Window, check_heads, encode_shared
 from mmagent.models.decoder import Attend, Decoder, DecoderConfig, DecoderOutput, PackedAttention, SharedPrefixAttention
 from mmagent.models.layers import Embedding, Head, Recomputed, collect_roles, trainable_blocks
+from mmagent.models.memory import RECOMPUTABLE, MemoryConfig, embed_images
 from mmagent.models.moe import Documents, MoE, Routing
 from mmagent.models.mtp import MTP, MTPConfig
 from mmagent.models.projector import Projector, ProjectorConfig
+from mmagent.models.vision_balance import VisionBalance
 from mmagent.protocols import VisionEncoder
 from mmagent.types import ModelOutput, PackedBatch, PackedVision, ParamRole
 
@@ -61,12 +64,22 @@ class AgentModel(nn.Module):
         self.mtp = MTP(config.mtp, config.decoder) if config.mtp.depths else None
         self.head = None if config.decoder.tied_head else Head(width, config.vocab_size)
         self.context = Context()
+        self.images: VisionBalance | None = None
+        """Where set, ranks trade images before they encode them; :meth:`prepare` must then come before every step."""
+        self.memory = MemoryConfig()
         self._patch_values = config.vision.patch_values if encoder is None else _patch_values(self.encoder)
 
     def share_packs(self, group: ProcessGroup) -> None:
         """From now on :meth:`forward` computes this rank's slice of packs that all ranks of ``group`` are given."""
         check_heads(self.config.decoder.heads, self.config.decoder.kv_heads, group.size())
         self.context = Context(group)
+
+    def prepare(self, batches: Sequence[PackedBatch]) -> None:
+        """Agree with other ranks who encodes which images of a step's micro-batches. A collective where they trade."""
+        if self.images is not None:
+            size, width = 4, self.config.decoder.width  # bytes of a value; half of that where autocast narrows it
+            embedded = 2 * width / self.encoder.merge_size**2  # there, and its gradient back
+            self.images.prepare(batches, size * (self._patch_values + embedded), self.embedding.weight.device)
 
     @property
     def head_weight(self) -> Tensor:
@@ -75,12 +88,7 @@ class AgentModel(nn.Module):
 
     def encode(self, vision: PackedVision) -> Tensor:
         """``(V, D)`` merged visual embeddings, in the order of the images."""
-        features = self.encoder(vision)
-        visual = self.projector(features.tokens)
-        if features.pooled.requires_grad and getattr(self.encoder, "pool", True) is not None:
-            # A pooling head of earlier stages must not be left without gradient. CogViT says where it has none.
-            visual = visual + 0.0 * features.pooled.sum().to(visual.dtype)
-        return visual
+        return embed_images(self.encoder, self.projector, vision, self.memory)
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         return self.embedding(input_ids)
@@ -97,12 +105,14 @@ class AgentModel(nn.Module):
 
     def _merge(self, text_TD: Tensor, batch: PackedBatch, ahead: int) -> Tensor:
         """``ahead``: how far beyond its slice a rank needs visual embeddings."""
+        visual = self._traded(batch)
         if batch.vision is None:
-            return text_TD + 0.0 * self._encode(None).sum().to(text_TD.dtype)
+            visual = self._encode(None) if visual is None else visual
+            return text_TD + 0.0 * visual.sum().to(text_TD.dtype)
         if self.context.ranks > 1:
             visual, slots = encode_shared(self._encode, batch, self.encoder.merge_size, self.context, ahead)
             return text_TD.index_copy(0, slots, visual.to(text_TD.dtype))
-        visual = self.encode(batch.vision)
+        visual = self.encode(batch.vision) if visual is None else visual
         if batch.visual_index is not None:
             visual = visual.index_select(0, batch.visual_index)
         if visual.shape[0] != batch.visual_slots.shape[0]:
@@ -110,6 +120,15 @@ class AgentModel(nn.Module):
                 f"pack of {batch.keys[:3]}...: {visual.shape[0]} visual tokens for {batch.visual_slots.shape[0]} slots"
             )
         return text_TD.index_copy(0, batch.visual_slots, visual.to(text_TD.dtype))
+
+    def _traded(self, batch: PackedBatch) -> Tensor | None:
+        """``(V, D)`` where other ranks may have encoded some of this pack's images, and it some of theirs."""
+        if self.images is None:
+            return None
+        if batch.vision is not None:
+            return self.images.encode(self._encode, batch.vision.patches, batch.vision.grids)
+        nothing = torch.zeros(0, self._patch_values, device=self.embedding.weight.device)
+        return self.images.encode(self._encode, nothing, torch.zeros(0, 3, dtype=torch.int64))
 
     def hidden(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final-normed hidden states ``(T, D)`` for generation."""
@@ -169,20 +188,25 @@ class AgentModel(nn.Module):
         rows = [r.load for r in routings]
         if len(rows) < len(self._routers()):
             modules = len(self._routers()) - len(rows)
-            zero = torch.zeros(self.config.decoder.moe.experts, device=self.embedding.weight.device)
+            zero = torch.zeros(self.config.decoder.moe.experts, device=self._device)
             extra = [zero.clone() for _ in range(modules)]
             for depth, routing in enumerate(mtp_routings):
                 extra[min(depth, modules - 1)] += routing.load
             rows += extra
-        return torch.stack(rows).detach() if rows else torch.zeros(0, 0, device=self.embedding.weight.device)
+        return torch.stack(rows).detach() if rows else torch.zeros(0, 0, device=self._device)
 
     def _encode(self, vision: PackedVision | None) -> Tensor:
         """:meth:`encode`, of one merge block of zeros where there is no image."""
         if vision is None:
-            side, device = self.encoder.merge_size, self.embedding.weight.device
+            side, device = self.encoder.merge_size, self._device
             blank = torch.zeros(side * side, self._patch_values, device=device)
             vision = PackedVision(blank, torch.tensor([[1, side, side]]))
         return self.encode(vision)
+
+    @property
+    def _device(self) -> torch.device:
+        """Without touching a parameter: under ZeRO-3 that would gather it, and ranks without an image alone do it."""
+        return next(self.parameters()).device
 
     def _routers(self) -> list[MoE]:
         blocks = [*self.decoder.blocks, *(head.block for head in (self.mtp.heads if self.mtp is not None else ()))]
@@ -224,20 +248,44 @@ class AgentModel(nn.Module):
             if part is not None:
                 part.requires_grad_(role not in roles)
 
+    def set_memory(self, config: MemoryConfig) -> None:
+        """What a step keeps for its backward. Before an engine shards the model, as :meth:`blocks` depends on it."""
+        sharded = any(isinstance(p, DTensor) for p in self.encoder.parameters())
+        if sharded and bool(config.chunk_patches) != bool(self.memory.chunk_patches):
+            raise ValueError("memory.chunk_patches: set it before the model is sharded, which goes by it")
+        self.set_recompute(config.recompute)
+        self.memory = config
+
+    @property
+    def uneven_encoder(self) -> bool:
+        """Whether ranks may call the encoder a different number of times in one forward."""
+        return self.memory.chunk_patches > 0
+
     def set_recompute(self, roles: Collection[str]) -> None:
-        """Recompute activations of the blocks of these roles (encoder, decoder, mtp) in the backward; () for none."""
-        unknown = set(roles) - {"encoder", "decoder", "mtp"}
+        """Recompute activations of the blocks of these roles (encoder, projector, decoder, mtp) in the backward; () for
+        none. ``ValueError`` where a custom encoder has no blocks that can."""
+        unknown = set(roles) - set(RECOMPUTABLE)
         if unknown:
-            raise ValueError(f"cannot recompute {sorted(unknown)}; roles with blocks are encoder, decoder, mtp")
-        for role in ("encoder", "decoder", "mtp"):
+            raise ValueError(f"cannot recompute {sorted(unknown)}; roles with blocks are {', '.join(RECOMPUTABLE)}")
+        for role in RECOMPUTABLE:
             part = getattr(self, role)
-            for module in part.modules() if part is not None else ():
-                if isinstance(module, Recomputed):
-                    module.recompute = role in roles
+            blocks = [m for m in part.modules() if isinstance(m, Recomputed)] if part is not None else []
+            if role in roles and part is not None and not blocks:
+                raise ValueError(
+                    f"cannot recompute the {role}: {type(part).__name__} has no blocks that are "
+                    f"mmagent.models.layers.Recomputed; memory.chunk_patches recomputes any encoder, chunk by chunk"
+                )
+            for block in blocks:
+                block.recompute = role in roles
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Units to shard, inner ones first: each block's router and experts before the block."""
-        yield from trainable_blocks(self.encoder)
+        """Units to shard, inner ones first: each block's router and experts before the block.
+
+        An encoder that takes images in chunks has none: what is no unit of its own is gathered once a forward and
+        reduced once a backward with the root, so a rank may have as many chunks as it needs, and waits for no other.
+        """
+        if not self.uneven_encoder:
+            yield from trainable_blocks(self.encoder)
         heads = self.mtp.heads if self.mtp is not None else ()
         for block in (*self.decoder.blocks, *(head.block for head in heads)):
             if block.moe is not None:

@@ -126,9 +126,14 @@ class Recomputed(nn.Module):
     recompute: bool = False
 
     def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled() and self._learns(args):
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
+
+    def _learns(self, args: Sequence[Any]) -> bool:
+        """Whether there will be a backward: a block that is frozen, with all that is below it, keeps nothing at all."""
+        tensors = (*(x for x in args if isinstance(x, Tensor)), *self.parameters())
+        return any(x.requires_grad for x in tensors)
 
 
 def initialise(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
-from mmagent.models.cogvit import cogvit_403m, cogvit_debug, cogvit_laptop
+from mmagent.models.cogvit import CogViTConfig, cogvit_403m, cogvit_debug, cogvit_laptop
 from mmagent.models.decoder import DecoderConfig
 from mmagent.models.moe import MoEConfig
 from mmagent.models.mtp import MTPConfig
@@ -86,6 +86,22 @@ def glm45_air() -> AgentModelConfig:
             moe=MoEConfig(experts=128, top_k=8, shared=1, ffn=1408, scale=1.0),
         ),
         mtp=MTPConfig(depths=1),
+    )  # fmt: skip
+
+
+def glm45v() -> AgentModelConfig:
+    """GLM-4.5V and GLM-4.6V: GLM-4.5-Air's decoder behind the 24-layer tower of GLM-4.1V (arXiv 2507.01006; sizes as in
+    ``Glm4vMoeConfig`` of transformers), without MTP."""
+    return AgentModelConfig(
+        vision=CogViTConfig(
+            width=1536, depth=24, heads=12, ffn=4096, bias=False, qk_norm=False, embedding_norm=True, position_table=24
+        ),
+        projector=ProjectorConfig(ffn=13696),
+        decoder=DecoderConfig(
+            width=4096, layers=46, dense_layers=1, heads=96, kv_heads=8, head_dim=128, ffn=10944,
+            moe=MoEConfig(experts=128, top_k=8, shared=1, ffn=1408, scale=1.0),
+        ),
+        mtp=MTPConfig(depths=0),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmagent.models.layers import Linear, SwiGLU
+from mmagent.models.layers import Linear, Recomputed, SwiGLU
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ProjectorConfig:
             raise ValueError(f"projector: merge must be 'linear' or 'average', got {self.merge!r}")
 
 
-class Projector(nn.Module):
+class Projector(Recomputed):
     """Merges ``merge_size**2`` neighbouring patches into one visual token of the decoder's width."""
 
     def __init__(self, config: ProjectorConfig, encoder_width: int, merge_size: int, decoder_width: int):
@@ -49,6 +49,9 @@ class Projector(nn.Module):
 
     def forward(self, tokens_PW: Tensor) -> Tensor:
         """``(P, W)`` to ``(V, D)``."""
+        return self.recomputed(self._compute, tokens_PW)
+
+    def _compute(self, tokens_PW: Tensor) -> Tensor:
         blocks = tokens_PW.unflatten(0, (-1, self.block))
         if self.average:
             return self.down(F.gelu(self.up(self.norm(blocks.mean(dim=1)))))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmagent.losses.contrastive import prescribed, sigmoid_gradients, sigmoid_loss
 from mmagent.losses.words import Rarity, word_loss
+from mmagent.models.flops import EncoderCost, head_flops, text_flops
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.temperature import Temperature
 from mmagent.models.text_tower import TextTower
@@ -171,6 +172,18 @@ class Alignment(nn.Module):
         for part, (losses, found, by_images, by_texts) in zip(seen, rows, strict=True):
             self._shares.append(_Share(part.keys, losses.sum(), found, (by_images, by_texts, *equal)))
 
+    def flops(self, batch: PairedBatch) -> float:
+        """Useful operations of a step over ``batch``, the comparison of all pairs apart; see
+        :mod:`mmagent.models.flops`."""
+        images = len(batch.keys)
+        total = EncoderCost.of(self.encoder).training(batch.vision.segments.lengths)
+        if self.config.contrastive_weight:
+            total += text_flops(self.text_tower.config, batch.segments.lengths)
+            total += head_flops(self.image_head, images) + head_flops(self.text_head, images)
+        for name, head in self.heads.items():
+            total += head_flops(head, images if name == "words" else batch.num_patches)
+        return total
+
     def forward(self, batch: PairedBatch) -> StepOutput:
         shown, count = batch if batch.keys else _null_pair(self.encoder, batch), len(batch.keys)
         seen = self.encoder(shown.vision)
@@ -221,6 +234,12 @@ class Alignment(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.rarity.count(batch.text_ids, batch.segments)
         return word_loss(logits, batch.text_ids, batch.segments, self.rarity())
+
+    def forget(self) -> None:
+        """Drop the words of a step that is not taken."""
+        self._shares.clear()
+        if self.rarity is not None:
+            self.rarity.forget()
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -15,6 +15,7 @@ from mmagent import dist
 from mmagent.dist import stable_seed
 from mmagent.losses.distillation import feature_distance
 from mmagent.losses.standardisers import Cone, LayerStandardiser, Moments, NoStandardiser, PhiS, Whitening
+from mmagent.models.flops import EncoderCost, head_flops
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.models.teachers import Teacher, TeacherFeatures
 from mmagent.protocols import VisionEncoder
@@ -154,6 +155,15 @@ class Distillation(nn.Module):
             if self.config.visible_weight:
                 counts[f"{name}_visible"] = batch.masked.shape[0] - hidden
         return counts
+
+    def flops(self, batch: MaskedVision) -> float:
+        """Useful operations of a step over ``batch``, the teachers' apart; see :mod:`mmagent.models.flops`."""
+        rows = batch.num_patches if self.config.visible_weight else int(batch.masked.sum())
+        total = EncoderCost.of(self.student).training(batch.vision.segments.lengths)
+        for head in self.heads.values():
+            total += head_flops(head.patches, rows)
+            total += head_flops(head.summary, len(batch.keys)) if head.summary is not None else 0.0
+        return total
 
     def forward(self, batch: MaskedVision) -> StepOutput:
         seen = self._look(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from mmagent import dist
 from mmagent.losses.balance import max_violation
 from mmagent.losses.language import LanguageLoss, by_source, draft_metrics, language_counts, language_loss
 from mmagent.models.agent_model import AgentModel
+from mmagent.models.flops import model_flops
 from mmagent.types import IGNORE, PackedBatch, Ratio, StepOutput
 
 
@@ -49,6 +50,10 @@ class LanguageModeling(nn.Module):
         """All ranks of ``group`` are given the same packs, and each computes and counts its slice of them."""
         self.model.share_packs(group)
 
+    def prepare(self, micro_batches: Sequence[PackedBatch], forward: Callable[[PackedBatch], StepOutput]) -> None:
+        """Let the model's ranks agree who encodes which images, where they trade them."""
+        self.model.prepare(micro_batches)
+
     def counts(self, batch: PackedBatch) -> dict[str, Tensor]:
         self.model.context.require_same(batch)
         rows = self.model.context.rows(batch.segments.total)
@@ -56,6 +61,10 @@ class LanguageModeling(nn.Module):
         begun = sum(rows.start <= at < rows.stop for at in batch.segments.offsets()[: len(batch.keys)])
         counts = {"lm": next_token, "balance": torch.tensor(begun, device=batch.labels.device)}
         return counts | {f"mtp_{k}": count for k, count in enumerate(mtp, start=1)}
+
+    def flops(self, batch: PackedBatch) -> float:
+        """Useful operations of a step over ``batch``; see :mod:`mmagent.models.flops`."""
+        return model_flops(self.model, batch)
 
     def forward(self, batch: PackedBatch) -> StepOutput:
         output = self.model(batch, detach_mtp=self.config.detach_mtp)
@@ -82,12 +91,18 @@ class LanguageModeling(nn.Module):
         tokens = min(rows.stop, batch.num_tokens) - min(rows.start, batch.num_tokens)
         visual = shared.within(batch.visual_slots, rows).shape[0]
         metrics = {"visual_share": Ratio(one * visual, one * tokens)}
+        if self.model.images is not None:
+            metrics |= self.model.images.metrics
         own = shared.whole(loss.next_token.predictions, segments.total)
         metrics |= draft_metrics(own, loss.mtp, batch.visual_slots, segments, rows)
         counted = loss.next_token.predictions != IGNORE
         for source, pair in by_source(loss.next_token.losses, counted, segments, batch.sources, rows).items():
             metrics[f"loss_by_source/{source}"] = Ratio(*pair.unbind())
         return metrics
+
+    def forget(self) -> None:
+        """Drop the router's load of a step that is not taken."""
+        self._load = self.router_load = None
 
     def after_step(self) -> dict[str, float]:
         """Move the router bias by the load of the whole step over all ranks, forget that load, and say how uneven it

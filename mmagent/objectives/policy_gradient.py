@@ -8,7 +8,7 @@ sampled tokens without touching trunk, embedding table or head, because entropy 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ from mmagent import dist
 from mmagent.losses.language import draft_metrics, language_counts
 from mmagent.losses.policy import PolicySum, cispo, gspo, importance_weights, ppo_clip, reinforce, reverse_kl
 from mmagent.models.agent_model import AgentModel
+from mmagent.models.flops import model_flops
 from mmagent.models.moe import check_replay
-from mmagent.ops.cross_entropy import TokenLoss, linear_cross_entropy, selected_logprobs
+from mmagent.ops.cross_entropy import TokenLoss, linear_cross_entropies, selected_logprobs
 from mmagent.ops.shift import shift
 from mmagent.trajectories import PolicyBatch
 from mmagent.types import IGNORE, ModelOutput, PackedBatch, Ratio, StepOutput
@@ -102,6 +103,10 @@ class PolicyGradient(nn.Module):
         weights = {"policy": 1.0, **{name: weight for name, weight in beside.items() if weight}}
         return weights | {f"mtp_{k}": self.config.mtp_weight / self.depths for k in range(1, self.depths + 1)}
 
+    def prepare(self, micro_batches: Sequence[PolicyBatch], forward: Callable[[PolicyBatch], StepOutput]) -> None:
+        """Let the model's ranks agree who encodes which images, where they trade them."""
+        self.model.prepare([batch.stream for batch in micro_batches])
+
     def counts(self, batch: PolicyBatch) -> dict[str, Tensor]:
         if batch.routed_experts is not None:
             decoder = self.model.config.decoder
@@ -115,6 +120,10 @@ class PolicyGradient(nn.Module):
         counts = {name: count for name in self.weights if name in ("policy", "entropy", "kl")}
         _, *depths = language_counts(batch.stream.labels, batch.stream.segments, self.depths)
         return counts | {f"mtp_{k}": depth for k, depth in enumerate(depths, start=1)}
+
+    def flops(self, batch: PolicyBatch) -> float:
+        """Useful operations of a step over ``batch``, its sampling apart; see :mod:`mmagent.models.flops`."""
+        return model_flops(self.model, batch.stream, mtp=self.depths > 0)
 
     def forward(self, batch: PolicyBatch) -> StepOutput:
         stream, segments = batch.stream, batch.stream.segments
@@ -151,9 +160,15 @@ class PolicyGradient(nn.Module):
                 self._drift_peak = peak if self._drift_peak is None else torch.maximum(self._drift_peak, peak)
         with torch.no_grad():
             metrics = _metrics(logprobs, behavior, entropy, policy.clipped)
+            if self.model.images is not None:
+                metrics |= self.model.images.metrics
             if batch.routed_experts is not None:
                 metrics["router/replay_agreement"] = Ratio(*output.replayed.sum((0, 1)).unbind())
             return StepOutput(sums, metrics | draft_metrics(targets, mtp, stream.visual_slots, segments))
+
+    def forget(self) -> None:
+        """Drop drift and replays of a step that is not taken."""
+        self._drift_peak, self._replayed = None, []
 
     def after_step(self) -> dict[str, float]:
         """The largest drift of one token over all ranks. The router bias stays where supervised training left it."""
@@ -204,12 +219,9 @@ class PolicyGradient(nn.Module):
             weights = weights * importance_weights(logprobs, behavior, cap=config.importance_cap)
         return reinforce(logprobs, advantages, weights)
 
-    def _mtp(self, output: ModelOutput, stream: PackedBatch) -> list[TokenLoss]:
-        head = self.model.head_weight.detach()
-        return [
-            linear_cross_entropy(hidden, head, shift(stream.labels, depth + 1, stream.segments))
-            for depth, hidden in enumerate(output.mtp_hidden, start=1)
-        ]
+    def _mtp(self, output: ModelOutput, stream: PackedBatch) -> tuple[TokenLoss, ...]:
+        targets = [shift(stream.labels, depth, stream.segments) for depth in range(2, len(output.mtp_hidden) + 2)]
+        return linear_cross_entropies(output.mtp_hidden, self.model.head_weight.detach(), targets)
 
 
 def _disagreement(rows: Sequence[Sequence[float]], names: Sequence[str], chance: float, floor: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmagent.geometry import CLIP_MEAN, CLIP_STD, GeometryConfig, from_patches, patch_coordinates
 from mmagent.models.backbone import equal_grids
+from mmagent.models.flops import EncoderCost, head_flops
 from mmagent.models.layers import Linear, collect_roles, encoder_roles, trainable_blocks
 from mmagent.protocols import VisionEncoder
 from mmagent.types import MaskedVision, PackedVision, ParamRole, Ratio, StepOutput
@@ -66,6 +67,12 @@ class MaskedReconstruction(nn.Module):
         """``(P,)``: -1 where a patch is hidden or nothing is known of it."""
         known = torch.full_like(batch.masked, -1, dtype=torch.int64) if batch.classes is None else batch.classes
         return torch.where(batch.masked, -1, known)
+
+    def flops(self, batch: MaskedVision) -> float:
+        """Useful operations of a step over ``batch``; see :mod:`mmagent.models.flops`."""
+        heads = head_flops(self.head, batch.num_patches)
+        heads += head_flops(self.class_head, batch.num_patches) if self.class_head is not None else 0.0
+        return EncoderCost.of(self.encoder).training(batch.vision.segments.lengths) + heads
 
     def forward(self, batch: MaskedVision) -> StepOutput:
         tokens = self.encoder(batch.vision, masked=batch.masked).tokens

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmagent.ops.rows import permute_rows
 from mmagent.ops.tiled import tiled_attention
 from mmagent.types import Segments
 
@@ -151,19 +152,6 @@ def _plan(lengths: tuple[int, ...], padding: float) -> _Plan:
     return _Plan(tuple(batches), torch.argsort(order) if moves else None)
 
 
-class _Gather(torch.autograd.Function):
-    """Rows in another order. The backward is a gather, too: indexing by autograd would scatter with addition."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _halves(lengths: tuple[int, ...], limit: int) -> tuple[Segments, Segments, Tensor, Tensor]:
@@ -184,12 +172,12 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sc
         return _by_tiles(q, k, v, segments, causal, scale)
     *halves, order, inverse = _halves(segments.lengths, limit)
     sizes = [half.total for half in halves]
-    streams = [_Gather.apply(x.to(v.dtype), order, inverse).split(sizes) for x in (q, k, v)]
+    streams = [permute_rows(x.to(v.dtype), order, inverse).split(sizes) for x in (q, k, v)]
     parts = [
         attend(*run, half, causal, scale)
         for attend, half, *run in zip((in_batches, _by_tiles), halves, *streams, strict=True)
     ]
-    return _Gather.apply(torch.cat(parts), inverse, order)
+    return permute_rows(torch.cat(parts), inverse, order)
 
 
 def _by_tiles(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
@@ -204,7 +192,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
     order = None
     if plan.inverse is not None:
         order = torch.cat([batch.rows for batch in plan.batches])
-        streams = [_Gather.apply(x, order, plan.inverse) for x in streams]
+        streams = [permute_rows(x, order, plan.inverse) for x in streams]
     sizes = [batch.count * batch.length for batch in plan.batches]
     parts = []
     runs = ([x] if len(sizes) == 1 else x.split(sizes) for x in streams)  # one split copies its gradient
@@ -216,7 +204,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
         parts.append(part.transpose(1, 2).flatten(0, 1))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     if plan.inverse is not None:
-        out = _Gather.apply(out, plan.inverse, order)
+        out = permute_rows(out, plan.inverse, order)
     return out.to(v.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Row blocks for elementwise work on a CPU.
+"""Rows in another order, and row blocks for elementwise work on a CPU.
 
 A chain of elementwise passes over a large tensor moves it through memory once a pass and allocates (and
 faults in) every temporary. Done block of rows by block, the temporaries stay in the cache and are reused:
@@ -8,7 +8,9 @@ half the time for a SwiGLU. An accelerator gets everything in one block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 
 BLOCK_VALUES = 1 << 18  # values of one temporary: half a megabyte in bf16, one in fp32
@@ -22,3 +24,21 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
         step = max(1, BLOCK_VALUES * rows // x.numel())
     for start in range(0, rows, step):
         yield slice(start, start + step)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``out[n] = x[order[n]]`` for ``x (N, ...)``, a permutation ``order (N,)`` and its ``inverse (N,)``. The gradient
+    takes the inverse: indexing by autograd would scatter with addition, atomically on an accelerator."""
+    return _Permute.apply(x, order, inverse)

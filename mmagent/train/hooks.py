@@ -1,167 +1,52 @@
-"""What happens after a step: showing, logging, validating, saving, leaving. See :data:`mmagent.train.loop.Hook`."""
+"""What happens after a step: validating, saving, leaving; what watches a run. See :data:`mmagent.train.loop.Hook`."""
 
 from __future__ import annotations
 
-import json
+import faulthandler
+import os
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
 from mmagent import dist
 from mmagent.dist import World
-from mmagent.files import write_text
+from mmagent.engine.saving import SavingConfig
 from mmagent.protocols import Engine, Objective
-from mmagent.train.metrics import Totals, global_counts, mean_losses
+from mmagent.train.environment import EnvironmentLog
+from mmagent.train.health import CollectGarbage, HealthConfig
+from mmagent.train.logs import JsonlLog, Progress, Record, RouterLog, TensorBoardLog, WandbLog, read_jsonl
+from mmagent.train.metrics import Totals, counts_of, global_counts, mean_losses, of_all_ranks
+from mmagent.train.profiling import Profile
+from mmagent.train.ranks import RankLog
 from mmagent.train.run import Run
 
 if TYPE_CHECKING:  # stages without a language model need not load one
     from mmagent.objectives.language_modeling import LanguageModeling
 
-Record = dict[str, float]
-
-
-class Progress:
-    """One line with the step, ``figures`` of the record, tokens a second and the time left. On a terminal it is
-    redrawn; elsewhere a plain line is written every ``interval`` seconds, and for the first and last step."""
-
-    def __init__(
-        self,
-        title: str,
-        steps: int,
-        *,
-        figures: Sequence[str] = ("loss",),
-        interval: float = 20.0,
-        out: TextIO | None = None,
-    ):
-        self.title, self.steps, self.figures, self.interval = title, steps, tuple(figures), interval
-        self.out = out or sys.stderr
-        self.live = self.out.isatty()
-        self._last_step_at: float | None = None
-        self._recent: deque[float] = deque(maxlen=32)  # seconds between two calls, so that hooks are included
-        self._written_at = -float("inf")
-
-    def __call__(self, step: int, record: Record) -> None:
-        if not dist.is_main():
-            return
-        now = time.monotonic()
-        if self._last_step_at is not None:  # the first step warms up and would mislead
-            self._recent.append(now - self._last_step_at)
-        self._last_step_at = now
-        last = step >= self.steps
-        if self.live:
-            end = "\n" if last else ""
-            self.out.write(f"\r{self.line(step, record)}\x1b[K{end}")
-        elif last or now - self._written_at >= self.interval:
-            self._written_at = now
-            self.out.write(self.line(step, record) + "\n")
-        self.out.flush()
-
-    def line(self, step: int, record: Record) -> str:
-        """The line for ``step`` of a run."""
-        seconds = sum(self._recent) / len(self._recent) if self._recent else record["time/step"]
-        left = "done" if step >= self.steps else f"{_clock(seconds * (self.steps - step))} left"
-        filled = int(20 * step / max(self.steps, 1))
-        rate = record["time/tokens_per_second"]
-        figures = "  ".join(f"{name} {record[name]:.4g}" for name in self.figures if name in record)
-        return (
-            f"{self.title} [{'=' * filled:<20}] {step}/{self.steps}  {figures}  "
-            f"{_short(rate)} tok/s  {seconds:.2f} s/step  {left}"
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _short(value: float) -> str:
-    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
-
-
-class JsonlLog:
-    """One JSON object a step in ``path``: what the seed decides; and beside it, in ``<stem>.time.jsonl``, what the
-    machine decides. Each step stands in them exactly once, however often the run is killed and resumed: lines from
-    the step resumed at onwards, whole or torn, are dropped at the first call."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._files: dict[Path, TextIO] = {}
-
-    def __call__(self, step: int, record: Record) -> None:
-        if not dist.is_main():
-            return
-        timing = self.path.with_suffix(".time.jsonl")
-        rows = {self.path: {"step": step}, timing: {"step": step}}
-        for name, value in record.items():
-            rows[timing if name.startswith("time/") else self.path][name] = value
-        for path, row in rows.items():
-            if path not in self._files:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _drop_from(path, step)
-                self._files[path] = path.open("a")
-            self._files[path].write(json.dumps(row) + "\n")
-            self._files[path].flush()  # a killed process loses nothing that the kernel has
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a log; a torn last line is left out."""
-    path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _drop_from(path: Path, step: int) -> None:
-    kept = [row for row in read_jsonl(path) if row["step"] < step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-class RouterLog:
-    """One JSON object a call in ``path``: how many tokens every expert of every layer served in the step. What
-    ``tools/router_load.py`` draws. ``objective`` has ``router_load (M, E)`` and a ``model`` with ``router_names()``; a
-    step without experts writes nothing. Resumed runs replace what follows."""
-
-    def __init__(self, path: str | Path, objective: LanguageModeling):
-        self.path, self.objective = Path(path), objective
-        self._started = False
-
-    def __call__(self, step: int, record: Record) -> None:
-        load = self.objective.router_load
-        if load is None or not dist.is_main():
-            return
-        if not self._started:
-            _drop_from(self.path, step)
-            self._started = True
-        row = {"step": step, "layers": self.objective.model.router_names(), "load": load.tolist()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-class TensorBoardLog:
-    """Every figure as a TensorBoard scalar. Resumed runs overwrite what follows."""
-
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self._writer: Any = None
-
-    def __call__(self, step: int, record: Record) -> None:
-        if not dist.is_main():
-            return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._writer = SummaryWriter(str(self.directory), purge_step=step)
-        for name, value in record.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+__all__ = [
+    "Every",
+    "JsonlLog",
+    "LeaveOnSignal",
+    "Progress",
+    "RouterLog",
+    "RunConfig",
+    "SaveHook",
+    "TensorBoardLog",
+    "Validate",
+    "WatchConfig",
+    "evaluate",
+    "read_jsonl",
+    "tell",
+    "usual_hooks",
+]
 
 
 class Every:
@@ -172,6 +57,7 @@ class Every:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.interval, self.hook, self.steps = interval, hook, steps
         self.saves = getattr(hook, "saves", False)
+        self.segment = getattr(hook, "segment", "hooks")
 
     def __call__(self, step: int, record: Record) -> None:
         if step % self.interval == 0 or step == self.steps:
@@ -196,44 +82,123 @@ class SaveHook:
 class LeaveOnSignal:
     """On SIGTERM (a pre-empted machine, ``torchrun`` shutting down) save after the step at hand and exit with 143.
 
-    One rank's signal is enough: the ranks agree after every step.
+    One rank's signal is enough: the ranks agree after every step. Further signals change nothing. A process that has
+    not come to the end of its step ``patience`` seconds after the signal (its data never come, its peers are gone) says
+    where it stands and exits with 143 without saving: the checkpoints are those there were.
     """
 
     saves = True
 
-    def __init__(self, run: Run, signals: Sequence[signal.Signals] = (signal.SIGTERM,)):
-        self.run, self.asked = run, False
+    def __init__(self, run: Run, signals: Sequence[signal.Signals] = (signal.SIGTERM,), patience: float = 600.0):
+        self.run, self.asked, self.patience = run, False, patience
         for number in signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked:
+            timer = threading.Timer(self.patience, self._leave)
+            timer.daemon = True
+            timer.start()
         self.asked = True
+
+    def _leave(self) -> None:
+        text = f"asked to stop {self.patience:.0f} s ago, and the step at hand does not end: left without saving"
+        print(text, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.__stderr__)
+        os._exit(128 + signal.SIGTERM)
 
     def __call__(self, step: int, record: Record) -> None:
         if self.run.world.sum({"asked": float(self.asked)}, layout="leave")["asked"]:
-            self.run.save(step)
-            if dist.is_main():
-                print(f"asked to stop: saved step {step}; start again to continue", file=sys.stderr, flush=True)
-            raise SystemExit(128 + signal.SIGTERM)
+            self.leave(step)
+
+    def leave(self, step: int) -> NoReturn:
+        """Save ``step`` and exit: for all ranks, which have agreed. Of no step there is nothing to save."""
+        self.run.finish(step)
+        if dist.is_main():
+            told = f"saved step {step}; start again to continue" if step else "no step was done; start again to begin"
+            print(f"asked to stop: {told}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+@dataclass
+class WatchConfig:
+    """What watches a run beside its log. ``interval``: steps between two gathers of every rank's times and memory (0:
+    never); a rank is named as slow that stays ``slow`` (a share) over the median one. ``garbage``: steps between two
+    runs of Python's garbage collector (0: whenever Python likes). ``profile``: ``[START, COUNT]`` steps of which every
+    operation is timed. ``wandb``: the project of Weights & Biases to report to; empty for none."""
+
+    interval: int = 10
+    slow: float = 0.1
+    garbage: int = 100
+    profile: list[int] = field(default_factory=list)
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        if self.interval < 0 or self.garbage < 0 or self.slow <= 0:
+            raise ValueError(f"watch: interval and garbage must not be negative, slow must be positive; got {self}")
+        if len(self.profile) not in (0, 2):
+            raise ValueError(f"watch.profile: the first step and how many, such as [20,3]; got {self.profile}")
+
+
+@dataclass
+class RunConfig:
+    """What the settings of every stage begin with. ``output``: the run's folder. Every ``save_every`` steps a
+    checkpoint is written there, and the newest ``keep`` stay. ``tensorboard``: figures also for TensorBoard.
+    ``health``: what is done when a step must not be taken, or a rank hangs."""
+
+    output: str = "runs/run"
+    seed: int = 0
+    save_every: int = 50
+    keep: int = 2
+    saving: SavingConfig = field(default_factory=SavingConfig)
+    tensorboard: bool = False
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def run_settings(config: RunConfig) -> dict[str, Any]:
+    """The arguments of a :class:`~mmagent.train.run.Run` that are settings."""
+    return {"keep": config.keep, "saving": config.saving, "health": config.health}
 
 
 def usual_hooks(
     run: Run,
     title: str,
     steps: int,
-    save_every: int,
+    config: RunConfig,
     *,
-    tensorboard: bool = False,
     figures: Sequence[str] = ("loss",),
     routed: LanguageModeling | None = None,
+    engine: Engine | None = None,
 ) -> list[Callable[[int, Record], None]]:
-    """What a recipe's run is watched by: a line for people, a log beside its checkpoints, saving in time. The load of
-    ``routed``'s experts is logged as often as it is saved."""
-    watching = [Progress(title, steps, figures=figures), JsonlLog(run.directory / "log.jsonl")]
+    """What a recipe's run is watched by: a line for people, logs beside its checkpoints, saving in time. The load of
+    ``routed``'s experts is logged as often as it is saved; ``engine`` says what memory holds."""
+    watch, save_every = config.watch, config.save_every
+    if watch.profile and watch.profile[0] > steps:
+        raise ValueError(f"watch.profile: step {watch.profile[0]} is never reached, the run has {steps}")
+    watching = [EnvironmentLog(run), run.log]
+    if watch.interval:
+        watching.append(RankLog(run, steps, watch.interval, watch.slow, engine))
+    watching += [Progress(title, steps, figures=figures), JsonlLog(run.directory / "log.jsonl")]
     if routed is not None:
         watching.append(Every(save_every, RouterLog(run.directory / "router_load.jsonl", routed), steps))
-    watching += [TensorBoardLog(run.directory / "tensorboard")] if tensorboard else []
+    watching += [TensorBoardLog(run.directory / "tensorboard")] if config.tensorboard else []
+    watching += [WandbLog(run.directory, watch.wandb, title, steps, run.config_yaml)] if watch.wandb else []
+    watching += [CollectGarbage(watch.garbage, steps)] if watch.garbage else []
+    watching += [Profile(run, *watch.profile)] if watch.profile else []
     return [*watching, SaveHook(run, save_every), LeaveOnSignal(run)]
+
+
+def tell(hooks: Sequence[Callable[[int, Record], None]], run: Run, step: int, record: Record) -> None:
+    """Call ``hooks`` in their order after ``step``; the time each takes counts to its segment of ``run``'s."""
+    for hook in hooks:
+        with run.segments(getattr(hook, "segment", "hooks")):
+            hook(step, record)
 
 
 class Validate:
@@ -243,6 +208,8 @@ class Validate:
     ``engine`` is the one that trains the objective: it brings its precision, and leaves sharded weights sharded.
     ``time/`` and the prefix hold the seconds. Put it before the logs, inside :class:`Every`.
     """
+
+    segment = "validation"
 
     def __init__(
         self,
@@ -263,7 +230,8 @@ class Validate:
 
 def evaluate(objective: Objective, batches: Iterable[Any], world: World, engine: Engine) -> dict[str, float]:
     """Losses and metrics of ``objective`` over ``batches`` of all ranks, without gradient and in evaluation mode;
-    through its ``engine``, and so in its precision."""
+    through its ``engine``, and so in its precision. Raises ``ValueError`` on all ranks where one has more batches than
+    another, or the objective refuses one."""
     assert isinstance(objective, nn.Module)
     terms = sorted(objective.weights)
     totals, counts = Totals(), []
@@ -271,8 +239,8 @@ def evaluate(objective: Objective, batches: Iterable[Any], world: World, engine:
     objective.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
-            for batch in batches:
-                counts.append(objective.counts(batch))
+            for batch, count in _counted(objective, batches, world):
+                counts.append(count)
                 totals.add(batch, engine.forward(batch.to(world.device, non_blocking=True)))
     finally:
         objective.train(training)
@@ -282,3 +250,23 @@ def evaluate(objective: Objective, batches: Iterable[Any], world: World, engine:
     total = totals.reduce(world)
     loss, losses = mean_losses(total["sum"], divisors, objective.weights)
     return {"loss": loss, **{f"loss/{term}": value for term, value in losses.items()}, **total["metrics"]}
+
+
+def _counted(
+    objective: Objective, batches: Iterable[Any], world: World
+) -> Iterator[tuple[Any, Mapping[str, torch.Tensor]]]:
+    """Batches with their counts. Ranks agree on each before its forward, in which they may wait for each other."""
+    left = iter(batches)
+    while True:
+        batch = next(left, None)
+        counts, refused = counts_of(objective, [batch] if batch is not None else [])
+        here = world.sum({"batches": batch is not None, "refused": len(refused)}, layout="evaluate")
+        if here["refused"]:
+            raise ValueError("\n".join(of_all_ranks(refused, world)))
+        if not here["batches"]:
+            return
+        if here["batches"] != world.size:
+            raise ValueError(
+                f"ranks bring different numbers of batches to evaluate: {here['batches']:.0f} have one more"
+            )
+        yield batch, counts[0]

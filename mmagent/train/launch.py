@@ -15,8 +15,17 @@ from mmagent.browser import BrowserMissing
 from mmagent.train.step import begun
 
 T = TypeVar("T")
+launched: float | None = None
+"""``time.time()`` when :func:`launch` was called in this process: imports were done."""
 TRACEBACK = "MMAGENT_TRACEBACK"
 """Environment variable that asks for the traceback of every error."""
+ASKED_FOR: dict[type[OSError], str] = {
+    FileNotFoundError: "no such file or folder",
+    NotADirectoryError: "a file stands where a folder is needed",
+    IsADirectoryError: "a folder stands where a file is needed",
+    PermissionError: "not allowed",
+}
+"""What a user may have asked for that the system cannot do, in words."""
 OURS = ("__main__", "mmagent", "data_pipelines", "evals", "recipes")
 
 
@@ -28,13 +37,15 @@ def launch(main: Callable[[], T]) -> T:
     later than the others wait (:func:`mmagent.dist.said_by_main`). Once its work has begun
     (:data:`mmagent.train.step.begun`), and for errors of libraries and of other kinds, the traceback is shown.
     """
+    global launched
+    launched = time.time()
     try:
         return main()
-    except (ValueError, FileNotFoundError, BrowserMissing) as error:
+    except (ValueError, *ASKED_FOR, BrowserMissing) as error:
         if begun.is_set() or os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
-        missing = isinstance(error, FileNotFoundError)
-        text = f"{error.filename}: no such file or folder" if missing else str(error)
+        named = isinstance(error, tuple(ASKED_FOR))
+        text = f"{error.filename}: {ASKED_FOR[type(error)]}" if named else str(error)
         if not dist.said_by_main(text):
             rank = os.environ.get("RANK", "0")
             where = "error" if rank == "0" else f"error on rank {rank}"
@@ -45,8 +56,9 @@ def launch(main: Callable[[], T]) -> T:
 
 
 def _is_for_users(error: Exception) -> bool:
-    """A missing file that has a name, or something that our code raised on purpose, no accident in it or a library."""
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
+    """A file or folder that has a name and cannot be had, or something that our code raised on purpose, no accident in
+    it or a library."""
+    if isinstance(error, tuple(ASKED_FOR)) and error.filename is not None:
         return error.filename2 is None  # of two, as a rename has, it does not say which is missing
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     module = str(frame.f_globals.get("__name__"))

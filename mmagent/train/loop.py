@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmagent.protocols import Engine, Objective
-from mmagent.train.metrics import pace
+from mmagent.train.hooks import tell
+from mmagent.train.metrics import VOLUME, pace
 from mmagent.train.run import Run
-from mmagent.train.step import train_step
 
 Hook = Callable[[int, dict[str, float]], None]
 """Called after every step, on every rank, with the number of steps done and the step's record, which it may extend
-for the hooks after it. Names that start with ``time/`` depend on the machine; all others on the seed alone."""
+for the hooks after it. Names that start with ``time/`` or ``memory/`` depend on the machine; all others on the seed
+alone. The time it takes counts to its ``segment``, where it has one, of the run's."""
 
 
 def fit(
@@ -39,20 +40,23 @@ def fit(
     hooks = sorted(hooks, key=lambda hook: getattr(hook, "saves", False))
     objective.train()  # type: ignore[attr-defined]
     first = run.resume(steps if last is None else last)
-    for step in range(first, steps):
+    for step in run.guard.steps(first, steps):
         started = time.perf_counter()
-        micro_batches = next(stream, None)
+        with run.segments("data"):
+            micro_batches = next(stream, None)
         if micro_batches is None:
             raise ValueError(f"the stream ended after {step} of {steps} steps")
         waited = time.perf_counter() - started
         scales = {role: own(step) for role, own in (role_schedules or {}).items()}
         lr_scale = schedule(step)
-        result = train_step(objective, engine, micro_batches, run.world, lr_scale, scales)
-        done = {"tokens": result.volume["tokens"] or result.volume["patches"]}
+        taken = run.guard.step(step, objective, engine, micro_batches, lr_scale, scales)
+        if taken is None:
+            continue
+        done = {name: taken[name] for name in VOLUME if name in taken}
+        done["tokens"] = done.get("tokens") or done.get("patches", 0.0)
         timing = {**pace(time.perf_counter() - started, done), "time/data": waited}
         rates = {"lr_scale": lr_scale, **{f"lr_scale/{role}": scale for role, scale in scales.items()}}
-        record = {**getattr(stream, "metrics", {}), **result.record(), **rates, **timing}
-        for hook in hooks:
-            hook(step + 1, record)
+        record = {**getattr(stream, "metrics", {}), **taken, **rates, **timing}
+        tell(hooks, run, step + 1, record)
     if first < steps:
-        run.save(steps)
+        run.finish(steps)

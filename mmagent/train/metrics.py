@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor
 
 from mmagent.dist import World
 from mmagent.protocols import Objective
+from mmagent.train.incidents import Finding, Refused
 from mmagent.types import StepOutput
+
+VOLUME = ("tokens", "patches", "documents", "flops")
+"""Figures of a step's record that say how much was done."""
 
 
 def keys_of(batch: Any) -> tuple[str, ...]:
@@ -30,6 +36,33 @@ def pace(seconds: float, amounts: Mapping[str, float]) -> dict[str, float]:
     return {"time/step": seconds, **{f"time/{name}_per_second": amount / seconds for name, amount in amounts.items()}}
 
 
+def rollout_pace(seconds: float, record: Mapping[str, float], sampled: float) -> dict[str, float]:
+    """:func:`pace` of a step that played before it trained, and the share of its time that the rollouts took."""
+    amounts = {"tokens": record.get("tokens", 0.0), "sampled": sampled}
+    return {**pace(seconds, amounts), "time/rollout_share": record["time/rollout"] / seconds}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Global figures of one step: ``losses`` are sums over counts, ``loss`` their weighted total; terms that nothing
+    counted and metrics with nothing to divide by are left out. ``volume`` holds tokens, patches and documents, and the
+    ``flops`` of objectives that are :class:`~mmagent.protocols.Measured`."""
+
+    loss: float
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    counts: dict[str, float]
+    volume: dict[str, float]
+    grad_norm: float
+    role_norms: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, float]:
+        """One flat row for logs."""
+        losses = {f"loss/{term}": value for term, value in self.losses.items()}
+        norms = {"grad_norm": self.grad_norm, **{f"grad_norm/{role}": value for role, value in self.role_norms.items()}}
+        return {**self.metrics, "loss": self.loss, **losses, **self.volume, **norms}
+
+
 class Totals:
     """Sums over micro-batches, then over ranks in one collective, divided at the very end."""
 
@@ -38,8 +71,8 @@ class Totals:
         self.objections: list[str] = []  # of this rank, to the step as a whole
         self._per_batch: list[tuple[Mapping[str, Tensor], tuple[str, ...]]] = []
 
-    def add(self, batch: Any, output: StepOutput) -> None:
-        """Take in one micro-batch."""
+    def add(self, batch: Any, output: StepOutput, work: Mapping[str, float] | None = None) -> None:
+        """Take in one micro-batch, and its ``work``, such as flops."""
         sums = {name: value.detach() for name, value in output.sums.items()}
         self._per_batch.append((sums, keys_of(batch)))
         for name, value in sums.items():
@@ -47,7 +80,7 @@ class Totals:
         for name, ratio in output.metrics.items():
             self._add(f"numerator/{name}", ratio.numerator)
             self._add(f"denominator/{name}", ratio.denominator)
-        for name, value in volume_of(batch).items():
+        for name, value in {**volume_of(batch), **(work or {})}.items():
             self._add(f"volume/{name}", value)
 
     def _add(self, name: str, value: Tensor | float) -> None:
@@ -57,8 +90,8 @@ class Totals:
     def reduce(self, world: World) -> dict[str, dict[str, float]]:
         """``{"sum": {...}, "metrics": {...}, "volume": {...}}`` over all ranks.
 
-        Metrics whose denominator is zero everywhere are left out. Raises ``FloatingPointError`` on every rank when a
-        sum is not finite, naming rank, micro-batch, term and samples, and ``ValueError`` when any rank objects.
+        Metrics whose denominator is zero everywhere are left out. Raises :class:`Refused` on every rank when a sum is
+        not finite, naming rank, micro-batch, term and samples, and ``ValueError`` when any rank objects.
         """
         flat = world.sum(self.values | {"objections": len(self.objections)}, layout="totals")
         objections = flat.pop("objections")
@@ -75,24 +108,38 @@ class Totals:
 
     def _raise_not_finite(self, world: World) -> None:
         mine = [
-            f"micro-batch {i}: {term} is {value.item()}; samples: {_name(keys)}"
+            (i, f"{term} is {value.item()}", keys)
             for i, (sums, keys) in enumerate(self._per_batch)
             for term, value in sums.items()
             if not torch.isfinite(value)
         ]
-        raise FloatingPointError("\n".join(["the loss is not finite", *of_all_ranks(mine, world)]))
+        raise Refused("not_finite", "the loss is not finite", findings_of(mine, world))
+
+    def sums(self) -> list[dict[str, float]]:
+        """Of each micro-batch of this rank: the sum of every term."""
+        return [{term: value.item() for term, value in sums.items()} for sums, _ in self._per_batch]
+
+    @contextmanager
+    def naming(self, world: World) -> Iterator[None]:
+        """A ``FloatingPointError`` that every rank raises in the block, for a gradient, becomes :class:`Refused`: it
+        names all samples of the step, for a gradient does not tell whose it is."""
+        try:
+            yield
+        except FloatingPointError as error:
+            mine = [(i, str(error), keys) for i, (_, keys) in enumerate(self._per_batch)]
+            raise Refused("not_finite", str(error), findings_of(mine, world)) from error
+
+
+def findings_of(mine: Sequence[tuple[int, str, Sequence[str]]], world: World) -> list[Finding]:
+    """Of every rank's ``(micro-batch, what, samples)`` the findings, in order of ranks. A collective."""
+    everyone = enumerate(world.gather_objects([[i, what, list(keys)] for i, what, keys in mine]))
+    return [Finding(rank, i, what, tuple(keys)) for rank, some in everyone for i, what, keys in some]
 
 
 def of_all_ranks(lines: Sequence[str], world: World) -> list[str]:
     """The ``lines`` of every rank on every rank, each with the rank that it is of."""
     everyone = enumerate(world.gather_objects(list(lines)))
     return [f"rank {rank}, {line}" for rank, some in everyone for line in some]
-
-
-def _name(keys: Sequence[str], limit: int = 16) -> str:
-    if not keys:
-        return "unnamed"
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
 def counts_of(objective: Objective, micro_batches: Sequence[Any]) -> tuple[list[dict[str, Tensor]], list[str]]:

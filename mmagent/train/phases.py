@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mmagent.engine.schedule import ScheduleConfig, schedule
@@ -26,3 +26,8 @@ class Phase:
         """One line for people."""
         frozen = f"frozen: {', '.join(self.freeze)}" if self.freeze else "nothing frozen"
         return f"phase {self.name}: steps {start + 1} to {start + self.steps}, {frozen}"
+
+
+def frozen_longest(phases: Sequence[Phase]) -> list[str]:
+    """The roles that are frozen for most of the steps: what a step usually costs goes by them."""
+    return max(phases, key=lambda phase: phase.steps, default=Phase()).freeze

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mmagent import dist
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
 from mmagent.engine.checkpoint import gather_weights
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.config import EngineConfig
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.context import mtp_traffic
@@ -80,8 +81,8 @@ def train(world: World, case: Case) -> Outcome:
         objective.model.set_recompute(["encoder", "decoder", "mtp"])
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     sizes = {"context_parallel": world.context, "expert_parallel": case.experts}
-    config = TorchEngineConfig(case.parallel, case.dtype, clip_norm=0.0, **sizes)
-    engine = TorchEngine(objective, optimizer, config, world)
+    config = EngineConfig(case.parallel, case.dtype, clip_norm=0.0, **sizes)
+    engine = build_engine(objective, optimizer, config, world)
     mine = packs(range(len(PACKS))[world.data_rank :: world.data_size])
     result = train_step(objective, engine, mine, world)
     return Outcome(gather_weights(objective), result, objective.router_load)
@@ -257,9 +258,9 @@ def small_and_wrong(world: World) -> list[object]:
     objective = share(world, build())
     one = make_pack([make_document([1], 3)])
     lone = {name: value.item() for name, value in objective(one).sums.items()}
-    config = TorchEngineConfig(context_parallel=2)
+    config = EngineConfig(context_parallel=2)
     shared = world.with_context(2)
-    engine = TorchEngine(objective, torch.optim.SGD(objective.parameters(), lr=0.1), config, shared)
+    engine = build_engine(objective, torch.optim.SGD(objective.parameters(), lr=0.1), config, shared)
     validation = evaluate(objective, packs([0, 2]), shared, engine)
     try:
         objective.counts(packs([world.rank])[0])
@@ -270,8 +271,8 @@ def small_and_wrong(world: World) -> list[object]:
 
 def test_a_lone_token_a_validation_and_packs_that_differ():
     objective = build()
-    config = TorchEngineConfig("none")
-    engine = TorchEngine(objective, torch.optim.SGD(objective.parameters(), lr=0.1), config, ALONE)
+    config = EngineConfig("none")
+    engine = build_engine(objective, torch.optim.SGD(objective.parameters(), lr=0.1), config, ALONE)
     wanted = evaluate(objective, packs([0, 2]), ALONE, engine)
     lone = {name: value.item() for name, value in objective(make_pack([make_document([1], 3)])).sums.items()}
     results = run_ranks(small_and_wrong, 2)

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,18 @@ def order(world: World) -> list[float]:
 def test_main_first():
     (first,), (second,) = run_ranks(order, 2)
     assert second >= first + 0.05
+
+
+def _leave(world: World, folder: str) -> list[str]:
+    if world.rank:
+        time.sleep(1.0)
+        Path(folder, "last").touch()
+    dist.shutdown()
+    return [path.name for path in Path(folder).iterdir()] + [str(torch.distributed.is_initialized())]
+
+
+def test_nobody_leaves_a_finished_run_before_the_last_is_there(tmp_path):
+    assert run_ranks(_leave, 2, str(tmp_path)) == [["last", "False"]] * 2
 
 
 def test_a_lone_process_needs_no_launcher(monkeypatch):

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
 from mmagent.engine.checkpoint import gather_weights
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
-from mmagent.train.hooks import JsonlLog, LeaveOnSignal, SaveHook, Validate, read_jsonl
+from mmagent.train.hooks import JsonlLog, LeaveOnSignal, SaveHook, Validate, evaluate, read_jsonl
 from mmagent.train.loop import fit
 from mmagent.train.run import Run
 from mmagent.train.step import train_step
@@ -35,7 +36,7 @@ def message_of(error: type[Exception], call) -> str:
 def not_finite(world: World, parallel: str) -> str:
     torch.manual_seed(0)
     toy = Toy()
-    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig(parallel), world)
+    engine = build_engine(toy, build_optimizer(toy, OptimConfig()), EngineConfig(parallel), world)
     values = torch.ones(2, 6) if world.rank == 0 else torch.full((2, 6), float("nan"))
     batches = [ToyBatch(torch.ones(1, 6), ("good",)), ToyBatch(values, ("one", "two"))]
     return message_of(FloatingPointError, lambda: train_step(toy, engine, batches, world))
@@ -48,9 +49,38 @@ def test_a_bad_sample_on_one_rank_is_named_on_all(parallel):
         assert "rank 0" not in told
 
 
+class _Picky(Toy):
+    """Refuses what is not positive."""
+
+    def counts(self, batch: ToyBatch) -> dict[str, torch.Tensor]:
+        if (batch.values < 0).any():
+            raise ValueError(f"{batch.keys[0]} is negative")
+        return super().counts(batch)
+
+
+def evaluated(world: World) -> list[str]:
+    """What is said where rank 1 brings a batch that is refused, and where it brings one batch less."""
+    torch.manual_seed(0)
+    toy = _Picky()
+    engine = build_engine(toy, build_optimizer(toy, OptimConfig()), EngineConfig("fsdp2"), world)
+    good, bad = ToyBatch(torch.ones(2, 6), ("good",)), ToyBatch(-torch.ones(2, 6), ("bad",))
+    told = [
+        message_of(ValueError, lambda batches=batches: evaluate(toy, batches, world, engine))
+        for batches in ([good, bad if world.rank else good], [good] * (2 - world.rank))
+    ]
+    return [*told, f"{evaluate(toy, [good], world, engine)['loss']:.3f}"]
+
+
+def test_what_stops_the_evaluation_of_one_rank_stops_all():
+    (refused, uneven, loss), others = run_ranks(evaluated, 2)
+    assert [refused, uneven, loss] == others
+    assert "rank 1, micro-batch 0: bad is negative" in refused
+    assert "ranks bring different numbers of batches to evaluate" in uneven
+
+
 def uneven(world: World) -> str:
     toy = toy_run(Path(f"rank{world.rank}"), ALONE).objective  # one folder a rank: each is the only writer of its own
-    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("fsdp2"), world)
+    engine = build_engine(toy, build_optimizer(toy, OptimConfig()), EngineConfig("fsdp2"), world)
     batches = [ToyBatch(torch.ones(1, 6))] * (1 + world.rank)
     return message_of(ValueError, lambda: train_step(toy, engine, batches, world))
 
@@ -103,7 +133,7 @@ def moments(world: World, parallel: str, given: str = "") -> dict[str, Any]:
     """The optimizer's state after two steps, which go on from the one in the file ``given``."""
     torch.manual_seed(0)
     toy = Offset()
-    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig(parallel), world)
+    engine = build_engine(toy, build_optimizer(toy, OptimConfig()), EngineConfig(parallel), world)
     if given:
         engine.load_state_dict(torch.load(given, weights_only=True))
     batches = [ToyBatch(torch.randn(3, 6)) for _ in range(2)]
@@ -131,7 +161,7 @@ def validated(world: World, parallel: str) -> tuple[dict[str, float], list[dict[
     torch.manual_seed(0)
     toy = Toy()
     optimizer = torch.optim.SGD(toy.parameters(), lr=0.1)
-    engine = TorchEngine(toy, optimizer, TorchEngineConfig(parallel), world)
+    engine = build_engine(toy, optimizer, EngineConfig(parallel), world)
     batches = [ToyBatch(torch.randn(3, 6)) for _ in range(4)]
     mine = batches[world.rank :: world.size]
     record: dict[str, float] = {}
@@ -162,7 +192,7 @@ def left_whole(world: World, dtype: str) -> list[str]:
     """Parameters that are not sharded any more after a validation."""
     torch.manual_seed(0)
     toy = Toy()
-    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("fsdp2", dtype), world)
+    engine = build_engine(toy, build_optimizer(toy, OptimConfig()), EngineConfig("fsdp2", dtype), world)
     batch = ToyBatch(torch.randn(3, 6))
     train_step(toy, engine, [batch], world)
     Validate(toy, lambda: [batch], world, engine)(1, {})
@@ -211,28 +241,83 @@ class Scalar(nn.Module):
 def test_scalars_cannot_be_sharded_and_are_named():
     model = Scalar()
     with pytest.raises(ValueError, match=r"give these the shape \(1,\): temperature"):
-        TorchEngine(model, build_optimizer(model, OptimConfig()), TorchEngineConfig("fsdp2"), ALONE)
+        build_engine(model, build_optimizer(model, OptimConfig()), EngineConfig("fsdp2"), ALONE)
 
 
-def shared_work(world: World, replicas: int) -> list[torch.Tensor]:
+SHAPES = [(6, 4), (6, 4), (6, 4), (8, 6), (3, 4, 5), (5, 2, 2, 2), (4, 8), (7,)]
+LAYOUTS = {"copies": (1, 4), "shards": (4, 1), "both": (2, 2)}
+"""Of four ranks: over how many a copy is cut, and how many copies there are."""
+
+
+def shared_work(world: World, layout: str = "") -> list[torch.Tensor]:
+    """Whole weights after four steps, whose momenta a fresh optimizer takes up in between. One matrix is frozen in the
+    first step; some have fewer rows than there are ranks."""
     torch.manual_seed(0)
-    shapes = [(6, 4), (6, 4), (8, 6), (3, 4, 5), (5, 2, 2, 2), (4, 8), (7,)]
-    model = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
-    splits = {2: (4, 4)}
-    roles = {str(n): ParamRole("all", matrix=len(s) > 1, splits=splits.get(n, ())) for n, s in enumerate(shapes)}
+    whole = [torch.randn(shape) for shape in SHAPES]
+    shards, copies = LAYOUTS.get(layout, (1, 1))
+    mesh = world.mesh({"copies": copies, "shards": shards}) if copies > 1 else world.mesh()
+
+    def part(tensor: torch.Tensor) -> torch.Tensor:
+        if shards == 1:
+            return tensor
+        return distribute_tensor(tensor, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None)
+
+    model = nn.ParameterList(nn.Parameter(part(tensor)) for tensor in whole)
+    roles = {
+        str(n): ParamRole("all", matrix=len(s) > 1, splits=(4, 4) if s == (8, 6) else ()) for n, s in enumerate(SHAPES)
+    }
     model.roles = lambda: roles
-    optimizer = build_optimizer(model, OptimConfig(lr=0.1))
-    optimizer.replicas = replicas
-    for step in range(3):
-        for n, parameter in enumerate(model):
-            parameter.grad = torch.randn_like(parameter) if n or step else None  # one is frozen in the first step
+    state = None
+    for step in range(4):
+        if step % 2 == 0:
+            optimizer = build_optimizer(model, OptimConfig(lr=0.1))
+            optimizer.replicas = copies if shards == 1 else 1
+            if state is not None:
+                optimizer.load_state_dict(state)
+        for n, shape in enumerate(SHAPES):
+            gradient = torch.randn(shape)
+            model[n].grad = part(gradient) if n or step else None
         optimizer.step()
-    return [p.detach() for p in model]
+        state = optimizer.state_dict()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model]
 
 
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_replicas_that_share_the_work_of_muon_end_with_the_same_bits(ranks):
-    """Whole batches are handed out, so nothing is summed in another order; eight ranks have less than a batch each."""
-    (alone,) = run_ranks(shared_work, 1, 1)
-    for weights in run_ranks(shared_work, ranks, ranks):
-        assert all(torch.equal(one, other) for one, other in zip(alone, weights, strict=True))
+def in_every_layout(world: World) -> dict[str, list[torch.Tensor]]:
+    return {layout: shared_work(world, layout) for layout in LAYOUTS}
+
+
+def test_ranks_that_share_the_work_of_muon_end_with_the_same_bits():
+    """Whole matrices are handed out, so nothing is summed in another order, however they lie."""
+    alone = shared_work(ALONE)
+    for rank in run_ranks(in_every_layout, 4):
+        for layout, weights in rank.items():
+            assert all(torch.equal(one, other) for one, other in zip(alone, weights, strict=True)), layout
+
+
+def handed_out(world: World) -> list[int]:
+    """Elements that this rank orthogonalises of eight matrices in one step, by layout."""
+    model = nn.ParameterList(nn.Parameter(torch.randn(8, 8)) for _ in range(8))
+    model.roles = lambda: {str(n): ParamRole("all", matrix=True) for n in range(8)}
+    found = []
+    for layout, (shards, copies) in LAYOUTS.items():
+        mesh = world.mesh({"copies": copies, "shards": shards}) if copies > 1 else world.mesh()
+        placed = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+        here = model if layout == "copies" else nn.ParameterList(distribute_tensor(p, mesh, placed) for p in model)
+        here.roles = model.roles
+        optimizer = build_optimizer(here, OptimConfig())
+        optimizer.replicas = copies if shards == 1 else 1
+        work = optimizer._orthogonal
+        seen: list[int] = []
+        optimizer._orthogonal = lambda joined, group, seen=seen, work=work: (
+            seen.append(joined.numel()) or work(joined, group)
+        )
+        for parameter in here:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        found.append(sum(seen))
+    return found
+
+
+def test_no_matrix_is_orthogonalised_twice():
+    """Each of four ranks has a quarter of them, however they lie."""
+    assert run_ranks(handed_out, 4) == [[2 * 64] * len(LAYOUTS)] * 4

@@ -16,7 +16,7 @@ from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientCon
 from mmagent.train.step import StepResult, train_step
 from mmagent.trajectories import PolicyBatch
 from tests.engine_kit import ALONE
-from tests.expert_kit import TEXT_RANK, TWO, WHOLE, Case, Outcome, alone, build_engine, build_model, compare, train
+from tests.expert_kit import TEXT_RANK, TWO, WHOLE, Case, Outcome, alone, build_model, compare, engine_of, train
 
 SHARED, FUSED, MASKED = MTPConfig(2, True, "shared"), MTPConfig(2, False, "fused"), MTPConfig(2, True, "masked")
 CASES = [
@@ -51,7 +51,7 @@ def look(world: World) -> Seen:
 def gathered(world: World) -> list[torch.dtype]:
     """In what FSDP2 gives a bfloat16 forward the weights of a router, of experts, and of attention."""
     model = build_model(LOW[-1])
-    engine = build_engine(LOW[-1], LanguageModeling(model, LanguageModelingConfig()), model, world)
+    engine = engine_of(LOW[-1], LanguageModeling(model, LanguageModelingConfig()), model, world)
     block, found = model.decoder.blocks[1], {}
 
     def note(owner: nn.Module, _: object) -> None:
@@ -70,7 +70,7 @@ def replay(world: World, parallel: str, mtp_weight: float) -> tuple[StepResult, 
     case = Case(parallel, split=split, mtp=MTPConfig(2), tail=2, allow_unused=not mtp_weight)
     model = build_model(case)
     policy = PolicyGradient(model, PolicyGradientConfig(reduction="token", mtp_weight=mtp_weight, replay_floor=0.0))
-    engine = build_engine(case, policy, model, world)
+    engine = engine_of(case, policy, model, world)
     batches = []
     for stream in case.packs(world.rank):
         columns = []

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mmagent import dist
 from mmagent.dist import World, run_ranks
+from mmagent.engine import checkpoint
 from mmagent.engine.average import AverageConfig, WeightAverage
-from mmagent.engine.checkpoint import gather_weights, newest_weights
+from mmagent.engine.build import build_engine
+from mmagent.engine.checkpoint import gather_weights
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.generation.generator import Generator
 from mmagent.models.mtp import MTPConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
@@ -26,7 +28,7 @@ from mmagent.train.step import train_step
 from mmagent.trajectories import Limits, Trajectory
 from tests.agent_kit import tiny_model, tiny_vocab
 from tests.engine_kit import ALONE, Toy
-from tests.expert_kit import TEXT_RANK, TWO, WHOLE, Case, Outcome, build_engine, build_model, compare, train
+from tests.expert_kit import TEXT_RANK, TWO, WHOLE, Case, Outcome, build_model, compare, engine_of, train
 
 SAVED = Case("fsdp2", optimizer="muon")
 
@@ -59,14 +61,14 @@ def resume(world: World, folder: str, steps: int, start: str = "") -> Outcome:
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(0.1)  # nothing that was not loaded can look as if it had been
-    engine = build_engine(case, objective, objective.model, world)
+    engine = engine_of(case, objective, objective.model, world)
     run = Run(folder, world, {"model": objective, "engine": engine})
     if start:
-        run.load(newest_weights(Path(start) / "checkpoints", "model").parent)
+        run.load(checkpoint.steps(Path(start) / "checkpoints")[0])
     else:
         run.resume()
     results = [train_step(objective, engine, case.packs(world.rank), world) for _ in range(steps)]
-    run.save(run.saved_step + steps)
+    run.finish(run.saved_step + steps)
     load = torch.zeros(0) if objective.router_load is None else objective.router_load
     return Outcome(gather_weights(objective), engine.state_dict()["optimizer"], load, results)
 
@@ -92,10 +94,10 @@ def exchanges(world: World, recompute: tuple[str, ...]) -> list[tuple[object, ..
 def impossible(world: World) -> list[Callable[[], object]]:
     three = Case("ddp", total=5)
     return [
-        lambda: build_engine(three, (objective := build_model(three)), objective, world),
-        lambda: build_engine(replace(three, experts=3), (objective := build_model(Case())), objective, world),
-        lambda: TorchEngine(
-            (toy := Toy()), build_optimizer(toy, OptimConfig()), TorchEngineConfig("ddp", expert_parallel=2), world
+        lambda: engine_of(three, (objective := build_model(three)), objective, world),
+        lambda: engine_of(replace(three, experts=3), (objective := build_model(Case())), objective, world),
+        lambda: build_engine(
+            (toy := Toy()), build_optimizer(toy, OptimConfig()), EngineConfig("ddp", expert_parallel=2), world
         ),
         lambda: generate(world),
     ]
@@ -103,7 +105,7 @@ def impossible(world: World) -> list[Callable[[], object]]:
 
 def generate(world: World) -> None:
     model, case = tiny_model(), Case("ddp")
-    build_engine(case, model, model, world)
+    engine_of(case, model, model, world)
     prompt = Trajectory("prompt", "test")
     prompt.extend([5, 6], trainable=False)
     Generator(model, tiny_vocab()).generate([(prompt, Limits(2))])
@@ -119,7 +121,7 @@ def leave_a_peer(world: World) -> float:
     """Seconds after which a rank whose peer does not come to the same layer says so."""
     impatient, case = replace(world, timeout=1.0), Case("ddp")
     model = build_model(case)
-    build_engine(case, model, model, impatient)
+    engine_of(case, model, model, impatient)
     started = time.monotonic()
     if world.rank == 0:
         with pytest.raises(RuntimeError, match="1000ms"):
@@ -133,7 +135,7 @@ def average(world: World) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The average of weights after a step, and the weights while it stands in their place."""
     case = Case("fsdp2", split=TWO if world.size > 1 else WHOLE)
     objective = LanguageModeling(build_model(case), LanguageModelingConfig())
-    engine = build_engine(case, objective, objective.model, world)
+    engine = engine_of(case, objective, objective.model, world)
     kept = WeightAverage(objective.model, AverageConfig(decay=0.5))
     train_step(objective, engine, case.packs(world.rank), world)
     kept(1, {})

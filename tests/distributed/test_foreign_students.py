@@ -8,8 +8,9 @@ import torch
 
 from data_pipelines.masking import MaskConfig, mask_patches
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.models.backbones import BackboneEncoder, wrap
 from mmagent.models.cogvit import CogViT, CogViTConfig
@@ -88,7 +89,7 @@ def one_step(world: World, kind: str, task: str) -> list[str]:
         batch = masked(patch, world.rank)
         objective.calibrate([batch])
     before = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
-    engine = TorchEngine(objective, build_optimizer(objective, OptimConfig()), TorchEngineConfig("ddp"), world)
+    engine = build_engine(objective, build_optimizer(objective, OptimConfig()), EngineConfig("ddp"), world)
     train_step(objective, engine, [batch, batch], world)
     now = dict(objective.named_parameters())
     return [name for name, value in before.items() if torch.equal(now[name], value)]

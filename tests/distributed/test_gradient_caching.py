@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
 from mmagent.engine.checkpoint import gather_weights
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.config import EngineConfig
 from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.testing import check_objective
 from mmagent.train.step import StepResult, train_step
@@ -51,7 +52,7 @@ def train(world: World, case: Case) -> tuple[dict[str, Tensor], list[StepResult]
     they are some 0.2 large and their gradients some 1, so that the weight's own rounding hides nothing."""
     objective = small_alignment(case.config)
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
-    engine = TorchEngine(objective, optimizer, TorchEngineConfig(case.parallel, case.dtype, clip_norm=0.0), world)
+    engine = build_engine(objective, optimizer, EngineConfig(case.parallel, case.dtype, clip_norm=0.0), world)
     batches = [pairs(part) for part in case.split[world.rank]]
     results = [train_step(objective, engine, batches, world) for _ in range(2)]
     return gather_weights(objective), results
@@ -176,7 +177,7 @@ def test_both_passes_draw_the_same_random_numbers():
 def test_one_micro_batch_is_seen_once_and_the_order_matters():
     model, seen = small_alignment(CONTRAST), []
     model.encoder.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    engine = TorchEngine(model, torch.optim.SGD(model.parameters()), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(model, torch.optim.SGD(model.parameters()), EngineConfig("none"), ALONE)
     train_step(model, engine, [pairs(range(3))], ALONE)
     assert seen == [True]
     train_step(model, engine, [pairs(range(3)), pairs(range(3, 5))], ALONE)
@@ -188,7 +189,7 @@ def test_one_micro_batch_is_seen_once_and_the_order_matters():
 
 def test_a_loss_that_is_not_finite_names_its_pair():
     model = small_alignment(CONTRAST)
-    engine = TorchEngine(model, torch.optim.SGD(model.parameters()), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(model, torch.optim.SGD(model.parameters()), EngineConfig("none"), ALONE)
     bad = pairs([3])
     bad.vision.patches[0] = float("nan")
     with pytest.raises(FloatingPointError, match="micro-batch 1: contrastive is nan; samples: pair 3"):
@@ -212,7 +213,7 @@ def peak(micro_batches: int, negatives: str) -> int:
         held -= values
 
     model = small_alignment(AlignmentConfig(width=16, negatives=negatives))
-    engine = TorchEngine(model, torch.optim.SGD(model.parameters()), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(model, torch.optim.SGD(model.parameters()), EngineConfig("none"), ALONE)
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         train_step(model, engine, [pairs([0, 1, 2])] * micro_batches, ALONE)
     assert held == 0

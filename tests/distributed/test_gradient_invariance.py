@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
 from mmagent.engine.checkpoint import gather_weights
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
@@ -48,8 +49,8 @@ def train(world: World, case: Case) -> tuple[dict[str, Tensor], list[StepResult]
         optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     else:
         optimizer = build_optimizer(objective.model, OptimConfig(lr=1e-3, newton_schulz_dtype="float32"))
-    config = TorchEngineConfig(case.parallel, case.dtype, clip_norm=0.0 if case.optimizer == "sgd" else 0.5)
-    engine = TorchEngine(objective, optimizer, config, world)
+    config = EngineConfig(case.parallel, case.dtype, clip_norm=0.0 if case.optimizer == "sgd" else 0.5)
+    engine = build_engine(objective, optimizer, config, world)
     results = []
     for freeze in case.freeze:
         objective.model.freeze(freeze)

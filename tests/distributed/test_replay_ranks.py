@@ -13,7 +13,7 @@ from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientCon
 from mmagent.train.step import train_step
 from mmagent.trajectories import PolicyBatch
 from mmagent.types import PackedBatch
-from tests.expert_kit import Case, build_engine, build_model
+from tests.expert_kit import Case, build_model, engine_of
 
 CASE = Case("ddp", experts=1, recompute=(), tail=1, allow_unused=True)
 
@@ -31,7 +31,7 @@ def play(model: AgentModel, stream: PackedBatch) -> PolicyBatch:
 def attempt(world: World) -> list[str]:
     model = build_model(CASE)
     policy = PolicyGradient(model, PolicyGradientConfig())
-    engine = build_engine(CASE, policy, model, world)
+    engine = engine_of(CASE, policy, model, world)
     given = [play(model, stream) for stream in CASE.packs(world.rank)]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     told = []

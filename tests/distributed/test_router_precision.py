@@ -12,7 +12,7 @@ from mmagent.dist import World, run_ranks
 from mmagent.models.moe import Router
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.step import train_step
-from tests.expert_kit import Case, build_engine, build_model
+from tests.expert_kit import Case, build_model, engine_of
 
 CASE = Case("fsdp2", dtype="bfloat16", total=16)
 
@@ -42,7 +42,7 @@ def _step(world: World, case: Case) -> tuple[dict[str, list[Call]], Tensor]:
 
         return hook
 
-    engine = build_engine(case, objective, objective.model, world)
+    engine = engine_of(case, objective, objective.model, world)
     for name, module in objective.model.named_modules():
         if isinstance(module, Router):
             module.register_forward_hook(note(name))

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard
 
 from mmagent.chat import ChatConfig
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop import conversion, live_model
 from mmagent.interop.agent_folder import Agent, read_agent_config, save_agent
@@ -57,8 +58,8 @@ def through_engine(world: World, folder: str, source: str, parallel: str, expert
     """A released or native folder into the model of an engine, and out of it; returns the bytes that were read."""
     model = new_model(folder)
     objective = LanguageModeling(model, LanguageModelingConfig())
-    config = TorchEngineConfig(parallel=parallel, expert_parallel=experts)
-    TorchEngine(objective, build_optimizer(model, OptimConfig()), config, world)
+    config = EngineConfig(parallel=parallel, expert_parallel=experts)
+    build_engine(objective, build_optimizer(model, OptimConfig()), config, world)
     read_bytes: list[int] = []
     fill = tensor_files._fill
     tensor_files._fill = lambda d, out, at, f: (read_bytes.append(out.nbytes), fill(d, out, at, f))
@@ -202,6 +203,7 @@ def test_sharded_models_take_and_give_folders(folder, results, what, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the module's fixtures are counted in
 def test_experts_and_the_rest_sharded_over_four_ranks_from_a_released_folder(folder):
     """Shares of shares: two replicas of two groups of experts, each share sharded once more."""
     for count in run_ranks(through_engine, 4, str(folder), "theirs", "fsdp2", 2, timeout=280.0):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from mmagent.dist import World
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
@@ -48,7 +49,7 @@ def test_a_new_model_learns_to_look():
     objective = LanguageModeling(model, LanguageModelingConfig())
     world = World(0, 1, 0, torch.device("cpu"))
     optimizer = build_optimizer(model, OptimConfig(lr=2e-3))
-    engine = TorchEngine(objective, optimizer, TorchEngineConfig("none", dtype="bfloat16"), world)
+    engine = build_engine(objective, optimizer, EngineConfig("none", dtype="bfloat16"), world)
     batch = pack(documents(), image_id=IMAGE, merge_size=2, multiple=1, pad_id=0)
     losses = [train_step(objective, engine, [batch], world).record()["loss/lm"] for _ in range(40)]
     assert losses[-1] < 0.1 * math.log(PLACES), losses[-1]

@@ -89,3 +89,10 @@ def test_without_decay_nothing_is_kept_and_a_change_of_mind_is_refused():
         on.load_state_dict(off.state_dict())
     with pytest.raises(ValueError, match="must lie in"):
         AverageConfig(1.0)
+
+
+def test_a_batch_that_was_left_out_is_not_averaged(tmp_path):
+    average = WeightAverage(torch.nn.Linear(2, 2), AverageConfig(decay=0.9))
+    average(1, {"health/left_out": 0.0})
+    average(2, {"health/left_out": 1.0})
+    assert average.updates == 1

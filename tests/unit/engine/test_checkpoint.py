@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,9 @@ from safetensors import safe_open
 from torch import nn
 
 from mmagent import files
-from mmagent.engine import checkpoint
-from mmagent.engine.checkpoint import CheckpointError, Contents
+from mmagent.engine import checkpoint, saving
+from mmagent.engine.checkpoint import CheckpointError
+from mmagent.engine.saving import Contents, Saver, SavingConfig
 from tests.engine_kit import ALONE
 
 
@@ -33,7 +35,15 @@ class Tied(nn.Module):
 
 def save(root: Path, step: int, model: nn.Module | None = None, keep: int = 2) -> Path:
     contents = Contents({"model": model or Tied()}, {"engine": {"a": torch.ones(2)}}, {"stream": {"at": step}}, {})
-    return checkpoint.save(root, step, contents, ALONE, keep)
+    return put(root, step, contents, keep)
+
+
+def put(root: Path, step: int, contents: Contents, keep: int = 2) -> Path:
+    root.mkdir(exist_ok=True)
+    saver = Saver(root, ALONE, keep, SavingConfig(failures=1))
+    saver.save(step, contents)
+    saver.settle()
+    return root / f"step-{step:08d}"
 
 
 def names(root: Path) -> list[str]:
@@ -44,7 +54,7 @@ def test_a_checkpoint_round_trips_bitwise_with_tied_weights_and_buffers(tmp_path
     model, other = Tied(), Tied()
     model.router_bias.add_(0.5)
     path = save(tmp_path, 7, model)
-    assert names(path) == ["manifest.json", "model.safetensors", "rank-00000.pt", "shared.pt"]
+    assert names(path) == ["engine.safetensors", "manifest.json", "model.safetensors", "rank-00000.pt", "shared.pt"]
     assert checkpoint.verify(path)["step"] == 7
     tensors = checkpoint.read_weights(path / "model.safetensors")
     checkpoint.load_weights(other, tensors)
@@ -112,21 +122,24 @@ def test_torn_and_tampered_checkpoints_are_refused_and_an_older_whole_one_is_fou
         checkpoint.latest(tmp_path)
 
 
-def test_an_interrupted_save_leaves_the_older_one_in_place(tmp_path, monkeypatch):
+def failing(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "fatal", ["write_pieces", "_write_bytes", "HashingFile", "write_manifest", "sync", "put_folder"]
+)
+def test_a_failed_save_leaves_the_older_one_and_nothing_of_itself(tmp_path, monkeypatch, fatal):
     save(tmp_path, 1)
-    for fatal in ("write_weights", "_write_state", "_describe", "sync", "put_folder"):
-        with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, fatal, lambda *args, **kwargs: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                save(tmp_path, 2)
-        assert checkpoint.latest(tmp_path)[0].name == "step-00000001"
-    assert names(tmp_path) == [".writing-00000002", "step-00000001"]
-    checkpoint.clean(tmp_path)
+    monkeypatch.setattr(saving, fatal, failing)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written \(OSError: \[Errno 28\].*that of step 1"):
+        save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"]
+    assert checkpoint.latest(tmp_path)[0].name == "step-00000001"
 
 
 class Death(BaseException):
-    """Nothing is mended after it: what it is raised from fails ever after."""
+    """Nothing is mended after it: what it is raised from fails ever after, as a thread does that is killed."""
 
 
 def dying(monkeypatch, module: ModuleType, name: str, after: int) -> None:
@@ -141,14 +154,35 @@ def dying(monkeypatch, module: ModuleType, name: str, after: int) -> None:
     monkeypatch.setattr(module, name, call)
 
 
+def die_saving(root: Path, step: int, keep: int = 2) -> None:
+    """The write at hand, in this thread, which a :class:`Death` ends."""
+    saver = Saver(root, ALONE, keep)
+    with pytest.raises(Death):
+        saver._write(step, root / f".writing-{step:08d}-0", saver._copy(CONTENTS), Future())
+
+
+CONTENTS = Contents({"model": Tied()}, {}, {}, {})
+
+
+def test_a_death_while_a_checkpoint_is_written_leaves_the_older_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    for name in ("write_pieces", "_write_bytes", "write_manifest", "sync", "put_folder"):
+        with monkeypatch.context() as patched:
+            dying(patched, saving, name, after=0)
+            die_saving(tmp_path, 2)
+        assert names(tmp_path) == [".writing-00000002-0", "step-00000001"]
+        assert checkpoint.latest(tmp_path)[0].name == "step-00000001"
+    checkpoint.clean(tmp_path)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_a_death_while_an_old_folder_is_set_aside_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
     save(tmp_path, 2)
     with monkeypatch.context() as patched:
         dying(patched, os, "replace", after=1)  # the old step 2 is aside, the new one not yet in its place
-        with pytest.raises(Death):
-            save(tmp_path, 2)
-    assert names(tmp_path) == [".removing-step-00000002", ".writing-00000002", "step-00000001"]
+        die_saving(tmp_path, 2)
+    assert names(tmp_path) == [".removing-step-00000002", ".writing-00000002-0", "step-00000001"]
     path, refused = checkpoint.latest(tmp_path)
     assert (path.name, refused) == ("step-00000001", {})
     save(tmp_path, 2)
@@ -159,8 +193,7 @@ def test_a_death_while_an_old_checkpoint_is_removed_leaves_the_newest(tmp_path, 
     save(tmp_path, 1)
     with monkeypatch.context() as patched:
         dying(patched, files, "_remove", after=2)  # the third is of the old one, set aside
-        with pytest.raises(Death):
-            save(tmp_path, 2, keep=1)
+        die_saving(tmp_path, 2, keep=1)
     assert names(tmp_path) == [".removing-step-00000001", "step-00000002"]
     path, refused = checkpoint.latest(tmp_path)
     assert (path.name, refused) == ("step-00000002", {})
@@ -187,13 +220,12 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(tmp_path):
         checkpoint.load_weights(model, tensors)
 
 
-def test_newest_weights(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        checkpoint.newest_weights(tmp_path, "model")
-    path = save(tmp_path, 1)
-    assert checkpoint.newest_weights(tmp_path, "model") == path / "model.safetensors"
-    with pytest.raises(CheckpointError, match="no module 'modle', but model"):
-        checkpoint.newest_weights(tmp_path, "modle")
+def test_a_module_that_is_not_there_is_named(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match="no module 'modle', but model"),
+        checkpoint.open_weights(save(tmp_path, 1), "modle"),
+    ):
+        pass
 
 
 def test_only_plain_values_are_state(tmp_path):
@@ -201,7 +233,7 @@ def test_only_plain_values_are_state(tmp_path):
     with pytest.raises(ValueError, match=r"state at stream.buffer\[1\].box is a pathlib\.\w+"):
         checkpoint.require_plain({"buffer": [0, {"box": Path("x")}]}, "stream")
     with pytest.raises(ValueError, match=r"state at rank-00000.stream is a builtins.set"):
-        checkpoint.save(tmp_path, 1, Contents({}, {}, {"stream": {1, 2}}, {}), ALONE)
+        put(tmp_path, 1, Contents({}, {}, {"stream": {1, 2}}, {}))
 
 
 def test_foreign_pickles_are_refused(tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmagent.dist import World
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.context import Context, Window, check_heads, mtp_traffic, needs, plan_vision, slices
@@ -136,14 +137,14 @@ def test_alone_nothing_is_divided():
 
 
 def test_an_engine_wants_an_objective_that_can_share_and_a_world_of_such_contexts():
-    two, config = World(0, 2, 0, torch.device("cpu")), TorchEngineConfig(context_parallel=2)
+    two, config = World(0, 2, 0, torch.device("cpu")), EngineConfig(context_parallel=2)
     model = AgentModel(presets.debug())
     for objective in (Toy(), PolicyGradient(model, PolicyGradientConfig())):
         with pytest.raises(ValueError, match=f"2: {type(objective).__name__} cannot share packs between ranks"):
-            TorchEngine(objective, torch.optim.SGD(objective.parameters()), config, two.with_context(2))
+            build_engine(objective, torch.optim.SGD(objective.parameters()), config, two.with_context(2))
     language = LanguageModeling(model, LanguageModelingConfig())
     optimizer = torch.optim.SGD(language.parameters())
     with pytest.raises(ValueError, match=r"context_parallel 2 in a world of contexts of 1: make it with_context\(2\)"):
-        TorchEngine(language, optimizer, config, two)
+        build_engine(language, optimizer, config, two)
     with pytest.raises(ValueError, match=r"context_parallel 1 in a world of contexts of 2"):
-        TorchEngine(language, optimizer, TorchEngineConfig(), two.with_context(2))
+        build_engine(language, optimizer, EngineConfig(), two.with_context(2))

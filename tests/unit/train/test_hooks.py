@@ -10,8 +10,10 @@ import signal
 import pytest
 import torch
 
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.train import logs
 from mmagent.train.hooks import Every, JsonlLog, LeaveOnSignal, Progress, SaveHook, TensorBoardLog, Validate, read_jsonl
 from mmagent.train.loop import fit
 from tests.engine_kit import ALONE, Toy, ToyBatch, toy_run
@@ -32,7 +34,7 @@ def test_progress_redraws_one_line_on_a_terminal():
     text = out.getvalue()
     assert text.count("\n") == 1
     assert text.count("\r") == 4
-    assert "pretrain [=====               ] 1/4  loss 2.5  12.3k tok/s  2.00 s/step  0:06 left" in text
+    assert "pretrain [=====               ] 1/4  loss 2.5  12.3k tok/s  2.00 s/step  warming up" in text
     assert text.rstrip().removesuffix("\x1b[K").endswith("done")
 
 
@@ -42,9 +44,21 @@ def test_progress_writes_plain_lines_elsewhere():
     for step in range(1, 101):
         bar(step, RECORD)
     lines = out.getvalue().splitlines()
-    assert [line.split()[-1] for line in lines] == ["left", "done"]
+    assert [line.split()[-1] for line in lines] == ["up", "left", "done"]
     assert "\r" not in out.getvalue()
-    assert Progress("x", 10**6, out=out).line(1, RECORD | {"time/step": 7.0}).endswith("1944:26:33 left")
+
+
+def test_the_time_left_is_told_by_steps_that_are_warm(monkeypatch):
+    """A first step of 60 s, then 7 s each: a million steps take 81 days, not two years."""
+    out, now = io.StringIO(), [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    bar = Progress("x", 10**6, out=out, interval=0.0)
+    for step, seconds in ((1, 60.0), (2, 7.0), (3, 7.0)):
+        now[0] += seconds
+        bar(step, RECORD | {"time/step": seconds})
+    first, _, third = out.getvalue().splitlines()
+    assert first.endswith("60.00 s/step  warming up")
+    assert third.endswith("7.00 s/step  1944:26:19 left")
 
 
 def test_the_log_drops_what_a_resumed_run_will_write_again(tmp_path):
@@ -73,6 +87,11 @@ def test_tensorboard(tmp_path):
     accumulator = reader.EventAccumulator(str(tmp_path))
     accumulator.Reload()
     assert [(e.step, e.value) for e in accumulator.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
+    for writer, step, loss in ((log, 3, 9.0), (log, 2, 1.25), (log, 3, 1.0), (TensorBoardLog(tmp_path), 3, 0.5)):
+        writer(step, RECORD | {"loss": loss})  # went back to step 2, then was killed and began again at 3
+    accumulator = reader.EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert [(e.step, e.value) for e in accumulator.Scalars("loss")] == [(1, 2.5), (2, 1.25), (3, 0.5)]
 
 
 def test_every_calls_at_intervals_and_at_the_end():
@@ -88,7 +107,7 @@ def test_every_calls_at_intervals_and_at_the_end():
 def test_validation_changes_nothing_but_the_record():
     torch.manual_seed(0)
     toy = Toy(dropout=0.5)
-    engine = TorchEngine(toy, build_optimizer(toy, OptimConfig()), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(toy, build_optimizer(toy, OptimConfig()), EngineConfig("none"), ALONE)
     toy.train()
     batches = [ToyBatch(torch.randn(n, 6)) for n in (2, 3)]
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in toy.state_dict().items()}
@@ -152,3 +171,14 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on(tmp_path, capsys):
     assert left.value.code == 143
     assert "saved step 3" in capsys.readouterr().err
     assert toy_run(tmp_path).run.resume() == 3
+
+
+def test_who_leaves_before_the_first_step_says_so(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            LeaveOnSignal(toy_run(tmp_path).run).leave(0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "no step was done" in (said := capsys.readouterr().err)
+    assert "saved" not in said

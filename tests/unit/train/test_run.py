@@ -142,7 +142,7 @@ def test_parts_that_changed_are_named(tmp_path):
     toy = toy_run(tmp_path)
     run = Run(tmp_path, ALONE, {"model": toy.objective, "engine": toy.engine})
     with pytest.raises(
-        CheckpointError, match=r"holds the parts \[.*'stream'\], this run \['engine', 'model', 'random'\]"
+        CheckpointError, match=r"holds the parts \[.*'stream'\], this run \['engine', 'health', 'model', 'random'\]"
     ):
         run.resume()
     with pytest.raises(ValueError, match="part 'stream': list has no state_dict"):
@@ -183,7 +183,7 @@ class Config:
 
 def test_the_config_lies_beside_every_checkpoint_and_changes_are_told(tmp_path, caplog):
     part = ToyStream(ALONE)
-    Run(tmp_path, ALONE, {"stream": part}, config=Config()).save(1)
+    Run(tmp_path, ALONE, {"stream": part}, config=Config()).finish(1)
     text = "lr: 1.0\nsteps: 5\n"
     assert (tmp_path / "config.yaml").read_text() == text
     assert (tmp_path / "checkpoints" / "step-00000001" / "config.yaml").read_text() == text
@@ -204,3 +204,43 @@ def test_random_state_round_trips_through_plain_values():
     assert first[:2] == again[:2]
     assert torch.equal(first[2], again[2])
     assert json.dumps(saved["python"])
+
+
+class Noted:
+    """A cache that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+
+    def drop(self, before: int) -> None:
+        self.told.append(("drop", before))
+
+    def drop_after(self, version: int) -> None:
+        self.told.append(("drop_after", version))
+
+    def make_room(self, tries: int) -> None:
+        self.told.append(("make_room", tries))
+
+
+def test_caches_hear_what_landed_what_failed_and_where_the_run_went_back_to(tmp_path, monkeypatch):
+    run, cache = toy_run(tmp_path).run, Noted()
+    run.caches.append(cache)
+    run.save(2)
+    run.settle()
+    assert cache.told[-1] == ("drop", 2)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._saver, "_write_own", full)
+        run.save(4)
+        assert not run.settle()
+        assert cache.told[-2:] == [("drop", 2), ("make_room", 2)]
+        run.save(4)  # settles once more, of which nothing follows
+        assert not run.settle()
+    assert [told for told in cache.told if told[0] == "make_room"] == [("make_room", 2), ("make_room", 1)]
+    run.finish(4)
+    assert cache.told[-1] == ("drop", 4)
+    assert run.rollback(2) == 2
+    assert cache.told[-1] == ("drop_after", 2)

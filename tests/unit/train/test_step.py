@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.torch_engine import TorchEngine
 from mmagent.train.metrics import keys_of, volume_of
 from mmagent.train.step import train_step
 from mmagent.types import PackedVision, PairedBatch, Ratio, Segments, StepOutput
@@ -22,7 +24,7 @@ def batches(n: int = 3) -> list[ToyBatch]:
 
 def engine_for(toy: Toy, clip_norm: float = 0.0, **config) -> TorchEngine:
     optimizer = torch.optim.SGD(toy.parameters(), lr=1.0)
-    return TorchEngine(toy, optimizer, TorchEngineConfig("none", clip_norm=clip_norm, **config), ALONE)
+    return build_engine(toy, optimizer, EngineConfig("none", clip_norm=clip_norm, **config), ALONE)
 
 
 def step(toy: Toy, given: list[ToyBatch], lr_scale: float = 1.0, **config):
@@ -178,16 +180,16 @@ def test_parameters_that_nothing_uses_or_trains_are_errors():
     optimizer = build_optimizer(bare, OptimConfig())
     bare.late = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="not in the optimizer: late"):
-        TorchEngine(bare, optimizer, TorchEngineConfig("none"), ALONE)
+        build_engine(bare, optimizer, EngineConfig("none"), ALONE)
 
 
 def test_engine_configs_are_checked():
     for wrong in ({"parallel": "dpp"}, {"dtype": "float16"}, {"clip_norm": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            TorchEngineConfig(**wrong)
+            EngineConfig(**wrong)
     toy = fresh()
     with pytest.raises(ValueError, match="2 ranks"):
-        TorchEngine(toy, torch.optim.SGD(toy.parameters()), TorchEngineConfig("none"), replace(ALONE, size=2))
+        build_engine(toy, torch.optim.SGD(toy.parameters()), EngineConfig("none"), replace(ALONE, size=2))
 
 
 def test_keys_and_volume_of_batches():
