@@ -39,6 +39,8 @@ ISOLATED_ATTEMPTS = 4
 MAX_PIXELS = 64_000_000
 _PNG = {"format": "png", "optimizeForSpeed": True}
 _NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf, "-0": -0.0}
+_NO_FULL_SCREEN = """Element.prototype.requestFullscreen = Element.prototype.webkitRequestFullscreen =
+    () => Promise.reject(new TypeError('no full screen here'))"""  # it would change the size of every screenshot
 _LOADED = """document.readyState === 'complete' ||
     new Promise(done => addEventListener('load', () => done(true), {once: true}))"""
 
@@ -111,6 +113,7 @@ class Page:
             page._post("Emulation.setFocusEmulationEnabled", enabled=True),
             page._post("Emulation.setScrollbarsHidden", hidden=options.hide_scrollbars),
             page._post("Emulation.setEmulatedMedia", features=calm),
+            page._post("Page.addScriptToEvaluateOnNewDocument", source=_NO_FULL_SCREEN),
         ]
         if not browser.begin_frame:  # a window has a least size; an emulated screen has none
             setup.append(page._resize(width, height))

@@ -53,6 +53,7 @@ FLAGS = (
     "--font-render-hinting=none",
     "--force-color-profile=srgb",
     "--force-device-scale-factor=1",
+    "--js-flags=--max-old-space-size=1024",  # MiB that a page's scripts may take before the page is ended
     "--log-level=3",
     "--mute-audio",
     "--no-default-browser-check",

@@ -1,1 +1,1 @@
-"""Seeded generators of scenes with exact truth: pages, MiniWoB++ screens, pictures, and questions about them."""
+"""Seeded generators with exact truth: pages, MiniWoB++ screens, pictures, and questions about what they draw."""

@@ -1,5 +1,5 @@
 // Reads what a person can see on a page: elements with box, role, text and colour, and the lines of text.
-// A function expression: (root selector, most elements) => {elements: [...], lines: [...]}; see elements.py.
+// A function expression: (root selector, most elements) => {elements, groups, lines, unread}; see elements.py.
 (selector, most) => {
   const width = innerWidth, height = innerHeight;
   const root = document.querySelector(selector) || document.body;
@@ -73,15 +73,62 @@
     Math.min(width, Math.ceil(rect.right)), Math.min(height, Math.ceil(rect.bottom))];
   const COLUMNS = [0.5, 0.3, 0.7, 0.12, 0.88], ROWS = [0.5, 0.2, 0.8];
 
-  const elements = [];
-  const walk = el => {
+  // Paint order (CSS 2.2, appendix E): every element gets a key of (layer, order) pairs that compare like the drawing.
+  // ``sc`` is the key of its stacking context, ``base`` that of what else is drawn as one piece around it.
+  let order = 0;
+  const place = (el, style, above, parent) => {
+    const mine = ++order, index = style.zIndex;
+    const item = parent && /flex|grid/.test(parent.display);
+    const positioned = style.position !== 'static';
+    const layered = (positioned || item) && index !== 'auto';
+    const makes = layered || /fixed|sticky/.test(style.position) || +style.opacity < 1 || style.transform !== 'none' ||
+      style.filter !== 'none' || style.isolation === 'isolate' || style.mixBlendMode !== 'normal';
+    const top = el.matches(':modal, :popover-open');
+    if (top || makes || positioned) {
+      const z = layered ? +index : 0;
+      const key = top ? [1e9, mine] : [...above.sc, z < 0 ? z : 1 + z, mine];
+      return {key, sc: top || makes ? key : above.sc, base: key};
+    }
+    const layer = style.float !== 'none' ? 0.3 : item || style.display.startsWith('inline') ? 0.6 : 0;
+    const key = [...above.base, layer, mine];
+    const whole = layer === 0.3 || item || style.display.startsWith('inline-');
+    return {key, sc: above.sc, base: whole ? key : above.base};
+  };
+  const before = (a, b) => {
+    for (let n = 0; n < Math.min(a.length, b.length); n++) if (a[n] !== b[n]) return a[n] - b[n];
+    return a.length - b.length;
+  };
+
+  const GROUPS = {form: 'form', dialog: 'dialog', table: 'table', tr: 'row', li: 'row', article: 'card',
+    section: 'section', fieldset: 'section', aside: 'side panel', nav: 'navigation', menu: 'menu'};
+  const group = el => {
+    const given = {dialog: 'dialog', alertdialog: 'dialog', form: 'form', menu: 'menu', row: 'row'};
+    const kind = given[el.getAttribute('role')] || GROUPS[el.localName];
+    if (!kind) return null;
+    const title = el.querySelector('h1, h2, h3, h4, legend, caption, b, td, th');
+    const label = kind === 'row' ? title || el.querySelector('a, span') : title;
+    return {role: kind, name: label && label.innerText ? clean(label.innerText) : '', box: clip(el.getBoundingClientRect()),
+      members: []};
+  };
+
+  const elements = [], groups = [], sources = [], keys = [], open = [];
+  let unreached = false;  // something that the mouse passes through
+  const walk = (el, above, parent) => {
     const style = getComputedStyle(el);
     if (style.display === 'none' || +style.opacity === 0) return;
-    if (elements.length < most && style.visibility === 'visible') look(el, style);
+    const placed = place(el, style, above, parent);
+    if (style.pointerEvents === 'none') unreached = true;
+    if (elements.length < most && style.visibility === 'visible') look(el, style, placed.key);
     if (el.getAttribute('role') === 'img') return;  // one picture, whatever it is made of
-    for (const child of el.children) walk(child);
+    const own = group(el);
+    if (own) open.push(own);
+    for (const child of el.children) walk(child, placed, style);
+    if (own) {
+      open.pop();
+      if (own.members.length) groups.push(own);
+    }
   };
-  const look = (el, style) => {
+  const look = (el, style, key) => {
     const kind = role(el, style);
     if (!kind) return;
     const box = clip(el.getBoundingClientRect());
@@ -104,52 +151,122 @@
       background: background(svg ? el.parentElement : el), visible: seen / (ROWS.length * COLUMNS.length), point,
       value: 'value' in el && kind !== 'button' && kind !== 'listitem' ? String(el.value).slice(0, 200) : '',
       checked: kind === 'checkbox' || kind === 'radio' ? !!el.checked || aria === 'true' : aria ? aria === 'true' : null,
-      enabled: !(form && el.disabled), focused: document.activeElement === el,
+      enabled: !(form && el.disabled), focused: document.activeElement === el, z: 0, shown: 0,
     });
+    for (const each of open) each.members.push(elements.length - 1);
+    sources.push([el, x1, y1, x2, y2]);
+    keys.push(key);
   };
-  walk(root);
+  walk(root, {sc: [], base: []}, null);
+  keys.map((key, n) => [key, n]).sort((a, b) => before(a[0], b[0])).forEach(([, n], rank) => { elements[n].z = rank; });
 
-  const lines = [];
+  const hides = el => {  // whether nothing can be seen through it
+    if (['img', 'canvas', 'video', 'iframe', 'input', 'select', 'textarea'].includes(el.localName)) return true;
+    const style = getComputedStyle(el);
+    if (el instanceof SVGElement && el.localName !== 'svg' ? rgba(style.fill)[3] < 1 : rgba(style.backgroundColor)[3] < 1)
+      return false;
+    for (let at = el; at instanceof Element; at = at.parentElement) if (+getComputedStyle(at).opacity < 1) return false;
+    return true;
+  };
+  const everything = new CSSStyleSheet();
+  if (unreached) {  // eyes see what the mouse passes through
+    everything.replaceSync('* { pointer-events: auto !important }');
+    document.adoptedStyleSheets = [...document.adoptedStyleSheets, everything];
+  }
+  sources.forEach(([el, x1, y1, x2, y2], n) => {
+    if (!unreached && elements[n].visible === 1) { elements[n].shown = 1; return; }
+    let seen = 0;
+    for (const row of ROWS) for (const column of COLUMNS) {
+      const x = Math.floor(x1 + (x2 - x1) * column) + 0.5, y = Math.floor(y1 + (y2 - y1) * row) + 0.5;
+      for (const hit of document.elementsFromPoint(x, y)) {
+        if (hit === el || el.contains(hit)) { seen += 1; break; }
+        if (hides(hit)) break;
+      }
+    }
+    elements[n].shown = seen / (ROWS.length * COLUMNS.length);
+  });
+  if (unreached) document.adoptedStyleSheets = document.adoptedStyleSheets.filter(sheet => sheet !== everything);
+
+  const unread = [], lines = [];
+  const missed = rect => {
+    const box = clip(rect);
+    if (box[2] - box[0] > 1 && box[3] - box[1] > 1) unread.push(box);
+  };
   const range = document.createRange();
-  const nodes = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+  const drawn = (words, rect, parent, style, accept) => {
+    const [x1, y1, x2, y2] = clip(rect);
+    if (x2 - x1 <= 1 || y2 - y1 <= 1) return;
+    const whole = rect.left >= -0.5 && rect.top >= -0.5 && rect.right <= width + 0.5 && rect.bottom <= height + 0.5;
+    const clear = whole && [0.05, 0.5, 0.95].every(part => {
+      const hit = document.elementFromPoint(x1 + (x2 - x1) * part, (y1 + y2) / 2);
+      return hit && accept(hit);
+    });
+    if (clear && lines.length < most)
+      lines.push({box: [x1, y1, x2, y2], text: words, background: background(parent), size: parseFloat(style.fontSize),
+        color: hex(rgba(parent instanceof SVGElement ? style.fill : style.color))});
+    else unread.push([x1, y1, x2, y2]);
+  };
+  const field = el => {  // what is written in a text field or shown of a choice, which is in no text node
+    const style = getComputedStyle(el);
+    if (style.visibility !== 'visible' || +style.opacity === 0) return;
+    const choice = el.localName === 'select', text = choice ? el.selectedOptions[0] && el.selectedOptions[0].text :
+      el.value || el.placeholder;
+    if (!clean(text)) return;
+    const rect = el.getBoundingClientRect(), size = parseFloat(style.fontSize);
+    const inner = side => parseFloat(style[`border${side}Width`]) + parseFloat(style[`padding${side}`]);
+    paint.font = `${style.fontStyle} ${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+    const long = paint.measureText(text).width, room = rect.width - inner('Left') - inner('Right');
+    if (long > room || el.localName === 'textarea' || style.textAlign === 'center') { missed(rect); return; }
+    const left = rect.left + inner('Left') + (choice ? 4 : 0), middle = (rect.top + rect.bottom) / 2;
+    const box = {left, right: left + long, top: middle - size * 0.6, bottom: middle + size * 0.6};
+    const shown = el.value || choice ? style : getComputedStyle(el, '::placeholder');
+    drawn(clean(text), box, el, shown, hit => hit === el);
+  };
+  const WIDE = '\\u3000-\\u303f\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff\\uff00-\\uffef';  // written without spaces
+  const WORD = new RegExp(`[${WIDE}]|[^\\s${WIDE}]+`, 'g');
+  const nodes = document.createTreeWalker(root, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
   for (let node = nodes.nextNode(); node && lines.length < most; node = nodes.nextNode()) {
+    if (node.nodeType === 1) {
+      const types = ['text', 'email', 'search', 'tel', 'url', 'number', 'date', 'time'];
+      if (node.localName === 'input' ? types.includes(node.type) : ['select', 'textarea'].includes(node.localName))
+        field(node);
+      continue;
+    }
     const parent = node.parentElement;
     if (!node.data.trim() || ['SCRIPT', 'STYLE', 'OPTION', 'NOSCRIPT', 'TEXTAREA'].includes(parent.tagName)) continue;
     const style = getComputedStyle(parent);
     if (style.visibility !== 'visible' || +style.opacity === 0) continue;
-    let line = null;
+    let line = null, end = 0;
     const finish = () => {
-      if (!line) return;
-      const [x1, y1, x2, y2] = line.box = clip({left: line.left, top: line.top, right: line.right, bottom: line.bottom});
-      const whole = line.left >= -0.5 && line.top >= -0.5 && line.right <= width + 0.5 && line.bottom <= height + 0.5;
-      const clear = whole && [0.05, 0.5, 0.95].every(part => {
-        const hit = document.elementFromPoint(x1 + (x2 - x1) * part, (y1 + y2) / 2);
-        return hit && (hit === parent || parent.contains(hit) || hit.contains(parent) && hit !== root);
-      });
-      if (clear && x2 - x1 > 1 && y2 - y1 > 1)
-        lines.push({box: line.box, text: line.words.join(' '), color: hex(rgba(parent instanceof SVGElement ?
-          style.fill : style.color)), background: background(parent), size: parseFloat(style.fontSize)});
+      const accept = hit => hit === parent || parent.contains(hit) || hit.contains(parent) && hit !== root;
+      if (line) drawn(line.text, line, parent, style, accept);
       line = null;
     };
-    for (const word of node.data.matchAll(/\S+/g)) {
+    for (const word of node.data.matchAll(WORD)) {
       range.setStart(node, word.index);
       range.setEnd(node, word.index + word[0].length);
+      const apart = word.index > end ? ' ' : '';
+      end = word.index + word[0].length;
       const rects = range.getClientRects();
-      if (rects.length !== 1) { finish(); continue; }  // not drawn, or broken inside a word
+      if (rects.length !== 1) {  // not drawn, or broken inside a word
+        finish();
+        for (const rect of rects) missed(rect);
+        continue;
+      }
       const rect = rects[0];
       const shown = style.textTransform === 'uppercase' ? word[0].toUpperCase() :
         style.textTransform === 'lowercase' ? word[0].toLowerCase() :
         style.textTransform === 'capitalize' ? word[0][0].toUpperCase() + word[0].slice(1) : word[0];
       if (line && Math.abs(rect.top - line.top) < 2 && rect.left >= line.right - 1) {
-        line.words.push(shown);
+        line.text += apart + shown;
         line.right = rect.right;
         line.bottom = Math.max(line.bottom, rect.bottom);
       } else {
         finish();
-        line = {words: [shown], left: rect.left, top: rect.top, right: rect.right, bottom: rect.bottom};
+        line = {text: shown, left: rect.left, top: rect.top, right: rect.right, bottom: rect.bottom};
       }
     }
     finish();
   }
-  return {elements, lines};
+  return {elements, groups, lines, unread};
 }

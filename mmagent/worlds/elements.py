@@ -20,8 +20,10 @@ class Element:
     ``role``: button, link, textbox, checkbox, radio, tab, slider, combobox, option, menuitem, image, heading,
     cell, columnheader, listitem, label, text, shape (an SVG figure), box (a coloured area without text), ...
     ``text``: what is written on it or, for fields, beside it. ``color``, ``background``: ``#rrggbb`` of its
-    text (or figure) and of what lies under it. ``visible``: share of sample points not covered by something
-    else. ``point``: pixels where a click reaches it. ``checked`` is None where that has no meaning.
+    text (or figure) and of what lies under it. ``visible``: share of sample points where a click reaches it;
+    ``shown``: share where nothing opaque hides it, which is more under a translucent shade and less under what the
+    mouse passes through. ``z``: rank in the order of painting, the greatest is drawn last. ``point``: pixels where a
+    click reaches it. ``checked`` is None where that has no meaning.
     """
 
     box: Box
@@ -36,11 +38,33 @@ class Element:
     checked: bool | None = None
     enabled: bool = True
     focused: bool = False
+    z: int = 0
+    shown: float = 1.0
+
+    @property
+    def clear(self) -> float:
+        """Share of it that can be both seen and clicked."""
+        return min(self.visible, self.shown)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What holds elements together: a form, dialog, table, row, card, section, side panel, navigation or menu.
+
+    ``name``: its visible title (of a row: its first words), empty without one. ``members``: numbers of the elements
+    within, in the document's order.
+    """
+
+    role: str
+    name: str
+    box: Box
+    members: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TextLine:
-    """One line of text as drawn, wholly inside the screen and not covered. ``size``: font size in pixels."""
+    """One line of text as drawn, wholly inside the screen and not covered, what stands in fields included.
+    ``size``: font size in pixels."""
 
     box: Box
     text: str
@@ -60,3 +84,8 @@ def parse(found: Mapping[str, Any]) -> tuple[tuple[Element, ...], tuple[TextLine
     """What the script returned, as types."""
     elements = tuple(Element(**{**e, "box": tuple(e["box"]), "point": tuple(e["point"])}) for e in found["elements"])
     return elements, tuple(TextLine(**{**line, "box": tuple(line["box"])}) for line in found["lines"])
+
+
+def parse_groups(found: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The groups that the script returned."""
+    return tuple(Group(**{**g, "box": tuple(g["box"]), "members": tuple(g["members"])}) for g in found["groups"])

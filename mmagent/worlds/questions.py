@@ -7,7 +7,7 @@ words it was taught. Points and boxes are in the frame of :mod:`mmagent.geometry
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
@@ -94,7 +94,7 @@ KINDS = (
 
 def labels(elements: Sequence[Element], min_visible: float = 0.5) -> list[tuple[Box, str]]:
     """Everything of :data:`KINDS` that shows, as ``(box, label)``: its noun and, in quotes, what is written on it."""
-    shown = [e for e in elements if noun(e) in KINDS and e.visible >= min_visible]
+    shown = [e for e in elements if noun(e) in KINDS and e.clear >= min_visible]
     return [(e.box, noun(e) + (f' "{e.text}"' if e.text else "")) for e in shown]
 
 
@@ -108,7 +108,7 @@ def targets(elements: Sequence[Element], min_visible: float = 0.5) -> list[Targe
     named = []
     for element, phrase in zip(elements, phrases, strict=True):
         unique = phrase if phrase is not None and often[phrase] == 1 else places.get(id(element))
-        if unique is not None and element.visible >= min_visible:
+        if unique is not None and element.clear >= min_visible:
             named.append(Target(unique, element))
     return named
 
@@ -131,7 +131,7 @@ def _alone(elements: Sequence[Element]) -> Iterator[Target]:
     """Controls that need no name, as they are the only ones of their kind: "the button"."""
     often = Counter(element.role for element in elements)
     for element in elements:
-        if element.role in _COUNTED and often[element.role] == 1 and element.visible >= 0.5:
+        if element.role in _COUNTED and often[element.role] == 1 and element.clear >= 0.5:
             yield Target(f"the {noun(element)}", element)
 
 
@@ -157,9 +157,16 @@ def ask(
 
     ``weights``: relative frequency of kinds; kinds that are not named are not asked.
     """
+    return pick(candidates(size, elements, lines), random, count, weights)
+
+
+def candidates(
+    size: tuple[int, int], elements: Sequence[Element], lines: Sequence[TextLine]
+) -> dict[str, Iterator[Question]]:
+    """All questions there are about a screen, by kind."""
     view = ImageView(size, size)
     named = targets(elements)
-    candidates = {
+    return {
         "locate": _locate(view, [*named, *_alone(elements)]),
         "where": _where(view, named),
         "what": _what(view, [target for target in named if _smallest_there(target.element, elements)]),
@@ -173,10 +180,16 @@ def ask(
         "step": _step(view, named),
         "describe": _describe(elements),
     }
-    unknown = set(weights) - set(candidates)
+
+
+def pick(
+    known: Mapping[str, Iterable[Question]], random: Random, count: int, weights: Mapping[str, float]
+) -> list[Question]:
+    """At most ``count`` of the questions ``known`` by kind, no two about the same place; see :func:`ask`."""
+    unknown = set(weights) - set(known)
     if unknown:
-        raise ValueError(f"no questions of kind {sorted(unknown)}; there are {', '.join(candidates)}")
-    open_questions = {kind: list(candidates[kind]) for kind in candidates if weights.get(kind, 0) > 0}
+        raise ValueError(f"no questions of kind {sorted(unknown)}; there are {', '.join(known)}")
+    open_questions = {kind: list(known[kind]) for kind in known if weights.get(kind, 0) > 0}
     asked: list[Question] = []
     while len(asked) < count:
         left = [kind for kind, questions in open_questions.items() if questions]
@@ -188,11 +201,11 @@ def ask(
         asked.append(chosen)
         if chosen.box is not None:
             for name, others in open_questions.items():
-                open_questions[name] = [q for q in others if q.box is None or not _same_place(q.box, chosen.box)]
+                open_questions[name] = [q for q in others if q.box is None or not same_place(q.box, chosen.box)]
     return asked
 
 
-def _same_place(a: Sequence[float], b: Sequence[float]) -> bool:
+def same_place(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two boxes overlap so that one tells where the other is: not where one is a whole region round it."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     areas = sorted((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
@@ -252,7 +265,7 @@ def _text(lines: Sequence[TextLine], most: int = 400) -> Iterator[Question]:
 def _named(elements: Sequence[Element]) -> dict[str, list[Element]]:
     groups: dict[str, list[Element]] = {}
     for element in elements:
-        if element.role not in ("text", "label", "box") and element.visible >= 0.5:
+        if element.role not in ("text", "label", "box") and element.clear >= 0.5:
             groups.setdefault(noun(element), []).append(element)
     return groups
 

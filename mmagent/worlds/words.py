@@ -1,44 +1,36 @@
-"""Text for synthetic pages: names, labels, numbers and plain sentences, drawn from a seeded generator."""
+"""Text for synthetic pages: names, labels, numbers and plain sentences of a language, drawn from a seeded generator."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from mmagent.worlds.languages import Language, language
 
-def _load() -> dict[str, tuple[str, ...]]:
-    """``words.txt``: sections in brackets, entries with commas between them."""
-    text = Path(__file__).with_name("words.txt").read_text(encoding="utf-8")
-    _, *parts = re.split(r"^\[(\w+)\]$", text, flags=re.MULTILINE)
-    sections = zip(parts[::2], parts[1::2], strict=True)
-    return {
-        name: tuple(" ".join(word.split()) for word in words.split(",") if word.strip()) for name, words in sections
-    }
-
-
-_LISTS = _load()
-FIRST_NAMES = _LISTS["first_names"]
-LAST_NAMES = _LISTS["last_names"]
-CITIES = _LISTS["cities"]
-NOUNS = _LISTS["nouns"]
-ADJECTIVES = _LISTS["adjectives"]
-VERBS = _LISTS["verbs"]
-ACTIONS = _LISTS["actions"]
-FIELDS = _LISTS["fields"]
-SECTIONS = _LISTS["sections"]
-OPTIONS = _LISTS["options"]
-COLUMNS = _LISTS["columns"]
-STATES = _LISTS["states"]
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+ENGLISH = language("en")
+FIRST_NAMES = ENGLISH.lists["first_names"]
+LAST_NAMES = ENGLISH.lists["last_names"]
+CITIES = ENGLISH.lists["cities"]
+NOUNS = ENGLISH.lists["nouns"]
+ADJECTIVES = ENGLISH.lists["adjectives"]
+VERBS = ENGLISH.lists["verbs"]
+ACTIONS = ENGLISH.lists["actions"]
+FIELDS = ENGLISH.lists["fields"]
+SECTIONS = ENGLISH.lists["sections"]
+OPTIONS = ENGLISH.lists["options"]
+COLUMNS = ENGLISH.lists["columns"]
+STATES = ENGLISH.lists["states"]
+MONTHS = tuple(month[:3] for month in ENGLISH.lists["months"])
+_PLACE = re.compile(r"\{(\w+)\}")
 
 
 class Words:
-    """Draws text from ``rng``; ``fresh`` does not repeat itself, so that a page's labels tell its elements apart."""
+    """Draws text of ``spoken`` from ``rng``; ``fresh`` does not repeat itself, so that a page's labels tell its
+    elements apart."""
 
-    def __init__(self, rng: random.Random):
-        self.rng = rng
+    def __init__(self, rng: random.Random, spoken: Language = ENGLISH):
+        self.rng, self.language = rng, spoken
         self._used: set[str] = set()
 
     def fresh(self, source: Sequence[str] | Callable[[], str]) -> str:
@@ -54,8 +46,32 @@ class Words:
     def several(self, source: Sequence[str] | Callable[[], str], count: int) -> list[str]:
         return [self.fresh(source) for _ in range(count)]
 
+    def of(self, section: str) -> tuple[str, ...]:
+        """All entries of a section of the lexicon: actions, fields, sections, options, columns, states, ..."""
+        return self.language.lists[section]
+
+    def new(self, section: str) -> str:
+        """A fresh entry of a section."""
+        return self.fresh(self.of(section))
+
+    def say(self, phrase: str) -> str:
+        """A phrase of the templates, and no other text of the page is the same."""
+        text = self.language.say(phrase)
+        self._used.add(text.casefold())
+        return text
+
+    def _fill(self, pattern: str) -> str:
+        kinds = {"a": "adjectives", "n": "nouns", "v": "verbs", "city": "cities", "first": "first_names",
+                 "last": "last_names"}  # fmt: skip
+
+        def word(place: re.Match[str]) -> str:
+            return str(self.rng.randint(2, 90)) if place[1] == "number" else self.rng.choice(self.of(kinds[place[1]]))
+
+        text = _PLACE.sub(word, pattern)
+        return text[0].upper() + text[1:]
+
     def name(self) -> str:
-        return f"{self.rng.choice(FIRST_NAMES)} {self.rng.choice(LAST_NAMES)}"
+        return self._fill(self.language.formats["person"])
 
     def email(self) -> str:
         first, noun = self.rng.choice(FIRST_NAMES[:20]).lower(), self.rng.choice(NOUNS)
@@ -63,49 +79,37 @@ class Words:
 
     def date(self) -> str:
         day, month, year = self.rng.randint(1, 28), self.rng.randint(1, 12), self.rng.randint(1990, 2030)
-        forms = (f"{day} {MONTHS[month - 1]} {year}", f"{year}-{month:02}-{day:02}", f"{MONTHS[month - 1]} {day}")
-        return self.rng.choice(forms)
+        name = self.of("months")[month - 1]
+        short = name[:3] if self.language.spaces else name
+        form = self.rng.choice(self.language.formats["dates"].split(" | "))
+        return form.format(d=day, m=month, y=year, month=name, mon=short)
 
     def time(self) -> str:
         return f"{self.rng.randint(0, 23)}:{self.rng.randint(0, 59):02}"
 
     def number(self) -> str:
-        return f"{self.rng.randint(1, 10 ** self.rng.randint(1, 4)):,}"
+        grouped = f"{self.rng.randint(1, 10 ** self.rng.randint(1, 4)):,}"
+        return grouped.replace(",", self.language.formats["thousands"])
 
     def price(self) -> str:
-        return f"{self.rng.choice('$€£')}{self.rng.randint(1, 999)}.{self.rng.choice(('00', '50', '95', '99'))}"
+        formats = self.language.formats
+        amount = f"{self.rng.randint(1, 999)}{formats['decimal']}{self.rng.choice(('00', '50', '95', '99'))}"
+        return formats["price"].format(symbol=self.rng.choice(formats["currencies"]), amount=amount)
 
     def percent(self) -> str:
         return f"{self.rng.choice(('', '+', '-'))}{self.rng.randint(0, 99)}%"
 
     def thing(self) -> str:
         """Two words, capitalised: "Quiet harbour"."""
-        return f"{self.rng.choice(ADJECTIVES)} {self.rng.choice(NOUNS)}".capitalize()
+        text = self._fill(self.language.formats["thing"])
+        return text.capitalize() if self.language.code == "en" else text
 
     def title(self) -> str:
         """A heading of two to four words."""
-        noun, other = self.rng.choice(NOUNS), self.rng.choice(NOUNS)
-        forms = (
-            f"{self.rng.choice(ADJECTIVES)} {noun}",
-            f"The {noun} and the {other}",
-            f"Your {noun}",
-            f"{noun} {other}",
-            f"One {self.rng.choice(ADJECTIVES)} {noun}",
-            f"{noun} of {self.rng.choice(CITIES)}",
-        )
-        text = self.rng.choice(forms)
-        return text[0].upper() + text[1:]
+        return self._fill(self.rng.choice(self.of("titles")))
 
     def sentence(self) -> str:
-        first, second = self.rng.choice(NOUNS), self.rng.choice(NOUNS)
-        forms = (
-            f"the {self.rng.choice(ADJECTIVES)} {first} {self.rng.choice(VERBS)} the {second}",
-            f"{self.rng.choice(FIRST_NAMES)} {self.rng.choice(VERBS)} one {self.rng.choice(ADJECTIVES)} {first}",
-            f"every {first} {self.rng.choice(VERBS)} {self.rng.randint(2, 90)} {self.rng.choice(ADJECTIVES)} things",
-            f"in {self.rng.choice(CITIES)} the {first} {self.rng.choice(VERBS)} its {second}",
-        )
-        text = self.rng.choice(forms)
-        return text[0].upper() + text[1:] + self.rng.choice("...!")
+        return self._fill(self.rng.choice(self.of("sentences"))) + self.rng.choice(self.language.formats["marks"])
 
     def paragraph(self, sentences: int) -> str:
-        return " ".join(self.sentence() for _ in range(sentences))
+        return (" " if self.language.spaces else "").join(self.sentence() for _ in range(sentences))

@@ -11,8 +11,10 @@ import pytest
 
 from mmagent.browser import run_sync
 from mmagent.worlds.elements import collector
-from mmagent.worlds.pages import LEVELS, TEMPLATES, Scene, generate, render
-from mmagent.worlds.pages.kit import Kit, contrast, luminance
+from mmagent.worlds.languages import NAMES, language
+from mmagent.worlds.pages import LEVELS, TEMPLATES, Scene, fonts, generate, render
+from mmagent.worlds.pages.kit import Kit
+from mmagent.worlds.pages.themes import contrast, luminance
 from mmagent.worlds.questions import targets
 from mmagent.worlds.seeds import SPLITS, seed_for
 from mmagent.worlds.words import Words
@@ -40,7 +42,7 @@ def test_a_seed_is_a_page_and_seeds_differ():
     pages = {generate(seed, *SIZE).html for seed in range(200)}
     assert len(pages) == 200
     assert generate(5, *SIZE) == generate(5, *SIZE)
-    assert {generate(seed, *SIZE).template for seed in range(200)} == set(TEMPLATES)
+    assert {generate(seed, *SIZE).template for seed in range(600)} == set(TEMPLATES)
 
 
 def test_no_page_belongs_to_two_splits():
@@ -75,11 +77,54 @@ def test_themes_can_be_read():
 def test_html_is_short_closed_and_self_contained():
     for seed in range(100):
         page = generate(seed, *SIZE, 1 + seed % LEVELS)
-        assert len(page.html) < 4000
+        assert len(page.html) < 6000, page.template
         assert "http" not in page.html
         assert "<script" not in page.html
         for tag in ("div", "button", "table", "main", "a", "label", "p"):
             assert len(re.findall(rf"<{tag}\b", page.html)) == page.html.count(f"</{tag}>")
+
+
+@pytest.mark.parametrize("spoken", NAMES)
+def test_every_kind_of_page_speaks_every_language(spoken):
+    """Phrases of templates are in every lexicon, and English ones stay out of the pages of others."""
+    english = {phrase.casefold() for phrase in language("de").phrases if len(phrase) > 6}
+    for n, name in enumerate(TEMPLATES):
+        html = generate(n, 480, 360, 1 + n % LEVELS, name, spoken).html
+        assert html == generate(n, 480, 360, 1 + n % LEVELS, name, spoken).html
+        assert ("lang=" in html) == (spoken != "en")
+        if spoken in ("zh", "ja", "ru"):
+            texts = {text.strip().casefold() for text in re.findall(r">([^<]+)<", html)}
+            assert not texts & english, (name, texts & english)
+            wordless = ("code", "drawing", "spreadsheet", "keypad")
+            assert name in wordless or set(language(spoken).glyphs()) & set(html), name
+
+
+def test_lexicons_are_whole():
+    known = language("en")
+    for spoken in NAMES:
+        lexicon = language(spoken)
+        assert set(lexicon.lists) == set(known.lists)
+        assert set(lexicon.formats) == set(known.formats)
+        assert spoken == "en" or set(lexicon.phrases) == set(language("de").phrases)
+        assert all(len(words) == len(set(words)) for words in lexicon.lists.values()), spoken
+        assert {len(lexicon.lists["months"]), len(lexicon.lists["weekdays"])} == {12, 7}
+        least = {"nouns": 45, "adjectives": 20, "verbs": 18, "actions": 45, "fields": 25, "cities": 20, "options": 15}
+        assert all(len(lexicon.lists[name]) >= count for name, count in least.items()), spoken
+    with pytest.raises(ValueError, match="language 'xx' is none of en, zh"):
+        language("xx")
+
+
+@pytest.mark.browser
+def test_languages_without_a_font_are_named_with_their_package(browser_pool, monkeypatch):
+    async def run() -> dict[str, str]:
+        async with browser_pool.page(100, 100) as page:
+            return await fonts.lacking(page, tuple(NAMES))
+
+    assert not {"en", "de", "es", "fr"} & set(run_sync(run()))
+    monkeypatch.setattr(fonts.Language, "glyphs", lambda spoken: "\uf8f0é" if spoken.code == "zh" else "é")
+    found = run_sync(run())
+    assert list(found) == ["zh"]
+    assert found["zh"].startswith("Chinese: no font draws '\\uf8f0'; install the Debian package fonts-wqy-zenhei")
 
 
 def test_wrong_requests_are_refused():

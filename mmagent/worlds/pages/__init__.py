@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmagent.browser import Page
-from mmagent.worlds.elements import MOST_ELEMENTS, Element, TextLine, collector, parse
+from mmagent.worlds.elements import MOST_ELEMENTS, Box, Element, Group, TextLine, collector, parse, parse_groups
 from mmagent.worlds.pages.kit import LEVELS, Kit
 from mmagent.worlds.pages.templates import TEMPLATES
 
-__all__ = ["LEVELS", "TEMPLATES", "PageSource", "Scene", "generate", "render"]
+__all__ = ["LEVELS", "TEMPLATES", "PageSource", "Scene", "generate", "look", "render"]
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,39 @@ class PageSource:
     template: str
     difficulty: int
     seed: int
+    spoken: str = "en"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered page: ``image (height, width, 3)`` uint8, its ``html``, and the visible ``elements`` and ``lines``."""
+    """A rendered page: ``image (height, width, 3)`` uint8, its ``html``, and the visible ``elements`` and ``lines``.
+
+    ``groups`` hold elements together. ``unread``: boxes of text that is in no line, as it shows
+    in part only.
+    """
 
     image: np.ndarray
     html: str
     elements: tuple[Element, ...]
     lines: tuple[TextLine, ...]
+    groups: tuple[Group, ...] = ()
+    unread: tuple[Box, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """``(height, width)`` in pixels."""
+        return self.image.shape[0], self.image.shape[1]
 
 
-def generate(seed: int, width: int, height: int, difficulty: int = 3, template: str | None = None) -> PageSource:
+def generate(
+    seed: int, width: int, height: int, difficulty: int = 3, template: str | None = None, spoken: str = "en"
+) -> PageSource:
     """The page that ``seed`` describes for a screen of ``width`` x ``height`` pixels.
 
     ``difficulty`` 1..5: more and smaller elements, darker themes, weaker contrast, things that cover others.
-    ``template``: one of :data:`TEMPLATES`, None draws it from the seed. Use :func:`mmagent.worlds.seeds.seed_for`
-    for seeds that keep training and evaluation apart.
+    ``template``: one of :data:`TEMPLATES`, None draws it from the seed. ``spoken``: one of
+    :data:`mmagent.worlds.languages.NAMES`; :mod:`mmagent.worlds.pages.fonts` knows which can be drawn here. Use
+    :func:`mmagent.worlds.seeds.seed_for` for seeds that keep training and evaluation apart.
     """
     if not 1 <= difficulty <= LEVELS:
         raise ValueError(f"difficulty {difficulty} is not in 1..{LEVELS}")
@@ -49,10 +64,11 @@ def generate(seed: int, width: int, height: int, difficulty: int = 3, template: 
         raise ValueError(f"template {template!r} is none of {', '.join(TEMPLATES)}")
     if width < 120 or height < 90:
         raise ValueError(f"a page of {width}x{height} pixels is too small to hold anything; at least 120x90")
-    kit = Kit(seed, width, height, difficulty)
+    kit = Kit(seed, width, height, difficulty, spoken)
     drawn = kit.rng.choice(tuple(TEMPLATES))
     name = template or drawn
-    return PageSource(kit.document(TEMPLATES[name](kit)), width, height, name, difficulty, seed)
+    html = kit.document(kit.framed(TEMPLATES[name](kit)))
+    return PageSource(html, width, height, name, difficulty, seed, spoken)
 
 
 async def render(page: Page, html: str, width: int, height: int, *, trusted: bool = False) -> Scene:
@@ -64,6 +80,11 @@ async def render(page: Page, html: str, width: int, height: int, *, trusted: boo
     if (page.width, page.height) != (width, height):
         await page.resize(width, height)
     await page.set_content(html, fresh=not trusted)
+    return await look(page, html)
+
+
+async def look(page: Page, html: str = "") -> Scene:
+    """What ``page`` shows now, and what is on it."""
     image = await page.screenshot()
     found = await page.evaluate(collector(), "body", MOST_ELEMENTS, isolated=True)
-    return Scene(image, html, *parse(found))
+    return Scene(image, html, *parse(found), parse_groups(found), tuple(tuple(box) for box in found["unread"]))

@@ -2,107 +2,40 @@
 
 from __future__ import annotations
 
-import colorsys
 import html
 import random
-from dataclasses import dataclass
 
-from mmagent.worlds.words import ACTIONS, FIELDS, OPTIONS, SECTIONS, Words
+from mmagent.worlds.languages import language
+from mmagent.worlds.pages.themes import FONTS, PLAIN_FONTS, from_hue, make_theme
+from mmagent.worlds.words import Words
 
-FONTS = (
-    "Arial",
-    "sans-serif",
-    "Georgia,serif",
-    "Verdana,sans-serif",
-    "monospace",
-    "Times New Roman,serif",
-    "system-ui",
-)
 LEVELS = 5
-READABLE = 3.2
-"""Least contrast of links and buttons against the page."""
-ICONS = ("☰", "★", "♥", "✎", "✉", "⚙", "⌂", "✓", "✕", "＋", "▶", "■", "↑", "↓", "→", "↺", "⚑", "♪", "☀", "⚠")
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours as ``#rrggbb``."""
-
-    dark: bool
-    ground: str
-    surface: str
-    text: str
-    muted: str
-    accent: str
-    on_accent: str
-    border: str
-
-
-def _hex(hue: float, lightness: float, saturation: float) -> str:
-    return "#" + "".join(f"{round(255 * v):02x}" for v in colorsys.hls_to_rgb(hue % 1, lightness, saturation))
-
-
-def luminance(color: str) -> float:
-    """Relative luminance of ``#rrggbb``, 0..1 (WCAG 2, without its linear foot)."""
-    red, green, blue = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
-    return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-
-
-def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours, 1..21 (WCAG 2)."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def make_theme(rng: random.Random, difficulty: int) -> Theme:
-    """Light or dark, plain or tinted; the higher the difficulty, the more often dark and the weaker the contrast."""
-    hue, tint = rng.random(), rng.choice((0.0, 0.0, 0.1, 0.35))
-    dark = rng.random() < (0.0, 0.15, 0.25, 0.35, 0.4)[difficulty - 1]
-    fade = 0.05 * (difficulty - 1)
-    dark_ground = rng.uniform(0.06, 0.16)
-    accent_hue, accent_light, strength = hue + rng.choice((0, 0.33, 0.5, rng.random())), 0.4, rng.uniform(0.5, 1)
-    ground = _hex(hue, dark_ground, tint) if dark else "#ffffff"
-    while contrast(accent := _hex(accent_hue, accent_light, strength), ground) < READABLE:
-        accent_light += 0.04 if dark else -0.04
-    on_accent = "#ffffff" if luminance(accent) < 0.35 else "#111111"
-    if dark:
-        return Theme(
-            dark=True,
-            ground=ground,
-            surface=_hex(hue, dark_ground + 0.07, tint),
-            text=_hex(hue, 0.93 - fade, tint),
-            muted=_hex(hue, 0.66 - 0.6 * fade, tint),
-            accent=accent,
-            on_accent=on_accent,
-            border=_hex(hue, dark_ground + 0.2, tint),
-        )
-    light = rng.choice((1.0, 1.0, 0.97, 0.94, 0.9))
-    return Theme(
-        dark=False,
-        ground=_hex(hue, light, tint),
-        surface="#ffffff" if light < 1 else _hex(hue, 0.96, tint),
-        text=_hex(hue, 0.08 + fade, tint),
-        muted=_hex(hue, 0.38 + 0.6 * fade, tint),
-        accent=accent,
-        on_accent=on_accent,
-        border=_hex(hue, 0.78, tint),
-    )
+DENSITIES = (0.7, 1.0, 1.0, 1.3)
+"""How wide distances are, against the size of the text."""
+ICONS = {
+    "☰": "Menu", "★": "Favourite", "♥": "Like", "✎": "Edit", "✉": "Mail", "⚙": "Settings", "⌂": "Home", "✓": "OK",
+    "✕": "Close", "＋": "Add", "▶": "Play", "■": "Stop", "↑": "Up", "↓": "Down", "→": "Forward", "↺": "Undo",
+    "⚑": "Flag", "♪": "Music", "☀": "Brightness", "⚠": "Warning",
+}  # fmt: skip
+"""Signs on buttons, and what they mean to everyone."""
 
 
 class Kit:
-    """Draws everything a template needs from one seed. ``size``: font size in pixels; ``unit``: half of it, the
+    """Draws everything a template needs from one seed. ``size``: font size in pixels; ``unit``: about half of it, the
     measure of all distances. Style rules are kept once each, so that the HTML stays short."""
 
-    def __init__(self, seed: int, width: int, height: int, difficulty: int):
-        self.rng = random.Random(f"page {seed} {width} {height} {difficulty}")
-        self.words = Words(self.rng)
+    def __init__(self, seed: int, width: int, height: int, difficulty: int, spoken: str = "en", what: str = "page"):
+        self.rng = random.Random(f"{what} {seed} {width} {height} {difficulty} {spoken}")
+        self.words = Words(self.rng, language(spoken))
         self.width, self.height, self.difficulty = width, height, difficulty
         self.theme = make_theme(self.rng, difficulty)
         scale = (1.15, 1.05, 1.0, 0.92, 0.86)[difficulty - 1]
         self.size = max(9, round(min(max(width / 24, 10), 15) * scale * self.rng.uniform(0.92, 1.08)))
-        self.unit = max(3, self.size // 2)
+        self.unit = max(3, round(self.size / 2 * self.rng.choice(DENSITIES)))
+        if not self.words.language.spaces:
+            self.size = max(self.size, 11)  # smaller, their characters are blots
         self.radius = self.rng.choice((0, 2, 4, 8))
-        self.font = self.rng.choice(FONTS if difficulty > 1 else FONTS[:2])
+        self.font = self.rng.choice(FONTS if difficulty > 1 else PLAIN_FONTS)
         self._rules: dict[str, str] = {}
         self._filled = self.rng.random() < 0.6
 
@@ -117,10 +50,11 @@ class Kit:
         return min(max(round(self.rng.gauss(middle, (high - low) / 8)), low), high)
 
     def rows(self, used: float, each: float, low: int, high: int) -> int:
-        """As :meth:`count`, but no more than fit: ``used`` and ``each`` are heights in lines of text."""
-        line = 1.35 * self.size
+        """As :meth:`count`, but no more than fit: ``used`` and ``each`` are heights in lines of text. What is said of
+        a small screen grows with a tall one."""
+        line, tall = 1.35 * self.size, max(1.0, self.height / 360)
         fitting = int((self.height - used * line) / (each * line))
-        return max(min(self.count(low, high), fitting), 1)
+        return max(min(self.count(round(low * tall), round(high * tall)), fitting), 1)
 
     @property
     def columns(self) -> int:
@@ -137,7 +71,32 @@ class Kit:
         theme = self.theme
         base = f"body{{margin:0;font:{self.size}px {self.font};background:{theme.ground};color:{theme.text}}}"
         rules = "".join(f"{selector}{{{declarations}}}" for selector, declarations in self._rules.items())
-        return f"<!DOCTYPE html>\n<style>{base}{rules}</style>\n{body}\n"
+        code = self.words.language.code
+        opening = "" if code == "en" else f'<html lang="{code}">'
+        return f"<!DOCTYPE html>\n{opening}<style>{base}{rules}</style>\n{body}\n"
+
+    def framed(self, body: str) -> str:
+        """``body`` below what stands on top of every page of a site, where the screen is large and nothing of it is
+        placed by itself."""
+        placed = "body" in self._rules or any("position:" in rule for rule in self._rules.values())
+        if self.width < 560 or self.height < 400 or placed or self.chance(0.3):
+            return body
+        theme, unit = self.theme, self.unit
+        look = f"background:{theme.accent};color:{theme.on_accent}" if self._filled else f"background:{theme.surface}"
+        self.rule(".zz", f"display:flex;gap:{3 * unit}px;align-items:center;padding:{unit}px {2 * unit}px;{look}")
+        if self._filled:
+            self.rule(".zz a", f"color:{theme.on_accent}")
+        self.rule(".zz .r", f"margin:0 0 0 auto;width:{18 * self.size}px")
+        brand = self.text(self.words.fresh(self.words.thing))
+        links = "".join(self.link() for _ in range(self.count(2, 5)))
+        name = self.say("Search")
+        self.field("", filled=False)
+        search = f'<div class="r"><input class="f" placeholder="{name}"></div>' if self.chance(0.6) else ""
+        return f'<div class="zz"><b>{brand}</b>{links}{search}{self.icon()}</div>{body}'
+
+    def say(self, phrase: str) -> str:
+        """A phrase of the templates in the page's language, escaped."""
+        return self.text(self.words.say(phrase))
 
     @staticmethod
     def text(text: str) -> str:
@@ -154,7 +113,7 @@ class Kit:
             f"background:{theme.surface}",
             f"color:{theme.text}",
         )
-        label = self.text(text if text is not None else self.words.fresh(ACTIONS))
+        label = self.text(text if text is not None else self.words.new("actions"))
         if not primary:
             return f"<button>{label}</button>"
         look = f"background:{theme.accent};color:{theme.on_accent}" if self._filled else f"border-color:{theme.accent}"
@@ -167,10 +126,10 @@ class Kit:
         return " ".join(self.button(primary=n == main) for n in range(count))
 
     def icon(self) -> str:
-        """A button with a sign and no word; its name is its title."""
-        sign, name = self.rng.choice(ICONS), self.text(self.words.fresh(ACTIONS))
+        """A button with a sign and no word; the sign is what is seen of it, its title what it means."""
+        sign = self.words.fresh(tuple(ICONS))
         self.button(" ")
-        return f'<button title="{name}" aria-label="{name}">{sign}</button>'
+        return f'<button title="{ICONS[sign]}">{sign}</button>'
 
     def heading(self, text: str | None = None, level: int = 2) -> str:
         scale = {1: 1.7, 2: 1.35, 3: 1.1}[level]
@@ -186,7 +145,7 @@ class Kit:
 
     def link(self, text: str | None = None) -> str:
         self.rule("a", f"color:{self.theme.accent}" + self.rng.choice(("", ";text-decoration:none")))
-        return f'<a href="#">{self.text(text or self.words.fresh(SECTIONS))}</a>'
+        return f'<a href="#">{self.text(text or self.words.new("sections"))}</a>'
 
     def field(self, label: str | None = None, kind: str = "text", filled: bool | None = None) -> str:
         """A labelled text field: the label above it, beside it, or inside as a placeholder."""
@@ -202,7 +161,7 @@ class Kit:
             f"background:{theme.surface}",
             f"color:{theme.text}",
         )
-        name = self.text(label or self.words.fresh(FIELDS))
+        name = self.text(label or self.words.new("fields"))
         full = self.chance(0.15 * self.difficulty) if filled is None else filled
         value = f' value="{self.text(self._value(name))}"' if full else ""
         if self.chance(0.25):
@@ -211,15 +170,16 @@ class Kit:
         return f'<div class="r"><label class="l">{name}</label><input class="f" type="{kind}"{value}></div>'
 
     def _value(self, label: str) -> str:
-        known = {"Email": self.words.email, "Date": self.words.date, "Time": self.words.time, "Price": self.words.price,
-                 "Amount": self.words.price, "Full name": self.words.name}  # fmt: skip
-        return known.get(label, self.words.thing)()
+        words = self.words
+        known = {"Email": words.email, "Date": words.date, "Time": words.time, "Price": words.price,
+                 "Amount": words.price, "Full name": words.name}  # fmt: skip
+        return known.get(label, words.thing)()
 
     def option(self, kind: str = "checkbox", group: str = "g", label: str | None = None) -> str:
         """A checkbox or radio button with its label."""
         checked = " checked" if self.chance(0.35) else ""
         name = f' name="{group}"' if kind == "radio" else ""
-        text = self.text(label or self.words.fresh(OPTIONS))
+        text = self.text(label or self.words.new("options"))
         self.rule("label.o", f"display:block;margin:{self.unit // 2}px 0")
         return f'<label class="o"><input type="{kind}"{name}{checked}> {text}</label>'
 
@@ -230,7 +190,7 @@ class Kit:
 
     def figure(self, width: int, height: int) -> str:
         """A drawn picture: flat hills, a sun, or stripes."""
-        first, second = _hex(self.rng.random(), 0.6, 0.5), _hex(self.rng.random(), 0.4, 0.5)
+        first, second = from_hue(self.rng.random(), 0.6, 0.5), from_hue(self.rng.random(), 0.4, 0.5)
         kind = self.rng.choice(("hills", "sun", "stripes"))
         shapes = {
             "hills": f'<path d="M0 {height}L{width // 3} {height // 3}L{width} {height}Z" fill="{second}"/>',

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mmagent.worlds.pages.kit import ICONS, Kit
-from mmagent.worlds.words import ACTIONS, CITIES, COLUMNS, FIELDS, NOUNS, OPTIONS, SECTIONS, STATES
+from mmagent.worlds.pages.templates_life import LIFE
+from mmagent.worlds.pages.templates_shop import SHOP
+from mmagent.worlds.pages.templates_work import WORK
 
 Template = Callable[[Kit], str]
 
@@ -22,19 +24,20 @@ def login(k: Kit) -> str:
         f"{k.panel()}",
     )
     k.rule(".r", f"margin:{k.unit}px 0")
-    name = k.words.fresh(("Username", "Email", "Phone", "Account"))
-    parts = [k.heading(k.words.fresh(("Sign in", "Log in", "Welcome back", "Member login", "Your account")))]
+    name = k.words.say(k.rng.choice(("Username", "Email", "Phone", "Account")))
+    title = k.rng.choice(("Sign in", "Welcome back", "Member login", "Your account"))
+    parts = [k.heading(k.words.say(title))]
     if k.difficulty > 2:
         parts.append(k.paragraph(1, muted=True))
-    parts += [k.field(name), k.field("Password", kind="password")]
+    parts += [k.field(name), k.field(k.words.say("Password"), kind="password")]
     if k.chance(0.7):
-        parts.append(k.option(label=k.words.fresh(("Remember me", "Keep me signed in", "Show password"))))
-    row = [k.button(k.words.fresh(("Log in", "Sign in", "Continue", "Enter")), primary=True)]
+        parts.append(k.option(label=k.words.say(k.rng.choice(("Remember me", "Keep me signed in", "Show password")))))
+    row = [k.button(k.words.say(k.rng.choice(("Log in", "Continue", "Enter"))), primary=True)]
     if k.difficulty > 1:
-        row.append(k.link(k.words.fresh(("Forgot password?", "Need help?"))))
+        row.append(k.link(k.words.say(k.rng.choice(("Forgot password?", "Need help?")))))
     if k.difficulty > 3:
-        row.append(k.link("Create account"))
-    return f'<div class="c">{"".join(parts)}<div class="r">{" ".join(row)}</div></div>'
+        row.append(k.link(k.words.say("Create account")))
+    return f'<form class="c">{"".join(parts)}<div class="r">{" ".join(row)}</div></form>'
 
 
 def form(k: Kit) -> str:
@@ -48,11 +51,13 @@ def form(k: Kit) -> str:
     if k.difficulty > 1 and k.chance(0.7):
         parts.append(k.option())
     if k.difficulty > 2 and k.chance(0.6):
-        choices = k.words.several(CITIES, 3)
+        choices = k.words.several(k.words.of("cities"), 3)
         parts.append("".join(k.option("radio", label=choice) for choice in choices[: k.count(2, 3)]))
     if k.difficulty > 2 and k.chance(0.6):
-        label = k.text(k.words.fresh(FIELDS))
-        parts.append(f'<div class="r"><label>{label} </label>{k.select(k.words.several(CITIES, 4))}</div>')
+        label = k.text(k.words.new("fields"))
+        parts.append(
+            f'<div class="r"><label>{label} </label>{k.select(k.words.several(k.words.of("cities"), 4))}</div>'
+        )
     parts.append(f'<div class="r">{k.buttons(k.count(1, 3))}</div>')
     return f"<form>{''.join(parts)}</form>"
 
@@ -60,10 +65,10 @@ def form(k: Kit) -> str:
 def table(k: Kit) -> str:
     """A heading, a search field or buttons, and rows of values."""
     count = min(2 + k.width // (9 * k.size), k.count(2, 6))
-    cells: dict[str, Callable[[], str]] = {"Date": k.words.date, "City": lambda: k.rng.choice(CITIES),
+    cells: dict[str, Callable[[], str]] = {"Date": k.words.date, "City": lambda: k.rng.choice(k.words.of("cities")),
         "Price": k.words.price, "Total": k.words.price, "Amount": k.words.price, "Change": k.words.percent,
         "Rate": k.words.percent, "Owner": k.words.name}  # fmt: skip
-    titles = k.words.several([c for c in COLUMNS if c != "Name"], count - 1)
+    titles = k.words.several([c for c in k.words.of("columns") if c != k.words.say("Name")], count - 1)
     lined, padding = k.chance(0.5), max(2, k.unit // 2)
     k.rule("main", f"padding:{k.unit}px")
     k.rule("table", "border-collapse:collapse;width:100%")
@@ -71,7 +76,7 @@ def table(k: Kit) -> str:
         "td,th", f"padding:{padding}px;text-align:left;border{'' if lined else '-bottom'}:1px solid {k.theme.border}"
     )
     k.rule("th", f"background:{k.theme.surface};color:{k.theme.muted}")
-    head = f"<tr><th>Name</th>{''.join(f'<th>{k.text(t)}</th>' for t in titles)}"
+    head = f"<tr><th>{k.say('Name')}</th>{''.join(f'<th>{k.text(t)}</th>' for t in titles)}"
     states = k.chance(0.4)
     action = k.difficulty > 3 and k.chance(0.6)
     rows = []
@@ -80,11 +85,11 @@ def table(k: Kit) -> str:
         values += [k.words.fresh(cells.get(title, k.words.number)) for title in titles]
         row = "".join(f"<td>{k.text(value)}</td>" for value in values)
         if states:
-            row += f"<td>{k.rng.choice(STATES)}</td>"
+            row += f"<td>{k.rng.choice(k.words.of('states'))}</td>"
         if action:
-            row += f"<td>{k.link(k.words.fresh(ACTIONS))}</td>"
+            row += f"<td>{k.link(k.words.new('actions'))}</td>"
         rows.append(f"<tr>{row}</tr>")
-    head += ("<th>State</th>" if states else "") + ("<th></th>" if action else "") + "</tr>"
+    head += (f"<th>{k.say('State')}</th>" if states else "") + ("<th></th>" if action else "") + "</tr>"
     bar = k.buttons(k.count(1, 2)) if k.difficulty > 1 and k.chance(0.6) else ""
     return f"<main>{k.heading()}{bar}<table>{head}{''.join(rows)}</table></main>"
 
@@ -108,8 +113,8 @@ def items(k: Kit) -> str:
         title, line = k.words.fresh(k.words.thing), k.rng.choice((k.words.date, k.words.name, k.words.email))()
         picture = k.figure(side, side) if pictures else ""
         button = k.button() if action else ""
-        rows.append(f'<div class="i">{picture}<div class="t"><b>{k.text(title)}</b><div class="m">{k.text(line)}</div>'
-                    f"</div>{button}</div>")  # fmt: skip
+        words = f'<b>{k.text(title)}</b><div class="m">{k.text(line)}</div>'
+        rows.append(f'<article class="i">{picture}<div class="t">{words}</div>{button}</article>')
     k.rule("header", f"padding:0 {k.unit}px;background:{k.theme.surface}")
     return f"<header>{k.heading()}</header>{''.join(rows)}"
 
@@ -127,7 +132,7 @@ def cards(k: Kit) -> str:
     made = []
     for _ in range(rows * columns):
         body = f"<b>{k.text(k.words.fresh(k.words.thing))}</b><div>{k.text(k.words.fresh(k.words.price))}</div>"
-        made.append(f'<div class="c">{k.figure(wide, picture)}<div class="b">{body}{k.button()}</div></div>')
+        made.append(f'<article class="c">{k.figure(wide, picture)}<div class="b">{body}{k.button()}</div></article>')
     top = f"<nav>{k.heading(level=3)}</nav>" if k.chance(0.6) else ""
     k.rule("nav", f"padding:0 {k.unit}px")
     return f"{top}<main>{''.join(made)}</main>"
@@ -145,7 +150,7 @@ def editor(k: Kit) -> str:
         f"border-bottom:1px solid {theme.border}",
     )
     k.rule(".n span", "cursor:pointer")
-    menus = k.words.several(("File", "Edit", "View", "Insert", "Format", "Tools", "Window", "Help"), k.count(3, 6))
+    menus = list(k.words.of("menus")[: k.count(3, 6)])
     bar = "".join(f'<span role="menuitem">{menu}</span>' for menu in menus[: max(2, k.width // (5 * k.size))])
     tools = " ".join(k.icon() for _ in range(min(k.count(2, 9), k.width // (3 * k.size))))
     k.rule(".d", f"padding:{k.unit}px {2 * k.unit}px")
@@ -166,7 +171,7 @@ def editor(k: Kit) -> str:
             f"border:1px solid {theme.border}",
         )
         k.rule("li", f"padding:{k.unit // 2}px {2 * k.unit}px")
-        entries = k.words.several(ACTIONS, k.rows(4, 1.9, 3, 7))
+        entries = k.words.several(k.words.of("actions"), k.rows(4, 1.9, 3, 7))
         listed = "".join(f'<li role="menuitem">{k.text(entry)}</li>' for entry in entries)
         open_menu = f"<ul>{listed}</ul>"
     k.rule(
@@ -179,7 +184,9 @@ def editor(k: Kit) -> str:
         f"padding:2px {k.unit}px",
     )
     status = (
-        f"<footer>Page {k.rng.randint(1, 40)} · {k.rng.randint(90, 9000)} words</footer>" if k.difficulty > 2 else ""
+        f"<footer>{k.say('Page')} {k.rng.randint(1, 40)} · {k.rng.randint(90, 9000)} {k.say('words')}</footer>"
+        if k.difficulty > 2
+        else ""
     )
     return (
         f'<div class="n">{bar}</div><div class="n">{tools}</div><div class="d">{k.heading()}{paragraphs}</div>'
@@ -206,7 +213,7 @@ def dialog(k: Kit) -> str:
     )
     k.rule(".x", "float:right")
     k.rule(".e", f"text-align:{k.rng.choice(('right', 'left', 'center'))};margin:{k.unit}px 0")
-    close = '<button class="x" aria-label="Close">✕</button>' if k.chance(0.7) else ""
+    close = '<button class="x">✕</button>' if k.chance(0.7) else ""
     extra = k.option() if k.difficulty > 2 and k.chance(0.5) else ""
     return (
         f'{behind}<div class="v"></div><div class="q" role="dialog">{close}{k.heading(level=3)}{k.paragraph(1)}{extra}'
@@ -246,7 +253,7 @@ def dashboard(k: Kit) -> str:
     k.rule(".c b", f"display:block;font-size:{round(1.4 * k.size)}px")
     k.rule(".m", f"color:{theme.muted}")
     numbers = (k.words.number, k.words.price, k.words.percent)
-    made = "".join(f'<div class="c"><span class="m">{k.text(k.words.fresh(COLUMNS))}</span>'
+    made = "".join(f'<div class="c"><span class="m">{k.text(k.words.new("columns"))}</span>'
                    f"<b>{k.text(k.words.fresh(k.rng.choice(numbers)))}</b></div>" for _ in range(tiles))  # fmt: skip
     bars = k.count(3, 8)
     tall = max(30, k.height - 11 * k.size) if k.height < 400 else k.height // 3
@@ -270,7 +277,7 @@ def dashboard(k: Kit) -> str:
 def settings(k: Kit) -> str:
     """Tabs, switches, sliders and a choice."""
     theme = k.theme
-    tabs = k.words.several(SECTIONS, min(k.count(2, 4), k.width // (7 * k.size)))
+    tabs = k.words.several(k.words.of("sections"), min(k.count(2, 4), k.width // (7 * k.size)))
     chosen = k.rng.randrange(len(tabs))
     k.rule(".n", f"display:flex;border-bottom:1px solid {theme.border}")
     k.rule(".n div", f"padding:{k.unit}px {2 * k.unit}px")
@@ -282,11 +289,11 @@ def settings(k: Kit) -> str:
     rows = []
     for n in range(k.rows(5, 2.2, 2, 8)):
         kind = k.rng.choice(("check", "check", "range", "select"))
-        label = k.text(k.words.fresh(OPTIONS if kind == "check" else FIELDS))
+        label = k.text(k.words.new("options" if kind == "check" else "fields"))
         control = {
             "check": f'<input type="checkbox" id="o{n}"{" checked" if k.chance(0.5) else ""}>',
             "range": f'<input type="range" id="o{n}" value="{k.rng.randint(0, 100)}" style="width:{7 * k.size}px">',
-            "select": k.select(k.words.several(CITIES, 3)).replace("<select", f'<select id="o{n}"'),
+            "select": k.select(k.words.several(k.words.of("cities"), 3)).replace("<select", f'<select id="o{n}"'),
         }[kind]
         rows.append(f'<div class="w"><label for="o{n}">{label}</label>{control}</div>')
     return f'<div class="n">{shown}</div><main>{"".join(rows)}{k.buttons(k.count(1, 2))}</main>'
@@ -312,8 +319,8 @@ def messages(k: Kit) -> str:
     head = f"<header><b>{k.text(k.words.fresh(k.words.name))}</b>{k.icon() if k.difficulty > 2 else ''}</header>"
     bubbles = "".join(f'<div class="b{k.rng.choice(("", " y"))}">{k.text(k.words.fresh(k.words.sentence))}</div>'
                       for _ in range(k.rows(5, 3, 1, 7)))  # fmt: skip
-    send = k.button(k.words.fresh(("Send", "Reply", "Post")), primary=True)
-    return f"{head}{bubbles}<footer>{k.field('Message', filled=False)}{send}</footer>"
+    send = k.button(k.words.say(k.rng.choice(("Send", "Reply", "Post"))), primary=True)
+    return f"{head}{bubbles}<footer>{k.field(k.words.say('Message'), filled=False)}{send}</footer>"
 
 
 def keypad(k: Kit) -> str:
@@ -324,9 +331,9 @@ def keypad(k: Kit) -> str:
     elif kind == "month":
         first = k.rng.randint(0, 6)
         signs, columns = [""] * first + [str(day) for day in range(1, k.rng.randint(28, 31) + 1)], 7
-        top = f"<b>{k.rng.choice(('January', 'April', 'June', 'October'))} {k.rng.randint(2000, 2030)}</b>"
+        top = f"<b>{k.rng.choice(k.words.of('months'))} {k.rng.randint(2000, 2030)}</b>"
     else:
-        signs, columns, top = k.rng.sample(ICONS, k.count(6, 16)), 4, k.heading(level=3)
+        signs, columns, top = k.rng.sample(tuple(ICONS), k.count(6, 16)), 4, k.heading(level=3)
     lines = -(-len(signs) // columns)
     tall = max(k.size + 4, min(3 * k.size, int((k.height - 5 * k.size) / lines) - 3))
     k.rule(
@@ -351,31 +358,77 @@ def results(k: Kit) -> str:
     k.rule("main", f"padding:{k.unit}px")
     k.rule(".m", f"color:{k.theme.muted}")
     k.rule(".s", f"margin:{k.unit}px 0")
-    query = k.rng.choice(NOUNS)
-    field = f'<div class="r"><input class="f" placeholder="Search" value="{query}"></div>'
-    k.field("Search", filled=True)
+    query = k.rng.choice(k.words.of("nouns"))
+    field = f'<div class="r"><input class="f" placeholder="{k.say("Search")}" value="{query}"></div>'
+    k.field(k.words.say("Search"), filled=True)
     found = "".join(f'<div class="s">{k.link(k.words.fresh(k.words.title))}<div class="m">'
                     f"{k.text(k.words.sentence())}</div></div>" for _ in range(k.rows(5, 2.9, 2, 8)))  # fmt: skip
-    count = f'<div class="m">{k.words.number()} results</div>' if k.difficulty > 1 else ""
-    turn = " ".join(k.link(str(n)) for n in range(1, k.count(2, 6))) + " " + k.link("Next") if k.chance(0.6) else ""
-    return f"<form>{field}{k.button('Search', primary=True)}</form><main>{count}{found}{turn}</main>"
+    count = f'<div class="m">{k.words.number()} {k.say("results")}</div>' if k.difficulty > 1 else ""
+    turn = (
+        " ".join(k.link(str(n)) for n in range(1, k.count(2, 6))) + " " + k.link(k.words.say("Next"))
+        if k.chance(0.6)
+        else ""
+    )
+    return f"<form>{field}{k.button(k.words.say('Search'), primary=True)}</form><main>{count}{found}{turn}</main>"
+
+
+def banner(k: Kit) -> str:
+    """A page with a question about cookies over its lower end, or a notice in its corner."""
+    theme, u = k.theme, k.unit
+    behind = k.rng.choice((article, items, cards, results))(k)
+    place = (
+        "left:0;right:0;bottom:0"
+        if k.chance(0.6)
+        else f"right:{u}px;top:{u}px;width:{min(k.width - 4 * u, 20 * k.size)}px"
+    )
+    k.rule(
+        ".y",
+        f"position:fixed;{place}",
+        f"padding:{u}px {2 * u}px",
+        f"{k.panel()};background:{theme.text};color:{theme.ground}",
+    )
+    yes, no = k.button(k.words.say("Accept all"), primary=True), k.button(k.words.say("Reject all"))
+    more = f" {k.button(k.words.say('Settings'))}" if k.difficulty > 2 else ""
+    return f'{behind}<div class="y" role="dialog"><b>{k.say("This page uses cookies.")}</b><br>{yes} {no}{more}</div>'
+
+
+def dropdown(k: Kit) -> str:
+    """A menu over a page: entries with keys, some of them off, lines between them."""
+    theme, u = k.theme, k.unit
+    behind = k.rng.choice((items, table, article, form))(k)
+    rows = k.rows(2, 1.9, 3, 9)
+    width = min(k.width - 2 * u, 15 * k.size)
+    left, top = (
+        k.rng.randint(u, max(u, k.width - width - u)),
+        k.rng.randint(u, max(u, k.height - int(rows * 2.2 * k.size))),
+    )
+    k.rule(
+        "menu",
+        f"position:fixed;left:{left}px;top:{top}px;width:{width}px;margin:0;padding:{u // 2}px 0;list-style:none",
+        f"box-shadow:0 2px 8px #0007;background:{theme.surface}",
+        f"border:1px solid {theme.border};border-radius:{k.radius}px",
+    )
+    k.rule("menu div", f"display:flex;justify-content:space-between;padding:{max(1, u // 3)}px {u}px")
+    k.rule("menu hr", f"border:0;border-top:1px solid {theme.border};margin:2px 0")
+    k.rule("menu .d", f"color:{theme.border}")
+    k.rule("kbd", f"font:inherit;color:{theme.muted}")
+    entries = []
+    for n in range(rows):
+        key = f"<kbd>Ctrl+{chr(65 + k.rng.randrange(26))}</kbd>" if k.chance(0.5) and k.difficulty > 1 else ""
+        off = ' class="d" aria-disabled="true"' if k.chance(0.1 * (k.difficulty - 1)) else ""
+        line = "<hr>" if n and k.chance(0.2) else ""
+        entries.append(f'{line}<div{off}><span role="menuitem">{k.text(k.words.new("actions"))}</span>{key}</div>')
+    return f"{behind}<menu>{''.join(entries)}</menu>"
 
 
 TEMPLATES: dict[str, Template] = {
     template.__name__: template
     for template in (
-        login,
-        form,
-        table,
-        items,
-        cards,
-        editor,
-        dialog,
-        article,
-        dashboard,
-        settings,
-        messages,
-        keypad,
-        results,
+        *(login, form, table, items, cards, editor, dialog, article, dashboard, settings, messages, keypad, results),
+        *(banner, dropdown),
+        *WORK,
+        *SHOP,
+        *LIFE,
     )
 }
+"""Kinds of pages by name."""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from mmagent.worlds.elements import Box, Element, TextLine
 from mmagent.worlds.pages import Scene
-from mmagent.worlds.pages.kit import FONTS, Theme, make_theme
+from mmagent.worlds.pages.themes import FONTS, Theme, make_theme
 from mmagent.worlds.words import ACTIONS, FIELDS, OPTIONS, SECTIONS, Words
 
 _Thing = TypeVar("_Thing", Element, TextLine)

@@ -1,0 +1,185 @@
+"""The truth that is read from a page: what covers what, what holds what, and text in scripts without spaces."""
+
+from __future__ import annotations
+
+import itertools
+from random import Random
+
+import numpy as np
+import pytest
+
+from mmagent.browser import run_sync
+from mmagent.worlds.elements import Element
+from mmagent.worlds.pages import Scene, render
+from mmagent.worlds.questions import targets
+
+pytestmark = pytest.mark.browser
+SIZE = (320, 240)
+
+
+def shown(pool, html: str, size: tuple[int, int] = SIZE) -> Scene:
+    async def run() -> Scene:
+        async with pool.page(*size, hide_scrollbars=True) as page:
+            return await render(page, html, *size)
+
+    return run_sync(run())
+
+
+def boxes(scene: Scene) -> dict[str, Element]:
+    return {element.background: element for element in scene.elements}
+
+
+def on_top(scene: Scene, one: Element, other: Element) -> str:
+    """The colour of the screen in the middle of what two boxes share."""
+    x1, y1 = (max(a, b) for a, b in zip(one.box[:2], other.box[:2], strict=True))
+    x2, y2 = (min(a, b) for a, b in zip(one.box[2:], other.box[2:], strict=True))
+    red, green, blue = scene.image[(y1 + y2) // 2, (x1 + x2) // 2]
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+ORDERS = {  # rules of two boxes that overlap
+    "document order": "",
+    "a z-index lifts": "#a{z-index:2} #b{z-index:1}",
+    "a negative one sinks": "#b{z-index:-1}",
+    "in flow lies below what is positioned": "#b{position:static;margin:0 40px}",
+    "half transparent makes one": "#a{position:static;opacity:.99;margin:20px} #b{position:static;margin:-30px}",
+    "a transform makes a layer": "#a{position:static;transform:translate(9px)} #b{position:static;margin:-30px 20px}",
+    "auto between layers": "#a{z-index:auto} #b{z-index:0}",
+    "a float lies over a block": "#a{position:static;float:left} #b{position:static;margin:0 20px}",
+}
+PLAIN = """<!DOCTYPE html><style>div{position:absolute;width:120px;height:60px;left:20px;top:20px}
+#b{left:60px;top:40px}#a{background:#ff0000}#b{background:#0000ff}RULES</style>
+<body style="margin:0"><div id=a></div><div id=b></div></body>"""
+
+
+@pytest.mark.parametrize("how", ORDERS)
+def test_the_greater_z_is_drawn_later(browser_pool, how):
+    """Two boxes that overlap: the pixels of what they share are of the one with the greater z."""
+    scene = shown(browser_pool, PLAIN.replace("RULES", ORDERS[how]))
+    first, second = boxes(scene)["#ff0000"], boxes(scene)["#0000ff"]
+    above = max(first, second, key=lambda element: element.z)
+    assert how not in ("a z-index lifts", "a negative one sinks") or above is first
+    seen, expected = (
+        np.array(list(bytes.fromhex(c[1:])), int) for c in (on_top(scene, first, second), above.background)
+    )
+    assert np.abs(seen - expected).max() < 9
+
+
+def test_layers_within_layers(browser_pool):
+    """A child of a low layer stays below a higher one, whatever its own z-index."""
+    html = """<!DOCTYPE html><style>div{position:absolute;width:100px;height:60px}</style><body style="margin:0">
+    <div style="z-index:1;left:10px;top:10px">
+    <div style="z-index:999;background:#ff0000;left:30px;top:10px"></div></div>
+    <div style="z-index:2;background:#0000ff;left:60px;top:30px"></div>
+    <div style="left:10px;top:100px"><div style="z-index:5;background:#00ff00"></div></div>
+    <div style="z-index:4;background:#ff00ff;left:60px;top:120px"></div></body>"""
+    found = boxes(shown(browser_pool, html))
+    assert found["#ff0000"].z < found["#0000ff"].z  # caught in the layer of its parent
+    assert found["#00ff00"].z > found["#ff00ff"].z  # its parent makes no layer: it takes part in the page's
+
+
+HITS = (
+    """points => points.map(([x, y]) => document.elementsFromPoint(x, y).map(el => el.dataset.color).filter(Boolean))"""
+)
+
+
+def pile(random: Random, depth: int = 0) -> str:
+    """Boxes in boxes of every way to be placed; the innermost have a colour each."""
+    place = random.choice(("static", "static", "relative", "absolute", "fixed", "sticky"))
+    style = f"position:{place};left:{random.randint(0, 60)}px;top:{random.randint(0, 60)}px;"
+    style += f"width:{random.randint(40, 120)}px;height:{random.randint(30, 90)}px;margin:{random.randint(-30, 10)}px;"
+    style += random.choice(("", "", f"z-index:{random.randint(-1, 3)};", "opacity:0.5;", "transform:rotate(0deg);"))
+    style += random.choice(("", "", "float:left;", "display:inline-block;", "display:flex;", "isolation:isolate;"))
+    if depth == 3 or random.random() < 0.3:
+        color = f"#{random.randrange(1 << 24):06x}"
+        return f'<div data-color="{color}" style="{style}background:{color}"></div>'
+    return f'<div style="{style}">{"".join(pile(random, depth + 1) for _ in range(random.randint(1, 3)))}</div>'
+
+
+def test_z_is_the_order_in_which_the_browser_finds_things(browser_pool):
+    """Random piles: whatever lies at a point, the browser's own stack there names it in the order of z."""
+
+    async def run() -> int:
+        compared = 0
+        async with browser_pool.page(*SIZE, hide_scrollbars=True) as page:
+            for seed in range(60):
+                html = "<!DOCTYPE html><body>" + "".join(pile(Random(seed * 9 + n)) for n in range(4))
+                scene = await render(page, html, *SIZE, trusted=True)
+                heights = {element.background: element.z for element in scene.elements}
+                points = [(x + 0.5, y + 0.5) for x in range(0, SIZE[0], 8) for y in range(0, SIZE[1], 8)]
+                for stack in await page.evaluate(HITS, points):
+                    found = [heights[color] for color in stack if color in heights]
+                    assert found == sorted(found, reverse=True), (seed, stack)
+                    compared += max(0, len(found) - 1)
+        return compared
+
+    assert run_sync(run()) > 1000
+
+
+def test_what_hides_and_what_only_shades(browser_pool):
+    html = """<!DOCTYPE html><style>button,div{position:absolute;width:80px;height:30px;left:10px}
+    .over{background:#000}</style><body style="margin:0">
+    <button style="top:0">Free</button>
+    <button style="top:40px">Veiled</button><div class=over style="top:40px;pointer-events:none"></div>
+    <button style="top:80px;width:160px">Shaded</button><div class=over style="top:80px;opacity:0.3"></div>
+    <button style="top:120px;width:160px">Half</button><div class=over style="top:120px"></div></body>"""
+    found = {e.text: e for e in shown(browser_pool, html).elements if e.role == "button"}
+    assert (found["Free"].visible, found["Free"].shown) == (1, 1)
+    assert (found["Veiled"].visible, found["Veiled"].shown) == (1, 0)  # clicks pass through what hides it
+    assert found["Shaded"].visible < 0.7 < found["Shaded"].shown == 1
+    assert found["Half"].visible == found["Half"].shown < 0.7
+    named = {target.phrase for target in targets(tuple(found.values()))}
+    assert named == {'the button "Free"', 'the button "Shaded"', 'the button "Half"'}
+
+
+def test_reading_leaves_no_trace(browser_pool):
+    async def run() -> int:
+        async with browser_pool.page(*SIZE) as page:
+            await render(page, "<p style='pointer-events:none'>x</p><button>y</button>", *SIZE)
+            return await page.evaluate("document.adoptedStyleSheets.length")
+
+    assert run_sync(run()) == 0
+
+
+def test_groups_hold_their_members(browser_pool):
+    html = """<form><h2>Sign in</h2><input aria-label=Name><button>Go</button></form>
+    <table><caption>Prices</caption><tr><td>Tea</td><td>3</td></tr><tr><td>Milk</td><td>1</td></tr></table>
+    <article><b>Lamp</b><button>Buy</button></article><button>Alone</button>"""
+    scene = shown(browser_pool, html)
+    held = {(g.role, g.name): [scene.elements[n].text for n in g.members] for g in scene.groups}
+    assert held["form", "Sign in"] == ["Sign in", "Name", "Go"]
+    assert held["row", "Milk"] == ["Milk", "1"]
+    assert held["table", "Prices"] == ["Prices", "Tea", "3", "Milk", "1"]
+    assert held["card", "Lamp"] == ["Lamp", "Buy"]
+    assert all("Alone" not in members for members in held.values())
+
+
+def test_scripts_without_spaces_are_read_line_by_line(browser_pool):
+    text = "每个城市都有一座图书馆，里面有3本新书和 2 张 old 地图。"
+    wide = shown(browser_pool, f"<p style='margin:0;font-size:14px'>{text}</p>", (640, 100))
+    assert [line.text for line in wide.lines] == [text]
+    narrow = shown(browser_pool, f"<p style='margin:0;font-size:14px;width:90px'>{text}</p>")
+    assert len(narrow.lines) > 3
+    assert "".join(line.text for line in narrow.lines).replace(" ", "") == text.replace(" ", "")
+    for line, after in itertools.pairwise(narrow.lines):
+        assert line.box[1] < after.box[1]
+        assert line.box[2] <= 90 + 14  # a full stop may hang over
+
+
+def test_what_stands_in_fields_is_read_and_what_is_cut_is_counted(browser_pool):
+    html = """<body style="margin:0"><input value="Ada" style="width:90px"><input placeholder="City">
+    <select><option>Tea</option></select><input type=password value=secret>
+    <div style="width:60px;overflow:hidden;white-space:nowrap">a line that is cut</div>
+    <div style="position:absolute;top:230px">over the edge</div></body>"""
+    scene = shown(browser_pool, html)
+    texts = [line.text for line in scene.lines]
+    assert texts[:3] == ["Ada", "City", "Tea"]
+    assert not {"secret", "over the edge"} & set(texts)
+    assert [box[1] for box in scene.unread][-1] == 230
+    assert len(scene.unread) >= 2
+    for line in scene.lines[:3]:
+        x1, y1, x2, y2 = line.box
+        assert np.ptp(scene.image[y1:y2, x1:x2].astype(int), axis=(0, 1)).max() > 60, line
+        ink = np.where(np.ptp(scene.image[y1:y2, max(0, x1 - 3) : x2 + 3].astype(int), axis=(0, 2)) > 60)[0]
+        assert ink.size > 0.5 * (x2 - x1)  # it spans the box
+    assert shown(browser_pool, "<p>all of it</p>").unread == ()
