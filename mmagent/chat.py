@@ -26,6 +26,9 @@ class Text:
 
     text: str
 
+    def __post_init__(self) -> None:
+        require_text("text", self.text)
+
 
 @dataclass(frozen=True)
 class Image:
@@ -45,12 +48,18 @@ class Thinking:
 
     text: str
 
+    def __post_init__(self) -> None:
+        require_text("thinking", self.text)
+
 
 @dataclass(frozen=True)
 class Box:
     """The final answer within an assistant's text, framed for whoever extracts it."""
 
     text: str
+
+    def __post_init__(self) -> None:
+        require_text("box", self.text)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ class ToolCall:
         odd = [key for key, value in self.arguments.items() if not (isinstance(key, str) and isinstance(value, str))]
         if odd:
             raise ValueError(f"tool call {self.name!r}: argument {odd[0]!r} must be text; argument_text writes others")
+        require_text("the name of a tool call", self.name)
+        for key, value in self.arguments.items():
+            require_text(f"tool call {self.name!r}: the name of an argument", key)
+            require_text(f"tool call {self.name!r}: argument {key!r}", value)
 
 
 @dataclass(frozen=True)
@@ -84,9 +97,16 @@ class Tool:
             parsed = json.loads(self.declaration)
         except ValueError as error:
             raise ValueError(f"a tool's declaration must be JSON: {error}") from error
-        name = _function(parsed).get("name")
+        function = _function(parsed)
+        name = function.get("name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"a tool's declaration must be an object with the function's name, got {parsed!r:.200}")
+        if name != name.strip() or "\n" in name:
+            raise ValueError(f"the name of a tool must be one line without spaces around it, got {name!r}")
+        for field, kind in (("description", str), ("parameters", dict)):
+            if not isinstance(function.get(field), kind | None):
+                raise ValueError(f"tool {name!r}: {field} must be {kind.__name__}, got {function[field]!r:.200}")
+        require_text(f"tool {name!r}", json_text(parsed))
         object.__setattr__(self, "declaration", json_text(parsed))
 
     @property
@@ -97,6 +117,19 @@ class Tool:
 def _function(declaration: JSON) -> Mapping[str, JSON]:
     inner = declaration.get("function", declaration) if isinstance(declaration, dict) else {}
     return inner if isinstance(inner, dict) else {}
+
+
+def require_text(where: str, text: str) -> str:
+    """``text``, which must be Unicode: half of a surrogate pair cannot be written, and no tokenizer takes it. Raises
+    ``ValueError`` that begins with ``where``."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be text, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{where}: {half} at character {error.start} is half of a surrogate pair, no text") from error
+    return text
 
 
 def json_text(value: JSON) -> str:
@@ -250,7 +283,7 @@ def render(
     Raises ``ValueError`` when roles cannot follow each other, or images and ``image_tokens`` disagree.
     """
     config = config or ChatConfig()
-    _check_order(messages, generate)
+    check_order(messages, generate)
     writer = _Writer(vocab)
     writer.control("[gMASK]")
     writer.control("<sop>")
@@ -367,7 +400,8 @@ def forced_answer(vocab: Vocab) -> list[int]:
     return [vocab.id("</think>")]
 
 
-def _check_order(messages: Sequence[Message], generate: bool) -> None:
+def check_order(messages: Sequence[Message], generate: bool = False) -> None:
+    """Raises ``ValueError`` naming the first message that cannot follow the one before it."""
     for n, message in enumerate(messages):
         before = messages[n - 1] if n else None
         if message.role == "system" and n:

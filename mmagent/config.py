@@ -154,7 +154,7 @@ def parse_cli(presets: dict[str, Callable[[], T]], description: str, argv: Seque
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any config key can be overridden: data.path=shards steps=200. See them all with --print-config.",
+        epilog="Any config key can be overridden: output=runs/mine seed=1. See them all with --print-config.",
     )
     first = next(iter(presets))
     parser.add_argument("--preset", choices=list(presets), default=first, help=f"starting point (default: {first})")
@@ -164,7 +164,7 @@ def parse_cli(presets: dict[str, Callable[[], T]], description: str, argv: Seque
     try:
         config = resolve(presets[args.preset](), args.overrides)
     except (ConfigError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"error: {error}\n")
     if args.print_config:
         print(to_yaml(config), end="")
         parser.exit(0)

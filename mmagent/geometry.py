@@ -30,6 +30,10 @@ FRAME = 1000
 """Coordinates of actions and boxes are integers in ``[0, FRAME)``, relative to the image."""
 
 
+FRAME_TOKENS = (640, 512, 384, 256, 160, 128)
+"""Visual tokens that a frame of a video may have, as published for Seed1.5-VL (arXiv 2505.07062)."""
+
+
 @dataclass
 class GeometryConfig:
     """How images become patches. Defaults are those of the GLM-4.5V / GLM-OCR family.
@@ -161,12 +165,33 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def patchify(image: np.ndarray | Sequence[np.ndarray], config: GeometryConfig) -> PatchedImage:
+def frames_within(frames: int, budget: int) -> tuple[int, list[int]]:
+    """How a video of ``frames`` sampled frames keeps within ``budget`` visual tokens: the most tokens a frame may have,
+    and which frames are kept.
+
+    The tokens are the largest of :data:`FRAME_TOKENS` with which all frames fit; where none does, the smallest, for as
+    many frames as then fit, evenly spaced from the first to the last. Raises ``ValueError`` where not one frame fits.
+    """
+    if frames < 1 or budget < FRAME_TOKENS[-1]:
+        raise ValueError(f"{frames} frames in {budget} visual tokens: a frame needs {FRAME_TOKENS[-1]}")
+    for tokens in FRAME_TOKENS:
+        if frames * tokens <= budget:
+            return tokens, list(range(frames))
+    kept = budget // FRAME_TOKENS[-1]
+    if kept == 1:
+        return FRAME_TOKENS[-1], [0]
+    return FRAME_TOKENS[-1], [(n * (frames - 1) + (kept - 1) // 2) // (kept - 1) for n in range(kept)]
+
+
+def patchify(
+    image: np.ndarray | Sequence[np.ndarray], config: GeometryConfig, into: Tensor | None = None
+) -> PatchedImage:
     """Resize, normalise and cut one image, or a clip of frames of equal size, into patches.
 
     ``image`` is ``(height, width, 3)`` uint8, or a sequence of such frames. A still image is repeated in
     time to fill ``temporal_patch``; so is the last frame of a clip whose length is no multiple of it.
     Values inside a patch are ordered (channel, time, row, column), rows of patches merge-block-major.
+    ``into (p, C)``: where they are written, float32 and contiguous, on the host; else into new memory.
     """
     from mmagent.types import PatchedImage  # types.py names ImageView; importing it at the top would be a cycle
 
@@ -184,27 +209,32 @@ def patchify(image: np.ndarray | Sequence[np.ndarray], config: GeometryConfig) -
     groups = -(-len(frames) // config.temporal_patch)
     seen_frames += [seen_frames[-1]] * (groups * config.temporal_patch - len(frames))
     grid = (groups, seen[0] // config.patch_size, seen[1] // config.patch_size)
-    return PatchedImage(torch.from_numpy(_cut(seen_frames, config)), grid, ImageView(original, seen))
+    into = torch.empty(math.prod(grid), config.patch_values) if into is None else into
+    if into.shape != (math.prod(grid), config.patch_values):
+        raise ValueError(f"into is {tuple(into.shape)}, the image has {math.prod(grid)} patches")
+    _cut(seen_frames, config, into.numpy())
+    return PatchedImage(into, grid, ImageView(original, seen))
 
 
-def _cut(frames: Sequence[np.ndarray], config: GeometryConfig) -> np.ndarray:
-    """``(p, C)`` float32 from frames of one size: :func:`to_patches` of :func:`normalise`, bit for bit, but bytes are
-    moved before they become floats, and the 256 values of a channel are normalised once (five times faster)."""
+def _cut(frames: Sequence[np.ndarray], config: GeometryConfig, into: np.ndarray) -> None:
+    """Fills ``into (p, C)`` float32 from frames of one size: :func:`to_patches` of :func:`normalise`, bit for bit, but
+    bytes are moved before they become floats, and the 256 values of a channel are normalised once (five times
+    faster)."""
     t, p, m = config.temporal_patch, config.patch_size, config.merge_size
     height, width = frames[0].shape[:2]
-    patches = np.empty((len(frames) // t, height // (p * m), width // (p * m), m, m, 3, t, p, p), np.float32)
+    patches = into.view()
+    patches.shape = (len(frames) // t, height // (p * m), width // (p * m), m, m, 3, t, p, p)  # never a copy
     before = None
     for n, frame in enumerate(frames):
-        into = patches[n // t, ..., n % t, :, :]
+        part = patches[n // t, ..., n % t, :, :]
         if frame is before and n % t:  # a still image, or the end of a clip: its last frame again
-            into[...] = patches[n // t, ..., n % t - 1, :, :]
+            part[...] = patches[n // t, ..., n % t - 1, :, :]
             continue
         blocks = frame.reshape(height // (p * m), m, p, width // (p * m), m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         blocks = np.ascontiguousarray(blocks)
         for channel, table in enumerate(_normalised(tuple(config.mean), tuple(config.std))):
-            into[..., channel, :, :] = np.take(table, blocks[..., channel, :, :])
+            part[..., channel, :, :] = np.take(table, blocks[..., channel, :, :])
         before = frame
-    return patches.reshape(-1, config.patch_values)
 
 
 @cache
@@ -280,12 +310,12 @@ def document_positions(is_image: Tensor, grids: Sequence[Sequence[int]], merge_s
     """
     flags = is_image.cpu().numpy()
     total = len(flags)
-    out = torch.empty(3, total, dtype=torch.int64)
+    out = np.empty((3, total), np.int64)
     borders = [0, *(np.flatnonzero(flags[1:] != flags[:-1]) + 1).tolist(), total] if total else []
     position = image = 0
     for at, end in pairwise(borders):
         if not flags[at]:
-            out[:, at:end] = torch.arange(position, position + end - at)
+            out[:, at:end] = np.arange(position, position + end - at)
             position += end - at
         while flags[at] and at < end:  # images without text between them share a run of slots
             if image >= len(grids):
@@ -296,14 +326,13 @@ def document_positions(is_image: Tensor, grids: Sequence[Sequence[int]], merge_s
                 raise ValueError(
                     f"image {image} needs {frames * rows * cols} visual slots from token {at}, found {end - at}"
                 )
-            span = out[:, at:past].view(3, frames, rows, cols)
-            span[0] = torch.arange(position, position + frames).view(-1, 1, 1)
-            span[1] = torch.arange(position, position + rows).view(-1, 1)
-            span[2] = torch.arange(position, position + cols)
+            out[0, at:past] = np.repeat(np.arange(position, position + frames), rows * cols)
+            out[1, at:past] = np.tile(np.repeat(np.arange(position, position + rows), cols), frames)
+            out[2, at:past] = np.tile(np.arange(position, position + cols), frames * rows)
             position += max(frames, rows, cols)
             image, at = image + 1, past
             if at == end:
                 break
     if image != len(grids):
         raise ValueError(f"{len(grids)} images, but visual slots for {image}")
-    return out
+    return torch.from_numpy(out)

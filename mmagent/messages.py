@@ -25,6 +25,7 @@ from mmagent.chat import (
     ToolCall,
     Video,
     argument_text,
+    require_text,
 )
 
 _ROLES = {
@@ -91,6 +92,8 @@ def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
             read.append(Tool(argument_text(tool)))
         except ValueError as error:
             raise ValueError(f"tools[{n}]: {error}") from error
+        if read[-1].name in [other.name for other in read[:-1]]:
+            raise ValueError(f"tools[{n}]: {read[-1].name!r} is declared already")
     return tuple(read)
 
 
@@ -224,7 +227,7 @@ class _Reader:
                 raise ValueError(f"{where}: content: a box beside a thought in the text; name reasoning_content")
             thought, _, text = "\n".join(part.text for part in parts).partition("</think>")
             thought, parts = thought.split("<think>")[-1], [Text(text)]
-        _require_text(f"{where}: reasoning_content", thought)
+        require_text(f"{where}: reasoning_content", thought)
         self._called = bool(calls)
         spoken: list[Part] = [Thinking(thought)] if thought else []
         spoken += parts
@@ -251,27 +254,22 @@ class _Reader:
                 raise ValueError(f"{where}: arguments: are no JSON: {error}") from error
         if not isinstance(arguments, Mapping):
             raise ValueError(f"{where}: arguments: must be an object, got {type(arguments).__name__}")
-        _require_text(f"{where}: name", function["name"])
+        require_text(f"{where}: name", function["name"])
         try:
-            texts = {key: argument_text(value) for key, value in arguments.items()}
-            for key, value in texts.items():
-                _require_text(f"argument {key!r}", value)
-                if isinstance(key, str):  # what it is else, the call says
-                    _require_text("a name of an argument", key)
-            return ToolCall(function["name"], texts)
+            return ToolCall(function["name"], {key: argument_text(value) for key, value in arguments.items()})
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
     def _parts(self, where: str, content: Any, role: str) -> tuple[Part, ...]:
         if isinstance(content, str):
-            return (Text(_require_text(f"{where}: content", content)),)
+            return (Text(require_text(f"{where}: content", content)),)
         if not isinstance(content, Sequence):
             raise ValueError(f"{where}: content: must be text or a list of parts, got {type(content).__name__}")
         return tuple(self._part(f"{where}: content[{n}]", part, role) for n, part in enumerate(content))
 
     def _part(self, where: str, part: Any, role: str) -> Part:
         if isinstance(part, str):
-            return Text(_require_text(where, part))
+            return Text(require_text(where, part))
         if not isinstance(part, Mapping):
             raise ValueError(f"{where}: must be text or an object, got {type(part).__name__}")
         kind = part.get("type")
@@ -280,7 +278,7 @@ class _Reader:
         if kind in ("text", "box") and not isinstance(part.get("text"), str):
             raise ValueError(f"{where}: text: must be text, got {type(part.get('text')).__name__}")
         if kind in ("text", "box"):
-            _require_text(f"{where}: text", part["text"])
+            require_text(f"{where}: text", part["text"])
         if kind == "text":
             return Text(part["text"])
         if (kind == "box") != (role == "assistant") or role == "system":
@@ -303,16 +301,6 @@ class _Reader:
             raise ValueError(f"{where}: a video must be a list of {len(seconds)} pictures, one for each timestamp")
         self.pictures += [None] * len(seconds) if frames is None else list(frames)
         return Video(tuple(float(t) for t in seconds))
-
-
-def _require_text(where: str, text: str) -> str:
-    """``text``, which must be Unicode: half of a surrogate pair cannot be written, and no tokenizer takes it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"{where}: {half} at character {error.start} is half of a surrogate pair, no text") from error
-    return text
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

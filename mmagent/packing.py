@@ -1,4 +1,4 @@
-"""Documents to packs: which documents share a micro-batch, how they become one stream, which rank takes it.
+"""Documents to packs: which documents share a micro-batch, and how they become one stream.
 
 Pure functions under two budgets at once, tokens of the stream and patches of the encoder. A pack holds whole
 documents only: no image and no text is ever split, and nothing is padded but, where a kernel wants it, the tail.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmagent.geometry import document_positions, visual_tokens
-from mmagent.types import IGNORE, Cost, Document, PackedBatch, PackedVision, PatchedImage, Segments
+from mmagent.types import IGNORE, Document, PackedBatch, PackedVision, PatchedImage, Segments
 
 
 class Size(NamedTuple):
@@ -249,63 +248,3 @@ def _share(images: Sequence[PatchedImage], merge_size: int) -> tuple[list[Patche
             total += tokens
         index.append(torch.arange(starts[number], starts[number] + tokens))
     return kept, torch.cat(index)
-
-
-@dataclass
-class CostWeights:
-    """Relative time of the four terms of :class:`~mmagent.types.Cost`.
-
-    A transformer layer of width ``w`` spends about ``24 w^2`` operations a token outside attention and
-    ``4 w n`` inside it over ``n`` keys (half of that when causal). Defaults are those of a 24-layer encoder
-    of width 1024 (per patch) and a 46-layer decoder of width 4096 (per token), scaled to one token = 1.
-    """
-
-    patches_squared: float = 5.3e-6
-    patches: float = 0.033
-    tokens_squared: float = 2.0e-5
-    tokens: float = 1.0
-
-    def __call__(self, cost: Cost) -> float:
-        """One comparable number."""
-        return (
-            self.patches_squared * cost.patches_squared
-            + self.patches * cost.patches
-            + self.tokens_squared * cost.tokens_squared
-            + self.tokens * cost.tokens
-        )
-
-    @staticmethod
-    def of(encoder_width: int, encoder_layers: int, decoder_width: int, decoder_layers: int) -> CostWeights:
-        """Weights of a model with dense layers (for a mixture of experts, pass the width of equal active size)."""
-        token = 24 * decoder_width**2 * decoder_layers
-        return CostWeights(
-            patches_squared=4 * encoder_width * encoder_layers / token,
-            patches=24 * encoder_width**2 * encoder_layers / token,
-            tokens_squared=2 * decoder_width * decoder_layers / token,
-            tokens=1.0,
-        )
-
-
-def balance(costs: Sequence[float], ranks: int, min_gain: float = 0.02) -> list[list[int]]:
-    """Deal packs to ranks, equally many to each, so that the heaviest rank is as light as a sorted greedy makes it.
-
-    Within a rank packs run from heavy to light, so that ranks that meet after every micro-batch meet with
-    equals. Dealing in turn (pack ``n`` to rank ``n % ranks``) is kept when the gain is below ``min_gain``.
-    Deterministic; every rank that knows the costs computes the same answer.
-
-    Raises ``ValueError`` when the packs cannot be dealt evenly.
-    """
-    if len(costs) % ranks:
-        raise ValueError(f"{len(costs)} packs cannot be dealt evenly to {ranks} ranks")
-    heavy_first = sorted(range(len(costs)), key=lambda n: (-costs[n], n))
-    in_turn = [[n for n in heavy_first if n % ranks == rank] for rank in range(ranks)]
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for n in heavy_first:
-        free = [rank for rank in range(ranks) if len(dealt[rank]) < len(costs) // ranks]
-        lightest = min(free, key=lambda rank: (sum(costs[m] for m in dealt[rank]), rank))
-        dealt[lightest].append(n)
-
-    def heaviest(deal: list[list[int]]) -> float:
-        return max((sum(costs[n] for n in packs) for packs in deal), default=0.0)
-
-    return dealt if heaviest(dealt) < heaviest(in_turn) * (1 - min_gain) else in_turn

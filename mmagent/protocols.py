@@ -76,7 +76,8 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Prepared(Protocol):
-    """What an :class:`Objective` may offer beside, if its loss compares samples of *different* micro-batches."""
+    """What an :class:`Objective` may offer beside, if its loss compares samples of *different* micro-batches, or its
+    ranks must agree on something before they compute them."""
 
     def prepare(self, micro_batches: Sequence[Any], forward: Callable[[Any], StepOutput]) -> None:
         """Called by all ranks once a step, before the forward and backward of each of ``micro_batches`` in their
@@ -97,6 +98,26 @@ class Objects(Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """What an :class:`Objective` offers beside, if it knows how much work a batch is."""
+
+    def flops(self, batch: Any) -> float:
+        """Useful operations of forward and backward over ``batch``, a multiplication and an addition being two: nothing
+        for padding, for what is frozen above what learns, for what is computed again. No collective."""
+        ...
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """What an :class:`Objective` offers beside, if its forwards gather what :meth:`Objective.after_step` uses."""
+
+    def forget(self) -> None:
+        """Drop what the forwards since the last ``after_step`` gathered: the step they were for is not taken. Whoever
+        skips it must leave no trace: what the next step finds is what this one found. No collective."""
+        ...
+
+
+@runtime_checkable
 class SharesPacks(Protocol):
     """What an :class:`Objective` offers beside, if ranks may compute one batch together (context parallelism)."""
 
@@ -107,10 +128,10 @@ class SharesPacks(Protocol):
 
 
 class Engine(Protocol):
-    """Sharding, precision, clipping and the optimizer behind five calls."""
+    """Sharding, precision, clipping and the optimizer behind six calls."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """Surrounds forward and backward of one micro-batch; gradients are reduced over ranks when ``last``."""
+        """Surrounds forward and backward of one micro-batch; after the ``last`` gradients are summed over ranks."""
         ...
 
     def forward(self, batch: Any) -> StepOutput:
@@ -123,7 +144,14 @@ class Engine(Protocol):
 
     def step(self, lr_scale: float = 1.0, role_scales: Mapping[str, float] | None = None) -> float:
         """Clip, step with every learning rate times ``lr_scale``, or that of its role in ``role_scales``, zero. Returns
-        the global gradient norm before clipping."""
+        the global gradient norm before clipping. An engine that knows the norm of each role's gradient as well leaves
+        them in ``role_norms`` (``Mapping[str, float]``). Raises ``FloatingPointError`` where the norm is not finite, on
+        all ranks and before any weight has changed."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the gradients instead of stepping: weights, optimizer and schedule stay as they are. After the last
+        micro-step, or after a :meth:`step` that raised."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -137,6 +165,17 @@ class Policy(Protocol):
     version: int
 
     async def complete(self, prompt: Trajectory, limits: Limits) -> Completion: ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A :class:`Policy` that can say who it is: ``identity()`` is equal where its numbers come of equal weights and
+    settings. ``steady``: to the last bit, whoever else is served at the same time."""
+
+    @property
+    def steady(self) -> bool: ...
+
+    def identity(self) -> str: ...
 
 
 class Environment(Protocol):

@@ -23,7 +23,6 @@ import io
 import json
 import re
 import struct
-import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +38,12 @@ from mmagent.messages import read_tools
 MAX_PIXELS = 64_000_000
 """Images above this are refused before they are decoded (a decompression bomb costs memory, not disk)."""
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # and no other, whatever the bytes look like: some run programs
+MAX_SCANS = 100
+"""A JPEG of more scans is refused: a progressive one has about ten, and decoding takes time for each of them over the
+whole image, however few bytes it has."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+"""What is decoded, and nothing else, whatever the bytes look like: some formats run programs."""
+_MOVING = ("PNG", "WEBP", "GIF")  # may hold animations; a second picture in a JPEG is a preview or a depth map
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(r"(?:[^/\\\0\n]+/)*[^./\\\0\n]+")
 _UNREADABLE = (  # what Pillow raises for bytes that are no image, or no longer one
@@ -56,6 +60,7 @@ _UNREADABLE = (  # what Pillow raises for bytes that are no image, or no longer 
     struct.error,
     zlib.error,
     PILImage.DecompressionBombError,
+    PILImage.DecompressionBombWarning,  # where warnings are errors
 )
 
 
@@ -103,21 +108,38 @@ class Record:
 def decode_image(data: bytes, key: str, field: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """``(height, width, 3)`` uint8 from encoded bytes: EXIF rotation applied, alpha laid over white.
 
-    Raises :class:`RecordError` for what is no image, is truncated, or has more than ``max_pixels``.
+    Raises :class:`RecordError` for what is no image, is truncated, moves, or has more than ``max_pixels``.
     """
     try:
-        image = _load(data, key, field, max_pixels)
-        image = ImageOps.exif_transpose(image)
+        image = _open(data, key, field, max_pixels)
+        image.load()
+        if _orientation(image, data) != 1:  # it copies what it does not turn
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white instead of scaling them
             image = PILImage.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = PILImage.alpha_composite(PILImage.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except RecordError:
         raise
     except _UNREADABLE as error:
-        raise RecordError(key, field, f"cannot decode image: {error}") from error
+        raise RecordError(key, field, _why(data, error)) from error
+
+
+def check_image(data: bytes, key: str, field: str = "image", *, decode: bool = True) -> EncodedImage:
+    """Encoded bytes that :func:`decode_image` takes, with the extension that their content has, whatever the file was
+    called; ``decode`` false looks at the header only. Raises :class:`RecordError` as :func:`decode_image` does."""
+    try:
+        image = _open(data, key, field)
+        if decode:
+            image.load()
+    except RecordError:
+        raise
+    except _UNREADABLE as error:
+        raise RecordError(key, field, _why(data, error)) from error
+    kind = "jpeg" if image.format == "MPO" else str(image.format).lower()
+    return EncodedImage(data, "jpg" if kind == "jpeg" else kind)
 
 
 def decode_map(data: bytes, key: str, field: str = "map", max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -127,12 +149,12 @@ def decode_map(data: bytes, key: str, field: str = "map", max_pixels: int = MAX_
     Raises :class:`RecordError` for what is no such image, is truncated, or has more than ``max_pixels``.
     """
     try:
-        image = _load(data, key, field, max_pixels)
+        image = _open(data, key, field, max_pixels)
         values = np.asarray(image)
     except RecordError:
         raise
     except _UNREADABLE as error:
-        raise RecordError(key, field, f"cannot decode image: {error}") from error
+        raise RecordError(key, field, _why(data, error)) from error
     if image.mode in ("1", "L", "P"):
         return values.astype(np.uint8)
     if image.mode.startswith("I") and 0 <= int(values.min()) <= int(values.max()) <= np.iinfo(np.uint16).max:
@@ -140,15 +162,33 @@ def decode_map(data: bytes, key: str, field: str = "map", max_pixels: int = MAX_
     raise RecordError(key, field, f"a map is a grey image of 8 or 16 bits or one with a palette, got {image.mode}")
 
 
-def _load(data: bytes, key: str, field: str, max_pixels: int) -> PILImage.Image:
-    """The decoded image, refused by its header where it would be too large."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides below
-        image = PILImage.open(io.BytesIO(data), formats=_FORMATS)
+def _open(data: bytes, key: str, field: str, max_pixels: int = MAX_PIXELS) -> PILImage.Image:
+    """The image by its header, refused where its pixels would be too many, or too slow to decode, or too much for one
+    picture: the first frame of an animation is not what was shown, so that no frame is taken silently."""
+    image = PILImage.open(io.BytesIO(data), formats=FORMATS)  # what it warns of max_pixels refuses
     if image.width * image.height > max_pixels:
         raise RecordError(key, field, f"{image.width}x{image.height} pixels exceed the limit of {max_pixels}")
-    image.load()
+    if image.format in _MOVING and getattr(image, "is_animated", False):
+        raise RecordError(key, field, "is an animation; an image is one picture, and frames are those of a video")
+    if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise RecordError(key, field, f"a JPEG of {scans} scans exceeds the limit of {MAX_SCANS}")
     return image
+
+
+def _why(data: bytes, error: Exception) -> str:
+    """What is wrong with an image, in words that do not change from run to run."""
+    if not data:
+        return "cannot decode image: it has no bytes"
+    if isinstance(error, PILImage.DecompressionBombError):  # Pillow's own limit, some times ours
+        return f"too many pixels to be opened exceed the limit of {MAX_PIXELS}"
+    if not isinstance(error, UnidentifiedImageError):
+        return f"cannot decode image: {error}"
+    start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    marks = {b"<svg": "SVG", b"<?xml": "SVG or XML", b"<": "HTML", b"%pdf": "PDF", b"ii*\0": "TIFF", b"mm\0*": "TIFF"}
+    found = next((name for mark, name in marks.items() if start.startswith(mark)), "")
+    found = found or ("HEIF or AVIF" if start[4:8] == b"ftyp" else "")
+    hint = f"; it looks like {found}" if found else ""
+    return f"cannot decode image: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}{hint}"
 
 
 def encode_image(pixels: np.ndarray) -> EncodedImage:
@@ -159,17 +199,35 @@ def encode_image(pixels: np.ndarray) -> EncodedImage:
 
 
 def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int, int]:
-    """``(height, width)`` after EXIF rotation, from the header alone."""
+    """``(height, width)`` after EXIF rotation, from the header alone. Raises :class:`RecordError` for what its header
+    shows to be unusable (:func:`decode_image`)."""
+    if (size := _size_of_plain_png(image.data)) is not None:
+        return size
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            opened = PILImage.open(io.BytesIO(image.data), formats=_FORMATS)
-        # Of a PNG Pillow would decode all pixels to find an orientation that may follow them: only where one can be.
-        orientable = opened.format != "PNG" or b"eXIf" in image.data or b"Raw profile type" in image.data
-        sideways = orientable and opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        opened = _open(image.data, key, field)
+        sideways = _orientation(opened, image.data) in (5, 6, 7, 8)
+    except RecordError:
+        raise
     except _UNREADABLE as error:
-        raise RecordError(key, field, f"cannot read image header: {error}") from error
+        raise RecordError(key, field, _why(image.data, error)) from error
     return (opened.width, opened.height) if sideways else (opened.height, opened.width)
+
+
+def _orientation(image: PILImage.Image, data: bytes) -> int:
+    """By its EXIF. Of a PNG Pillow would decode all pixels to find one that may follow them: only where one can be."""
+    if image.format == "PNG" and b"eXIf" not in data and b"Raw profile type" not in data:
+        return 1
+    return int(image.getexif().get(0x0112, 1))
+
+
+def _size_of_plain_png(data: bytes) -> tuple[int, int] | None:
+    """``(height, width)`` of a PNG that has nothing to be looked into, in a tenth of Pillow's time; None for the rest:
+    what is animated, turned, too large or damaged."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or any(mark in data for mark in (b"acTL", b"eXIf", b"Raw profile type")):
+        return None
+    length, kind, width, height, _, checksum = struct.unpack(">I4sII5sI", data[8:33].ljust(25, b"\0"))
+    whole = (length, kind) == (13, b"IHDR") and zlib.crc32(data[12:29]) == checksum
+    return (height, width) if whole and 0 < width * height <= MAX_PIXELS else None
 
 
 def validate(record: Record, *, headers: bool = True) -> Record:
@@ -181,6 +239,8 @@ def validate(record: Record, *, headers: bool = True) -> Record:
     key = record.key
     if not _KEY.fullmatch(key) or ".." in key.split("/"):
         raise RecordError(key or "<no key>", "key", "must be a name without dots and newlines, at most below folders")
+    if not key.isascii():
+        _check_unicode(key)
     if not record.source:
         raise RecordError(key, "source", "is empty")
     if bool(record.messages) == bool(record.parts):
@@ -205,6 +265,13 @@ def validate(record: Record, *, headers: bool = True) -> Record:
     return record
 
 
+def _check_unicode(key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(ascii(key)[1:-1], "key", "is no UTF-8") from error
+
+
 def _check_region(key: str, field: str, region: Region, numbers: int, sizes: list[tuple[int, int]]) -> None:
     if not 0 <= region.image < len(sizes):
         raise RecordError(key, field, f"image {region.image} of {len(sizes)}")
@@ -218,9 +285,10 @@ def _check_region(key: str, field: str, region: Region, numbers: int, sizes: lis
         raise RecordError(key, field, f"{region.coordinates} is empty or inverted")
 
 
-def to_sample(record: Record) -> dict[str, Any]:
-    """A webdataset sample: ``__key__``, ``json`` and ``N.extension`` entries. Validates first."""
-    validate(record)
+def to_sample(record: Record, *, headers: bool = True) -> dict[str, Any]:
+    """A webdataset sample: ``__key__``, ``json`` and ``N.extension`` entries. Validates first; ``headers`` false trusts
+    images that were looked at already, where no box needs their size."""
+    validate(record, headers=headers)
     body: dict[str, Any] = {"source": record.source}
     if record.messages:
         body["messages"] = [
@@ -256,6 +324,8 @@ def from_sample(sample: Mapping[str, Any]) -> Record:
         raise RecordError(key, "json", "is missing")
     try:
         body = json.loads(sample["json"])
+    except RecursionError as error:
+        raise RecordError(key, "json", "does not parse: lists and objects stand too deep in one another") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise RecordError(key, "json", f"does not parse: {error}") from error
     if not isinstance(body, dict):

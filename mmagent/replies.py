@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from mmagent.chat import JSON, Box, ChatConfig, Message, Part, Text, Thinking, Tool, ToolCall, spoken_parts
 from mmagent.vocab import STOP_TOKENS, Vocab
 
+BOX_MARKS = ("<|begin_of_box|>", "<|end_of_box|>")
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -43,6 +45,15 @@ class Reply:
             raise ValueError(f"a malformed reply: {self.problem}")
         parts: list[Part] = [Thinking(self.thinking)] if self.thinking else []
         return Message("assistant", (*parts, *self.said, *self.calls))
+
+
+def final_answer(text: str) -> str:
+    """The final answer in what somebody wrote who has no ids to show: what the last pair of box marks holds; the whole
+    text where there is none. Space around it is no part of it."""
+    before, closed, _ = text.rpartition(BOX_MARKS[1])
+    _, opened, inside = before.rpartition(BOX_MARKS[0])
+    said = inside if closed and opened else text.replace(BOX_MARKS[0], "").replace(BOX_MARKS[1], "")
+    return said.strip()
 
 
 class _Malformed(Exception):
@@ -91,10 +102,10 @@ def parse_reply(ids: Sequence[int], vocab: Vocab, config: ChatConfig | None = No
             thinking = reader.text().strip()
             reader.take("</think>", "the thinking")
         said.append(Text(reader.text()))
-        while reader.control() == "<|begin_of_box|>":
-            reader.take("<|begin_of_box|>", "the text")
+        while reader.control() == BOX_MARKS[0]:
+            reader.take(BOX_MARKS[0], "the text")
             said.append(Box(reader.text()))
-            reader.take("<|end_of_box|>", "a box")
+            reader.take(BOX_MARKS[1], "a box")
             said.append(Text(reader.text()))
         while reader.control():
             reader.take("<tool_call>", "the text" if not calls else "a tool call")

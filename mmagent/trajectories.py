@@ -13,6 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from mmagent.chat import Part
 from mmagent.types import Document, PackedBatch, PatchedImage
 
 
@@ -154,7 +155,8 @@ class Observation:
     """What an environment shows: text, at most a few images as ``(height, width, 3)`` uint8 arrays, and whether
     the episode is over. ``reward`` is the environment's own, None where only the task can judge; ``parts`` are
     its named parts. ``takes_cut``: an answer to it that was cut at a limit of tokens is judged by what was
-    written (half a document still is one; half an action is none, and is not acted on)."""
+    written (half a document still is one; half an action is none, and is not acted on). ``layout``: the same as
+    parts of a turn, where it is not the images and then the text (a video, pictures between words)."""
 
     text: str
     images: tuple[object, ...] = ()
@@ -162,6 +164,7 @@ class Observation:
     reward: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     takes_cut: bool = False
+    layout: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,18 @@ class Document:
         return sum(image.patches.shape[0] for image in self.images)
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """``torch.cat``, without its copy where the parts lie one behind the other in memory, as a stream decodes them."""
+    first, end = parts[0], parts[0].storage_offset()
+    memory = first.untyped_storage().data_ptr()
+    for part in parts:
+        behind = part.untyped_storage().data_ptr() == memory and part.storage_offset() == end
+        if not (behind and part.is_contiguous() and part.shape[1:] == first.shape[1:] and part.dtype == first.dtype):
+            return torch.cat(list(parts))
+        end += part.numel()
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+
+
 @dataclass(frozen=True)
 class PackedVision:
     """All images of a pack in one stream: ``patches (P, C)`` and, on the host, ``grids (I, 3)`` int64."""
@@ -150,7 +162,7 @@ class PackedVision:
         if not images:
             raise ValueError("images: cannot pack an empty list; use None for a text-only pack")
         return PackedVision(
-            torch.cat([image.patches for image in images]),
+            _joined([image.patches for image in images]),
             torch.tensor([image.grid for image in images], dtype=torch.int64),
         )
 
@@ -270,9 +282,13 @@ class PackedBatch:
         return self
 
     def cost(self) -> Cost:
+        """A token that sees a shared prefix sees all of it, where of its own document it sees half on average."""
         frames = () if self.vision is None else self.vision.segments.lengths
         tokens = self.segments.lengths[:-1] if self.tail else self.segments.lengths
-        return Cost(sum(n * n for n in frames), sum(frames), sum(n * n for n in tokens), sum(tokens))
+        squares = sum(n * n for n in tokens)
+        for n, prefix in zip(tokens, self.prefix_of or (), strict=False):
+            squares += 2 * n * tokens[prefix] if prefix >= 0 else 0
+        return Cost(sum(n * n for n in frames), sum(frames), squares, sum(tokens))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         def move(x: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ SPECIAL_TOKENS = (
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 PAD_TOKEN = "[MASK]"
 """What fills the tail of a pack. No stop token, as the family's padding is: what is padding cannot be sampled."""
+_SHORT, _KNOWN = 16, 1 << 16  # characters of texts whose ids are remembered, and how many are
 NEVER_SAMPLED = (
     *("<|image|>", "<|begin_of_image|>", "<|end_of_image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>"),
     *(PAD_TOKEN, "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>"),
@@ -74,6 +75,7 @@ class Vocab:
         if missing:
             raise ValueError(f"tokenizer lacks the control tokens {missing}")
         self._names = {index: name for name, index in self._special.items()}
+        self._known: dict[str, list[int]] = {}
         self._plain = Tokenizer.from_str(json.dumps({**parsed, "added_tokens": [], "post_processor": None}))
         if reachable := sorted(set(self._names) & set(self._plain.get_vocab().values())):
             names = [self._names[index] for index in reachable]
@@ -94,7 +96,10 @@ class Vocab:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"no tokenizer at {path}; data_pipelines.build makes a tokenizer.json: name its path")
-        return cls(path.read_text(encoding="utf-8"))
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
 
     def save(self, path: Path | str) -> None:
         path = Path(path)
@@ -150,7 +155,14 @@ class Vocab:
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; never a control id, whatever the text says."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        if len(text) > _SHORT:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        ids = self._known.get(text)  # line breaks, roles and names come over and over, and a call costs more than they
+        if ids is None:
+            ids = self._plain.encode(text, add_special_tokens=False).ids
+            if len(self._known) < _KNOWN:
+                self._known[text] = ids
+        return list(ids)
 
     def caption_ids(self, caption: str, most: int) -> list[int]:
         """A caption as text towers read it: at most ``most`` ids, the last of them the end, however much is cut before

@@ -78,9 +78,9 @@ def tools(
     """None, or a few declarations, wrapped and bare. ``keys`` of their dictionaries, where they are other texts."""
     keys = text if keys is None else keys
     made = []
-    for _ in range(draw(st.integers(0, 2))):
+    for name in draw(st.lists(names(text), max_size=2, unique=True)):
         function = {
-            "name": draw(names(text)),
+            "name": name,
             "description": draw(text),
             "parameters": {"type": "object", "properties": {draw(keys): {"type": "string", "default": draw(text)}}},
         }

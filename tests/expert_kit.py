@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mmagent.dist import World
+from mmagent.engine.build import build_engine
 from mmagent.engine.checkpoint import gather_weights
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.mtp import MTPConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.protocols import Engine
 from mmagent.train.step import StepResult, train_step
 from mmagent.types import PackedBatch
 from tests.engine_kit import ALONE
@@ -44,6 +46,7 @@ class Case:
     experts: int = 2  # ranks that share them
     total: int = 4  # of them
     context: int = 1
+    shard: int = 0  # ranks that share one copy of everything, under hsdp
     split: Split = TWO
     mtp: MTPConfig = field(default_factory=MTPConfig)
     optimizer: str = "sgd"
@@ -53,6 +56,7 @@ class Case:
     allow_unused: bool = False
     freeze: tuple[tuple[str, ...], ...] = ((),)
     favour: float = 0.0
+    all_chosen: bool = False  # every expert serves every token: nothing that rounding could choose otherwise
     tail: int = 3
 
     def packs(self, rank: int) -> list[PackedBatch]:
@@ -74,6 +78,8 @@ def build_model(case: Case) -> AgentModel:
     torch.manual_seed(0)
     config = presets.debug()
     moe = replace(config.decoder.moe, experts=case.total)
+    if case.all_chosen:
+        moe = replace(moe, top_k=case.total)
     model = AgentModel(replace(config, mtp=case.mtp, decoder=replace(config.decoder, moe=moe)))
     model.set_recompute(case.recompute)
     for leaf in model.leaves():
@@ -81,24 +87,24 @@ def build_model(case: Case) -> AgentModel:
     return model
 
 
-def build_engine(case: Case, objective: nn.Module, model: AgentModel, world: World) -> TorchEngine:
+def engine_of(case: Case, objective: nn.Module, model: AgentModel, world: World) -> Engine:
     if case.optimizer == "sgd":  # without clipping, weights move by the gradient itself
         optimizer, clip = torch.optim.SGD(objective.parameters(), lr=0.1), 0.0
     else:
         config = OptimConfig(lr=1e-3, newton_schulz_dtype="float32", role_lr={"mtp": 0.5})
         optimizer, clip = build_optimizer(model, config), 0.5
-    config = TorchEngineConfig("none", case.dtype, clip, case.allow_unused)
+    config = EngineConfig("none", case.dtype, clip, case.allow_unused)
     if world.size > 1:
-        shared = {"expert_parallel": case.experts, "context_parallel": case.context}
-        config = TorchEngineConfig(case.parallel, case.dtype, clip, case.allow_unused, **shared)
-    return TorchEngine(objective, optimizer, config, world)
+        shared = {"expert_parallel": case.experts, "context_parallel": case.context, "shard_ranks": case.shard}
+        config = EngineConfig(case.parallel, case.dtype, clip, case.allow_unused, **shared)
+    return build_engine(objective, optimizer, config, world)
 
 
 def train(world: World, case: Case) -> Outcome:
     """All ranks together; ``case.split`` has as many entries as there are data ranks."""
     world = world.with_context(case.context)
     objective = LanguageModeling(build_model(case), LanguageModelingConfig(bias_rate=0.01, detach_mtp=case.detach))
-    engine = build_engine(case, objective, objective.model, world)
+    engine = engine_of(case, objective, objective.model, world)
     results = []
     for freeze in case.freeze:
         objective.model.freeze(freeze)

@@ -21,9 +21,10 @@ PACKAGES = ("mmagent", "data_pipelines", "evals", "recipes")
 
 FLOORS = (
     ("types", "trajectories", "protocols", "config", "geometry", "vocab", "chat", "messages", "replies", "records",
-     "packing", "packing_check", "actions", "prompts", "files"),
+     "packing", "packing_check", "balance", "actions", "prompts", "files", "retries", "signatures", "contamination",
+     "html"),
     ("dist", "ops", "browser"),
-    ("models", "losses", "worlds"),
+    ("models", "losses", "worlds", "dealing"),
     ("interop", "objectives", "generation", "tasks"),
     ("agent", "engine"),
     ("train", "testing"),
@@ -267,7 +268,7 @@ def test_every_config_field_has_a_reader():
 
 def test_configs_are_found():
     names = {field.owner for field in config_fields()}
-    assert {"GeometryConfig", "OptimConfig", "TorchEngineConfig", "CogViTConfig"} <= names
+    assert {"GeometryConfig", "OptimConfig", "EngineConfig", "CogViTConfig"} <= names
 
 
 def test_public_names_have_docstrings():
@@ -379,3 +380,27 @@ def test_importing_the_library_is_light(module):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("mmagent", {"torch", "numpy", "omegaconf"}),
+        (
+            "mmagent.train.hooks",
+            {"transformers", "timm", "torchvision", "tensorboard", "wandb", "scipy", "torch._dynamo"},
+        ),
+        (
+            "recipes.pretrain",
+            {"transformers", "timm", "torchvision", "deepspeed", "matplotlib", "wandb", "scipy", "sklearn"},
+        ),
+    ],
+)
+def test_a_run_starts_without_what_it_may_never_need(module, without):
+    """What is loaded and not how long it takes, which a busy machine blurs: a package as a whole costs 15 ms, mostly
+    Python's; torch comes with the rooms that compute, everything else when it is called."""
+    script = f"import sys, {module}; print(sorted(set({sorted(without)}) & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[]"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import random
 from collections.abc import Iterator
 from itertools import count
 
@@ -116,3 +119,23 @@ class Unplayable(FourLetters):
 
     def environment(self, item: Item) -> EchoEnvironment:
         raise AssertionError("a replay must not play")
+
+
+class SlowLetters(FourLetters):
+    """Two right answers an episode, each judged after a while, so that a collection can be caught in its middle. Every
+    opening is a line in the file that ``PLAYED`` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 2
+
+    def environment(self, item: Item) -> EchoEnvironment:
+        with open(os.environ["PLAYED"], "a", encoding="utf-8") as file:
+            file.write(f"{item.key}\n")
+        return SlowEnvironment(self, item)
+
+
+class SlowEnvironment(EchoEnvironment):
+    async def step(self, action: str) -> Observation:
+        await asyncio.sleep(random.SystemRandom().uniform(0.0, 0.3))  # who comes first must not matter
+        return await super().step(action)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from mmagent.agent.advantages import Group, group_advantages
+from mmagent.agent.codec import Codec
 from mmagent.agent.sharing import Unit, make_unit
+from mmagent.balance import CostWeights
+from mmagent.dealing import deal_batches
 from mmagent.dist import World, gather_ints
-from mmagent.geometry import GeometryConfig
 from mmagent.packing import Size, check_fits, empty_pack, pack
 from mmagent.trajectories import PolicyBatch, Trajectory
 from mmagent.types import Document, PackedBatch
-from mmagent.vocab import Vocab
 
 
 def policy_batches(
@@ -51,40 +52,55 @@ def policy_batches(
         units += make_unit(group.trajectories, own, image_id, merge_size, share_prompts)
     plan = _split(_fill([part for unit in units for part in _fitting(unit, budget)], budget), packs)
     settings = {"image_id": image_id, "merge_size": merge_size, "pad_id": pad_id}
-    empty = PolicyBatch(empty_pack(pad_id), torch.zeros(1), torch.zeros(1))
-    return [_build(chosen, settings) for chosen in plan] + [empty] * (packs - len(plan))
+    return [_build(chosen, settings) for chosen in plan] + [_empty(pad_id)] * (packs - len(plan))
 
 
 def rank_batches(
     groups: Sequence[Group],
-    budget: Size,
     world: World,
-    vocab: Vocab,
-    geometry: GeometryConfig,
+    codec: Codec,
     *,
+    budget: Size,
+    weights: CostWeights | None = None,
+    min_gain: float = 0.02,
+    meets: bool = False,
     estimator: str = "grpo",
     share_prompts: bool = True,
 ) -> list[PolicyBatch]:
-    """:func:`policy_batches` of this rank's ``groups``, as many on every rank; none anywhere when no rank has a group.
+    """:func:`policy_batches` of what all ranks played, as many on every rank; none anywhere when no rank has a group.
 
-    A collective.
+    Ranks play different numbers of groups, of different lengths. With ``weights`` of the model their packs are dealt by
+    cost over all ranks (:func:`mmagent.dealing.deal_batches`); without, each trains on what it played, and where it has
+    fewer packs than others splits them. A collective.
     """
 
     def build(packs: int) -> list[PolicyBatch]:
         return policy_batches(
             groups,
             budget,
-            image_id=vocab.image_id,
-            merge_size=geometry.merge_size,
-            pad_id=vocab.pad_id,
+            image_id=codec.vocab.image_id,
+            merge_size=codec.geometry.merge_size,
+            pad_id=codec.vocab.pad_id,
             estimator=estimator,
             packs=packs,
             share_prompts=share_prompts,
         )
 
     batches = build(0)
-    most = max(gather_ints(len(batches), world.device))
-    return batches if len(batches) == most else build(most)
+    counts = gather_ints(len(batches), world.device)
+    if weights is None:
+        return batches if len(batches) == max(counts) else build(max(counts))
+    share = -(-sum(counts) // len(counts))
+    if 0 < len(batches) < share:  # or there might be too few packs for all
+        batches = build(share)
+    if not share:
+        return []
+    filled = [batch for batch in batches if batch.keys]
+    return deal_batches(filled, world, weights, lambda: _empty(codec.vocab.pad_id), min_gain, meets)[0]
+
+
+def _empty(pad_id: int) -> PolicyBatch:
+    return PolicyBatch(empty_pack(pad_id), torch.zeros(1), torch.zeros(1))
 
 
 def _fitting(unit: Unit, budget: Size) -> list[Unit]:

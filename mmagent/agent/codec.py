@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from mmagent.chat import (
     user,
 )
 from mmagent.geometry import GeometryConfig, patchify, visual_tokens
-from mmagent.prompts import system_prompt, turn
+from mmagent.prompts import shown, system_prompt
 from mmagent.replies import parse_reply
 from mmagent.trajectories import Observation, Trajectory
 from mmagent.types import PatchedImage
@@ -36,7 +37,12 @@ REMEMBERED = 64
 
 class Codec:
     """``vocab``, image ``geometry`` and ``chat`` template of one policy; ``rules`` become a system message, ``tools``
-    are declared before it."""
+    are declared before it.
+
+    A trajectory only grows, so what a policy thought stays in its context when a user speaks again, where the template
+    would drop it. ``codec.chat`` says so (``preserve_thinking``): save a policy with it, and servers show it the
+    contexts that it was trained on.
+    """
 
     def __init__(
         self,
@@ -47,7 +53,9 @@ class Codec:
         rules: str = "",
         tools: Sequence[Tool] = (),
     ):
-        self.vocab, self.geometry, self.chat = vocab, geometry, chat or ChatConfig()
+        chat = chat or ChatConfig()
+        self.vocab, self.geometry = vocab, geometry
+        self.chat = replace(chat, preserve_thinking=chat.preserve_thinking or chat.thinking)
         self.rules, self.tools = rules, tuple(tools)
         self._patched: OrderedDict[int, tuple[object, PatchedImage]] = OrderedDict()
 
@@ -60,7 +68,7 @@ class Codec:
         """Write the first observation, and the opening of the policy's turn."""
         images = [self.patch(image) for image in seen.images]
         messages = [system_prompt(self.rules)] if self.rules else []
-        messages.append(user(*turn(seen.text, len(images))))
+        messages.append(user(*shown(seen)))
         ids = render(messages, self.vocab, self._tokens(images), self.chat, tools=self.tools, generate=True).ids
         trajectory.extend(ids, trainable=False, images=images)
 
@@ -70,7 +78,7 @@ class Codec:
         It is a tool's answer where the policy called one, else a turn of the user.
         """
         images = [self.patch(image) for image in seen.images]
-        parts = turn(seen.text, len(images))
+        parts = shown(seen)
         last = trajectory.input_ids[-1]
         roles = {self.vocab.id(f"<|{role}|>"): role for role in ("user", "observation")}
         called = bool(parse_reply(self.turns(trajectory)[-1], self.vocab, self.chat).calls)
@@ -80,14 +88,16 @@ class Codec:
         trajectory.extend(ids, trainable=False, images=images)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What a completion says to the environment: without thinking and control tokens.
+        """What a completion says to the environment: without thinking and control tokens, and of an answer in a box
+        what the box holds alone.
 
         Calls of tools follow the text, one JSON object ``{"name": ..., "arguments": {...}}`` a line, argument values
         as the texts they are; nothing is made of a malformed one.
         """
         reply = parse_reply(ids, self.vocab, self.chat)
         if reply.problem or not reply.calls:
-            return completion_text(ids, self.vocab, self.chat)
+            boxed = None if reply.problem else reply.box
+            return completion_text(ids, self.vocab, self.chat) if boxed is None else boxed.strip()
         calls = [json_text({"name": call.name, "arguments": dict(call.arguments)}) for call in reply.calls]
         return "\n".join([reply.text, *calls] if reply.text else calls)
 

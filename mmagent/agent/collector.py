@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmagent.agent.advantages import AdvantageConfig, Group, Selection, gather_groups, select
 from mmagent.agent.codec import Codec
 from mmagent.agent.curriculum import Curriculum, CurriculumConfig, ItemStream
+from mmagent.agent.inflight import InFlight
 from mmagent.agent.rollout import RolloutConfig, roll_out
 from mmagent.agent.store import load_trajectories, save_trajectories
 from mmagent.dist import World, stable_seed
-from mmagent.protocols import Policy, Task
+from mmagent.models.feature_cache import content_key
+from mmagent.protocols import Identified, Policy, Task
 from mmagent.trajectories import Item, Status, Trajectory
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 PASS = 0.5
 """A reward from here on counts as passed, for pass@k."""
+LOOK = 0.1
+"""Seconds between two looks at whether a collection is to be left."""
 
 
 @dataclass
 class CollectorConfig:
     """``prompts``: groups of one step over all ranks, after those that teach nothing are dropped, as far as the
     curriculum's oversampling reaches. ``record`` is a folder that keeps every rollout; ``replay`` one to take them from
-    instead of playing."""
+    instead of playing. ``kept_gb``: what ended episodes may take of the disk, those of all ranks and of all collections
+    since the last checkpoint; what goes beyond is played again after a kill."""
 
     prompts: int = 16
+    kept_gb: float = 20.0
     record: str = ""
     replay: str = ""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -37,21 +48,28 @@ class CollectorConfig:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ValueError(f"collector: at least one prompt a step is needed, got {self.prompts}")
+        if self.kept_gb < 0:
+            raise ValueError(f"collector.kept_gb must not be negative, got {self.kept_gb} (0 keeps no episode)")
 
 
 @dataclass(frozen=True)
 class Collected:
-    """This rank's ``groups`` to train on, all its ``trajectories``, and global ``metrics``."""
+    """This rank's ``groups`` to train on, all its ``trajectories``, and global ``metrics``. ``left``: some rank was
+    asked to leave, so there is nothing to train on, and the collector stands where it stood before."""
 
     groups: tuple[Group, ...]
     trajectories: tuple[Trajectory, ...]
     metrics: dict[str, float]
+    left: bool = False
 
 
 class Collector:
     """Plays a mixture of ``tasks`` under a curriculum. Prompts are drawn globally and dealt to ranks, and every
     trajectory has a seed of its own, so what is played depends neither on the number of ranks nor on when a run was
-    interrupted. The state is as of the last whole collection: one that a kill cuts short is drawn again, whole.
+    interrupted. The state is as of the last whole collection: one that a kill cuts short is drawn again, and what had
+    ended of it is taken from ``folder`` (:mod:`mmagent.agent.inflight`). In lockstep all of it is played again, unless
+    the policy is steady: who is left out would change the batches of the others. So it is without a folder, and where
+    the policy cannot say who it is.
     """
 
     shared_state = True  # equal on every rank
@@ -64,33 +82,84 @@ class Collector:
         config: CollectorConfig,
         world: World,
         seed: int,
+        folder: str | Path | None = None,
     ):
         self.policy, self.codec, self.config, self.world, self.seed = policy, codec, config, world, seed
+        self.inflight = None
+        if folder and config.kept_gb and self._may_keep():
+            self.inflight = InFlight(folder, world, policy, 1e9 * config.kept_gb)
         self.items = ItemStream(tasks, "train", seed)
         self.curriculum = Curriculum([task.name for task in tasks], config.curriculum)
 
-    async def collect(self) -> Collected:
-        """One collection. A collective: every rank takes part. Raises what rollouts raise."""
+    async def collect(self, play: bool = True, asked: Callable[[], bool] = lambda: False) -> Collected:
+        """One collection. A collective: every rank takes part. Raises what rollouts raise. Unless they are to ``play``
+        the prompts are drawn and dropped: for a step that is left out. ``asked``: whether this rank is to leave; it
+        then stops at once, and the others when their episodes have ended, or they are asked as well."""
         started = time.perf_counter()
         ranks = self.world.size
-        number, weights = self.items.number, self.curriculum.weights()
+        before, number, weights = self.items.state_dict(), self.items.number, self.curriculum.weights()
         drawn = self.items.draw(self.curriculum.draws(self.config.prompts), weights)
+        if not play:
+            return Collected((), (), {"time/rollout": time.perf_counter() - started})
         mine = drawn[self.world.rank :: ranks]
-        trajectories = await self._play(mine, number)
+        trajectories = await _unless(asked, self._play(mine, number))
+        if self.world.sum({"left": float(trajectories is None)}, layout="leaving")["left"]:
+            self.items.load_state_dict(before)
+            return Collected((), (), {}, left=True)
+        assert trajectories is not None
         selection = select(trajectories, self.config.advantages)
         keep = -(-self.config.prompts // ranks)
         metrics = self._account(trajectories, selection)
         metrics["time/rollout"] = time.perf_counter() - started
         return Collected(selection.groups[:keep], tuple(trajectories), metrics)
 
+    def drop(self, before: int) -> None:
+        """Forget what policies older than version ``before`` played: a checkpoint holds what came of it."""
+        if self.inflight is not None:
+            self.inflight.drop(before)
+
+    def drop_after(self, version: int) -> None:
+        """Forget what policies newer than ``version`` played: the run went back there."""
+        if self.inflight is not None:
+            self.inflight.drop_after(version)
+
+    def make_room(self, tries: int) -> None:
+        """Forget kept episodes: a checkpoint could not be written, and ``tries`` are left."""
+        if self.inflight is not None:
+            self.inflight.make_room(tries)
+
+    def _may_keep(self) -> bool:
+        return isinstance(self.policy, Identified) and (self.policy.steady or not self.config.rollout.lockstep)
+
     async def _play(self, prompts: Sequence[tuple[Task, Item]], number: int) -> list[Trajectory]:
         if self.config.replay:
             return load_trajectories(self._folder(self.config.replay, number))
-        seed = stable_seed(self.seed, number)
-        played = await roll_out(prompts, self.policy, self.codec, self.config.rollout, seed) if prompts else []
+        seed, how = stable_seed(self.seed, number), self.config.rollout
+        if not prompts:
+            played = []
+        elif self.inflight is None:
+            played = await roll_out(prompts, self.policy, self.codec, how, seed)
+        else:
+            played = await self._play_on(self.inflight, prompts, number, seed)
         if self.config.record:
             save_trajectories(self._folder(self.config.record, number), played)
         return played
+
+    async def _play_on(
+        self, inflight: InFlight, prompts: Sequence[tuple[Task, Item]], number: int, seed: int
+    ) -> list[Trajectory]:
+        """What was not played yet."""
+        how, codec = self.config.rollout, self.codec
+        seen = (codec.geometry, codec.chat, codec.rules, codec.tools)
+        about = {"collection": number, "seed": seed, "rollout": asdict(how), "seen": repr(seen)}
+        about["vocab"] = content_key(codec.vocab.definition)
+        known = inflight.begin(self.policy.version, about)
+        if known:
+            logger.info("collection %d: %d episodes had ended before, and are not played again", number, len(known))
+        try:
+            return await roll_out(prompts, self.policy, self.codec, how, seed, known, inflight.keep)
+        finally:
+            inflight.end()
 
     def _folder(self, root: str, number: int) -> Path:
         return Path(root) / f"{number:06d}" / f"rank-{self.world.rank:05d}"
@@ -125,6 +194,19 @@ class Collector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.items.load_state_dict(state["items"])
         self.curriculum.load_state_dict(state["curriculum"])
+
+
+async def _unless(asked: Callable[[], bool], playing: Coroutine[Any, Any, T]) -> T | None:
+    """What ``playing`` gives, or None, once it has been stopped, where this process is ``asked`` to leave before."""
+    task = asyncio.ensure_future(playing)
+    try:
+        while not (await asyncio.wait({task}, timeout=LOOK))[0]:
+            if asked():
+                return None
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _totals(trajectories: Sequence[Trajectory], selection: Selection, tasks: Sequence[str]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Two ways to run the same episodes. In *lockstep* all policies' turns of a round are asked together, and all
 environments' steps: the batches that the model sees depend on the seeds alone, so a run can be repeated bit for
-bit. *Freely*, every episode goes at its own pace, and a slow environment delays nobody.
+bit. *Freely*, every episode goes at its own pace, and a slow environment delays nobody; that can be repeated bit for
+bit with a generator that is ``steady``, whose numbers do not depend on the batch.
 
 A broken environment fails its trajectory, with the reason; it is never a reward of zero.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmagent.agent.codec import Codec
@@ -20,6 +21,13 @@ from mmagent.protocols import Environment, Policy, Task
 from mmagent.trajectories import Completion, Item, Limits, Observation, Status, Trajectory
 
 logger = logging.getLogger(__name__)
+
+Keep = Callable[[Trajectory], Awaitable[None]]
+"""What is awaited with a trajectory when it has ended and been judged; not with one whose environment broke: that is no
+outcome, and may come of a machine that is going down."""
+
+
+async def _keep_nothing(trajectory: Trajectory) -> None: ...
 
 
 @dataclass
@@ -53,9 +61,18 @@ class RolloutConfig:
 class Episode:
     """One trajectory in the making. ``running`` until its status says otherwise."""
 
-    def __init__(self, task: Task, item: Item, codec: Codec, config: RolloutConfig, trajectory: Trajectory, seed: int):
+    def __init__(
+        self,
+        task: Task,
+        item: Item,
+        codec: Codec,
+        config: RolloutConfig,
+        trajectory: Trajectory,
+        seed: int,
+        keep: Keep = _keep_nothing,
+    ):
         self.task, self.item, self.codec, self.config = task, item, codec, config
-        self.trajectory, self.seed = trajectory, seed
+        self.trajectory, self.seed, self.keep = trajectory, seed, keep
         self.steps = 0
         self._turn: list[int] = []  # what the policy has said since it was last shown something
         self._environment: Environment | None = None
@@ -167,6 +184,7 @@ class Episode:
             raise ValueError(f"{self.trajectory.key}: score {score.value} of task {self.task.name!r} is not in [0, 1]")
         self.trajectory.reward = score.value
         self.trajectory.parts.update(score.parts)
+        await self.keep(self.trajectory)
 
     async def _fail(self, error: Exception) -> None:
         self.trajectory.status = Status.FAILED
@@ -188,7 +206,12 @@ def group_of(task: Task, item: Item) -> str:
 
 
 def make_episodes(
-    prompts: Sequence[tuple[Task, Item]], codec: Codec, config: RolloutConfig, seed: int, version: int
+    prompts: Sequence[tuple[Task, Item]],
+    codec: Codec,
+    config: RolloutConfig,
+    seed: int,
+    version: int,
+    keep: Keep = _keep_nothing,
 ) -> list[Episode]:
     """``group_size`` episodes for every prompt, group by group. A trajectory's seed depends on ``seed``, the prompt
     and its number in the group, not on its place among the others."""
@@ -197,7 +220,7 @@ def make_episodes(
         group = group_of(task, item)
         for n in range(config.group_size):
             trajectory = Trajectory(f"{group}#{n}", task.name, group, version)
-            episodes.append(Episode(task, item, codec, config, trajectory, stable_seed(seed, group, n)))
+            episodes.append(Episode(task, item, codec, config, trajectory, stable_seed(seed, group, n), keep))
     return episodes
 
 
@@ -244,17 +267,22 @@ async def roll_out(
     codec: Codec,
     config: RolloutConfig,
     seed: int,
+    known: Mapping[str, Trajectory] | None = None,
+    keep: Keep = _keep_nothing,
 ) -> list[Trajectory]:
-    """Play every prompt ``group_size`` times and return the ended trajectories, group by group.
+    """Play every prompt ``group_size`` times and return the ended trajectories, group by group; those that are
+    ``known``, by their keys, are not played again. ``keep`` gets the others as they end.
 
     Raises what the policy raises, and ``RuntimeError`` with the first reason when every environment failed.
     """
-    episodes = make_episodes(prompts, codec, config, seed, policy.version)
+    every = make_episodes(prompts, codec, config, seed, policy.version, keep)
+    known = known or {}
+    episodes = [episode for episode in every if episode.trajectory.key not in known]
     if config.lockstep:
         await run_lockstep(episodes, policy)
     else:
         await run_freely(episodes, policy, config.concurrency)
-    trajectories = [episode.trajectory for episode in episodes]
+    trajectories = [known.get(episode.trajectory.key, episode.trajectory) for episode in every]
     if trajectories and all(t.status is Status.FAILED for t in trajectories):
         raise RuntimeError(f"all {len(trajectories)} episodes failed; the first: {trajectories[0].note}")
     return trajectories

@@ -8,7 +8,7 @@ at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,13 @@ def save_trajectories(folder: Path | str, trajectories: Sequence[Trajectory]) ->
     images: dict[int, PatchedImage] = {id(image): image for row in trajectories for image in row.images}
     number = {key: n for n, key in enumerate(images)}
     tensors = {f"image/{n}": image.patches.contiguous() for n, image in enumerate(images.values())}
-    tensors |= {
-        "input_ids": torch.tensor([i for row in trajectories for i in row.input_ids], dtype=torch.int64),
-        "trainable": torch.tensor([t for row in trajectories for t in row.trainable], dtype=torch.bool),
-        "logprobs": torch.tensor([x for row in trajectories for x in row.logprobs], dtype=torch.float64),
-    }
+    tensors |= columns_of(trajectories)
     experts = [row for row in trajectories if row.routed_experts]
     tensors |= {f"experts/{row.key}": torch.stack(row.routed_experts) for row in experts}
     index = {
         "format": FORMAT,
-        "images": [{"grid": image.grid, "view": [image.view.original, image.view.seen]} for image in images.values()],
-        "trajectories": [_describe(row, [number[id(image)] for image in row.images]) for row in trajectories],
+        "images": [image_of(image) for image in images.values()],
+        "trajectories": [describe(row, [number[id(image)] for image in row.images]) for row in trajectories],
     }
     with new_folder(folder) as beside:
         save_file(tensors, beside / _TENSORS)
@@ -60,14 +56,12 @@ def load_trajectories(folder: Path | str) -> list[Trajectory]:
     if index.get("format") != FORMAT:
         raise ValueError(f"{folder}: format {index.get('format')!r}, this version reads {FORMAT}")
     tensors = load_file(folder / _TENSORS)
-    images = [
-        PatchedImage(tensors[f"image/{n}"], tuple(about["grid"]), ImageView(*(tuple(size) for size in about["view"])))
-        for n, about in enumerate(index["images"])
-    ]
+    images = [image_from(tensors[f"image/{n}"], about) for n, about in enumerate(index["images"])]
     out, at = [], 0
     for about in index["trajectories"]:
         span = slice(at, at + about["tokens"])
-        out.append(_restore(about, {name: tensors[name][span] for name in _COLUMNS}, images, tensors))
+        columns = {name: tensors[name][span] for name in _COLUMNS}
+        out.append(restore(about, columns, images, tensors.get(f"experts/{about['key']}")))
         at = span.stop
     if at != tensors["input_ids"].shape[0]:
         raise ValueError(f"{folder}: {tensors['input_ids'].shape[0]} tokens for trajectories of {at}")
@@ -77,7 +71,26 @@ def load_trajectories(folder: Path | str) -> list[Trajectory]:
 _COLUMNS = ("input_ids", "trainable", "logprobs")
 
 
-def _describe(row: Trajectory, images: Sequence[int]) -> dict[str, Any]:
+def columns_of(trajectories: Sequence[Trajectory]) -> dict[str, Tensor]:
+    """Ids, mask and log-probs of all tokens, one trajectory behind the other."""
+    return {
+        "input_ids": torch.tensor([i for row in trajectories for i in row.input_ids], dtype=torch.int64),
+        "trainable": torch.tensor([t for row in trajectories for t in row.trainable], dtype=torch.bool),
+        "logprobs": torch.tensor([x for row in trajectories for x in row.logprobs], dtype=torch.float64),
+    }
+
+
+def image_of(image: PatchedImage) -> dict[str, Any]:
+    """What JSON keeps of an image; its patches lie beside."""
+    return {"grid": image.grid, "view": [image.view.original, image.view.seen]}
+
+
+def image_from(patches: Tensor, about: Mapping[str, Any]) -> PatchedImage:
+    return PatchedImage(patches, tuple(about["grid"]), ImageView(*(tuple(size) for size in about["view"])))
+
+
+def describe(row: Trajectory, images: Sequence[int]) -> dict[str, Any]:
+    """What JSON keeps of a trajectory; ``images`` are the numbers of its own."""
     return {
         "key": row.key,
         "source": row.source,
@@ -92,13 +105,13 @@ def _describe(row: Trajectory, images: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _restore(
-    about: dict[str, Any], columns: dict[str, Tensor], images: Sequence[PatchedImage], tensors: dict[str, Tensor]
+def restore(
+    about: Mapping[str, Any], columns: Mapping[str, Tensor], images: Sequence[PatchedImage], experts: Tensor | None
 ) -> Trajectory:
+    """What :func:`describe` and :func:`columns_of` told of; ``images`` are all that its numbers count."""
     row = Trajectory(about["key"], about["source"], about["group"], about["policy_version"])
     row.input_ids, row.trainable, row.logprobs = (columns[name].tolist() for name in _COLUMNS)
     row.images = [images[n] for n in about["images"]]
-    experts = tensors.get(f"experts/{row.key}")
     row.routed_experts = [] if experts is None else list(experts)
     row.reward, row.parts, row.note = about["reward"], dict(about["parts"]), about["note"]
     row.status = Status(about["status"])

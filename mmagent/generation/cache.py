@@ -134,19 +134,38 @@ class ExtendAttention:
 
 
 class StepAttention:
-    """One new token a row."""
+    """One new token a row. ``apart``: rows are attended to one by one, each over its own length, for threads that share
+    rows out give one row other bits than another: what a row gets then depends on no other."""
 
-    def __init__(self, cache: KVCache):
+    def __init__(self, cache: KVCache, apart: bool = False):
         device = cache.lengths.device
         self.cache = cache
         self.slots = torch.arange(cache.rows, device=device) * cache.capacity + cache.lengths
-        self.reach = cache.longest + 1
+        self.reach = round_up(cache.longest + 1)
         assert self.reach <= cache.capacity, "the cache is full"
         self.mask = torch.arange(self.reach, device=device) <= cache.lengths[:, None, None]
+        self.parts = [(slice(None), self.reach)]  # rows attended to at a time, and how far
+        if apart:
+            self.parts = [(slice(n, n + 1), round_up(length + 1)) for n, length in enumerate(cache.lengths.tolist())]
 
     def __call__(self, layer: int, q_SHd: Tensor, k_SGd: Tensor, v_SGd: Tensor) -> Tensor:
         keys, values = self.cache.write(layer, self.slots, k_SGd, v_SGd)
-        return _attend(q_SHd.unsqueeze(1), keys[:, : self.reach], values[:, : self.reach], self.mask).squeeze(1)
+        out = [
+            _attend(q_SHd[rows].unsqueeze(1), keys[rows, :reach], values[rows, :reach], self.mask[rows, :, :reach])
+            for rows, reach in self.parts
+        ]
+        return torch.cat(out).squeeze(1)
+
+
+class LeadingRows:
+    """``attend`` for the first ``count`` of the tokens; the others, which nobody reads, get zeros."""
+
+    def __init__(self, attend: StepAttention, count: int):
+        self.attend, self.count = attend, count
+
+    def __call__(self, layer: int, q_SHd: Tensor, k_SGd: Tensor, v_SGd: Tensor) -> Tensor:
+        out = self.attend(layer, q_SHd[: self.count], k_SGd[: self.count], v_SGd[: self.count])
+        return F.pad(out, (0, 0, 0, 0, 0, q_SHd.shape[0] - self.count))
 
 
 def _attend(q_SNHd: Tensor, k_SLGd: Tensor, v_SLGd: Tensor, mask_SNL: Tensor) -> Tensor:

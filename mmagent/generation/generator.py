@@ -17,10 +17,18 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmagent.generation.cache import ExtendAttention, KVCache, PromptAttention, StepAttention, round_up
+from mmagent.generation.cache import (
+    ExtendAttention,
+    KVCache,
+    LeadingRows,
+    PromptAttention,
+    StepAttention,
+    round_up,
+)
 from mmagent.generation.rows import Request, Rows
 from mmagent.generation.sampling import sample, uniforms
 from mmagent.geometry import document_positions
@@ -37,19 +45,30 @@ BURST = 8
 """Tokens a sequence that one step decodes: under autocast every step casts the weights anew."""
 COMPACT_BELOW = 0.75
 """Finished sequences are carved out of the batch when fewer than this share is left."""
+STEADY_ROWS = 32
+"""Decoded rows come in multiples of this where they are to be steady: CPUs compute fewer than 4, and what is left over
+by their vectors, by other instructions. So it is at the end of what each thread gets, wherever that falls: they are
+computed by one (compared bit for bit in float32 and bfloat16 with AVX-512 and oneMKL)."""
+STEADY_EXPERTS = 32
+"""With more, products of experts run in a kernel that knows no least number of rows."""
 
 
 @dataclass
 class GeneratorConfig:
     """``max_sequences`` are decoded at a time; others wait. ``prefill_tokens`` bounds one forward over prompts,
     ``parked_tokens`` the places kept for trajectories that may go on (0: none). ``record_routing`` returns the
-    experts that served every sampled token but the last, which is not fed (-1 there)."""
+    experts that served every sampled token but the last, which is not fed (-1 there).
+
+    ``steady``: what a sequence gets depends on itself alone, to the last bit, and not on who else is decoded or in
+    which order they came. Prompts and images are run one at a time, and nothing is parked: a later turn runs its whole
+    trajectory anew, all on one thread. It is what CPUs are known to keep; elsewhere it is refused."""
 
     max_sequences: int = 256
     prefill_tokens: int = 16384
     parked_tokens: int = 1 << 19
     dtype: str = "float32"
     record_routing: bool = False
+    steady: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -91,6 +110,8 @@ class Generator:
         self.image_id, self.merge_size = model.config.image_id, model.encoder.merge_size
         self.barred = vocab.barred(model.config.vocab_size)
         self._barred = torch.tensor(self.barred, device=self.device)
+        if self.config.steady:
+            self._require_steady()
         self.tokens_sampled = 0
         self._routing = (model.config.decoder.moe_layers, model.config.decoder.moe.top_k)
         self._routing = self._routing if self.config.record_routing and self._routing[0] else (0, 0)
@@ -100,6 +121,11 @@ class Generator:
         self._weights: tuple[int, ...] = ()
         self._features: dict[int, tuple[weakref.ref[PatchedImage], Tensor]] = {}
         self._parked: weakref.WeakKeyDictionary[Trajectory, _Parked] = weakref.WeakKeyDictionary()
+
+    @property
+    def _at_once(self) -> int:
+        """Tokens that one forward over prompts may have; one thing alone always may."""
+        return 1 if self.config.steady else self.config.prefill_tokens
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +185,19 @@ class Generator:
 
     # ------------------------------------------------------------ internals
 
+    def _require_steady(self) -> None:
+        experts = self.model.config.decoder.moe.experts
+        if self.device.type != "cpu" or experts > STEADY_EXPERTS:
+            raise ValueError(
+                f"generator.steady: known of CPUs and up to {STEADY_EXPERTS} experts, not of {self.device.type} and "
+                f"{experts}; leave it false"
+            )
+
+    def _full(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """``(S, ...)`` with rows added that nobody reads, where sequences are to be steady."""
+        missing = -x.shape[0] % STEADY_ROWS if self.config.steady else 0
+        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing), value=value) if missing else x
+
     @contextmanager
     def _inference(self) -> Iterator[None]:
         weights = tuple(x._version for x in (*self.model.parameters(), *self.model.buffers()))
@@ -168,12 +207,23 @@ class Generator:
             self.forget()
             self._weights = weights
         dtype = DTYPES[self.config.dtype]
-        with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            yield
+        threads = torch.get_num_threads()
+        if self.config.steady and threads > 1:
+            torch.set_num_threads(1)
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                yield
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
 
     def _require_whole_weights(self) -> None:
         """Ranks that share weights would have to decode in step, and wait for ever for the first that is done."""
-        shared = [n for n, p in self.model.named_parameters() if isinstance(p, DTensor) and p.device_mesh.size() > 1]
+        shared = [
+            name
+            for name, p in self.model.named_parameters()
+            if hasattr(p, "ds_tensor") or (isinstance(p, DTensor) and p.device_mesh.size() > 1)  # ZeRO-3, FSDP2
+        ]
         if shared:
             raise ValueError(
                 f"{shared[0]} (and {len(shared) - 1} more) is shared by ranks: generate from a whole copy of the model"
@@ -213,7 +263,7 @@ class Generator:
             index.append(number[key])
         longest = max(prompt.ids.shape[0] for prompt in distinct)
         caches, hidden = [], []
-        for prompts in _chunks(distinct, lambda prompt: prompt.ids.shape[0], self.config.prefill_tokens):
+        for prompts in _chunks(distinct, lambda prompt: prompt.ids.shape[0], self._at_once):
             segments = Segments([prompt.ids.shape[0] for prompt in prompts], self.device)
             cache = KVCache(torch.zeros(len(prompts), dtype=torch.int64, device=self.device), longest)
             hidden.append(self._prefill(prompts, segments, PromptAttention(cache, segments)))
@@ -282,7 +332,7 @@ class Generator:
             return None
         missing = list({id(image): image for image in images if id(image) not in self._features}.values())
         unit = self.merge_size**2
-        for part in _chunks(missing, lambda image: image.patches.shape[0], self.config.prefill_tokens * unit):
+        for part in _chunks(missing, lambda image: image.patches.shape[0], self._at_once * unit):
             visual = self.model.encode(PackedVision.pack(part).to(self.device))
             sizes = [image.patches.shape[0] // unit for image in part]
             for image, tokens in zip(part, visual.split(sizes), strict=True):
@@ -305,24 +355,25 @@ class Generator:
         if cache.longest + 1 > cache.capacity:
             everything = torch.arange(len(rows), device=self.device)
             cache = rows.cache = cache.select(everything, round_up(cache.capacity * 3 // 2))
-        attend = StepAttention(cache)
-        positions = rows.positions.expand(3, -1)
-        out = self.model.decoder(self.model.embed_tokens(rows.last), positions, attend)
+        attend = LeadingRows(StepAttention(cache, self.config.steady), len(rows))
+        positions = self._full(rows.positions).expand(3, -1)
+        out = self.model.decoder(self.model.embed_tokens(self._full(rows.last)), positions, attend)
         if self._routing[0]:
-            rows.record_experts(out.routed())
+            rows.record_experts(out.routed()[: len(rows)])
         living = torch.from_numpy(rows.alive).to(self.device)
         cache.advance(living, cache.longest + 1)
         rows.positions = rows.positions + living
-        self._sample(rows, out.hidden)
+        self._sample(rows, out.hidden[: len(rows)])
 
     def _sample(self, rows: Rows, hidden_SD: Tensor) -> None:
-        scores = logits(self.model, hidden_SD)
+        scores = logits(self.model, self._full(hidden_SD))
         scores.index_fill_(1, self._barred, float("-inf"))
         uniform = torch.from_numpy(uniforms(rows.seeds, rows.counters())).to(self.device)
         narrowed = any(request.limits.top_p < 1 for request in rows.requests)
-        ids, logprobs = sample(scores, rows.temperature, rows.top_p if narrowed else None, uniform)
+        top_p = self._full(rows.top_p, 1.0) if narrowed else None
+        ids, logprobs = sample(scores, self._full(rows.temperature, 1.0), top_p, self._full(uniform))
         self.tokens_sampled += int(rows.alive.sum())
-        rows.record(ids, logprobs)
+        rows.record(ids[: len(rows)], logprobs[: len(rows)])
 
     def _collect(self) -> dict[int, Completion]:
         """Completions of the rows that have just ended; the rest moves together when enough have left."""
@@ -333,7 +384,7 @@ class Generator:
         for row in np.flatnonzero(~rows.alive & ~rows.told):
             request, completion = rows.requests[row], rows.completion(row)
             done[request.ticket] = completion
-            if self.config.parked_tokens:
+            if self.config.parked_tokens and not self.config.steady:
                 ids = [*request.prompt.input_ids[: request.length], *completion.ids[:-1]]
                 self._parked[request.prompt] = _Parked(rows.cache, int(row), ids, len(request.prompt.images))
         rows.told = ~rows.alive

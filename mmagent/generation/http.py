@@ -26,6 +26,7 @@ import numpy as np
 
 from mmagent.geometry import GeometryConfig, unpatchify, visual_tokens
 from mmagent.records import encode_image
+from mmagent.replies import final_answer
 from mmagent.trajectories import Completion, Limits, Trajectory
 from mmagent.vocab import Vocab
 
@@ -142,9 +143,8 @@ def parse_answer(data: bytes) -> Answer:
 
 
 def visible(text: str) -> str:
-    """What follows the thinking, without the box marks of the GLM family."""
-    text = _THOUGHT.sub("", text, count=1)
-    return text.replace("<|begin_of_box|>", "").replace("<|end_of_box|>", "").strip()
+    """What follows the thinking; of that, what stands in the box marks of the GLM family, where there are some."""
+    return final_answer(_THOUGHT.sub("", text, count=1))
 
 
 def answered(text: str) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 from mmagent.generation.generator import Generator
+from mmagent.models.feature_cache import content_key
 from mmagent.trajectories import Completion, Limits, Trajectory
 
 
@@ -24,6 +25,16 @@ class LocalPolicy:
         self._worker: asyncio.Task[None] | None = None
         # one thread for ever: each thread that computes keeps a pool of its own workers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmagent-generator")
+
+    @property
+    def steady(self) -> bool:
+        """Whether what a trajectory gets depends on itself, its seed and the weights alone."""
+        return self.generator.config.steady
+
+    def identity(self) -> str:
+        """sha256 of all weights, buffers and settings that decide its numbers. Reads the weights once."""
+        tensors = sorted(self.generator.model.state_dict().items())
+        return content_key(repr(self.generator.config), *(part for pair in tensors for part in pair))
 
     async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
         """Raises what :meth:`Generator.submit` raises; a failure while decoding reaches every caller in flight."""

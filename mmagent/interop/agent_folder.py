@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmagent import dist
 from mmagent.chat import ChatConfig
 from mmagent.config import load_yaml, to_yaml
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import EncoderConfig, build_encoder, check_geometry, is_factory, open_encoder
-from mmagent.interop.live_model import folder_together, is_sharded, live_tensors, load_stored
+from mmagent.interop.live_model import folder_together, is_sharded, live_tensors, load_stored, together
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
 from mmagent.models.cogvit import CogViT
 from mmagent.ops.tensor_files import INDEX, WEIGHTS, Progress, Stored, TensorFiles, weight_files, write_files
@@ -70,6 +71,10 @@ def new_agent(
             check_geometry(tower, geometry, encoder)
         else:
             geometry = own
+    if config.vocab_size < vocab.size:
+        raise ValueError(
+            f"the tokenizer has {vocab.size} ids, the model {config.vocab_size}: set model.vocab_size={vocab.size}"
+        )
     config = replace(config, image_id=vocab.image_id, vision=vision)
     check_fit(AgentConfig(config, geometry, chat, custom), vocab, encoder or "model")
     return Agent(AgentModel(config, tower), vocab, geometry, chat, custom)
@@ -86,7 +91,7 @@ def save_agent(
     weights: Mapping[str, Tensor] | None = None,
     shard_size: int | None = None,
 ) -> None:
-    """Write the folder, replacing an older one.
+    """Write the folder, replacing an older one; what is no model folder is not replaced (``ValueError``).
 
     ``encoder`` is :attr:`Agent.encoder`, which must be there when the model's encoder is no CogViT. ``shard_size``:
     bytes above which the weights are split into numbered files.
@@ -100,6 +105,9 @@ def save_agent(
         raise ValueError(f"encoder: name the import path of the factory of {type(model.encoder).__name__}")
     check_fit(config, vocab, str(folder))
     sharded = weights is None and is_sharded(model)
+    with together(sharded, f"write to {folder}"):
+        if not sharded or dist.is_main():
+            require_model_folder(Path(folder))
     tensors = live_tensors(model if weights is None else weights).values()
     write_agent(folder, config, vocab, tensors, shard_size, sharded=sharded)
 
@@ -192,6 +200,24 @@ def fingerprint(folder: Path | str, whole_up_to: int = 1 << 30, windows: int = 2
                     file.seek(n * (size - _PIECE) // (each - 1))
                     digest.update(file.read(_PIECE))
     return digest.hexdigest()[:16]
+
+
+def require_model_folder(target: Path) -> None:
+    """Raises ``ValueError`` where ``target`` holds anything but a model, which is all that is replaced. A run's folder
+    has a config.yaml as well, and checkpoints and logs below it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file")
+    held = {path.name: path for path in target.iterdir()}
+    if not held:
+        return
+    kinds = ((CONFIG, "config.json"), (WEIGHTS, INDEX), (TOKENIZER,))
+    missing = [names[0] for names in kinds if not any((target / name).is_file() for name in names)]
+    below = sorted(name for name, path in held.items() if path.is_dir() and name != "__pycache__")
+    if missing or below:
+        why = f"{', '.join(missing)} missing" if missing else f"it holds the folder {below[0]}"
+        raise ValueError(f"{target} is no model folder: it is not replaced ({why})")
 
 
 def check_fit(config: AgentConfig, vocab: Vocab, where: str) -> None:

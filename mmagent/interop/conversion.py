@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 from mmagent import dist
-from mmagent.interop.agent_folder import TOKENIZER, Agent, AgentConfig, check_fit, write_agent
+from mmagent.interop.agent_folder import Agent, AgentConfig, check_fit, require_model_folder, write_agent
 from mmagent.interop.glm import agent_adapter, text_prefix
 from mmagent.interop.glm_config import CONFIG, their_config, write_config
 from mmagent.interop.glm_text import decoder_copies
-from mmagent.interop.hub_folder import write_hub
+from mmagent.interop.hub_folder import check_code, write_hub
 from mmagent.interop.live_model import folder_together, is_sharded, live_tensors, load_stored, together
 from mmagent.interop.model_source import FORMATS, HUB, NATIVE, Source, open_source
 from mmagent.interop.processor_files import check_numbers, write_processor
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.cogvit import CogViT
-from mmagent.ops.tensor_files import INDEX, WEIGHTS, Progress, Stored, write_files
+from mmagent.ops.tensor_files import Progress, Stored, write_files
 
 SHARD_SIZE = 5 << 30
 """Bytes of a file, as in released checkpoints."""
@@ -77,13 +77,14 @@ def check(
     as in :func:`~mmagent.interop.model_source.open_source`. Raises ``ValueError`` naming file and tensor of what is
     not sound."""
     with open_source(folder, trust_code=trust_code, without_mtp=without_mtp) as opened:
+        notes = opened.notes + (check_code(Path(folder)) if opened.format == HUB else [])
         progress = _counting(sum(tensor.nbytes for tensor in opened.tensors.values()), watch)
         for tensor in opened.tensors.values():
             for _, piece in tensor.chunks():
                 tensor.require_finite(piece)
                 if progress is not None:
                     progress(piece.numel() * tensor.dtype.itemsize)
-        return opened.notes
+        return notes
 
 
 def export_model(
@@ -110,7 +111,7 @@ def export_model(
     sharded = is_sharded(agent.model)
     with together(sharded, f"write to {folder}"):
         if not sharded or dist.is_main():
-            _require_model_folder(Path(folder))
+            require_model_folder(Path(folder))
     plan.write(Path(folder), shard_size, sharded=sharded)
     return [*plan.notes, *plan.source.told_vanished()]
 
@@ -222,25 +223,7 @@ def _require_place(source: Path, target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} holds the source {source}: it is not replaced")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} is there already; --overwrite replaces a model folder")
-    _require_model_folder(target)
-
-
-def _require_model_folder(target: Path) -> None:
-    """Raises ``ValueError`` where ``target`` holds anything but a model, which is all that is replaced. A run's folder
-    has a config.yaml as well, and checkpoints and logs below it."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{target} is a file")
-    held = {path.name: path for path in target.iterdir()}
-    if not held:
-        return
-    kinds = (("config.yaml", CONFIG), (WEIGHTS, INDEX), (TOKENIZER,))
-    missing = [names[0] for names in kinds if not any((target / name).is_file() for name in names)]
-    below = sorted(name for name, path in held.items() if path.is_dir() and name != "__pycache__")
-    if missing or below:
-        why = f"{', '.join(missing)} missing" if missing else f"it holds the folder {below[0]}"
-        raise ValueError(f"{target} is no model folder: it is not replaced ({why})")
+    require_model_folder(target)
 
 
 def _require_room(target: Path, nbytes: int) -> None:

@@ -204,6 +204,27 @@ def _differences(ours: Any, theirs: Any, path: str) -> Any:
             yield name, a, b
 
 
+def not_kept(theirs: Any, ours: dict[str, Any]) -> list[str]:
+    """What the config object of their folder says otherwise than ``ours``, which :func:`their_config` makes of it, as
+    ``name theirs (not ours)``: fields that change nothing here, such as a dropout."""
+    from transformers import AutoConfig
+
+    there, here = (_flat(config.to_dict()) for config in (theirs, AutoConfig.for_model(**json.loads(json.dumps(ours)))))
+    changed = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    shown = [name for name in changed if name.split(".")[0] != OURS and name.split(".")[-1] not in _TOLD_ELSEWHERE]
+    return [f"{name} {there.get(name)!r} (not {here.get(name)!r})" for name in shown]
+
+
+_TOLD_ELSEWHERE = ("transformers_version", "_name_or_path", "architectures", "dtype", "num_nextn_predict_layers")
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + str(name): value}
+    return flat
+
+
 def write_config(path: Path, theirs: dict[str, Any]) -> None:
     """``theirs`` as ``config.json``."""
     path.write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")

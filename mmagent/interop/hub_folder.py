@@ -55,9 +55,22 @@ def write_hub(folder: Path, config: AgentConfig, vocab: Vocab, dtype: torch.dtyp
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(), encoding="utf-8")
-    entries = sorted({f"{HUB}.{entry.partition('.')[0]}" for entry in ENTRIES.values()})
-    for name, text in flat_modules(entries).items():
+    for name, text in _code().items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _code() -> dict[str, str]:
+    return flat_modules(sorted({f"{HUB}.{entry.partition('.')[0]}" for entry in ENTRIES.values()}))
+
+
+def check_code(folder: Path) -> list[str]:
+    """Lines for people about the code in ``folder``, which is compared and not run. Raises ``ValueError`` naming the
+    files without which the model does not load where this library is not."""
+    code = _code()
+    if missing := sorted(name for name in code if not (folder / name).is_file()):
+        raise ValueError(f"{folder} lacks its code: {', '.join(missing)}")
+    changed = [name for name, text in sorted(code.items()) if (folder / name).read_text(encoding="utf-8") != text]
+    return [f"code of another version, or changed: {', '.join(changed)}"] if changed else []
 
 
 def is_hub(folder: Path) -> bool:

@@ -21,10 +21,10 @@ from mmagent.geometry import GeometryConfig
 from mmagent.interop.agent_folder import CONFIG, TOKENIZER, AgentConfig, build_agent, check_fit, read_agent_config
 from mmagent.interop.encoder_folder import EncoderConfig, open_encoder, require_trust
 from mmagent.interop.glm import MODELS, agent_adapter, agent_config, text_prefix
-from mmagent.interop.glm_config import declared_mtp, own_aspect, own_chat, own_mtp, read_config
+from mmagent.interop.glm_config import declared_mtp, not_kept, own_aspect, own_chat, own_mtp, read_config, their_config
 from mmagent.interop.hub_folder import CONFIG as THEIRS
 from mmagent.interop.hub_folder import is_hub, read_hub
-from mmagent.interop.processor_files import read_chat, read_geometry, read_template
+from mmagent.interop.processor_files import GENERATION, other_generation, read_chat, read_geometry, read_template
 from mmagent.interop.weights import Adapter
 from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_debug
 from mmagent.models.layers import initialise
@@ -180,6 +180,7 @@ def _open_theirs(folder: Path, theirs: Any, files: TensorFiles, encoder: str, se
         tensors[rule.ours] = tensor.cast(torch.float32) if rule.ours in single else tensor
     if eyes:
         tensors |= eyes.tensors
+    notes += _left_out(folder, theirs, whole, vocab)
     return Source(kind, whole, vocab, {name: tensors[name] for name in shapes}, notes)
 
 
@@ -267,6 +268,15 @@ def _chat(folder: Path, theirs: Any, notes: list[str]) -> ChatConfig:
     chat = chat or noted or ChatConfig()
     notes.append(f"chat: {chat.generation.value}, thinking {'on' if chat.thinking else 'off'}, {how}")
     return chat
+
+
+def _left_out(folder: Path, theirs: Any, whole: AgentConfig, vocab: Vocab) -> list[str]:
+    """Lines for people about what stands beside their weights and has no place in ours."""
+    kind = theirs.model_type
+    geometry = None if kind == "glm4_moe" else whole.geometry
+    ours = their_config(whole.model, kind, vocab, chat=whole.chat, geometry=geometry)
+    told = {THEIRS: not_kept(theirs, ours), GENERATION: other_generation(folder)}
+    return [f"{name}: not kept: {', '.join(fields)}" for name, fields in told.items() if fields]
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,17 @@ def read_chat(folder: Path, noted: ChatConfig | None = None) -> ChatConfig | Non
     return next((chat for chat in ([noted] if noted else []) + plain if chat_template(chat) == text), None)
 
 
+def other_generation(folder: Path) -> list[str]:
+    """What ``generation_config.json`` says beside the ids that follow from the vocabulary: how to sample."""
+    if not (folder / GENERATION).is_file():
+        return []
+    told = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
+    known = ("eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version", "_from_model_config")
+    usual = {"use_cache": True, "output_attentions": False, "output_hidden_states": False}
+    said = {name: value for name, value in sorted(told.items()) if value is not None and usual.get(name) != value}
+    return [f"{name} {value!r}" for name, value in said.items() if name not in known]
+
+
 def read_template(folder: Path) -> str | None:
     """The text of the chat template in ``folder``: a file of its own, or within the tokenizer's configuration, where
     of several that for no special use counts. None where there is none."""

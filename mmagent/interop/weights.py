@@ -128,14 +128,11 @@ def stack(ours: str, theirs: Sequence[str], sizes: Sequence[int], names: Iterabl
 
 
 class Adapter:
-    """Both directions of a list of rules. ``ignored``: names of theirs that hold nothing of their own.
+    """Both directions of a list of rules. ``copies``: names of theirs that may be there and then repeat another one
+    of theirs, bit for bit."""
 
-    ``copies``: names of theirs that may be there and then repeat another one of theirs, bit for bit.
-    """
-
-    def __init__(self, rules: Sequence[Rule], ignored: Iterable[str] = (), copies: Mapping[str, str] | None = None):
+    def __init__(self, rules: Sequence[Rule], copies: Mapping[str, str] | None = None):
         self.rules = tuple(rules)
-        self.ignored = frozenset(ignored)
         self.copies = dict(copies or {})
         for side in ([rule.ours for rule in self.rules], [name for rule in self.rules for name in rule.theirs]):
             twice = {name for name in side if side.count(name) > 1} if len(set(side)) != len(side) else set()
@@ -144,7 +141,7 @@ class Adapter:
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wanted = {name for rule in self.rules for name in rule.theirs}
-        _compare(set(state) - self.ignored - set(self.copies), wanted, "their state dict")
+        _compare(set(state) - set(self.copies), wanted, "their state dict")
         for copy, name in self.copies.items():
             if copy in state and not torch.equal(state[copy], state[name]):
                 raise ValueError(f"{copy} should repeat {name}, but differs from it")

@@ -63,6 +63,10 @@ class Rarity(nn.Module):
         self._seen[0] += len(segments)
         self._seen[1:] += had.bincount(minlength=len(self.frequency))
 
+    def forget(self) -> None:
+        """Drop what was taken in since the last :meth:`end_step`."""
+        self._seen = None
+
     @torch.no_grad()
     def end_step(self) -> None:
         """Add up what all ranks took in since the last call. A collective."""

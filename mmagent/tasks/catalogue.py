@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from mmagent.browser import BrowserPool
 from mmagent.config import ConfigError, locate
@@ -13,15 +13,27 @@ from mmagent.tasks.base import Screens
 from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
+from mmagent.tasks.worlds import WorldTask
 from mmagent.worlds import miniwob
+from mmagent.worlds.catalogue import all_worlds
 
 DOCUMENT_SIZE = (320, 240)
 """Width and height of the pages of grounding and screenshot-to-HTML."""
+WORLDS = "worlds/"
+"""Before the name of a world: a task that needs no browser."""
 
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
-    return (*(f"miniwob/{page}" for page in miniwob.TASKS), "grounding", "screenshot-to-html")
+    pages = (f"miniwob/{page}" for page in miniwob.TASKS)
+    return (*pages, "grounding", "screenshot-to-html", *(task.name for task in _world_tasks()))
+
+
+def _world_tasks() -> Iterator[WorldTask]:
+    """Every world as a task of all its levels in turn, and as one of each level: ``worlds/charts/value/level-2``."""
+    for world in all_worlds().values():
+        yield WorldTask(world)
+        yield from (WorldTask(world, level) for level in range(world.levels))
 
 
 def easy_task_names() -> list[str]:
@@ -55,7 +67,7 @@ async def open_tasks(
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
-        if pool is None and any(name in known for name in names):
+        if pool is None and any(name in known and not name.startswith(WORLDS) for name in names):
             per_process = -(-2 * pages // processes)  # of either size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
@@ -83,6 +95,8 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
         if not isinstance(task, Task):
             raise ConfigError(f"{name!r} gave a {type(task).__name__}, which is no task (mmagent.protocols.Task)")
         return task
+    if name.startswith(WORLDS):
+        return next(task for task in _world_tasks() if task.name == name)
     assert desk is not None
     if name == "grounding":
         return GroundingTask(desk.documents)

@@ -116,7 +116,7 @@ def test_a_new_agent_of_what_does_not_fit_is_refused(vocab):
     config = presets.debug(vocab.size, vocab.image_id)
     with pytest.raises(ValueError, match="values a patch"):
         new_agent(config, vocab, GeometryConfig(patch_size=64), ChatConfig())
-    with pytest.raises(ValueError, match="the vocabulary has"):
+    with pytest.raises(ValueError, match=f"the tokenizer has {vocab.size} ids, the model {vocab.image_id + 1}"):
         new_agent(replace(config, vocab_size=vocab.image_id + 1), vocab, GeometryConfig(), ChatConfig())
     for other in ({"patch_size": 7}, {"merge_size": 3}, {"temporal_patch": 1}):
         with pytest.raises(ValueError, match=r"NotCogViT: the encoder's (patch_size|merge_size|patch_values) is"):

@@ -105,10 +105,59 @@ def test_a_released_folder_goes_through_ours_bit_for_bit(tmp_path, kind):
     assert told.get("text_config", told)["max_position_embeddings"] == 777_216
     assert told["dtype"] == "bfloat16"
     assert told.get("text_config", told)["num_nextn_predict_layers"] == 2
-    for part in ("vision_config", "text_config"):
-        for key, value in before.get(part, {}).items():
-            if key in told.get(part, {}) and key not in ("eos_token_id", "pad_token_id", "dtype", "mtp"):
-                assert told[part][key] == value, key
+    noted = next((note for note in notes if note.startswith("config.json: not kept: ")), "")
+    for part in ("", "vision_config", "text_config"):
+        after = told.get(part, {}) if part else told
+        for key, value in (before.get(part, {}) if part else before).items():
+            name = f"{part}.{key}".strip(".")
+            if isinstance(value, dict) or key in ("architectures", "dtype", "mtp", "transformers_version"):
+                continue
+            assert after.get(key, value) == value or f"{name} {value!r} (not " in noted, name
+
+
+def test_what_has_no_place_in_ours_is_said(tmp_path):
+    """Fields of the config that nothing here reads, and how to sample."""
+    released(tmp_path / "released", "glm4v_moe")
+    for name, part, said in (
+        ("config.json", "text_config", {"router_aux_loss_coef": 0.25}),
+        ("config.json", "vision_config", {"initializer_range": 0.5}),
+        ("generation_config.json", "", {"temperature": 0.7, "top_p": 0.6, "do_sample": True, "eos_token_id": [1]}),
+    ):
+        path = tmp_path / "released" / name
+        told = json.loads(path.read_text()) if path.exists() else {}
+        (told[part] if part else told).update(said)
+        path.write_text(json.dumps(told))
+    notes = convert(tmp_path / "released", tmp_path / "ours", "native")
+    (config,) = [note for note in notes if note.startswith("config.json: not kept")]
+    assert "text_config.router_aux_loss_coef 0.25 (not " in config
+    assert "vision_config.initializer_range 0.5" in config
+    assert "generation_config.json: not kept: do_sample True, temperature 0.7, top_p 0.6" in notes
+    assert not [note for note in convert(tmp_path / "ours", tmp_path / "back", "glm4v_moe") if "not kept" in note]
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
+    agent = agent_of("glm4v_moe")
+    whole = (agent.model, agent.vocab, agent.geometry, agent.chat)
+    save_agent(tmp_path / "agent", *whole)
+    save_agent(tmp_path / "agent", *whole)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years")
+    with pytest.raises(ValueError, match="is no model folder: it is not replaced"):
+        save_agent(tmp_path / "thesis", *whole)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years"
+
+
+def test_a_hub_folder_without_its_code_is_not_sound(tmp_path):
+    agent = agent_of("glm4v_moe")
+    save_agent(tmp_path / "agent", agent.model, agent.vocab, agent.geometry, agent.chat)
+    convert(tmp_path / "agent", tmp_path / "hub", "hub")
+    assert not [note for note in check(tmp_path / "hub") if "code" in note]
+    code = tmp_path / "hub" / "modeling_mmagent.py"
+    code.write_text(code.read_text() + "\n# mine\n")
+    assert "code of another version, or changed: modeling_mmagent.py" in check(tmp_path / "hub")
+    code.unlink()
+    with pytest.raises(ValueError, match=r"lacks its code: modeling_mmagent\.py"):
+        check(tmp_path / "hub")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ from jinja2 import Environment
 from tokenizers import Tokenizer
 
 from mmagent.chat import (
+    Box,
     ChatConfig,
     Generation,
     Image,
@@ -16,6 +17,7 @@ from mmagent.chat import (
     Part,
     Text,
     Thinking,
+    Tool,
     ToolCall,
     Video,
     assistant,
@@ -272,3 +274,22 @@ def test_the_visible_answer_of_a_completion():
     ids = [*VOCAB.encode("hidden"), VOCAB.id("</think>"), *VOCAB.encode("\nclick(1)"), VOCAB.id("<|user|>")]
     assert completion_text(ids, VOCAB) == "click(1)"
     assert completion_text([*VOCAB.encode(" click(2) "), VOCAB.id("<|endoftext|>")], VOCAB) == "click(2)"
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: Text("a\ud83d"), r"text: U\+D83D at character 1 is half of a surrogate"),
+        (lambda: Text(b"bytes"), "text must be text, got bytes"),
+        (lambda: Thinking("\udc00"), r"thinking: U\+DC00"),
+        (lambda: Box("\udc00"), r"box: U\+DC00"),
+        (lambda: ToolCall("f", {"x": "\ud83d"}), r"tool call 'f': argument 'x': U\+D83D"),
+        (lambda: Tool('{"name": "f", "description": "\\ud83d"}'), r"tool 'f': U\+D83D"),
+        (lambda: Tool('{"name": "f\\n"}'), "must be one line"),
+        (lambda: Tool('{"name": "f", "parameters": []}'), "tool 'f': parameters must be dict"),
+        (lambda: Tool('{"name": "f", "description": 3}'), "tool 'f': description must be str"),
+    ],
+)
+def test_what_no_tokenizer_takes_is_refused_where_it_is_made(make, problem):
+    with pytest.raises(ValueError, match=problem):
+        make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mmagent.geometry import (
     ImageView,
     document_positions,
     fit,
+    frames_within,
     from_patches,
     image_grid,
     normalise,
@@ -272,3 +274,52 @@ def test_mean_and_std_are_the_configs_and_go_back():
 def test_statistics_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match="mean and std are three values each"):
         replace(SMALL, **bad)
+
+
+@pytest.mark.parametrize(
+    "frames, budget, tokens, kept",
+    [
+        (1, 640, 640, [0]),
+        (10, 6400, 640, list(range(10))),
+        (10, 6399, 512, list(range(10))),
+        (10, 1280, 128, list(range(10))),
+        (10, 1279, 128, [0, 1, 2, 3, 5, 6, 7, 8, 9]),
+        (9, 3 * 128, 128, [0, 4, 8]),
+        (9, 2 * 128, 128, [0, 8]),
+        (9, 128, 128, [0]),
+    ],
+)
+def test_frames_of_a_video_take_the_most_tokens_that_fit(frames, budget, tokens, kept):
+    assert frames_within(frames, budget) == (tokens, kept)
+
+
+@given(st.integers(1, 3000), st.integers(128, 40_000))
+def test_frames_fill_their_budget_evenly(frames, budget):
+    tokens, kept = frames_within(frames, budget)
+    assert len(kept) * tokens <= budget
+    assert kept == sorted(set(kept))
+    assert 0 <= kept[0] <= kept[-1] < frames
+    if len(kept) < frames:
+        assert tokens == 128
+        assert len(kept) == budget // 128
+        steps = {b - a for a, b in pairwise(kept)}
+        assert max(steps, default=0) - min(steps, default=0) <= 1
+
+
+def test_a_budget_that_holds_no_frame_is_refused():
+    with pytest.raises(ValueError, match="5 frames in 127 visual tokens: a frame needs 128"):
+        frames_within(5, 127)
+
+
+def test_patches_are_written_where_they_are_wanted():
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    config = GeometryConfig()
+    alone = patchify(pixels, config)
+    memory = torch.zeros(alone.patches.shape[0] + 4, config.patch_values)
+    patched = patchify(pixels, config, memory[2:-2])
+    assert torch.equal(patched.patches, alone.patches)
+    assert torch.equal(memory[2:-2], alone.patches)
+    assert not memory[:2].any()
+    assert not memory[-2:].any()
+    with pytest.raises(ValueError, match="into is"):
+        patchify(pixels, config, memory)

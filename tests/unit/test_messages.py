@@ -175,9 +175,12 @@ def test_every_form_is_read():
         ([{"role": "user", "content": ["\udc00"]}], r"message 0: content\[0\]: U\+DC00 at character 0"),
         ([ASK, {"role": "assistant", "reasoning_content": "\ud83d"}], r"message 1: reasoning_content: U\+D83D"),
         ([ASK, call("f\ud83d")], r"message 1: tool_calls\[0\]: name: U\+D83D"),
-        ([ASK, call("f", {"x": "\ud83d"})], r"message 1: tool_calls\[0\]: argument 'x': U\+D83D"),
-        ([ASK, call("f", '{"x": "\\ud83d"}')], r"message 1: tool_calls\[0\]: argument 'x': U\+D83D"),
-        ([ASK, call("f", {"\ud83d": 1})], r"message 1: tool_calls\[0\]: a name of an argument: U\+D83D"),
+        ([ASK, call("f", {"x": "\ud83d"})], r"message 1: tool_calls\[0\]: tool call 'f': argument 'x': U\+D83D"),
+        ([ASK, call("f", '{"x": "\\ud83d"}')], r"message 1: tool_calls\[0\]: tool call 'f': argument 'x': U\+D83D"),
+        (
+            [ASK, call("f", {"\ud83d": 1})],
+            r"message 1: tool_calls\[0\]: tool call 'f': the name of an argument: U\+D83D",
+        ),
         *(
             (
                 [{"role": "user", "content": [{"type": "video", "timestamps": [0.0, t]}]}],

@@ -216,3 +216,16 @@ def test_schedules_end_where_they_should():
         ScheduleConfig("cosin")
     with pytest.raises(ValueError, match="floor"):
         ScheduleConfig(floor=2.0)
+
+
+def test_steps_are_counted_by_a_rank_that_has_no_elements():
+    """Its count is that of all in a checkpoint, and its own once parameters are cut anew."""
+    bag = Bag(
+        some=(torch.ones(4), ParamRole("decoder", matrix=False)), none=(torch.ones(0), ParamRole("decoder", False))
+    )
+    optimizer = build_optimizer(bag, OptimConfig())
+    for _ in range(3):
+        for parameter in bag.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert [optimizer.state[parameter]["step"].item() for parameter in bag.parameters()] == [3.0, 3.0]

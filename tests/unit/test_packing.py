@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from mmagent.geometry import ImageView, document_positions
 from mmagent.packing import (
-    CostWeights,
     Size,
-    balance,
     check_fits,
     empty_pack,
     fill_gap,
@@ -241,29 +239,3 @@ def test_an_empty_pack_is_all_tail():
 
 def test_size_of_counts_tokens_and_patches():
     assert size_of(document("a", 3, image(4, 4))) == Size(7, 16)
-
-
-@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=8), st.integers(1, 4))
-def test_balance_deals_evenly_and_never_worse(costs, ranks):
-    costs = costs * ranks
-    dealt = balance(costs, ranks)
-    assert sorted(n for packs in dealt for n in packs) == list(range(len(costs)))
-    assert {len(packs) for packs in dealt} == {len(costs) // ranks}
-    in_turn = max(sum(costs[rank::ranks]) for rank in range(ranks))
-    assert max(sum(costs[n] for n in packs) for packs in dealt) <= in_turn * (1 + 1e-9)
-    for packs in dealt:
-        assert [costs[n] for n in packs] == sorted((costs[n] for n in packs), reverse=True)
-
-
-def test_balance_spreads_heavy_packs():
-    assert balance([9.0, 1.0, 8.0, 2.0], 2) == [[0, 1], [2, 3]]
-    assert balance([1.0, 1.0, 1.0, 1.0], 2) == [[0, 2], [1, 3]]
-    with pytest.raises(ValueError, match=r"3 packs .* 2 ranks"):
-        balance([1.0, 2.0, 3.0], 2)
-
-
-def test_cost_weights_follow_the_widths():
-    weights = CostWeights.of(encoder_width=1024, encoder_layers=24, decoder_width=4096, decoder_layers=46)
-    for name in ("patches_squared", "patches", "tokens_squared", "tokens"):
-        assert getattr(weights, name) == pytest.approx(getattr(CostWeights(), name), rel=0.02)
-    assert CostWeights(1, 10, 100, 1000)(Cost(1, 2, 3, 4)) == 1 + 20 + 300 + 4000

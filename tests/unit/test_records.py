@@ -21,6 +21,7 @@ from mmagent.records import (
     Record,
     RecordError,
     Region,
+    check_image,
     decode_image,
     encode_image,
     from_sample,
@@ -85,7 +86,7 @@ def records(draw: st.DrawFn) -> Record:
         draw(text),
         tuple(draw(st.lists(box, max_size=2))) if images else (),
         tuple(draw(st.lists(point, max_size=2))) if images else (),
-        tuple(draw(st.lists(tools, max_size=2))) if turns else (),
+        tuple(draw(st.lists(tools, max_size=2, unique_by=lambda tool: tool.name))) if turns else (),
     )
 
 
@@ -308,3 +309,97 @@ def test_encoding_is_lossless_and_deterministic():
     pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     assert encode_image(pixels) == encode_image(pixels.copy())
     assert np.array_equal(decode_image(encode_image(pixels).data, "k"), pixels)
+
+
+def animation(extension: str, frames: int = 2) -> bytes:
+    pictures = [PILImage.new("RGB", (8, 6), (80 * n, 0, 0)) for n in range(frames)]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, extension, save_all=True, append_images=pictures[1:], duration=100)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("extension", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_no_image_and_no_frame_is_taken_silently(extension):
+    for attempt in (decode_image, check_image, lambda data, key: image_size(EncodedImage(data, "gif"), key)):
+        with pytest.raises(RecordError, match="k: image: is an animation"):
+            attempt(animation(extension), "k")
+    assert decode_image(animation(extension, frames=1), "k").shape == (6, 8, 3)
+
+
+def test_the_second_picture_of_a_photograph_is_none_of_an_animation():
+    """Phones store a preview or a depth map behind the photograph."""
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (8, 6)).save(buffer, "MPO", save_all=True, append_images=[PILImage.new("RGB", (4, 3))])
+    assert PILImage.open(io.BytesIO(buffer.getvalue())).format == "MPO"
+    assert decode_image(buffer.getvalue(), "k").shape == (6, 8, 3)
+    assert check_image(buffer.getvalue(), "k").extension == "jpg"
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused():
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00"
+    data = picture(60, 80, format="JPEG").data
+    with pytest.raises(RecordError, match="a JPEG of 1001 scans exceeds the limit of 100"):
+        decode_image(data[:-2] + scan * 1000 + data[-2:], "k")
+    assert decode_image(picture(60, 80, format="JPEG", progressive=True).data, "k").shape == (60, 80, 3)
+
+
+def test_cmyk_becomes_the_colours_that_were_meant():
+    buffer = io.BytesIO()
+    PILImage.new("CMYK", (16, 16), (0, 255, 255, 0)).save(buffer, "JPEG", quality=95)
+    red = decode_image(buffer.getvalue(), "k")
+    assert red.shape == (16, 16, 3)
+    assert np.abs(red.astype(int) - (255, 0, 0)).max() <= 4  # what JPEG's rounding costs
+
+
+@pytest.mark.parametrize(
+    "data, hint",
+    [
+        (b"", "it has no bytes"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it looks like SVG"),
+        (b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa">]><svg>&a;</svg>', "it looks like SVG or XML"),
+        (b"<!DOCTYPE html><html>404</html>", "it looks like HTML"),
+        (b"%PDF-1.7", "it looks like PDF"),
+        (b"II*\0rest", "it looks like TIFF"),
+        (b"\0\0\0\x18ftypheic", "it looks like HEIF or AVIF"),
+        (b"whatever", "no PNG, JPEG, WEBP, BMP or GIF"),
+    ],
+)
+def test_what_is_no_image_is_told_in_words_that_do_not_change(data, hint):
+    for attempt in (decode_image, check_image):
+        with pytest.raises(RecordError, match=f"k: image: cannot decode image: .*{hint}$"):
+            attempt(data, "k")
+
+
+def test_the_extension_is_that_of_the_content():
+    for extension in ("png", "jpeg", "webp", "bmp", "gif"):
+        data = picture(6, 8, format=extension.upper()).data
+        assert check_image(data, "k") == EncodedImage(data, "jpg" if extension == "jpeg" else extension)
+    with pytest.raises(RecordError, match="cannot decode"):
+        check_image(picture(60, 80).data[:-2000], "k")
+
+
+def test_json_too_deep_to_read_is_refused_like_any_other():
+    with pytest.raises(RecordError, match="key: json: does not parse: lists and objects stand too deep"):
+        from_sample({"__key__": "key", "json": b"[" * 200_000})
+
+
+def test_a_key_that_is_no_unicode_is_refused_before_anybody_prints_it():
+    with pytest.raises(RecordError, match=r"a\\udcff: key: is no UTF-8"):
+        validate(replace(GOOD, key="a\udcff"))
+    assert validate(replace(GOOD, key="ключ")).key == "ключ"
+
+
+def test_the_header_of_a_plain_png_is_read_as_pillow_reads_it():
+    for height, width in ((1, 1), (3, 700), (700, 3)):
+        image = encode_image(np.zeros((height, width, 3), np.uint8))
+        assert image_size(image, "k") == (height, width)
+        with PILImage.open(io.BytesIO(image.data)) as opened:
+            assert (opened.height, opened.width) == (height, width)
+    whole = encode_image(np.zeros((5, 7, 3), np.uint8)).data
+    for at in range(8, 29):  # every byte of the header is under its checksum: Pillow is asked, and refuses
+        spoilt = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        with pytest.raises(RecordError):
+            image_size(EncodedImage(spoilt, "png"), "k")
+    for end in (0, 8, 20, 32):
+        with pytest.raises(RecordError):
+            image_size(EncodedImage(whole[:end], "png"), "k")

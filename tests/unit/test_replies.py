@@ -20,7 +20,7 @@ from mmagent.chat import (
     turn_opening,
     user,
 )
-from mmagent.replies import arguments_of, parse_reply
+from mmagent.replies import BOX_MARKS, arguments_of, final_answer, parse_reply
 from mmagent.vocab import STOP_TOKENS
 from tests.chat_kit import CONTROL, VOCAB, configs, names, plain, spiced
 
@@ -182,3 +182,12 @@ def test_tools_without_a_schema_and_open_ones():
 def test_the_message_of_a_reply_leaves_out_what_is_empty(text):
     reply = parse_reply(VOCAB.encode(text), VOCAB, ChatConfig(Generation.GLM47))
     assert reply.message.parts == ((Text(text.strip()),) if text.strip() else ())
+
+
+def test_the_final_answer_of_a_text_is_what_its_last_box_holds():
+    begin, end = BOX_MARKS
+    assert final_answer(f"it is {begin} 42 {end}.") == "42"
+    assert final_answer(f"{begin}1{end} no, {begin}2{end}") == "2"
+    assert final_answer(" plain ") == "plain"
+    assert final_answer(f"cut {begin}42") == "cut 42"
+    assert final_answer("") == final_answer(end) == final_answer(end + begin) == ""

@@ -37,6 +37,20 @@ def test_segments_are_never_empty():
         Segments([2, 0])
 
 
+def test_images_that_lie_in_one_memory_are_packed_without_a_copy():
+    """Only where they lie one behind the other: a gap, another order or another memory is copied."""
+    memory = torch.arange(24.0).view(8, 3)
+    one, two, three = memory[:2], memory[2:6], memory[6:]
+    packed = PackedVision.pack([PatchedImage(p, (1, p.shape[0], 1), image((1, 1, 1)).view) for p in (one, two, three)])
+    assert packed.patches.data_ptr() == memory.data_ptr()
+    neighbours = (two, three)
+    for parts in (neighbours, (one, three), (three, one), (one, two.clone()), (one, memory[2:6, [0, 1, 2]])):
+        pack = PackedVision.pack([PatchedImage(p, (1, p.shape[0], 1), image((1, 1, 1)).view) for p in parts])
+        assert torch.equal(pack.patches, torch.cat(parts))
+        assert pack.patches.is_contiguous()
+        assert (pack.patches.data_ptr() == two.data_ptr()) == (parts is neighbours)
+
+
 def test_patches_must_fill_their_grid():
     with pytest.raises(ValueError, match=r"patches \(3, 3\) do not fill grid \(1, 2, 2\)"):
         PatchedImage(torch.zeros(3, 3), (1, 2, 2), VIEW)

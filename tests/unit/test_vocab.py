@@ -120,3 +120,10 @@ def test_a_tokenizer_whose_words_are_control_tokens_is_refused():
     parsed["model"]["vocab"]["<think>"] = VOCAB.id("<think>")
     with pytest.raises(ValueError, match=r"\['<think>'\] are words of the model's own vocabulary"):
         Vocab(json.dumps(parsed))
+
+
+def test_ids_of_short_texts_are_nobodys_to_change():
+    vocab = Vocab.train(["ab abc abcd"], 300)
+    first = vocab.encode("ab")
+    first.append(7)
+    assert vocab.encode("ab") == first[:-1]

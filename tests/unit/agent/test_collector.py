@@ -12,8 +12,9 @@ from mmagent.agent.collector import Collector, CollectorConfig
 from mmagent.agent.curriculum import CurriculumConfig
 from mmagent.agent.rollout import RolloutConfig
 from mmagent.dist import World, init, run_ranks
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
 from mmagent.models.agent_model import AgentModel
@@ -106,7 +107,7 @@ def half_taught(letters: str, steps: int = 60) -> AgentModel:
     model, vocab, codec = tiny_model(), tiny_vocab(), Codec(tiny_vocab(), GEOMETRY)
     target = LanguageModeling(model, LanguageModelingConfig(mtp_weight=0.0))
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2, muon=False, weight_decay=0.0))
-    engine = TorchEngine(target, optimizer, TorchEngineConfig(parallel="none"), init(threads=1))
+    engine = build_engine(target, optimizer, EngineConfig(parallel="none"), init(threads=1))
     task = EchoTask(letters=letters)
     items = task.items("train", 1)
     for step in range(steps):
@@ -131,7 +132,7 @@ def test_a_policy_learns_a_verifiable_task_within_seconds():
     model.freeze(["encoder", "mtp"])
     target = PolicyGradient(model, PolicyGradientConfig(), vocab.barred(model.config.vocab_size))
     optimizer = build_optimizer(model, OptimConfig(lr=3e-3, muon=False, weight_decay=0.0))
-    engine = TorchEngine(target, optimizer, TorchEngineConfig(parallel="none"), world)
+    engine = build_engine(target, optimizer, EngineConfig(parallel="none"), world)
     policy = LocalPolicy(Generator(model, vocab))
     source = collector(policy, [EchoTask(letters=letters)], world, prompts=8, group_size=8)
     rewards = []

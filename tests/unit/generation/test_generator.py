@@ -7,6 +7,7 @@ import asyncio
 import pytest
 import torch
 
+from mmagent.generation.cache import KVCache, StepAttention
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.models.agent_model import logits
@@ -251,3 +252,92 @@ def test_a_bad_prompt_fails_its_caller_alone_and_a_broken_step_fails_all():
     broken.images.clear()
     assert all(isinstance(r, ValueError) for r in asyncio.run(ask(broken, prompt("fine"))))
     assert len(asyncio.run(ask(prompt("fine")))[0].ids) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steady_numbers_are_the_same_bits_in_any_company(dtype):
+    """Alone, in a batch of any size and order, and when others come in between: two turns, pictures, experts."""
+    model, vocab = tiny_model(), tiny_vocab()
+
+    def asked(n: int) -> tuple[Trajectory, Limits]:
+        images = (picture(n % 3),) if n % 2 else ()
+        return prompt("click the word " * (1 + n % 4), images, key=str(n)), Limits(6, stop_ids=STOPS, seed=n)
+
+    def play(order: list[int], most: int = 256) -> dict[int, list[Completion]]:
+        generator = Generator(model, vocab, GeneratorConfig(most, dtype=dtype, steady=True, record_routing=True))
+        requests = [asked(n) for n in order]
+        first = generator.generate(requests)
+        for (row, _), said in zip(requests, first, strict=True):
+            row.extend(said.ids, trainable=True, logprobs=said.logprobs)
+            row.extend(vocab.encode(" into"), trainable=False)
+        return {n: [*both] for n, *both in zip(order, first, generator.generate(requests), strict=True)}
+
+    whole = play(list(range(6)))
+    for order, most in (([*range(5, -1, -1)], 256), ([3, 5], 256), ([4], 256), ([*range(6)], 2)):
+        for n, turns in play(order, most).items():
+            for one, other in zip(whole[n], turns, strict=True):
+                assert (one.ids, one.logprobs, one.stopped) == (other.ids, other.logprobs, other.stopped), (order, n)
+                assert all(map(torch.equal, one.routed_experts, other.routed_experts))
+
+
+@pytest.mark.parametrize(("heads", "shared"), [((3, 3), False), ((8, 2), False), ((3, 3), True)])
+def test_a_row_that_is_attended_to_apart_gets_the_same_bits_in_any_company_on_any_thread(heads, shared):
+    """Together, rows differ by the thread that computes them and by how far the longest reaches."""
+    H, G = heads
+    lengths = torch.full((40,), 31) if shared else torch.arange(5, 325, 8)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(40, n, 64, generator=generator) for n in (H, G, G))
+    filled = [torch.randn(40, 352, G, 64, generator=generator) for _ in range(2)]
+
+    def attend(rows: slice) -> torch.Tensor:
+        cache = KVCache(lengths[rows], 352)
+        cache.layers[0] = tuple(x[rows].clone() for x in filled)
+        return StepAttention(cache, apart=True)(0, q[rows], k[rows], v[rows])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole = attend(slice(None))
+        for rows in (slice(0, 1), slice(39, 40), slice(7, 12), slice(20, 40)):
+            assert torch.equal(attend(rows), whole[rows]), rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_steady_numbers_are_those_of_one_thread_however_many_there_are():
+    """Several would each end on other instructions, in a prompt as well; afterwards they are there again."""
+    model, threads, used = tiny_model(), torch.get_num_threads(), []
+    hook = model.decoder.register_forward_pre_hook(lambda *_: used.append(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    try:
+        for steady in (True, False):
+            generator = Generator(model, tiny_vocab(), GeneratorConfig(steady=steady))
+            generator.generate([(prompt("click the word"), Limits(3, stop_ids=STOPS))])
+            assert set(used) == {1 if steady else 3}
+            assert torch.get_num_threads() == 3
+            used.clear()
+    finally:
+        torch.set_num_threads(threads)
+        hook.remove()
+
+
+def test_a_steady_row_without_top_p_does_not_see_that_another_has_it():
+    """The whole batch is then sorted and narrowed, and this row by nothing."""
+    model, vocab = tiny_model(), tiny_vocab()
+
+    def said(*others: float) -> Completion:
+        asked = [(prompt("click the word"), Limits(12, stop_ids=STOPS, seed=5))]
+        asked += [(prompt("type", key=str(n)), Limits(12, top_p=p, seed=n)) for n, p in enumerate(others)]
+        return Generator(model, vocab, GeneratorConfig(steady=True)).generate(asked)[0]
+
+    alone = said()
+    for others in ((1.0, 1.0), (0.3,), (0.9, 1.0, 0.1)):
+        other = said(*others)
+        assert (other.ids, other.logprobs) == (alone.ids, alone.logprobs), others
+
+
+def test_steadiness_is_promised_only_where_it_is_known():
+    model = tiny_model()
+    model.config.decoder.moe.experts = 64
+    with pytest.raises(ValueError, match=r"steady: known of CPUs and up to 32 experts, not of cpu and 64"):
+        Generator(model, tiny_vocab(), GeneratorConfig(steady=True))

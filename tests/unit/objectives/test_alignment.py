@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.layers import initialise
@@ -218,7 +219,7 @@ def test_words_alone_need_no_text_tower():
     assert {role.role for role in model.roles().values()} == {"encoder", "projection"}
     assert set(model.roles()) == {name for name, _ in model.named_parameters()}
     assert not any(name.startswith("text") for name in model.state_dict())
-    engine = TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), EngineConfig("none"), ALONE)
     losses = [train_step(model, engine, [batch, batch], ALONE).loss for _ in range(4)]
     assert losses[-1] < losses[0]
     check_objective(with_words(contrastive_weight=0.0), batch, [pairs([0]), pairs([1, 2, 3])])
@@ -260,10 +261,10 @@ def test_no_gradient_crosses_captions(causal):
 def test_an_empty_micro_batch_adds_nothing():
     """A rank may have no pair for one of its micro-batches, and still every parameter gets its gradient of zero."""
     model = small_alignment(AlignmentConfig(width=16, words_weight=0.5, words_rarity=True, classes=3, places=4))
-    engine = TorchEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(model, torch.optim.SGD(model.parameters(), lr=0.1), EngineConfig("none"), ALONE)
     with_empty = train_step(model, engine, [pairs([0, 1]), pairs([]), pairs([2])], ALONE)
     again = small_alignment(model.config)
-    engine = TorchEngine(again, torch.optim.SGD(again.parameters(), lr=0.1), TorchEngineConfig("none"), ALONE)
+    engine = build_engine(again, torch.optim.SGD(again.parameters(), lr=0.1), EngineConfig("none"), ALONE)
     assert with_empty.loss == pytest.approx(train_step(again, engine, [pairs([0, 1, 2])], ALONE).loss, rel=1e-5)
     for got, wanted in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(got, wanted, atol=5e-6, rtol=1e-4)

@@ -14,8 +14,9 @@ from mmagent.agent.batching import policy_batches
 from mmagent.agent.codec import Codec
 from mmagent.config import resolve
 from mmagent.dist import World, run_ranks
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
 from mmagent.packing import Size
@@ -166,10 +167,10 @@ def _train(world: World, packs: int) -> tuple[float, float, np.ndarray]:
     groups = sampled_groups(model)[world.rank :: world.size]
     model.freeze(["encoder", "mtp"])
     target = objective(model)
-    engine = TorchEngine(
+    engine = build_engine(
         target,
         build_optimizer(model, OptimConfig(lr=1e-2, muon=False)),
-        TorchEngineConfig(parallel="ddp" if world.size > 1 else "none"),
+        EngineConfig(parallel="ddp" if world.size > 1 else "none"),
         world,
     )
     result = train_step(target, engine, batches(groups, packs=packs), world)
@@ -263,8 +264,8 @@ def test_a_replay_that_does_not_fit_moves_no_weight(where):
     wrong = replace(given[1], routed_experts=torch.where(spoilt, turned, experts))
     told = {"layer": model.router_names()[1], "trajectory": f"trajectory {given[1].stream.keys[2]}"}
     target = objective(model)
-    engine = TorchEngine(
-        target, torch.optim.SGD(target.parameters(), lr=0.1), TorchEngineConfig("none", allow_unused=True), ALONE
+    engine = build_engine(
+        target, torch.optim.SGD(target.parameters(), lr=0.1), EngineConfig("none", allow_unused=True), ALONE
     )
     before = {name: p.detach().clone() for name, p in target.named_parameters()}
     with pytest.raises(ValueError, match=rf"rank 0, micro-batch 1 of .*{told.get(where, 'replay: ')}.* agrees with"):
@@ -281,8 +282,8 @@ def test_a_replay_that_fits_is_taken():
     model = tiny_model()
     given = batches(sampled_groups(model, routing=True))
     target = objective(model)
-    engine = TorchEngine(
-        target, torch.optim.SGD(target.parameters(), lr=0.0), TorchEngineConfig("none", allow_unused=True), ALONE
+    engine = build_engine(
+        target, torch.optim.SGD(target.parameters(), lr=0.0), EngineConfig("none", allow_unused=True), ALONE
     )
     assert train_step(target, engine, given, ALONE).metrics["router/replay_agreement"] > 0.99  # but for ties
     twice = replace(given[0], routed_experts=torch.where(given[0].routed_experts < 0, -1, 0))
