@@ -14,9 +14,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.splitting import split
 from mmagent.chat import ChatConfig, render, render_parts
 from mmagent.geometry import GeometryConfig, image_grid, patchify, visual_tokens
 from mmagent.packing import Size
@@ -45,22 +47,53 @@ class DocumentBuilder:
     """How records become documents: one vocabulary, one geometry, one chat format, one size limit."""
 
     def __init__(
-        self, vocab: Vocab, geometry: GeometryConfig, chat: ChatConfig | None = None, limit: Size | None = None
+        self,
+        vocab: Vocab,
+        geometry: GeometryConfig,
+        chat: ChatConfig | None = None,
+        limit: Size | None = None,
+        *,
+        split_long: bool = False,
     ):
-        """``limit``: the tokens and patches no document may exceed; None for no limit."""
+        """``limit``: the tokens and patches no document may exceed; None for no limit. ``split_long``: records that
+        do become several documents, else they are refused whole."""
         self.vocab, self.geometry = vocab, geometry
         self.chat = chat or ChatConfig()
-        self.limit = limit
+        self.limit, self.split_long = limit, split_long
 
-    def draft(self, record: Record) -> Draft:
-        """Render text and mask; read image headers only.
+    def drafts(self, record: Record) -> list[Draft]:
+        """Render text and masks; read image headers only. One document, or the pieces of a long one
+        (:mod:`data_pipelines.splitting`), those left out in which there is nothing to train on.
 
-        A document over the limit is refused whole, for cutting it would cut an image or a tool call. Raises
+        What does not fit is refused whole, for cutting it would cut an image or a tool call. Raises
         :class:`~mmagent.records.RecordError` naming key and field.
         """
+        draft = self._rendered(record)
+        if not draft.trainable.any():
+            field = "messages" if record.messages else "parts"
+            raise RecordError(record.key, field, "nothing to train on: no assistant turn, or none that is trainable")
+        problem = self._exceeds(draft)
+        if problem and not self.split_long:
+            raise RecordError(record.key, *problem)
+        if not problem:
+            return [draft]
+        pieces = split(record, lambda piece: not self._exceeds(self._rendered(piece)))
+        drafts = [draft for piece in pieces if (draft := self._rendered(piece)).trainable.any()]
+        for draft in drafts:
+            if problem := self._exceeds(draft):
+                raise RecordError(record.key, problem[0], f"{problem[1]}, by {draft.record.key} alone")
+        if not drafts:
+            raise RecordError(record.key, "messages", "nothing to train on in any of its pieces")
+        return drafts
+
+    def draft(self, record: Record) -> Draft:
+        """:meth:`drafts` of a builder that does not split."""
+        (draft,) = self.drafts(record)
+        return draft
+
+    def _rendered(self, record: Record) -> Draft:
         grids = tuple(self._grid(record, n) for n in range(len(record.images)))
         counts = [visual_tokens(grid, self.geometry.merge_size) for grid in grids]
-        field = "messages" if record.messages else "parts"
         try:
             if record.messages:
                 chat = self.chat.mode_of(record.messages)
@@ -68,24 +101,31 @@ class DocumentBuilder:
             else:
                 rendered = render_parts(record.parts, self.vocab, counts)
         except ValueError as error:
-            raise RecordError(record.key, field, str(error)) from error
-        if not any(rendered.trainable):
-            raise RecordError(record.key, field, "nothing to train on: no assistant turn, or none that is trainable")
+            raise RecordError(record.key, "messages" if record.messages else "parts", str(error)) from error
         size = Size(len(rendered.ids), sum(frames * rows * cols for frames, rows, cols in grids))
-        for name, need, have in zip(size._fields, size, self.limit or size, strict=True):
-            if need > have:
-                raise RecordError(record.key, name, f"{need} exceed the limit of {have}")
-        return Draft(record, torch.tensor(rendered.ids), torch.tensor(rendered.trainable), grids, size)
+        ids = torch.from_numpy(np.array(rendered.ids, np.int64))  # three times faster than torch reads a list
+        return Draft(record, ids, torch.from_numpy(np.array(rendered.trainable, np.bool_)), grids, size)
 
-    def finish(self, draft: Draft) -> Document:
-        """Decode the images. Raises :class:`~mmagent.records.RecordError` naming key and image."""
+    def _exceeds(self, draft: Draft) -> tuple[str, str] | None:
+        """Which limit, and by how much."""
+        for name, need, have in zip(draft.size._fields, draft.size, self.limit or draft.size, strict=True):
+            if need > have:
+                return name, f"{need} exceed the limit of {have}"
+        return None
+
+    def finish(self, draft: Draft, into: Tensor | None = None) -> Document:
+        """Decode the images, their patches one behind the other ``into (p, C)`` where that is given. Raises
+        :class:`~mmagent.records.RecordError` naming key and image."""
         record = draft.record
+        counts = [frames * rows * cols for frames, rows, cols in draft.grids]
+        places = [None] * len(counts) if into is None else into.split(counts)
         images = []
-        for n, (image, grid) in enumerate(zip(record.images, draft.grids, strict=True)):
-            patched = patchify(decode_image(image.data, record.key, f"images[{n}]"), self.geometry)
-            if patched.grid != grid:
-                raise RecordError(record.key, f"images[{n}]", f"decodes to grid {patched.grid}, its header said {grid}")
-            images.append(patched)
+        for n, (image, grid, place) in enumerate(zip(record.images, draft.grids, places, strict=True)):
+            pixels = decode_image(image.data, record.key, f"images[{n}]")
+            found = image_grid(*pixels.shape[:2], self.geometry)
+            if found != grid:
+                raise RecordError(record.key, f"images[{n}]", f"decodes to grid {found}, its header said {grid}")
+            images.append(patchify(pixels, self.geometry, place))
         return Document(draft.input_ids, draft.trainable, tuple(images), record.key, record.source)
 
     def document(self, record: Record) -> Document:
@@ -103,7 +143,7 @@ class DocumentBuilder:
             raise RecordError(record.key, field, str(error)) from error
 
 
-class QuarantineError(RuntimeError):
+class QuarantineError(ValueError):
     """Too large a share of a source is unusable to go on."""
 
 
@@ -167,11 +207,13 @@ class Quarantine:
         self._log(source, shard, error.key, reason, error.problem)
         seen, bad, allowed = self.seen[source], self.bad[source], self.config.max_share
         if seen >= self.config.min_seen and bad > allowed * seen:
+            different = sum(known == source for known, _ in self._known)
+            hint = "; raise the budget of a pack, or leave the source out" if reason in Size._fields else ""
             log = f"; see {self._path}" if self._path else ""
+            reasons = ", ".join(f"{name}: {count}" for name, count in self.reasons.most_common())
             raise QuarantineError(
-                f"source {source!r}: {bad} of {seen} samples are unusable, more than the allowed {allowed:.2%} "
-                f"({', '.join(f'{name}: {count}' for name, count in self.reasons.most_common())}); "
-                f"the last is {error}{log}"
+                f"source {source!r}: {bad} of {seen} samples are unusable, {different} different ones, more than the "
+                f"allowed {allowed:.2%} ({reasons}); the last is {error}{hint}{log}"
             )
 
     def torn(self, source: str, shard: str, offset: int, problem: str) -> None:

@@ -71,7 +71,7 @@ class HeldOut:
         quarantine = replace(mine.quarantine, max_share=1.0)  # a few samples are read often: each bad one counts anew
         if quarantine.folder:
             quarantine = replace(quarantine, folder=str(Path(quarantine.folder) / "validation"))
-        sources = {name: SourceConfig(path, trained[name].weight) for name, path in paths.items()}
+        sources = {name: SourceConfig(path, trained[name].config.most) for name, path in paths.items()}
         self.config = replace(mine, folder="", sources=sources, prefetch=0, quarantine=quarantine)
         seen = {path.resolve(): source.name for source in training.sources for path in source.shards.paths}
         with closing(self._open()) as stream:
@@ -97,7 +97,8 @@ class HeldOut:
         problem: RecordError | None = None
         for n in range(len(source.shards)):
             try:
-                self.training.builder.document(from_sample(source.shards.read(n)))
+                for draft in self.training.builder.drafts(from_sample(source.shards.read(n))):
+                    self.training.builder.finish(draft)
             except RecordError as error:
                 problem = error
             else:
@@ -106,5 +107,5 @@ class HeldOut:
         raise ValueError(f"validation: not one of {count} samples in {where} is usable; the last: {problem}")
 
     def _open(self) -> PackStream:
-        builder = self.training.builder
-        return PackStream(self.config, builder.vocab, builder.geometry, builder.chat, self.training.world)
+        mine, builder = self.training, self.training.builder
+        return PackStream(self.config, builder.vocab, builder.geometry, builder.chat, mine.world, mine.weights)

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from typing import Any
 
 from data_pipelines.labelled import Kind, LabelledPicture
 from mmagent.records import IMAGE_EXTENSIONS, RecordError
+from mmagent.retries import TRANSIENT, retried
 
 TABLES = tuple(f"{name}{end}" for name in ("captions", "metadata") for end in (".json", ".jsonl", ".csv"))
 MAPS = ("mask", "depth")
@@ -36,13 +38,13 @@ class ImageFolder:
         """``classes`` are those of all parts of a source of which this is one. Raises ``ValueError`` naming what cannot
         be used: no image there, a table that does not parse or speaks of other images."""
         self.root, self.source = root, source or str(root)
-        there = list(_walk(root))
+        there = list(walk(root))
         self._files = [name for name in there if _is_image(name)]
         if not self._files:
             raise ValueError(f"{self.source}: no image ({', '.join(IMAGE_EXTENSIONS)}) below {root}")
         self._beside = {name for name in there if not _is_image(name)}
         folders = {kind: root.with_name(f"{root.name}_{kind}") for kind in MAPS}
-        self._apart = {kind: set(_walk(folder)) if folder.is_dir() else set() for kind, folder in folders.items()}
+        self._apart = {kind: set(walk(folder)) if folder.is_dir() else set() for kind, folder in folders.items()}
         self._table = _table_of(root, set(self._files))
         labelled = any(row.label is not None for row in self._table.values())
         self.classes = tuple(classes) or _class_names(root, self._files, self._table)
@@ -120,11 +122,13 @@ def lines(text: str) -> tuple[str, ...]:
 
 def image_files(root: Path) -> Iterator[str]:
     """Paths of images below ``root``, relative to it, in order; links are followed, though never in a circle."""
-    return (name for name in _walk(root) if _is_image(name))
+    return (name for name in walk(root) if _is_image(name))
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below ``root``."""
+def walk(root: Path, no_files: dict[str, str] | None = None) -> Iterator[str]:
+    """Paths of all files below ``root``, relative to it, in order; names that begin with a dot do not count. Links are
+    followed, though never in a circle. ``no_files`` is given what else there is, and what of each: a pipe, a link to
+    nothing."""
 
     def below(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         status = folder.stat()
@@ -134,12 +138,28 @@ def _walk(root: Path) -> Iterator[str]:
         for entry in sorted(os.scandir(folder), key=lambda e: e.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            what = _what(entry)
+            if what == "folder":
                 yield from below(folder / entry.name, f"{prefix}{entry.name}/", above | {me})
-            elif entry.is_file():
+            elif what == "file":
                 yield prefix + entry.name
+            elif no_files is not None:
+                no_files[prefix + entry.name] = what
 
     return below(root, "", frozenset())
+
+
+def _what(entry: os.DirEntry[str]) -> str:
+    """ "file", "folder", or in words what it is instead, after all links are followed."""
+    try:
+        if entry.is_file():  # known without asking, where it is no link
+            return "file"
+        if entry.is_dir():
+            return "folder"
+        mode = stat.S_IFMT(entry.stat().st_mode)
+    except OSError as error:
+        return f"a link that cannot be followed: {error.strerror}"
+    return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(mode, "a device")
 
 
 def _stem(name: str) -> str:
@@ -239,6 +259,8 @@ def _rows(path: Path) -> list[Any]:
 
 def _read(path: Path, key: str) -> bytes:
     try:
-        return path.read_bytes()
+        return retried(path.read_bytes, path)
     except OSError as error:
+        if error.errno in TRANSIENT:
+            raise  # it is the storage, and not this image, that is bad
         raise RecordError(key, "file", f"cannot be read: {error}") from error

@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from data_pipelines.cards import PAGE, summarise, write_card_page
 from data_pipelines.documents import DocumentBuilder
 from data_pipelines.mixture import digest
 from data_pipelines.shards import ShardSet, ShardWriter
 from mmagent.browser import BrowserError, BrowserPool, Page
 from mmagent.files import write_text
-from mmagent.records import Record, from_sample
+from mmagent.records import Record
 
-PLAN, CARD = "plan.json", "card.json"
+PLAN, CARD, PASSED_OVER = "plan.json", "card.json", "passed_over.json"
 _ATTEMPTS = 3  # a block is tried on this many pages
 
 
@@ -46,6 +47,13 @@ class Maker(Protocol):
     async def make(self, number: int, page: Page | None) -> Sequence[Record]:
         """Block ``number``: always the same ``block`` records."""
         ...
+
+
+@runtime_checkable
+class PassesOver(Protocol):
+    """A maker that leaves out what did not come about, and counts the reasons."""
+
+    passed_over: Counter[str]
 
 
 def settings_of(split: str, **settings: Any) -> dict[str, Any]:
@@ -73,7 +81,7 @@ async def build_source(
     ``report`` is told how many samples are written, first of all those of earlier calls. Raises
     :class:`BuildError` when the folder holds records of other settings, or a block fails again and again.
     """
-    _claim(folder, {"source": maker.name, "samples": samples, "shard": shard_samples, **maker.settings})
+    claim(folder, {"source": maker.name, "samples": samples, "shard": shard_samples, **maker.settings})
     free = asyncio.Semaphore(in_flight)
     with ShardWriter(folder, max_samples=shard_samples) as writer:
         report(writer.samples)
@@ -92,6 +100,21 @@ async def build_source(
             for task in ahead:
                 task.cancel()
             await asyncio.gather(*ahead, return_exceptions=True)
+            if isinstance(maker, PassesOver):
+                _note(folder, maker.passed_over)
+
+
+def _note(folder: Path, passed_over: Counter[str]) -> None:
+    """Add what was passed over to what earlier calls have noted, and begin to count anew."""
+    if passed_over:
+        write_whole(folder / PASSED_OVER, dict(sorted((Counter(read_passed_over(folder)) + passed_over).items())))
+        passed_over.clear()
+
+
+def read_passed_over(folder: Path) -> dict[str, int]:
+    """How often what was left out of a set, by reason; without what a process had counted that was killed."""
+    path = folder / PASSED_OVER
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _write(writer: ShardWriter, records: Sequence[Record], samples: int, block: int) -> None:
@@ -123,8 +146,8 @@ def _page(maker: Maker, pool: BrowserPool | None) -> AbstractAsyncContextManager
     return pool.page(*maker.screen)
 
 
-def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Note what the folder is for, or see that it is for the same."""
+def claim(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Note what the folder is for, or see that it is for the same. Raises :class:`BuildError` naming what differs."""
     path = folder / PLAN
     wanted = json.loads(json.dumps(plan))
     if path.is_file():
@@ -143,31 +166,31 @@ def _claim(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def write_card(folder: Path, builder: DocumentBuilder) -> dict[str, Any]:
-    """Read a finished shard set and describe it in ``card.json``: counts, sizes, and what its documents weigh.
+    """Read a finished shard set and describe it: in ``card.json`` its counts, its size and what its documents weigh, in
+    ``card.html`` the same for people, with charts and samples.
 
     Raises :class:`~mmagent.records.RecordError` if a record is unusable: a build must not be.
     """
     shards = ShardSet(folder)
-    tokens: list[int] = []
-    trainable = visual = images = patches = 0
-    for n in range(len(shards)):
-        draft = builder.draft(from_sample(shards.read(n)))
-        tokens.append(draft.size.tokens)
-        trainable += int(draft.trainable.sum())
-        visual += int((draft.input_ids == builder.vocab.image_id).sum())
-        images += len(draft.grids)
-        patches += draft.size.patches
+    summary = summarise(shards, builder)
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    write_card_page(folder, summary, plan)
     card = {
         "made": plan,
         "samples": len(shards),
+        "passed_over": read_passed_over(folder),
         "shards": len(shards.paths),
         "bytes": shards.bytes,
         "fingerprint": shards.fingerprint(),
         "vocabulary": _digest(builder),
-        "images": images,
-        "patches": patches,
-        "tokens": {"total": sum(tokens), "visual": visual, "trainable": trainable, "longest": max(tokens)},
+        "images": summary.images,
+        "patches": summary.patches,
+        "tokens": {
+            "total": summary.total,
+            "visual": summary.visual,
+            "trainable": summary.trainable,
+            "longest": summary.longest,
+        },
     }
     write_whole(folder / CARD, card)
     return card
@@ -176,7 +199,7 @@ def write_card(folder: Path, builder: DocumentBuilder) -> dict[str, Any]:
 def read_card(folder: Path, builder: DocumentBuilder) -> dict[str, Any] | None:
     """The card of a finished set; None where there is none, or it describes other shards or another vocabulary."""
     path = folder / CARD
-    if not path.is_file():
+    if not path.is_file() or not (folder / PAGE).is_file():
         return None
     card = json.loads(path.read_text(encoding="utf-8"))
     same = card["fingerprint"] == ShardSet(folder).fingerprint() and card["vocabulary"] == _digest(builder)

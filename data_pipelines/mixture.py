@@ -8,23 +8,57 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_pipelines.shards import ShardSet
 
+REPEATS = "repeats.npy"
+"""Beside the shards of a set: how often each sample is met in an epoch, one uint8 a sample. Without it, once."""
 _MASK = (1 << 64) - 1
 
 
 @dataclass
 class SourceConfig:
     """Shards at ``path`` (a folder, a glob or one tar; empty: the sub-folder of the source's name in the stream's
-    folder) with a ``weight`` in the mixture; weight 0 leaves it out."""
+    folder) with a ``weight`` in the mixture; weight 0 leaves it out. ``schedule`` multiplies it by step of the stream,
+    in straight lines from one to the next: ``{0: 1, 1000: 1, 1001: 3}`` is three times as much from step 1001 on. What
+    waits in the buffers was chosen before, so a change shows after as many documents."""
 
     path: str = ""
     weight: float = 1.0
+    schedule: dict[int, float] = field(default_factory=dict)
+
+    def at(self, step: int) -> float:
+        """The weight in step ``step``, counted from 0."""
+        if not self.schedule:
+            return self.weight
+        knots = sorted(self.schedule)
+        after = bisect_right(knots, step)
+        if after in (0, len(knots)):
+            return self.weight * self.schedule[knots[max(after - 1, 0)]]
+        left, right = knots[after - 1 : after + 1]
+        share = (step - left) / (right - left)
+        return self.weight * ((1 - share) * self.schedule[left] + share * self.schedule[right])
+
+    @property
+    def most(self) -> float:
+        """The largest weight of all steps: what is judged by one mix, whatever the step, is judged by these."""
+        return self.weight * max(self.schedule.values(), default=1.0)
+
+    def check(self, name: str) -> None:
+        """Raise ``ValueError`` for a weight or a step below 0, naming both."""
+        for key, value in (("weight", self.weight), *((f"schedule.{n}", w) for n, w in self.schedule.items())):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"sources.{name}.{key}: {value} is no weight: 0 or more, and finite")
+        if self.schedule and min(self.schedule) < 0:
+            raise ValueError(f"sources.{name}.schedule: step {min(self.schedule)} is negative")
 
 
 def digest(*parts: object) -> int:
@@ -59,60 +93,92 @@ def _mix(x: int) -> int:
 class Source:
     """An endless sequence of one source's samples: epoch after epoch, each in an order of its own."""
 
-    def __init__(self, name: str, shards: ShardSet, weight: float, seed: int):
-        self.name, self.shards, self.weight, self.seed = name, shards, weight, seed
+    def __init__(self, name: str, shards: ShardSet, config: SourceConfig, seed: int, repeats: np.ndarray | None = None):
+        """``repeats (N,)``: how often each sample is met in an epoch, None for once."""
+        self.name, self.shards, self.config, self.seed = name, shards, config, seed
         self._key = (-1, 0)  # the epoch last asked for, and its key
+        self._ends = None if repeats is None else np.cumsum(repeats, dtype=np.int64)  # where each one's turns end
+
+    def __len__(self) -> int:
+        """Samples of an epoch, the repeated ones as often as they are met."""
+        return len(self.shards) if self._ends is None else int(self._ends[-1])
+
+    def fingerprint(self) -> str:
+        """What an exact resume has to find again: the shards, and how often each of their samples is met."""
+        told = self.shards.fingerprint()
+        return told if self._ends is None else f"{told}-{digest(self._ends.tobytes()):016x}"
 
     def sample(self, position: int) -> int:
         """The index in ``shards`` of the sample at ``position`` of the sequence."""
-        epoch, place = divmod(position, len(self.shards))
+        epoch, place = divmod(position, len(self))
         if self._key[0] != epoch:
             self._key = (epoch, digest(self.seed, self.name, epoch))
-        return permute(place, len(self.shards), self._key[1])
+        chosen = permute(place, len(self), self._key[1])
+        return chosen if self._ends is None else int(np.searchsorted(self._ends, chosen, side="right"))
+
+
+def read_repeats(shards: ShardSet) -> np.ndarray | None:
+    """What stands in :data:`REPEATS` beside the shards. Raises ``ValueError`` where it counts other samples."""
+    path = Path(shards.location) / REPEATS
+    if not path.is_file():
+        return None
+    repeats = np.load(path, allow_pickle=False)
+    if repeats.shape != (len(shards),) or repeats.min() < 1:
+        raise ValueError(f"{path} is about {len(repeats)} samples and the shards hold {len(shards)}: curate them anew")
+    return repeats
 
 
 class Mixture:
     """One logical stream's share of all sources, ``number`` of ``streams``.
 
-    The next sample comes from the source that lags most behind its weight in what was taken so far (tokens or
-    documents), so shares are met exactly and at once instead of in the long run. The stream's own samples are
-    every ``streams``-th of each source's sequence: together the streams use each sample once an epoch.
+    Whatever is taken (tokens or documents) is credited to all sources by their weights of that step, and charged to
+    the one it came from; the next sample comes from the source whose credit is largest for its weight. So shares are
+    met at once instead of in the long run, and a weight that changes counts from then on. The stream's own samples
+    are every ``streams``-th of each source's sequence: together the streams use each sample once an epoch.
     """
 
     def __init__(self, sources: Sequence[Source], number: int, streams: int, seed: int, unit: float):
         """``unit``: the amount within which the streams' starts are staggered, so that they do not mix in step."""
         self.sources = {source.name: source for source in sources}
         self.number, self.streams = number, streams
-        self.taken = dict.fromkeys(self.sources, 0)
         self.consumed = dict.fromkeys(self.sources, 0)
-        total = sum(source.weight for source in sources)
-        self._start = {
-            source.name: unit * source.weight / total * (digest(seed, "phase", number, source.name) / 2**64)
-            for source in sources
+        self.at(0)
+        total = sum(self._weights.values())
+        self._credit = {
+            name: -unit * weight / total * (digest(seed, "phase", number, name) / 2**64)
+            for name, weight in self._weights.items()
         }
+
+    def at(self, step: int) -> None:
+        """What follows is taken in ``step``."""
+        self._weights = {name: source.config.at(step) for name, source in self.sources.items()}
 
     def next(self) -> tuple[str, int]:
         """``(source, sample)``; the caller says by :meth:`take` how much it amounted to."""
-        name = min(self.sources, key=lambda n: ((self.taken[n] + self._start[n]) / self.sources[n].weight, n))
+        wanted = [(-self._credit[name] / weight, name) for name, weight in self._weights.items() if weight > 0]
+        name = min(wanted)[1]
         position = self.number + self.streams * self.consumed[name]
         self.consumed[name] += 1
         return name, self.sources[name].sample(position)
 
     def take(self, name: str, amount: int) -> None:
-        """Count ``amount`` (tokens or documents) against the source's share."""
-        self.taken[name] += amount
+        """Charge ``amount`` (tokens or documents) to the source."""
+        each = amount / sum(self._weights.values())
+        for other, weight in self._weights.items():
+            self._credit[other] += each * weight
+        self._credit[name] -= amount
 
     def epoch(self, name: str) -> float:
         """How often the source has been gone through."""
-        return self.consumed[name] * self.streams / len(self.sources[name].shards)
+        return self.consumed[name] * self.streams / len(self.sources[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Two counts a source."""
-        return {"taken": dict(self.taken), "consumed": dict(self.consumed)}
+        """Two numbers a source."""
+        return {"credit": dict(self._credit), "consumed": dict(self.consumed)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from those counts."""
-        self.taken = {name: int(state["taken"][name]) for name in self.sources}
+        """Continue from those numbers."""
+        self._credit = {name: float(state["credit"][name]) for name in self.sources}
         self.consumed = {name: int(state["consumed"][name]) for name in self.sources}
 
 
@@ -123,26 +189,29 @@ def instead(name: str, known: Collection[str]) -> str:
 
 
 def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "") -> list[Source]:
-    """The sources with a weight: those named, and every sub-folder of ``folder`` that holds shards.
+    """The sources with a weight at some step: those named, and every sub-folder of ``folder`` that holds shards.
 
     Raises ``ValueError`` for a negative weight, a name that ``folder`` does not hold or a path that nobody gave, and
-    when no source is left.
+    when no source is left, at all or at some step.
     """
     found = {path.parent.name: SourceConfig() for path in Path(folder).glob("*/*.tar")} if folder else {}
     named = {**found, **configs}
     for name, config in named.items():  # all of them before the first is read
-        if not config.weight >= 0:
-            raise ValueError(f"sources.{name}.weight: {config.weight} is negative")
+        config.check(name)
         if not config.path and not folder:
             raise ValueError(f"sources.{name}.path: is empty, and the stream has no folder")
         if not config.path and name not in found and config.weight > 0:
             raise ValueError(f"sources.{name}: {folder} holds no shards of that name; {instead(name, found)}")
-    sources = [
-        Source(name, ShardSet(config.path or Path(folder) / name), config.weight, seed)
+    opened = {
+        name: ShardSet(config.path or Path(folder) / name)
         for name, config in sorted(named.items())
         if config.weight > 0
-    ]
+    }
+    sources = [Source(name, shards, named[name], seed, read_repeats(shards)) for name, shards in opened.items()]
     if not sources:
         there = f", and {folder} holds no shards" if folder else ""
         raise ValueError(f"sources: none has a weight above 0{there}; name a folder that data_pipelines.build filled")
+    for step in sorted({0, *(step for source in sources for step in source.config.schedule)}):  # lines between them
+        if not any(source.config.at(step) for source in sources):
+            raise ValueError(f"sources: by their schedules none has a weight above 0 at step {step}")
     return sources

@@ -14,11 +14,13 @@ from mmagent.types import Cost
 
 
 class Waiting(NamedTuple):
-    """A draft and where it came from, which is all that a checkpoint keeps of it."""
+    """A draft and where it came from, which is all that a checkpoint keeps of it: piece ``piece`` of ``pieces``."""
 
     source: str
     sample: int
     draft: Draft
+    piece: int = 0
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class StreamPacker:
         self.waiting: list[Waiting] = []
         self.packs = 0
 
-    def next(self) -> PackPlan:
-        """The next pack. Raises :class:`~data_pipelines.documents.QuarantineError` when too much is unusable."""
+    def next(self, step: int = 0) -> PackPlan:
+        """The next pack, of ``step``, whose weights count. Raises
+        :class:`~data_pipelines.documents.QuarantineError` when too much is unusable."""
+        self.mixture.at(step)
         self._refill()
         chosen = select([w.draft.size for w in self.waiting], self.budget)
         plan = PackPlan(tuple(self.waiting[n] for n in chosen))
@@ -77,33 +81,41 @@ class StreamPacker:
             name, sample = self.mixture.next()
             shards = self.mixture.sources[name].shards
             try:
-                draft = self.builder.draft(from_sample(shards.read(sample)))
+                drafts = self.builder.drafts(from_sample(shards.read(sample)))
             except RecordError as error:
                 self.mixture.take(name, 1)  # or a source of nothing but bad samples would be asked for ever
                 self.quarantine.add(name, shards.where(sample), error)
                 continue
             self.quarantine.good(name)
-            self.mixture.take(name, draft.size.tokens if self.by_tokens else 1)
-            self.waiting.append(Waiting(name, sample, draft))
-            tokens += draft.size.tokens
+            size = sum(draft.size.tokens for draft in drafts)
+            self.mixture.take(name, size if self.by_tokens else 1)
+            self.waiting += [Waiting(name, sample, draft, n, len(drafts)) for n, draft in enumerate(drafts)]
+            tokens += size
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and references: kilobytes, whatever the documents weigh."""
         names = list(self.mixture.sources)
-        waiting = [[names.index(w.source), w.sample] for w in self.waiting]
+        waiting = [[names.index(w.source), w.sample, w.piece, w.pieces] for w in self.waiting]
         return {"mixture": self.mixture.state_dict(), "waiting": waiting, "sources": names, "packs": self.packs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Read the waiting documents again; one that a smaller budget or another geometry refuses is quarantined."""
+        """Read the waiting documents again; one that a smaller budget or another geometry refuses, or cuts elsewhere,
+        is quarantined."""
         self.mixture.load_state_dict(state["mixture"])
         self.waiting = []
-        for number, sample in state["waiting"]:
+        last, drafts = None, []
+        for number, sample, piece, pieces in state["waiting"]:
             name = state["sources"][number]
             shards = self.mixture.sources[name].shards
             try:
-                draft = self.builder.draft(from_sample(shards.read(sample)))
+                if last != (number, sample):  # pieces of one record wait side by side
+                    drafts = self.builder.drafts(from_sample(shards.read(sample)))
+                    last = number, sample
+                if len(drafts) != pieces:
+                    key = drafts[0].record.key
+                    raise RecordError(key, "pieces", f"was to be cut into {pieces} documents, now into {len(drafts)}")
             except RecordError as error:
                 self.quarantine.add(name, shards.where(sample), error, counted=True)
                 continue
-            self.waiting.append(Waiting(name, sample, draft))
+            self.waiting.append(Waiting(name, sample, drafts[piece], piece, pieces))
         self.packs = int(state["packs"])

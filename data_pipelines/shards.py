@@ -20,6 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,16 @@ from braceexpand import braceexpand
 
 from mmagent.files import sync
 from mmagent.records import Record, RecordError, to_sample
+from mmagent.retries import TRANSIENT, retried
 
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 """Of one sample: first byte, byte count and CRC-32 of its members, headers included."""
 _MAGIC = b"MMAIDX01"
 _HEADER = struct.Struct("<8sQQI")  # magic, bytes of the tar, samples, whether the checksums are known
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_HEADER = 1 << 20  # bytes of names and attributes of one member
+MAX_SAMPLE = 1 << 30
+"""Bytes that a sample may have to be read: it is held in memory whole."""
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")  # the key, and everything after the first dot of the file's name
 
 
@@ -73,7 +78,7 @@ class ShardIndex:
     def load(path: Path) -> ShardIndex | None:
         """None when there is no index, or what is there is damaged: it can be rebuilt."""
         try:
-            data = path.read_bytes()
+            data = retried(path.read_bytes, path)
         except FileNotFoundError:
             return None
         if len(data) < _HEADER.size + 4 or struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
@@ -90,13 +95,15 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2].lower()) if match else None
 
 
-def scan(path: Path) -> tuple[ShardIndex, TornTail | None]:
-    """Index a tar by walking its headers. Checksums stay unknown, as the data is not read."""
+def scan(path: Path, keys: list[str] | None = None) -> tuple[ShardIndex, TornTail | None]:
+    """Index a tar by walking its headers. Checksums stay unknown, as the data is not read. ``keys`` is given the key of
+    every sample, in their order."""
     size = path.stat().st_size
     entries: list[tuple[int, int, int]] = []
+    found: list[str] = [] if keys is None else keys
     key, end, problem = None, 0, ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # or the archive would be remembered whole
                 name = split_name(member.name) if member.isfile() else None
@@ -104,6 +111,7 @@ def scan(path: Path) -> tuple[ShardIndex, TornTail | None]:
                     problem = f"{member.name} is cut short"
                     if name is not None and name[0] == key:
                         end = entries.pop()[0]
+                        found.pop()
                     break
                 end = tar.offset
                 if name is not None and name[0] == key:
@@ -111,12 +119,15 @@ def scan(path: Path) -> tuple[ShardIndex, TornTail | None]:
                 elif name is not None:
                     entries.append((member.offset, end - member.offset, 0))
                     key = name[0]
+                    found.append(key)
             else:
                 with path.open("rb") as file:
                     file.seek(end)
                     if file.read(_BLOCK) != bytes(_BLOCK):
                         problem = "no end-of-archive mark"
     except (tarfile.TarError, OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
+            raise  # storage that fails for a moment must not look like a shard cut short
         problem = str(error)
     if problem and not entries and _looks_compressed(path):
         raise ShardError(f"{path}: a compressed tar cannot be read at random; unpack it first")
@@ -125,6 +136,18 @@ def scan(path: Path) -> tuple[ShardIndex, TornTail | None]:
             raise ShardError(f"{path}: the sample at {offset} has {length} bytes, the limit is 4 GiB")
     index = ShardIndex(np.array(entries, ENTRY), size, checksums=False)
     return index, TornTail(path.name, end, problem) if problem else None
+
+
+class _Headers(io.BufferedReader):
+    """A tar of which only headers are read: one that claims to be long would be read into memory whole."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 def _looks_compressed(path: Path) -> bool:
@@ -137,7 +160,7 @@ def open_index(path: Path) -> tuple[ShardIndex, TornTail | None]:
 
     A rebuilt index of a whole tar is kept for the next time where the folder can be written.
     """
-    size = path.stat().st_size
+    size = retried(path.stat, path).st_size
     index = ShardIndex.load(path.with_suffix(".idx"))
     if index is not None and index.tar_bytes == size:
         return index, None
@@ -147,7 +170,7 @@ def open_index(path: Path) -> tuple[ShardIndex, TornTail | None]:
         problem = f"{size} of {index.tar_bytes} bytes, {len(ends) - whole} of {len(ends)} samples lost"
         kept = ShardIndex(index.entries[:whole], size, index.checksums)
         return kept, TornTail(path.name, int(ends[whole - 1]) if whole else 0, problem)
-    index, torn = scan(path)
+    index, torn = retried(lambda: scan(path), path)
     if torn is None and os.access(path.parent, os.W_OK):
         index.save(path.with_suffix(".idx"))
     return index, torn
@@ -174,7 +197,7 @@ class ShardSet:
     def __init__(self, location: str | Path, open_files: int = 64):
         """Raises :class:`ShardError` when there is no sample at ``location``."""
         self.location = str(location)
-        self.paths = _find(self.location)
+        self.paths = find_shards(self.location)
         opened = [open_index(path) for path in self.paths]
         self._indices = [index for index, _ in opened]
         self.torn = tuple(torn for _, torn in opened if torn is not None)
@@ -209,17 +232,29 @@ class ShardSet:
     def read(self, index: int) -> dict[str, Any]:
         """Sample ``index`` as webdataset would give it: ``__key__`` and bytes by extension.
 
-        Raises :class:`~mmagent.records.RecordError` naming shard and offset when the bytes are not what they were.
+        Raises :class:`~mmagent.records.RecordError` naming shard and offset when the bytes are not what they were, and
+        ``OSError`` naming the shard when its storage does not answer (:mod:`mmagent.retries`).
         """
         shard, local = self._split(index)
         entry = self._indices[shard].entries[local]
-        file = self._file(shard)  # held while reading, or another thread's eviction would close it
-        data = os.pread(file.fd, int(entry["size"]), int(entry["offset"]))
+        if entry["size"] > MAX_SAMPLE:
+            raise RecordError(self.where(index), "sample", f"{entry['size']} bytes exceed the limit of {MAX_SAMPLE}")
+        data = retried(lambda: self._bytes(shard, int(entry["size"]), int(entry["offset"])), self.paths[shard])
         if len(data) != entry["size"]:
             raise RecordError(self.where(index), "sample", f"{len(data)} of {entry['size']} bytes can be read")
         if self._indices[shard].checksums and zlib.crc32(data) != entry["crc"]:
             raise RecordError(self.where(index), "sample", "checksum differs: the bytes changed after writing")
-        return _parse(data, self.where(index))
+        return parse_sample(data, self.where(index))
+
+    def _bytes(self, shard: int, size: int, offset: int) -> bytes:
+        file = self._file(shard)  # held while reading, or another thread's eviction would close it
+        try:
+            return os.pread(file.fd, size, offset)
+        except OSError:
+            with self._lock:  # a stale handle stays stale: the next try opens the file anew
+                if self._files.get(shard) is file:
+                    del self._files[shard]
+            raise
 
     def _split(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -236,7 +271,8 @@ class ShardSet:
             return file
 
 
-def _find(location: str) -> list[Path]:
+def find_shards(location: str) -> list[Path]:
+    """The tars of a folder, a glob or one path, in order. Raises :class:`ShardError` where there is none."""
     path = Path(location)
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
@@ -255,8 +291,9 @@ def _find(location: str) -> list[Path]:
     return found
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    """The members of one sample from their bytes in the tar."""
+def parse_sample(data: bytes, where: str) -> dict[str, Any]:
+    """``__key__`` and the members of one sample by extension, from their bytes in the tar. Raises
+    :class:`~mmagent.records.RecordError`; ``where`` names the sample as long as its key is not known."""
     sample: dict[str, Any] = {}
     for path, start, size in _plain_members(data) or _members(data, where):
         name = split_name(path)
@@ -297,9 +334,26 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
 def _members(data: bytes, where: str) -> list[tuple[str, int, int]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            return [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
-    except tarfile.TarError as error:
+            members = [member for member in tar if member.isfile()]
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise RecordError(where, "sample", f"is no tar: {error}") from error
+    if sparse := [member.name for member in members if member.issparse()]:
+        raise RecordError(where, "sample", f"{sparse[0]!r} is a sparse file, which a tar of samples cannot hold")
+    return [(member.name, member.offset_data, member.size) for member in members]
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A record as it lies in a tar: ``data`` are its members, headers included."""
+
+    key: str
+    data: bytes
+
+
+def encode_sample(record: Record, *, headers: bool = True) -> EncodedSample:
+    """Validate and encode; ``headers`` as in :func:`~mmagent.records.to_sample`. Raises
+    :class:`~mmagent.records.RecordError`."""
+    return EncodedSample(record.key, _tar_bytes(to_sample(record, headers=headers)))
 
 
 class ShardWriter:
@@ -316,12 +370,22 @@ class ShardWriter:
     An exception inside the block drops the unfinished shard and keeps the finished ones.
     """
 
-    def __init__(self, folder: Path | str, prefix: str = "shard", max_bytes: int = 1 << 28, max_samples: int = 10_000):
-        """Raises :class:`ShardError` when another process writes there, or a finished shard is damaged."""
+    def __init__(
+        self,
+        folder: Path | str,
+        prefix: str = "shard",
+        max_bytes: int = 1 << 28,
+        max_samples: int = 10_000,
+        before_shard: Callable[[int], None] = lambda number: None,
+    ):
+        """``before_shard(number)`` is called when all of a shard's samples were given and before the shard appears:
+        whoever notes there how far its input is used up finds the note of every shard that a kill left.
+
+        Raises :class:`ShardError` when another process writes there, or a finished shard is damaged."""
         if max_bytes < 1 or max_samples < 1:
             raise ValueError(f"max_bytes {max_bytes} and max_samples {max_samples} must be positive")
         self.folder, self.prefix = Path(folder), prefix
-        self.max_bytes, self.max_samples = max_bytes, max_samples
+        self.max_bytes, self.max_samples, self._before_shard = max_bytes, max_samples, before_shard
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / f".{prefix}.lock").open("w")
         try:
@@ -348,21 +412,26 @@ class ShardWriter:
 
     def write(self, record: Record) -> None:
         """Validate and append. Raises :class:`~mmagent.records.RecordError`, or ``ValueError`` for a key used twice."""
-        data = _tar_bytes(to_sample(record))
+        self.append(encode_sample(record))
+
+    def append(self, sample: EncodedSample) -> None:
+        """:meth:`write` for what another process encoded."""
+        data = sample.data
         if self._entries and (len(self._entries) >= self.max_samples or self._bytes + len(data) > self.max_bytes):
             self._finish()
-        if record.key in self._keys:
-            raise ValueError(f"{record.key}: key used twice in one shard; webdataset would merge the samples")
+        if sample.key in self._keys:
+            raise ValueError(f"{sample.key}: key used twice in one shard; webdataset would merge the samples")
         if self._file is None:
             self._file = self._path().with_suffix(".tar.partial").open("wb")
         self._file.write(data)
         self._entries.append((self._bytes, len(data), zlib.crc32(data)))
-        self._keys.add(record.key)
+        self._keys.add(sample.key)
         self._bytes += len(data)
         self.samples += 1
 
     def _finish(self) -> None:
         assert self._file is not None
+        self._before_shard(self.shards)
         end = bytes(2 * _BLOCK)
         self._file.write(end + bytes(-(self._bytes + len(end)) % tarfile.RECORDSIZE))
         total = self._file.tell()
@@ -408,7 +477,21 @@ def _tar_bytes(sample: dict[str, Any]) -> bytes:
     for extension, data in sample.items():
         if extension == "__key__":
             continue
-        info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
-        info.size = len(data)
-        out += [info.tobuf(tarfile.GNU_FORMAT), data, bytes(-len(data) % _BLOCK)]
+        out += [_header(f"{sample['__key__']}.{extension}", len(data)), data, bytes(-len(data) % _BLOCK)]
     return b"".join(out)
+
+
+_AFTER_NAME = b"0000644\0" + 2 * b"0000000\0"  # mode, owner, group
+
+
+def _header(name: str, size: int) -> bytes:
+    """``TarInfo(name).tobuf(GNU_FORMAT)`` of a file of ``size`` bytes, at a fifth of the cost where both are short."""
+    encoded = name.encode("utf-8", "surrogateescape")
+    if len(encoded) > 100 or size >= 1 << 33:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT)
+    before = encoded.ljust(100, b"\0") + _AFTER_NAME + b"%011o\0%011o\0" % (size, 0)
+    after = b" 0".ljust(102, b"\0") + tarfile.GNU_MAGIC
+    checksum = sum(before) + sum(after) + 7 * ord(" ")  # counted as if its own eight bytes were spaces
+    return (before + b"%06o\0" % checksum + after).ljust(_BLOCK, b"\0")

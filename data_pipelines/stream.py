@@ -19,13 +19,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data_pipelines.documents import DocumentBuilder, Quarantine, QuarantineConfig
 from data_pipelines.mixture import SourceConfig, open_sources
 from data_pipelines.packing import PackPlan, StreamPacker, Waiting
+from mmagent import retries
+from mmagent.balance import CostWeights, deal, max_over_mean
 from mmagent.chat import ChatConfig
 from mmagent.dist import World
 from mmagent.geometry import GeometryConfig
-from mmagent.packing import CostWeights, Size, balance, empty_pack, pack
+from mmagent.packing import Size, empty_pack, pack
 from mmagent.records import RecordError
 from mmagent.types import Document, PackedBatch
 from mmagent.vocab import Vocab
@@ -42,8 +47,11 @@ class StreamConfig:
     ``tokens_per_step`` is global and a multiple of ``tokens_per_microbatch``, which is local; accumulation follows
     from both and the world size. ``logical_streams`` 0 means one per micro-batch of a step; a run that may change
     ``tokens_per_step`` later fixes it. ``by_tokens``: weights are shares of tokens, else of documents.
-    ``prefetch`` steps are prepared ahead by a thread, images decoded by ``threads`` more. Groups of at most
-    ``balance_ranks`` ranks deal packs by cost.
+    ``split_long``: a record that no pack could hold becomes several documents (:mod:`data_pipelines.splitting`), else
+    it is refused. ``prefetch`` steps are prepared ahead by a thread, images decoded by ``threads`` more; the packs are
+    the same for any number of them. Groups of at most ``balance_ranks`` ranks deal packs by cost: each plans the packs
+    of all of them, which reads and tokenises that many times what it trains on. ``cost`` weighs what makes a pack slow;
+    None takes what the stream is given, which recipes derive from their model.
     """
 
     folder: str = ""
@@ -53,13 +61,14 @@ class StreamConfig:
     patches_per_microbatch: int = 16384
     logical_streams: int = 0
     by_tokens: bool = True
+    split_long: bool = False
     buffer: int = 64
     seed: int = 0
     prefetch: int = 1
     threads: int = 2
     balance_ranks: int = 8
     tail_multiple: int = 1
-    cost: CostWeights = field(default_factory=CostWeights)
+    cost: CostWeights | None = None
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
 
     def __post_init__(self) -> None:
@@ -117,9 +126,11 @@ class PackStream(Iterator[list[PackedBatch]]):
         geometry: GeometryConfig,
         chat: ChatConfig | None = None,
         world: World | None = None,
+        weights: CostWeights | None = None,
     ):
-        """Ranks of one context read the same packs: what must divide are micro-batches, logical streams and contexts.
-        Raises ``ValueError`` naming both numbers where they do not."""
+        """``weights``: of the model that trains on the packs, where the config names none. Ranks of one context read
+        the same packs: what must divide are micro-batches, logical streams and contexts. Raises ``ValueError`` naming
+        both numbers where they do not."""
         self.config = config
         self.world = world
         rank, ranks = (world.data_rank, world.data_size) if world else (0, 1)
@@ -129,12 +140,13 @@ class PackStream(Iterator[list[PackedBatch]]):
         if streams % ranks:
             raise ValueError(f"{streams} logical streams cannot be shared evenly by {ranks} ranks")
         self.accumulation = packs // ranks
+        self.weights = config.cost or weights or CostWeights()
         group = max(n for n in range(1, max(config.balance_ranks, 1) + 1) if ranks % n == 0)
         self._ranks, self._group, self._place = ranks, group, rank % group
         first = rank - self._place
         self._own = [n for n in range(streams) if n % ranks == rank]
         members = [n for n in range(streams) if first <= n % ranks < first + group]
-        self.builder = DocumentBuilder(vocab, geometry, chat, config.budget)
+        self.builder = DocumentBuilder(vocab, geometry, chat, config.budget, split_long=config.split_long)
         unlogged = Quarantine(replace(config.quarantine, folder=""), tell=False)  # for streams whose owner logs them
         logs = world is None or world.rank % world.context == 0  # the first of the ranks that read the same packs
         self.quarantine = Quarantine(config.quarantine, rank) if logs else copy.deepcopy(unlogged)
@@ -157,9 +169,10 @@ class PackStream(Iterator[list[PackedBatch]]):
             )
             for n in members
         }
-        self.steps = 0
+        self.steps = self._planned = 0
         self._delivered = self._packer_states()
         self.metrics: dict[str, float] = {}
+        self._retries = retries.total()
         self._worker = ThreadPoolExecutor(1, "mmagent-stream") if config.prefetch else None
         self._decoders = ThreadPoolExecutor(config.threads, "mmagent-decode") if config.threads else None
         self._ahead: deque[Future[_Step]] = deque()
@@ -169,8 +182,9 @@ class PackStream(Iterator[list[PackedBatch]]):
 
     def describe(self) -> str:
         """One line for people: how a step is made up."""
-        config, total = self.config, sum(source.weight for source in self.sources)
-        mix = ", ".join(f"{s.name} {s.weight / total:.0%} of {len(s.shards)} samples" for s in self.sources)
+        config, weights = self.config, {source: source.config.at(self.steps) for source in self.sources}
+        total = sum(weights.values())
+        mix = ", ".join(f"{s.name} {weight / total:.0%} of {len(s.shards)} samples" for s, weight in weights.items())
         context = self.world.context if self.world else 1
         who = f"{self._ranks} ranks" if context == 1 else f"{self._ranks} contexts of {context} ranks"
         return (
@@ -191,7 +205,9 @@ class PackStream(Iterator[list[PackedBatch]]):
             raise
         self.steps += 1
         self._delivered = step.packers
-        self.metrics = {"time/data": time.perf_counter() - started, **step.metrics}
+        before, self._retries = self._retries, retries.total()
+        failed = {"data/retries": float(self._retries - before)}
+        self.metrics = {"time/data": time.perf_counter() - started, **failed, **step.metrics}
         self._judge_budgets()
         return step.batches
 
@@ -220,18 +236,27 @@ class PackStream(Iterator[list[PackedBatch]]):
         """Plan the group's packs of one step, and decode those dealt to this rank."""
         before = self.quarantine.total
         each = self.config.packs_per_step // self.config.streams
-        plans = [self._packers[n].next() for _ in range(each) for n in self._packers]
-        costs = [self.config.cost(plan.cost()) for plan in plans]
-        mine = balance(costs, self._group)[self._place]
-        batches = [self._decode(plans[n]) for n in mine]
+        plans = [self._packers[n].next(self._planned) for _ in range(each) for n in self._packers]
+        self._planned += 1
+        costs = [self.weights(plan.cost()) for plan in plans]
+        dealt = deal(costs, self._group)
+        batches = [self._decode(plans[n]) for n in dealt[self._place]]
+        balance = {
+            "balance/max_over_mean": max_over_mean([sum(costs[n] for n in packs) for packs in dealt]),
+            "balance/in_turn": max_over_mean([sum(costs[rank :: self._group]) for rank in range(self._group)]),
+        }
         quarantined = float(self.quarantine.total - before)  # of this step: a running sum would not survive a kill
         bad = {"data/quarantined": quarantined, "data/torn_shards": float(self.quarantine.tails)}
-        return _Step(batches, self._packer_states(), {**self._measure(batches), **bad})
+        return _Step(batches, self._packer_states(), {**self._measure(batches), **balance, **bad})
 
     def _decode(self, plan: PackPlan) -> PackedBatch:
         run = map if self._decoders is None else self._decoders.map
+        counts = [waiting.draft.size.patches for waiting in plan.documents]
+        memory = torch.empty(sum(counts), self.builder.geometry.patch_values, pin_memory=self._pin)
         documents = []
-        for waiting, result in zip(plan.documents, run(self._finish, plan.documents), strict=True):
+        for waiting, result in zip(
+            plan.documents, run(self._finish, plan.documents, memory.split(counts)), strict=True
+        ):
             if isinstance(result, Document):
                 documents.append(result)
             else:  # the pack stays shorter: what fills it was planned by several ranks
@@ -244,9 +269,9 @@ class PackStream(Iterator[list[PackedBatch]]):
         batch = pack(documents, image_id=vocab.image_id, merge_size=merge, multiple=multiple, pad_id=vocab.pad_id)
         return batch.pin() if self._pin else batch
 
-    def _finish(self, waiting: Waiting) -> Document | RecordError:
+    def _finish(self, waiting: Waiting, into: Tensor) -> Document | RecordError:
         try:
-            return self.builder.finish(waiting.draft)
+            return self.builder.finish(waiting.draft, into)
         except RecordError as error:
             return error
 
@@ -282,7 +307,7 @@ class PackStream(Iterator[list[PackedBatch]]):
         return {
             "streams": self.config.streams,
             "seed": self.config.seed,
-            "sources": {s.name: [len(s.shards), s.shards.fingerprint()] for s in self.sources},
+            "sources": {s.name: [len(s), s.fingerprint()] for s in self.sources},
             "steps": self.steps,
             "logical": logical,
         }
@@ -294,7 +319,7 @@ class PackStream(Iterator[list[PackedBatch]]):
             theirs = state[name.removeprefix("logical_")]
             if theirs != mine:
                 raise ValueError(f"{name}: the checkpoint has {theirs}, this run {mine}; data would repeat or be lost")
-        have = {s.name: [len(s.shards), s.shards.fingerprint()] for s in self.sources}
+        have = {s.name: [len(s), s.fingerprint()] for s in self.sources}
         saved = {name: list(value) for name, value in state["sources"].items()}
         for name in sorted({*have, *saved}):
             if have.get(name) != saved.get(name):
@@ -304,7 +329,7 @@ class PackStream(Iterator[list[PackedBatch]]):
                 )
         for n, packer in self._packers.items():
             packer.load_state_dict(state["logical"][str(n)])
-        self.steps = int(state["steps"])
+        self.steps = self._planned = int(state["steps"])
         self._delivered = self._packer_states()
         self._error = None
 

@@ -21,6 +21,7 @@ import torch
 from data_pipelines.galleries import Gallery, Picture, fingerprint_of, losses_of
 from data_pipelines.masking import MaskConfig, mask_patches
 from data_pipelines.mixture import digest
+from mmagent import retries
 from mmagent.dist import World
 from mmagent.geometry import GeometryConfig, patch_labels, patchify, resize
 from mmagent.types import MaskedVision, PackedVision, PairedBatch, PatchedImage, Segments
@@ -88,6 +89,8 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
     which a run cannot change when it resumes, as little as the gallery.
     """
 
+    shared_state = True  # positions count over all ranks, so a run may change their number
+
     def __init__(
         self,
         config: VisionStreamConfig,
@@ -108,6 +111,7 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
                 )
         self.steps = 0
         self.metrics: dict[str, float] = {}
+        self._retries = retries.total()
         self._worker = ThreadPoolExecutor(1, "mmagent-vision") if config.prefetch else None
         self._ahead: tuple[int, Future[_Step[Batch]]] | None = None
 
@@ -134,8 +138,10 @@ class VisionStream(Iterator[list[Batch]], Generic[Batch]):
         batches = step.batches
         self.steps += 1
         patches = sum(batch.vision.patches.shape[0] for batch in batches)
+        before, self._retries = self._retries, retries.total()
         self.metrics = {
             "time/data": time.perf_counter() - started,
+            "data/retries": float(self._retries - before),
             "data/images": float(sum(len(batch.keys) for batch in batches)),
             "data/fill_patches": patches / (len(batches) * self.config.patches_per_microbatch),
             "data/quarantined": float(step.quarantined),

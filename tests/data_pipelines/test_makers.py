@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipelines import texts, web_pages
+from data_pipelines import gui_pages, texts, web_pages
 from data_pipelines.build import BuildConfig, build, debug, makers, texts_of
 from data_pipelines.making import Maker
 from data_pipelines.screens import ExpertEpisodes, ScreenQuestions
@@ -138,11 +138,11 @@ def test_episodes_show_a_screen_for_every_action_and_replay_to_their_reward(brow
 def test_clicks_are_actions_and_html_is_asked_for_as_in_evaluation(browser_pool):
     for record in make(browser_pool, PageQuestions(0, "clicks", weights={"locate": 1.0}, block=2), 0):
         assert all(isinstance(parse_action(m.parts[0].text), Click) for m in record.messages[1::2])
-    for record in make(browser_pool, PageSources(0, longest=700, block=2), 0):
+    for record in make(browser_pool, PageSources(0, longest=900, block=2), 0):
         request, html = texts_of(record)
         assert request == HTML_REQUEST
         assert html.startswith("<!DOCTYPE html>")
-        assert len(html) <= 700
+        assert len(html) <= 900
 
 
 def test_the_two_stages_do_not_share_pages(browser_pool):
@@ -168,6 +168,8 @@ def test_held_out_seeds_are_nobody_elses(browser_pool, monkeypatch):
     spy(miniwob, "start", lambda page, task, seed: (task, seed))
     for module in (web_pages, texts):
         spy(module, "generate", lambda seed, *size: (seed,))
+    spy(gui_pages, "generate", lambda seed, *size: (seed,))
+    spy(gui_pages, "generate_app", lambda seed, *size: (seed,))
     spy(web_pages, "tile_sheet", lambda seed, *size: (seed,))
     spy(images, "draw_scene", lambda seed, split: (split, seed))
     spy(images, "draw_panel", lambda seed, split: (split, seed))
@@ -182,18 +184,18 @@ def test_held_out_seeds_are_nobody_elses(browser_pool, monkeypatch):
                 maker.block = maker.block if maker.name == "tiles" else 2  # a few will do
                 make(browser_pool, maker, 0)
     held_out = asked["validation"]
-    worlds = {"start", "generate", "tile_sheet", "draw_scene", "draw_panel", "crop_photo"}
+    worlds = {"start", "generate", "generate_app", "tile_sheet", "draw_scene", "draw_panel", "crop_photo"}
     assert {name for name, *_ in held_out} == worlds
     assert not held_out & (asked["pretrain"] | asked["sft"])
     for name, *rest in held_out:
-        if name in ("start", "generate"):
+        if name in ("start", "generate", "generate_app"):
             assert rest[-1] % len(SPLITS) == SPLITS.index("validation")
         elif name == "tile_sheet":
             assert rest[0] >= 1 << 40
         else:
             assert rest[0] == "validation"
     for name, *rest in asked["pretrain"] | asked["sft"]:
-        assert name not in ("start", "generate") or rest[-1] % len(SPLITS) == SPLITS.index("train")
+        assert name not in ("start", "generate", "generate_app") or rest[-1] % len(SPLITS) == SPLITS.index("train")
         assert name != "tile_sheet" or rest[0] < 1 << 40
         assert not name.startswith(("draw", "crop")) or rest[0] == "train"
 
@@ -213,10 +215,10 @@ def test_a_whole_build_with_screens(browser_pool, tmp_path):
     config = debug()
     config.folder = str(tmp_path)
     for stage in (config.pretrain, config.sft, config.validation):
-        stage.update(dict.fromkeys(stage, 8))
+        stage.update({name: 2 if name in gui_pages.NAMES else 8 for name in stage})
     cards = build(config)
     assert len(cards) == len(config.pretrain) + len(config.sft) + len(config.validation)
-    assert all(card["samples"] == 8 for card in cards.values())
+    assert all(card["samples"] == (2 if name.split("/")[1] in gui_pages.NAMES else 8) for name, card in cards.items())
     assert cards["sft/episodes"]["images"] >= 8
     for stage in ("pretrain", "sft"):
         fills = []

@@ -47,17 +47,17 @@ def test_permute_scatters():
 
 
 def test_epochs_use_every_sample_once_in_orders_of_their_own():
-    source = Source("s", Shards(50), 1.0, seed=3)
+    source = Source("s", Shards(50), SourceConfig(), seed=3)
     epochs = [[source.sample(50 * e + n) for n in range(50)] for e in range(4)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [Source("s", Shards(50), 1.0, seed=3).sample(n) for n in range(50)] == epochs[0]
-    assert [Source("s", Shards(50), 1.0, seed=4).sample(n) for n in range(50)] != epochs[0]
+    assert [Source("s", Shards(50), SourceConfig(), seed=3).sample(n) for n in range(50)] == epochs[0]
+    assert [Source("s", Shards(50), SourceConfig(), seed=4).sample(n) for n in range(50)] != epochs[0]
 
 
 @given(st.integers(1, 5), st.integers(1, 40))
 def test_streams_share_an_epoch_without_overlap(streams, size):
-    source = Source("s", Shards(size), 1.0, seed=0)
+    source = Source("s", Shards(size), SourceConfig(), seed=0)
     mixtures = [Mixture([source], n, streams, seed=0, unit=1) for n in range(streams)]
     seen = Counter(mixture.next()[1] for _ in range(size) for mixture in mixtures)
     assert set(seen.values()) == {streams}
@@ -71,17 +71,53 @@ def draw(mixture: Mixture, amounts: dict[str, int], count: int) -> list[tuple[st
     return out
 
 
+def share(drawn: list[tuple[str, int]], amounts: dict[str, int], of: str) -> float:
+    total = sum(amounts[name] for name, _ in drawn)
+    return sum(amounts[name] for name, _ in drawn if name == of) / total
+
+
 def sources(**weights: float) -> list[Source]:
-    return [Source(name, Shards(100), weight, seed=1) for name, weight in weights.items()]
+    return [Source(name, Shards(100), SourceConfig(weight=weight), seed=1) for name, weight in weights.items()]
 
 
 def test_shares_are_met_at_once_whatever_the_documents_weigh():
     mixture = Mixture(sources(long=1.0, short=3.0), 0, 1, seed=0, unit=1000)
-    draw(mixture, {"long": 700, "short": 10}, 2000)
-    total = sum(mixture.taken.values())
-    assert mixture.taken["long"] / total == pytest.approx(0.25, abs=0.03)
+    weigh = {"long": 700, "short": 10}
+    assert share(draw(mixture, weigh, 2000), weigh, "long") == pytest.approx(0.25, abs=0.03)
     counts = Counter(name for name, _ in draw(Mixture(sources(a=1.0, b=3.0), 0, 1, 0, 2), {"a": 1, "b": 1}, 400))
     assert abs(counts["a"] - 100) <= 2
+
+
+def test_weights_change_by_step_in_straight_lines():
+    config = SourceConfig(weight=2.0, schedule={10: 1.0, 20: 3.0, 30: 0.0})
+    assert [config.at(step) for step in (0, 10, 15, 20, 25, 30, 99)] == [2.0, 2.0, 4.0, 6.0, 3.0, 0.0, 0.0]
+    assert SourceConfig(weight=2.0).at(10**9) == SourceConfig(weight=2.0).most == 2.0
+    assert config.most == 6.0
+
+
+def test_a_changed_weight_counts_from_its_step_on_and_makes_up_for_nothing():
+    """Not as if it had always been so: a source that comes back does not claim what it missed."""
+    changing = Source("a", Shards(100), SourceConfig(schedule={0: 1, 100: 1, 101: 0, 200: 0, 201: 3}), seed=1)
+    steady, rising = (
+        Source(name, Shards(100), SourceConfig(schedule=schedule), seed=1)
+        for name, schedule in (("b", {}), ("c", {0: 0, 300: 0, 400: 1}))
+    )
+    mixture, weigh, drawn = Mixture([changing, steady, rising], 0, 1, seed=0, unit=300), {"a": 70, "b": 30, "c": 50}, {}
+    for step in range(500):
+        mixture.at(step)
+        drawn[step] = draw(mixture, weigh, 20)
+
+    def of(name: str, first: int, end: int) -> float:
+        return share([one for step in range(first, end) for one in drawn[step]], weigh, name)
+
+    # within a document or two of about 900 tokens a step
+    assert of("a", 0, 101) == pytest.approx(1 / 2, abs=0.01)
+    assert of("a", 101, 201) == 0
+    assert of("a", 201, 211) == pytest.approx(3 / 4, abs=0.03)  # at once, and no more
+    assert of("a", 201, 301) == pytest.approx(3 / 4, abs=0.01)
+    assert of("c", 0, 301) == 0
+    assert of("c", 345, 356) == pytest.approx(0.5 / 4.5, abs=0.02)  # half way up
+    assert of("c", 400, 500) == pytest.approx(1 / 5, abs=0.01)
 
 
 def test_streams_do_not_mix_in_step():
@@ -106,6 +142,12 @@ def test_weights_are_checked():
         open_sources({"web": SourceConfig("x", -1.0)}, 0)
     with pytest.raises(ValueError, match="none has a weight"):
         open_sources({"web": SourceConfig("x", 0.0)}, 0)
+    with pytest.raises(ValueError, match=r"sources\.web\.weight: inf"):
+        open_sources({"web": SourceConfig("x", float("inf"))}, 0)
+    with pytest.raises(ValueError, match=r"sources\.web\.schedule\.7: -1"):
+        open_sources({"web": SourceConfig("x", schedule={7: -1.0})}, 0)
+    with pytest.raises(ValueError, match=r"sources\.web\.schedule: step -7 is negative"):
+        open_sources({"web": SourceConfig("x", schedule={-7: 1.0})}, 0)
     with pytest.raises(ValueError, match=r"sources\.web\.path: is empty"):
         open_sources({"web": SourceConfig()}, 0)
     with pytest.raises(ValueError, match="and /nowhere holds no shards"):
@@ -127,3 +169,5 @@ def test_sources_can_be_named_on_a_command_line():
     config = resolve(StreamConfig(), ["folder=runs/data", "sources.web.weight=2", "sources.web.path=x", "seed=3"])
     assert (config.folder, config.seed) == ("runs/data", 3)
     assert config.sources == {"web": SourceConfig("x", 2.0)}
+    config = resolve(StreamConfig(), ["sources.web.schedule={0: 1, 2000: 0.5}"])
+    assert config.sources == {"web": SourceConfig(schedule={0: 1.0, 2000: 0.5})}

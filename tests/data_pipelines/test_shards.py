@@ -15,9 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from shard_samples import record
 
-from data_pipelines.shards import ShardError, ShardIndex, ShardSet, ShardWriter, TornTail, scan, split_name
+from data_pipelines.shards import (
+    ShardError,
+    ShardIndex,
+    ShardSet,
+    ShardWriter,
+    TornTail,
+    _header,
+    encode_sample,
+    scan,
+    split_name,
+)
 from mmagent.chat import user
 from mmagent.records import Record, RecordError, from_sample
 
@@ -38,6 +50,23 @@ def write_and_fail(folder: Path, after: int) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=120),
+    st.integers(0, 1 << 35) | st.sampled_from((0, 511, 512, (1 << 33) - 1, 1 << 33)),
+)
+@settings(deadline=None)
+def test_headers_are_those_of_the_standard_library(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    try:
+        wanted = info.tobuf(tarfile.GNU_FORMAT)
+    except UnicodeEncodeError:
+        with pytest.raises(UnicodeEncodeError):
+            _header(name, size)
+    else:
+        assert _header(name, size) == wanted
 
 
 def test_what_is_written_is_read_at_random(tmp_path):
@@ -309,3 +338,50 @@ def test_random_reading_is_fast(tmp_path):
     for n in range(300):
         shards.read(299 - n)
     assert time.perf_counter() - started < 3  # some 10,000 a second when the machine is idle
+
+
+def test_a_sample_too_large_for_memory_is_named_and_not_read(tmp_path, monkeypatch):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(record(0))
+    monkeypatch.setattr("data_pipelines.shards.MAX_SAMPLE", 100)
+    with pytest.raises(RecordError, match=r"shard-00000.tar@0: sample: \d+ bytes exceed the limit of 100"):
+        ShardSet(tmp_path).read(0)
+
+
+def test_a_sparse_member_is_refused_where_its_bytes_would_be_others(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"")
+    os.truncate(tmp_path / "a.json", 1 << 20)
+    made = subprocess.run(
+        ["tar", "-C", tmp_path, "-S", "--format=gnu", "-cf", tmp_path / "s.tar", "a.json"], check=False
+    )
+    if made.returncode:
+        pytest.skip("tar here makes no sparse members")
+    with pytest.raises(RecordError, match=r"'a\.json' is a sparse file"):
+        ShardSet(tmp_path / "s.tar").read(0)
+
+
+def test_what_is_noted_before_a_shard_is_there_when_the_shard_is(tmp_path):
+    """A kill may leave a note without its shard, never a shard without its note."""
+    noted = []
+
+    def note(number: int) -> None:
+        assert not (tmp_path / f"shard-{number:05d}.tar").exists()
+        noted.append((number, writer.samples))
+
+    with ShardWriter(tmp_path, max_samples=2, before_shard=note) as writer:
+        for n in range(5):
+            writer.append(encode_sample(record(n)))
+    assert noted == [(0, 2), (1, 4), (2, 5)]
+    assert len(ShardSet(tmp_path)) == 5
+
+
+def test_a_scan_names_the_keys_of_what_it_indexes(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        for n in range(3):
+            writer.write(record(n))
+    path = tmp_path / "shard-00000.tar"
+    for cut in (path.stat().st_size, 5000, 2500):
+        os.truncate(path, cut)
+        keys: list[str] = []
+        index, _ = scan(path, keys)
+        assert keys == [f"sample-{n:06d}" for n in range(len(index.entries))]

@@ -221,7 +221,7 @@ def test_packs_are_dealt_by_cost(shards):
     dealt = [stream(shards, world=alone(rank, 2)) for rank in range(2)]
     in_turn = [stream(shards, world=alone(rank, 2), balance_ranks=1) for rank in range(2)]
     gaps: dict[str, float] = {"dealt": 0.0, "in turn": 0.0}
-    weights = StreamConfig().cost
+    weights = dealt[0].weights
     for _ in range(10):
         for name, ranks in (("dealt", dealt), ("in turn", in_turn)):
             loads = []

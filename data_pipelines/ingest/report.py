@@ -1,0 +1,174 @@
+"""What an ingestion counted: the table for people, ``report.json``, a page, and every refusal in ``refused.jsonl``."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.ingest.work import Answer, Made, Refused
+from mmagent.files import write_text
+
+REPORT, PAGE, REFUSED = "report.json", "report.html", "refused.jsonl"
+_EXAMPLES = 3
+_KINDS = 100  # of refusals that are told apart
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|(?<![\w-])\d[\d.,x@]*|(?<= )/\S+")
+
+
+@dataclass
+class Kind:
+    """Refusals that differ in names and numbers only."""
+
+    count: int = 0
+    examples: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Tally:
+    """Counts so far. ``log_bytes``: how long ``refused.jsonl`` is with them, to which a resumed run cuts it."""
+
+    rows: int = 0
+    records: int = 0
+    conversations: int = 0
+    images: int = 0
+    bytes: int = 0
+    refused: int = 0
+    log_bytes: int = 0
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    aside: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Refused, of all that was read."""
+        return self.refused / max(self.records + self.refused, 1)
+
+    def made(self, made: Made) -> None:
+        self.records += 1
+        self.conversations += made.talk
+        self.images += made.images
+        self.bytes += len(made.sample.data)
+
+    def refuse(self, refused: Refused) -> None:
+        self.refused += 1
+        name = f"{refused.reason}: {_VARYING.sub('*', refused.problem)}"[:200]
+        if name not in self.kinds and len(self.kinds) >= _KINDS:
+            name = "others"
+        kind = self.kinds.setdefault(name, Kind())
+        kind.count += 1
+        if len(kind.examples) < _EXAMPLES:
+            told = {"key": refused.key, "where": refused.where, "problem": refused.problem}
+            kind.examples.append({name: _short(text) for name, text in told.items()})
+
+    def row(self, answer: Answer) -> None:
+        """Count a row whose outcomes are all counted."""
+        self.rows += 1
+        for name in answer.aside:
+            if name in self.aside or len(self.aside) < _KINDS:
+                self.aside[name] = self.aside.get(name, 0) + 1
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Tally:
+        kinds = {name: Kind(**kind) for name, kind in state["kinds"].items()}
+        return Tally(**{**state, "kinds": kinds})
+
+
+class Log:
+    """``refused.jsonl``: a line for every refusal, in the order of the input, as
+    :func:`~data_pipelines.documents.read_quarantine` reads them."""
+
+    def __init__(self, path: Path, source: str, length: int):
+        self._file = path.open("r+b" if path.exists() else "wb")
+        self._file.truncate(length)
+        self._file.seek(length)
+        self._source = source
+
+    def write(self, refused: Refused) -> int:
+        """Append, and say how long the log is now."""
+        line = {"source": self._source, "shard": refused.where, "key": refused.key, "reason": refused.reason}
+        self._file.write(json.dumps({**line, "problem": refused.problem[:2000]}).encode() + b"\n")
+        return self._file.tell()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _short(text: str) -> str:
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _most(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def table(tally: Tally, inputs: Iterable[Mapping[str, Any]], folder: str) -> str:
+    """The report as lines for a terminal."""
+    documents = tally.records - tally.conversations
+    lines = [
+        *(f"  {_short(item['name'])}: {item['kind']}, read as {item['style']}" for item in inputs),
+        f"{tally.rows} rows read: {tally.records} records written to {folder} ({tally.conversations} conversations, "
+        f"{documents} documents, {tally.images} images, {tally.bytes / 1e6:.1f} MB), "
+        f"{tally.refused} refused ({tally.share:.2%})",
+    ]
+    if tally.aside:
+        lines.append("columns that no record holds: " + ", ".join(f"{n} ({c})" for n, c in _most(tally.aside)[:12]))
+    lines += kind_lines(tally)
+    if tally.refused:
+        lines.append(f"all refusals are in {folder}/{REFUSED}")
+    return "\n".join(lines)
+
+
+def kind_lines(tally: Tally) -> list[str]:
+    """Every kind of refusal with its count and an example, the commonest first."""
+    lines = []
+    for name, kind in sorted(tally.kinds.items(), key=lambda item: -item[1].count):
+        lines.append(f"{kind.count:>9}  {_short(name)}")
+        lines += [f"{'':>11}{_short(e['key'])} ({_short(e['where'])}): {e['problem']}" for e in kind.examples[:1]]
+    return lines
+
+
+def write_report(folder: Path, body: Mapping[str, Any], tally: Tally) -> None:
+    """``report.html`` and then ``report.json``, which says that the ingestion is finished."""
+    write_text(folder / PAGE, _page(body, tally))
+    write_text(folder / REPORT, json.dumps({**body, **tally.state()}, indent=1) + "\n")
+
+
+def _page(body: Mapping[str, Any], tally: Tally) -> str:
+    def row(*cells: object, tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(_short(str(cell)))}</{tag}>" for cell in cells) + "</tr>"
+
+    kinds = sorted(tally.kinds.items(), key=lambda item: -item[1].count)
+    refused = [
+        row(kind.count, name, *(f"{e['key']} ({e['where']}): {e['problem']}" for e in kind.examples))
+        for name, kind in kinds
+    ]
+    counts = {name: getattr(tally, name) for name in ("rows", "records", "conversations", "images", "bytes", "refused")}
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>Ingestion</title><style>body{font:15px/1.4 sans-serif;margin:2em}"
+        "td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left;vertical-align:top}</style>",
+        "<h1>Ingestion</h1><table>",
+        *(row(name, f"{count:,}") for name, count in counts.items()),
+        row("share refused", f"{tally.share:.2%}"),
+        "</table><h2>Inputs</h2><table>",
+        row("input", "kind", "bytes", "style", tag="th"),
+        *(row(item["name"], item["kind"], f"{item['size']:,}", item["style"]) for item in body["inputs"]),
+        "</table><h2>Refused</h2><table>",
+        row("rows", "why", "examples", tag="th"),
+        *refused,
+        "</table><h2>Columns that no record holds</h2><table>",
+        *(row(name, f"{count:,}") for name, count in _most(tally.aside)),
+        "</table>",
+    ]
+    return "\n".join(parts) + "\n"

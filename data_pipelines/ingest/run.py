@@ -1,0 +1,264 @@
+"""An ingestion from its sources to whole shards and a report; killed at any moment, it goes on and ends with the same
+bytes.
+
+Before a shard appears, ``.progress-NNNNN.json`` notes which row it ends with and what was counted by then, so that the
+last whole shard always has its note, and the log of refusals is cut to where it stood.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipelines.cards import summarise, write_card_page
+from data_pipelines.ingest.files import key_of
+from data_pipelines.ingest.report import REFUSED, REPORT, Log, Tally, write_report
+from data_pipelines.ingest.sources import Input, SourceError, find_inputs
+from data_pipelines.ingest.styles import STYLES, StyleConfig
+from data_pipelines.ingest.video import VideoConfig
+from data_pipelines.ingest.work import Answer, Job, Made, Refused, convert, look, lost, unseen
+from data_pipelines.shards import ShardSet, ShardWriter
+from data_pipelines.workers import LimitsConfig, in_order
+from mmagent.files import write_text
+
+PLAN = "ingest.json"
+_COUNTED = 10_000  # samples that the card tells of
+_LOOKED_AT = 3  # tasks of an input by which its style is recognised
+
+
+@dataclass
+class IngestConfig:
+    """``style`` "auto" recognises it for each source by its first rows. ``source`` is the mixture component of the
+    records, by default the name of the first SOURCE. ``images`` is the folder that paths in rows are relative to;
+    ``outside`` lets them lead out of it. ``coordinates``: "thousandths" or "pixels", which ``bbox_2d`` is in. Pages of
+    PDFs are drawn at ``dpi``. ``limits`` are those of one row."""
+
+    sources: list[str]
+    to: str
+    style: str = "auto"
+    source: str = ""
+    prompt: str = ""
+    images: str = ""
+    outside: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
+    coordinates: str = ""
+    decode: bool = True
+    dpi: int = 144
+    video: VideoConfig = field(default_factory=VideoConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    shard_samples: int = 10_000
+    shard_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if self.style != "auto" and self.style not in STYLES:
+            raise ValueError(f"style {self.style!r} is none of auto, {', '.join(STYLES)}")
+        if self.coordinates not in ("", "thousandths", "pixels"):
+            raise ValueError(f"coordinates {self.coordinates!r} are neither thousandths nor pixels")
+        if not 36 <= self.dpi <= 600:
+            raise ValueError(f"dpi {self.dpi} must lie in [36, 600]")
+
+    @cached_property
+    def component(self) -> str:
+        """The ``source`` of the records."""
+        return self.source or key_of(Path(self.sources[0].rstrip("/")).name, extension=False).partition("%2E")[0]
+
+    def style_config(self, style: str) -> StyleConfig:
+        return StyleConfig(
+            style,
+            self.component,
+            self.prompt,
+            self.columns,
+            self.decode,
+            bool(self.source),
+            self.coordinates,
+            self.video,
+        )
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where an ingestion stands: the task, the row of it, and how many outcomes of that row are used up."""
+
+    task: int = 0
+    row: int = 0
+    outcomes: int = 0
+
+
+def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: bool = True) -> dict[str, Any]:
+    """Do it, or what is left of it, and return the report. Raises :class:`SourceError` for a source that cannot be read
+    at all, or a folder that holds something else."""
+    folder = Path(config.to)
+    inputs, groups = _inputs(config, say)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("to", "limits")}
+    plan = {**settings, "inputs": [{"name": i.place.name, "kind": i.kind, "size": i.size} for i in inputs]}
+    _claim(folder, plan)
+    if (folder / REPORT).is_file():
+        say(f"{config.to}: finished already")
+        return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    styles = _styles(config, inputs, groups, say)
+    body = {
+        "source": config.component,
+        "inputs": [{**p, "style": s} for p, s in zip(plan["inputs"], styles, strict=True)],
+    }
+    run = _Run(config, inputs, [config.style_config(style) for style in styles])
+    with tqdm(
+        total=sum(found.size for found in inputs), desc="ingest", unit="B", unit_scale=True, smoothing=0.05,
+        file=sys.stderr, disable=not progress, delay=2.0, dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        tally = run.write(bar)
+    if tally.records:
+        left_out = {name: kind.count for name, kind in tally.kinds.items()}
+        write_card_page(
+            folder, summarise(ShardSet(folder), most=_COUNTED), {**plan, "source": config.component}, left_out
+        )
+    write_report(folder, body, tally)
+    for note in folder.glob(".progress-*.json"):
+        note.unlink()
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def _inputs(config: IngestConfig, say: Callable[[str], None]) -> tuple[list[Input], list[int]]:
+    """All inputs, and for each the number of its group: of one source and kind, hence of one style."""
+    inputs: list[Input] = []
+    groups: list[int] = []
+    seen: dict[tuple[int, str], int] = {}
+    names = [key_of(Path(source.rstrip("/")).name, extension=False) for source in config.sources]
+    for n, source in enumerate(config.sources):
+        again = f"-{n + 1}" if names.count(names[n]) > 1 else ""
+        prefix = f"{names[n]}{again}/" if len(names) > 1 else ""
+        try:
+            found, notes = find_inputs(source, prefix, config.images, config.outside, config.dpi)
+        except OSError as error:
+            raise SourceError(f"{source}: {error.strerror}: {error.filename}") from error
+        for note in notes:
+            say(note)
+        inputs += found
+        groups += [seen.setdefault((n, item.kind), len(seen)) for item in found]
+    return inputs, groups
+
+
+def _claim(folder: Path, plan: dict[str, Any]) -> None:
+    """Note what the folder is for, or see that it is for the same."""
+    path = folder / PLAN
+    wanted = json.loads(json.dumps(plan))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in sorted({*found, *wanted}):
+            if found.get(name) != wanted.get(name):
+                was, now = (json.dumps(one.get(name))[:200] for one in (found, wanted))
+                raise SourceError(f"{folder} was begun with {name} {was}, now it is {now}; choose another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.tar")):
+        raise SourceError(f"{folder} holds shards that were not written by this command; choose another folder")
+    write_text(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def _styles(config: IngestConfig, inputs: list[Input], groups: list[int], say: Callable[[str], None]) -> list[str]:
+    chosen: dict[int, str] = {}
+    for found, group in zip(inputs, groups, strict=True):
+        if group not in chosen:
+            chosen[group] = config.style if config.style != "auto" else _recognise(config, found, say)
+    return [chosen[group] for group in groups]
+
+
+def _recognise(config: IngestConfig, found: Input, say: Callable[[str], None]) -> str:
+    """The style that most of an input's first rows show."""
+    jobs = ((Job(n, 0, task, config.style_config("")), 0) for n, task in enumerate(islice(found.tasks(), _LOOKED_AT)))
+    rows = [seen for _, _, seen in islice(in_order(look, unseen, jobs, replace(config.limits)), 64)]
+    votes = Counter(seen.style for seen in rows if seen.style)
+    if votes:
+        style, count = votes.most_common(1)[0]
+        say(f"{found.place.name}: read as {style}, as {count} of the first {len(rows)} rows look (--style overrides)")
+        return style
+    columns = dict.fromkeys(name for seen in rows for name in seen.columns)
+    problem = next((seen.problem for seen in rows if seen.problem), "")
+    if problem and not columns:  # nothing that can be read: the report will say what
+        say(f"{found.place.name}: none of the first {len(rows)} rows can be read: {problem}")
+        return "messages"
+    raise SourceError(
+        f"{found.place.name}: no style is recognised by the columns {', '.join(columns) or '(none)'}; choose "
+        f"--style of {', '.join(STYLES)}, or call columns by their usual names with --column"
+    )
+
+
+class _Run:
+    """Writes what its jobs give, and knows where it stands."""
+
+    def __init__(self, config: IngestConfig, inputs: list[Input], styles: list[StyleConfig]):
+        self._config, self._inputs, self._styles = config, inputs, styles
+        self._folder = Path(config.to)
+        self._tally, self._cursor = Tally(), Cursor()
+
+    def write(self, bar: tqdm) -> Tally:
+        config = self._config
+        with ShardWriter(
+            self._folder, max_bytes=config.shard_bytes, max_samples=config.shard_samples, before_shard=self._note
+        ) as writer:
+            if writer.shards:
+                self._go_on_after(writer.shards - 1)
+            self._log = Log(self._folder / REFUSED, config.component, self._tally.log_bytes)
+            for job, row, answer in in_order(convert, lost, self._jobs(bar), config.limits):
+                self._use(writer, job, row, answer)
+            self._log.sync()
+        self._log.close()
+        return self._tally
+
+    def _jobs(self, bar: tqdm) -> Iterator[tuple[Job, int]]:
+        """All tasks in order; those that are done are found again and passed over."""
+        number = 0
+        for place, found in enumerate(self._inputs):
+            for task in found.tasks():
+                if number >= self._cursor.task:
+                    start = self._cursor.row if number == self._cursor.task else 0
+                    yield Job(number, place, task, self._styles[place]), start
+                bar.set_postfix(records=self._tally.records, refused=self._tally.refused, refresh=False)
+                bar.update(task.size)
+                number += 1
+
+    def _use(self, writer: ShardWriter, job: Job, row: int, answer: Answer) -> None:
+        """Write and count the outcomes of a row, those that an earlier run had counted excepted."""
+        begun = (self._cursor.task, self._cursor.row) == (job.number, row)
+        done = self._cursor.outcomes if begun else 0
+        for n, outcome in enumerate(answer.outcomes):
+            if n < done:
+                continue
+            if isinstance(outcome, Made):
+                outcome = self._append(writer, outcome, job, row)
+            if isinstance(outcome, Refused):
+                self._tally.log_bytes = self._log.write(outcome)
+                self._tally.refuse(outcome)
+            self._cursor = Cursor(job.number, row, n + 1)
+        self._tally.row(answer)
+        self._cursor = Cursor(job.number, row + 1)
+
+    def _append(self, writer: ShardWriter, made: Made, job: Job, row: int) -> Made | Refused:
+        try:
+            writer.append(made.sample)
+        except ValueError as error:
+            return Refused(made.sample.key, job.task.name(row)[1], "key", str(error).partition(": ")[2])
+        self._tally.made(made)
+        return made
+
+    def _note(self, shard: int) -> None:
+        """What is used up when a shard is full; the writer is about to let it appear."""
+        self._log.sync()
+        note = {"cursor": asdict(self._cursor), "tally": self._tally.state()}
+        write_text(self._folder / f".progress-{shard:05d}.json", json.dumps(note))
+        (self._folder / f".progress-{shard - 2:05d}.json").unlink(missing_ok=True)
+
+    def _go_on_after(self, shard: int) -> None:
+        path = self._folder / f".progress-{shard:05d}.json"
+        if not path.is_file():
+            raise SourceError(f"{self._folder}: shard {shard} has no note of how far it goes; delete the folder")
+        note = json.loads(path.read_text(encoding="utf-8"))
+        self._cursor, self._tally = Cursor(**note["cursor"]), Tally.of(note["tally"])

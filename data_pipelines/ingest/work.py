@@ -1,0 +1,142 @@
+"""What a process does with a task: rows to encoded samples, or to why there is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_pipelines.ingest.files import RefusedError, refused_file
+from data_pipelines.ingest.inputs import Bad, InputTask, Raw, Row
+from data_pipelines.ingest.styles import StyleConfig, read_row, recognise
+from data_pipelines.shards import EncodedSample, encode_sample
+from mmagent.records import RecordError
+
+
+@dataclass(frozen=True)
+class Job:
+    """Task ``number`` of an ingestion, of input ``input``, read in a style."""
+
+    number: int
+    input: int
+    task: InputTask
+    style: StyleConfig
+
+    @property
+    def rows(self) -> int | None:
+        return self.task.rows
+
+
+@dataclass(frozen=True)
+class Made:
+    """A sample as it lies in a shard. ``talk``: a conversation, else a document."""
+
+    sample: EncodedSample
+    images: int
+    talk: bool
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a row gave no record, or no further one."""
+
+    key: str
+    where: str
+    reason: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one row; ``aside`` are columns that nothing was made of."""
+
+    outcomes: tuple[Made | Refused, ...]
+    aside: tuple[str, ...] = ()
+
+
+def convert(job: Job, start: int) -> Iterator[Answer]:
+    """The answers for the rows of a job, from row ``start`` on."""
+    for raw in rows_of(job.task, start):
+        yield _answer(raw, job.style)
+
+
+def rows_of(task: InputTask, start: int) -> Iterator[Raw]:
+    """The rows of a task; where reading one fails for want of memory or of the file, it goes on with the next."""
+    row = start
+    reader = task.read(row)
+    while True:
+        try:
+            raw = next(reader, None)
+        except (MemoryError, OSError, RefusedError) as error:
+            raw = Bad(*task.name(row), _as_refused(error))
+            reader = task.read(row + 1) if task.rows is not None and row + 1 < task.rows else iter(())
+        if raw is None:
+            return
+        yield raw
+        row += 1
+
+
+def _as_refused(error: Exception) -> RefusedError:
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, RecordError):
+        return RefusedError(error.field.partition("[")[0], error.problem)
+    if isinstance(error, MemoryError):
+        return RefusedError("memory", "reading it takes more than is allowed")
+    if isinstance(error, OSError):
+        return refused_file(error, os.path.basename(error.filename or "the file"))
+    field, colon, problem = str(error).partition(": ")
+    return (
+        RefusedError("messages", str(error))
+        if field.startswith("message ") or not colon
+        else RefusedError(field, problem)
+    )
+
+
+def _answer(raw: Raw, style: StyleConfig) -> Answer:
+    if isinstance(raw, Bad):
+        return Answer((Refused(raw.key, raw.where, raw.error.reason, raw.error.problem),))
+    try:
+        read = read_row(raw, style)
+        made = tuple(
+            Made(encode_sample(record, headers=False), len(record.images), bool(record.messages))
+            for record in read.records
+        )
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:
+        refused = _as_refused(error) if not isinstance(error, RecursionError) else RefusedError("json", "is too deep")
+        return Answer((Refused(raw.key, raw.where, refused.reason, refused.problem),))
+    return Answer(made, read.aside)
+
+
+def lost(job: Job, row: int, problem: str, rest: bool) -> Answer:
+    """The answer for a row that its process did not survive."""
+    key, where = job.task.name(row)
+    told = f"{problem}; the rest of it is left out" if rest else problem
+    return Answer((Refused(key, where, "reading", told),))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The style that a row shows by its columns, or why it cannot be read."""
+
+    style: str
+    columns: tuple[str, ...]
+    problem: str = ""
+
+
+def look(job: Job, start: int) -> Iterator[Seen]:
+    """Like :func:`convert`, to find out in which style to read."""
+    for raw in rows_of(job.task, start):
+        if isinstance(raw, Row):
+            columns = tuple(name for name in raw.cells if not name.startswith("\0"))
+            try:
+                yield Seen(recognise(raw, job.style.columns), columns)
+            except RefusedError as error:
+                yield Seen("", columns, str(error))
+        else:
+            yield Seen("", (), str(raw.error))
+
+
+def unseen(job: Job, row: int, problem: str, rest: bool) -> Seen:
+    """The answer for a row that its process did not survive being looked at."""
+    return Seen("", (), problem)

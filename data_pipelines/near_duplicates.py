@@ -1,0 +1,215 @@
+"""Samples that say the same: found by what they look like, in time that grows with their number.
+
+Texts are compared by MinHash, pictures by what differs in the worst of their cells. Candidates come from locality
+sensitive hashing: samples that agree in one of several bands of their signature. On disk a sample takes
+:data:`SAMPLE` ``.itemsize`` bytes and 8 a band, a picture :data:`PICTURE` ``.itemsize``; in memory, whatever their
+size, 40 bytes a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mmagent.contamination import BITS, LOCAL, Signed, alike
+from mmagent.signatures import SIDE, THUMB, minhash, shingles, text_hash
+
+_ROWS, _TEXT_BANDS = 6, 21  # two texts that overlap by 0.8 agree in a band with 1 - (1 - 0.8**6)**21 = 0.998
+_PICTURE_BANDS = 16  # of 16 bits each: pictures that differ in fewer than 16 bits agree in one for certain
+_GROUP = 256  # more samples that agree in a band are parted by their other bands, or their pairs would be too many
+_CHUNK = 1 << 16
+
+SAMPLE = np.dtype(
+    [
+        ("reason", "u1"),
+        ("key", "<u8"),
+        ("text", "<u8"),
+        ("pictures", "<u4"),
+        ("first", "<u8"),
+        ("minhash", "<u4", (_ROWS * _TEXT_BANDS,)),
+    ]
+)
+"""Of one sample: why it is left out, hashes of its key and text, its pictures' place, and its text's signature."""
+PICTURE = np.dtype([("bits", "<u8", (SIDE * SIDE // 64,)), ("thumb", "u1", (THUMB * THUMB,))])
+"""Of one picture."""
+
+
+@dataclass
+class DuplicateRules:
+    """``remove`` says whether copies are left out, all but the first of them.
+
+    Texts without pictures are copies where their runs of ``shingle`` words overlap by ``least_overlap`` (Jaccard).
+    Samples with pictures are copies where all pictures are, within ``most_bits`` and ``most_local``
+    (:data:`mmagent.contamination.BITS`), and their texts are equal but for case and space: the same screen with another
+    question is another sample, and so are two pages that differ in a word. ``pictures_alone`` lets pictures decide
+    whatever the texts, for captions of the same picture.
+    """
+
+    remove: bool = True
+    shingle: int = 5
+    least_overlap: float = 0.8
+    most_bits: int = BITS
+    most_local: int = LOCAL
+    pictures_alone: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shingle < 1 or not 0 < self.least_overlap <= 1:
+            raise ValueError(f"shingle {self.shingle} must be positive, least_overlap {self.least_overlap} in (0, 1]")
+        if self.most_bits < 0 or self.most_local < 0:
+            raise ValueError(f"most_bits {self.most_bits} and most_local {self.most_local} must not be negative")
+
+
+def sign_text(row: np.ndarray, text: str, rules: DuplicateRules) -> None:
+    """Fill in what a row of :data:`SAMPLE` says of its text."""
+    row["text"] = text_hash(text)
+    row["minhash"] = minhash(shingles(text, rules.shingle), _ROWS * _TEXT_BANDS)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard overlap of signatures ``(..., permutations)``."""
+    return (a == b).mean(axis=-1)
+
+
+class CopySearch:
+    """Finds copies among ``samples`` (:data:`SAMPLE`) and their ``pictures`` (:data:`PICTURE`), both maps of files.
+
+    ``split`` counts the samples that were compared within finer groups only, as too many agreed in a band.
+    """
+
+    def __init__(self, samples: np.ndarray, pictures: np.ndarray, rules: DuplicateRules, folder: Path):
+        """``folder`` takes the bands, 8 bytes a sample each."""
+        self.samples, self.pictures, self.rules, self.folder = samples, pictures, rules, folder
+        self.split = 0
+
+    def run(self, alive: np.ndarray, report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+        """``(N,)`` int64: of every sample that is ``alive`` the one it copies, -1 for those that copy none. A copy of a
+        copy counts as one of the first."""
+        copy_of = np.full(len(self.samples), -1, np.int64)
+        shows = np.asarray(self.samples["pictures"]) > 0
+        kinds = (
+            (np.flatnonzero(alive & ~shows), _TEXT_BANDS, self._text_bands, self._same_text),
+            (np.flatnonzero(alive & shows), _PICTURE_BANDS, self._picture_bands, self._same_pictures),
+        )
+        total, done = _TEXT_BANDS + _PICTURE_BANDS, 0
+        for members, bands, keys_of, same in kinds:
+            keys = self._keys(members, bands, keys_of)
+            for band in range(bands):
+                self._band(members, keys, band, same, copy_of)
+                done += 1
+                report(done, total)
+        return _resolved(copy_of)
+
+    def _keys(self, members: np.ndarray, bands: int, keys_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """``(bands, M)`` uint64 on disk, so that a band is read in one go."""
+        path = self.folder / "bands.npy"
+        keys = np.lib.format.open_memmap(path, "w+", np.uint64, (bands, len(members)))
+        for first in range(0, len(members), _CHUNK):
+            keys[:, first : first + _CHUNK] = keys_of(members[first : first + _CHUNK]).T
+        return keys
+
+    def _text_bands(self, rows: np.ndarray) -> np.ndarray:
+        signs = self.samples[rows]["minhash"].astype(np.uint64).reshape(len(rows), _TEXT_BANDS, _ROWS)
+        keys = np.zeros((len(rows), _TEXT_BANDS), np.uint64)
+        for place in range(_ROWS):
+            keys = (keys ^ signs[..., place]) * np.uint64(0x100000001B3) + np.uint64(place)
+        return keys
+
+    def _picture_bands(self, rows: np.ndarray) -> np.ndarray:
+        """Every band takes bits from all over the picture: one of a single row would be empty in most pages."""
+        chosen = self.samples[rows]
+        packed = np.ascontiguousarray(self.pictures[chosen["first"]]["bits"]).view(np.uint8)
+        bits = np.unpackbits(packed.reshape(len(rows), -1), axis=1, bitorder="little")
+        strided = bits.reshape(len(rows), -1, _PICTURE_BANDS).swapaxes(1, 2)
+        bands = np.packbits(strided, axis=2, bitorder="little").reshape(len(rows), -1).view("<u2").astype(np.uint64)
+        told = np.zeros(len(rows), np.uint64) if self.rules.pictures_alone else chosen["text"]
+        return bands + (told ^ chosen["pictures"].astype(np.uint64))[:, None] * np.uint64(0x9E3779B97F4A7C15)
+
+    def _band(
+        self,
+        members: np.ndarray,
+        keys: np.ndarray,
+        band: int,
+        same: Callable[[int, np.ndarray], np.ndarray],
+        copy_of: np.ndarray,
+    ) -> None:
+        places = np.flatnonzero(copy_of[members] < 0)
+        for group in _groups(keys[band][places]):
+            self._group(members, places[group], keys, band, 0, same, copy_of)
+
+    def _group(
+        self,
+        members: np.ndarray,
+        places: np.ndarray,
+        keys: np.ndarray,
+        band: int,
+        depth: int,
+        same: Callable[[int, np.ndarray], np.ndarray],
+        copy_of: np.ndarray,
+    ) -> None:
+        """Compare each with the first, then those that are left with the first of them, and so on."""
+        if len(places) > _GROUP and depth < len(keys) - 1:
+            self.split += len(places) if depth == 0 else 0
+            further = keys[(band + depth + 1) % len(keys)][places]
+            for group in _groups(further):
+                self._group(members, places[group], keys, band, depth + 1, same, copy_of)
+            return
+        rows = members[places]
+        while len(rows) > 1:
+            copies = same(int(rows[0]), rows[1:])
+            copy_of[rows[1:][copies]] = rows[0]
+            rows = rows[1:][~copies]
+
+    def _same_text(self, one: int, others: np.ndarray) -> np.ndarray:
+        return overlap(self.samples[others]["minhash"], self.samples[one]["minhash"]) >= self.rules.least_overlap
+
+    def _same_pictures(self, one: int, others: np.ndarray) -> np.ndarray:
+        mine, theirs = self.samples[one], self.samples[others]
+        same = theirs["pictures"] == mine["pictures"]
+        if not self.rules.pictures_alone:
+            same &= theirs["text"] == mine["text"]
+        for n in range(int(mine["pictures"])):
+            at = np.flatnonzero(same)
+            if not at.size:
+                break
+            picture = self.pictures[int(mine["first"]) + n]
+            found = self.pictures[theirs["first"][at] + np.uint64(n)]
+            signed = Signed(picture["bits"], picture["thumb"])
+            same[at] = alike(found["bits"], found["thumb"], signed, self.rules.most_bits, self.rules.most_local)
+        return same
+
+
+def _groups(keys: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of equal keys, ascending, where there are at least two."""
+    order = np.argsort(keys, kind="stable")
+    ends = np.flatnonzero(np.diff(keys[order])) + 1
+    starts = np.concatenate([[0], ends])
+    sizes = np.diff(np.concatenate([starts, [len(order)]]))
+    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+        yield order[start : start + size]
+
+
+def _resolved(copy_of: np.ndarray) -> np.ndarray:
+    """Every chain of copies followed to its first."""
+    while True:
+        at = np.flatnonzero(copy_of >= 0)
+        further = copy_of[copy_of[at]]
+        if not (further >= 0).any():
+            return copy_of
+        copy_of[at[further >= 0]] = further[further >= 0]
+
+
+def exact_overlap(a: str, b: str, shingle: int = 5) -> float:
+    """Jaccard overlap of two texts by all their runs of words: what :func:`overlap` estimates."""
+    first, second = set(shingles(a, shingle).tolist()), set(shingles(b, shingle).tolist())
+    return len(first & second) / len(first | second) if first | second else 1.0
+
+
+def signed_rows(pictures: Sequence[Signed]) -> np.ndarray:
+    """Rows of :data:`PICTURE`."""
+    rows = np.zeros(len(pictures), PICTURE)
+    for row, picture in zip(rows, pictures, strict=True):
+        row["bits"], row["thumb"] = picture.bits, picture.thumb
+    return rows

@@ -1,0 +1,263 @@
+"""Check shard sets, of whoever wrote them, before a run finds out:
+
+    python -m data_pipelines.validate LOCATION... [--decode] [--tokenizer PATH] [options]
+
+A LOCATION is a folder of shards, a glob or one tar. Of every shard: whether it is whole, and its index fits it. Of
+every sample: its bytes against the index's checksum, the record and all its fields, the headers of its images and that
+boxes and points lie in them; with --decode every pixel; with --tokenizer, that it can be rendered for training. Over
+all LOCATIONs: that no key is there twice. Nothing is changed, but an index that is missing or damaged is made anew.
+
+Exit status: 0; 1 when more than --max-share of the samples have something wrong; 2 for a location that holds no shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.ingest.report import Tally, kind_lines
+from data_pipelines.ingest.work import Refused
+from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, scan
+from data_pipelines.workers import LimitsConfig, in_order
+from mmagent.records import Record, RecordError, decode_image, from_sample, validate
+
+if TYPE_CHECKING:
+    from data_pipelines.documents import DocumentBuilder
+
+_SAMPLES = 64  # in one task
+_NAMED = 1000  # samples with a key that was there before are told apart, of more only the number
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of one tar."""
+
+    path: str
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is counted of a sample that nothing is wrong with, and a digest of its key."""
+
+    key: int
+    source: str
+    talk: bool
+    images: int
+    regions: int
+    tokens: int
+
+
+def check(task: Samples, start: int, *, decode: bool, tokenizer: str) -> Iterator[Sound | Refused]:
+    """What is found of each sample."""
+    shards = _opened(task.path)
+    for n in range(task.first + start, task.first + task.rows):
+        try:
+            record = from_sample(shards.read(n))
+            validate(record)
+            for number, image in enumerate(record.images if decode else ()):
+                decode_image(image.data, record.key, f"images[{number}]")
+            tokens = _tokens(record, tokenizer) if tokenizer else 0
+        except RecordError as error:
+            yield Refused(error.key, _where(task.path, n), error.field.partition("[")[0], error.problem)
+        except (MemoryError, OSError) as error:
+            yield Refused("", _where(task.path, n), "reading", str(error) or "takes more memory than is allowed")
+        else:
+            regions = len(record.boxes) + len(record.points)
+            digest = _digest(record.key)
+            yield Sound(digest, record.source, bool(record.messages), len(record.images), regions, tokens)
+
+
+@cache
+def _opened(path: str) -> ShardSet:
+    return ShardSet(path)
+
+
+def _where(path: str, sample: int) -> str:
+    return f"{path}@{_opened(path).where(sample).rpartition('@')[2]}"
+
+
+def _digest(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+@cache
+def _builder(tokenizer: str) -> DocumentBuilder:
+    from data_pipelines.documents import DocumentBuilder  # brings torch along
+    from mmagent.geometry import GeometryConfig
+    from mmagent.vocab import Vocab
+
+    return DocumentBuilder(Vocab.load(tokenizer), GeometryConfig())
+
+
+def _tokens(record: Record, tokenizer: str) -> int:
+    return _builder(tokenizer).draft(record).size.tokens
+
+
+def lost(task: Samples, row: int, problem: str, rest: bool) -> Refused:
+    """What is said of a sample that its process did not survive."""
+    return Refused("", _where(task.path, task.first + row), "reading", problem)
+
+
+@dataclass
+class Findings:
+    """Of all samples: ``tally`` counts what is wrong, ``sources`` how many records each has."""
+
+    tally: Tally
+    sources: Counter[str]
+    regions: int = 0
+    tokens: int = 0
+
+    @property
+    def wrong(self) -> int:
+        return self.tally.refused
+
+
+def examine(
+    locations: Sequence[str],
+    decode: bool = False,
+    tokenizer: str = "",
+    limits: LimitsConfig | None = None,
+    progress: bool = False,
+) -> Findings:
+    """Check everything. Raises :class:`~data_pipelines.shards.ShardError` for a location without a sample."""
+    _opened.cache_clear()  # shards may have changed since somebody asked before
+    paths = [path for location in locations for path in find_shards(location)]
+    found = Findings(Tally(), Counter())
+    for problem in (problem for path in paths for problem in _index(path)):
+        found.tally.refuse(problem)
+    sets = [ShardSet(location) for location in locations]
+    for torn in (torn for shards in sets for torn in shards.torn):
+        found.tally.refuse(Refused("", f"{torn.shard}@{torn.offset}", "torn shard", torn.problem))
+    keys = array("Q")
+    places: list[tuple[Path, int]] = []  # of every tar, and how many samples there are before it
+    for path in paths:
+        places.append((path, places[-1][1] + len(_opened(str(places[-1][0]))) if places else 0))
+    work = partial(check, decode=decode, tokenizer=tokenizer)
+    total = sum(map(len, sets))
+    bar = tqdm(total=total, desc="validate", unit="sample", file=sys.stderr, disable=not progress, delay=2.0)
+    with bar:
+        for _, _, answer in in_order(work, lost, _tasks(path for path, _ in places), limits or LimitsConfig()):
+            if isinstance(answer, Refused):
+                found.tally.refuse(answer)
+                keys.append(0)
+            else:
+                _count(found, answer)
+                keys.append(answer.key)
+            bar.update()
+    for again in _repeated(np.frombuffer(keys, np.uint64) if keys else np.zeros(0, np.uint64), places):
+        found.tally.refuse(again)
+    return found
+
+
+def _count(found: Findings, sound: Sound) -> None:
+    found.tally.records += 1
+    found.tally.conversations += sound.talk
+    found.tally.images += sound.images
+    found.sources[sound.source] += 1
+    found.regions += sound.regions
+    found.tokens += sound.tokens
+
+
+def _tasks(paths: Iterable[Path]) -> Iterator[tuple[Samples, int]]:
+    for path in paths:
+        count = len(_opened(str(path)))
+        for first in range(0, count, _SAMPLES):
+            yield Samples(str(path), first, min(_SAMPLES, count - first)), 0
+
+
+def _index(path: Path) -> Iterator[Refused]:
+    """What is wrong with the index beside a tar. A reader makes one anew that is damaged, or of an older tar, but
+    believes any other."""
+    beside = path.with_suffix(".idx")
+    index = ShardIndex.load(beside)
+    if index is None and beside.is_file():
+        yield Refused("", str(beside), "index", "is damaged")
+    elif index is not None and index.tar_bytes == path.stat().st_size:
+        scanned, _ = scan(path)
+        if not all(np.array_equal(index.entries[name], scanned.entries[name]) for name in ("offset", "size")):
+            yield Refused("", str(beside), "index", "does not say where the samples of its tar lie")
+
+
+def _repeated(keys: np.ndarray, places: Sequence[tuple[Path, int]]) -> Iterator[Refused]:
+    """Samples whose key another one before them has. Digests of 64 bits find them, the keys themselves decide."""
+    order = np.argsort(keys, kind="stable")
+    same = keys[order][1:] == keys[order][:-1]
+    suspects = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
+    suspects = suspects[keys[suspects] != 0]
+    first: dict[str, str] = {}
+    starts = [start for _, start in places]
+    for n, sample in enumerate(suspects.tolist()):
+        if n >= _NAMED:
+            yield Refused("", "", "key", f"{len(suspects) - n} more samples share their keys with others")
+            return
+        tar = int(np.searchsorted(starts, sample, side="right")) - 1
+        path, number = str(places[tar][0]), sample - starts[tar]
+        where, key = _where(path, number), str(_opened(path).read(number)["__key__"])
+        if key in first:
+            yield Refused(key, where, "key", f"is that of {first[key]}, too")
+        first.setdefault(key, where)
+
+
+def table(found: Findings, locations: Sequence[str]) -> str:
+    """What was found, as lines for a terminal."""
+    tally = found.tally
+    wrong = f"{tally.refused} things wrong" if tally.refused != 1 else "1 thing wrong"
+    lines = [
+        f"{', '.join(locations)}: {tally.records} sound records ({tally.conversations} conversations, "
+        f"{tally.records - tally.conversations} documents, {tally.images} images, {found.regions} boxes and points"
+        + (f", {found.tokens} tokens" if found.tokens else "")
+        + f"), {wrong} ({tally.share:.2%})",
+        "sources: " + ", ".join(f"{name} {count}" for name, count in found.sources.most_common(20)),
+        *kind_lines(tally),
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m data_pipelines.validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    processes = min(os.cpu_count() or 1, 8)
+    parser.add_argument("locations", nargs="+", metavar="LOCATION", help="folders of shards, globs or tars")
+    parser.add_argument("--decode", action="store_true", help="decode every image")
+    parser.add_argument("--tokenizer", default="", metavar="PATH", help="render every record with this tokenizer.json")
+    parser.add_argument("--max-share", type=float, default=0.0, metavar="SHARE", help="wrong of all (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
+    parser.add_argument(
+        "--processes", type=int, default=processes, metavar="N", help="of reading (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=120, metavar="S", help="processor time for one (default: 120)")
+    parser.add_argument("--megabytes", type=int, default=4096, metavar="MB", help="memory for one (default: 4096)")
+    args = parser.parse_args(argv)
+    try:
+        limits = LimitsConfig(args.processes, args.seconds, args.megabytes)
+        if args.tokenizer:
+            _builder(args.tokenizer)
+        found = examine(args.locations, args.decode, args.tokenizer, limits, progress=True)
+    except (ShardError, ValueError) as error:
+        print(f"data_pipelines.validate: {error}", file=sys.stderr)
+        return 2
+    print(table(found, args.locations))
+    if args.json:
+        body = {"sources": dict(found.sources), "regions": found.regions, "tokens": found.tokens, **found.tally.state()}
+        args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    return int(found.tally.share > args.max_share)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

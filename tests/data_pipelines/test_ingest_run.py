@@ -1,0 +1,215 @@
+"""Whole ingestions by the command: killed and gone on with, flat in memory, and never ended by what they are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ingest_kit import encoded, records, run
+
+from data_pipelines.documents import read_quarantine
+from data_pipelines.ingest.__main__ import main
+from data_pipelines.ingest.report import REFUSED
+from data_pipelines.ingest.run import SourceError
+from data_pipelines.ingest.styles import STYLES
+from data_pipelines.shards import ShardWriter
+
+PYTHON = [sys.executable, "-m", "data_pipelines.ingest"]
+
+
+def rows(folder: Path, count: int) -> Path:
+    """LLaVA rows: every seventh image is missing, every eleventh line is no JSON."""
+    (folder / "images").mkdir(parents=True)
+    for n in range(5):
+        (folder / f"images/{n}.jpg").write_bytes(encoded(120, 160, "JPEG", seed=n))
+    lines = []
+    for n in range(count):
+        turns = [{"from": "human", "value": f"<image>\nWhat is {n}?"}, {"from": "gpt", "value": f"answer {n}"}]
+        image = f"images/{n % 5}.jpg" if n % 7 else "images/none.jpg"
+        line = json.dumps({"id": n, "image": image, "conversations": turns})
+        lines.append(line if n % 11 else line[:-5])
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "rows.jsonl"
+
+
+class StoppedError(Exception):
+    pass
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and ".lock" not in path.name}
+
+
+@pytest.mark.slow  # the next one stops between all shards, in this process
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
+    source = rows(tmp_path / "data", 300)
+    arguments = [*PYTHON, str(source), "--max-share", "1", "--shard-samples", "20", "--processes", "1", "--to"]
+    subprocess.run([*arguments, str(tmp_path / "whole")], check=True, capture_output=True)
+    whole = contents(tmp_path / "whole")
+    assert len([name for name in whole if name.endswith(".tar")]) == 12  # 300 less 43 less 28, four were both
+    to, kills = tmp_path / "killed", 0
+    for shards in (1, 4, 9):
+        process = subprocess.Popen([*arguments, str(to)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(list(to.glob("*.tar"))) < shards:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    assert "report.json" not in contents(to)
+    subprocess.run([*arguments, str(to)], check=True, capture_output=True)
+    killed = contents(to)
+    assert killed.keys() == whole.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+@pytest.mark.parametrize("after", range(10))
+def test_a_stop_between_any_two_shards_loses_and_repeats_nothing(tmp_path, after, monkeypatch):
+    """Rows of several records, and refusals around the borders of shards."""
+    (tmp_path / "data").mkdir()
+    for n in range(9):
+        (tmp_path / f"data/{n}.png").write_bytes(encoded(seed=n) if n not in (2, 3, 7) else b"")
+        (tmp_path / f"data/{n}.txt").write_text("\n".join(f"caption {n} {k}" for k in range(n % 4 + 1)))
+    run([tmp_path / "data"], tmp_path / "whole", shard_samples=2)
+    whole_append, left = ShardWriter.append, [after]
+
+    def append(self, sample):
+        if left[0] == 0:
+            raise StoppedError
+        left[0] -= 1
+        whole_append(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", append)
+        with pytest.raises(StoppedError):
+            run([tmp_path / "data"], tmp_path / "to", shard_samples=2)
+    run([tmp_path / "data"], tmp_path / "to", shard_samples=2)
+    assert contents(tmp_path / "to") == contents(tmp_path / "whole")
+
+
+def test_the_command_says_what_it_did(tmp_path, capsys):
+    source = rows(tmp_path / "data", 60)
+    assert main([str(source), "--to", str(tmp_path / "to"), "--processes", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert "rows.jsonl: read as llava, as" in out
+    assert "60 rows read: 46 records written" in out
+    assert "columns that no record holds: id (46)" in out
+    assert "path: * cannot be opened: No such file or directory" in out
+    assert "23.33% refused, more than --max-share 1.00%" in err
+    lines = read_quarantine(tmp_path / "to" / REFUSED)
+    assert len(lines) == 14
+    assert lines[0] == {
+        "source": "rows",
+        "shard": "rows.jsonl:1",
+        "key": "rows-jsonl/00000001",
+        "reason": "json",
+        "problem": lines[0]["problem"],
+    }
+    page = (tmp_path / "to/report.html").read_text()
+    assert "<script" not in page
+    assert "23.33%" in page
+    assert main([str(source), "--to", str(tmp_path / "to"), "--max-share", "0.5"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert [record.source for record in records(tmp_path / "to")] == ["rows"] * 46
+
+
+def test_a_folder_is_for_one_ingestion(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    run([tmp_path / "a.jsonl"], tmp_path / "to")
+    with pytest.raises(SourceError, match="was begun with prompt"):
+        run([tmp_path / "a.jsonl"], tmp_path / "to", prompt="What?")
+    (tmp_path / "to/ingest.json").unlink()
+    with pytest.raises(SourceError, match="holds shards that were not written by this command"):
+        run([tmp_path / "a.jsonl"], tmp_path / "to")
+
+
+def test_what_is_wrong_on_the_command_line_is_said(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    assert main([str(tmp_path / "none"), "--to", str(tmp_path / "to")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    for wrong in (["--fps", "0"], ["--dpi", "1"], ["--column", "text"], ["--max-share", "2"], ["--processes", "-1"]):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "to"), *wrong])
+    (tmp_path / "e.jsonl").write_text("\n")
+    assert main([str(tmp_path / "e.jsonl"), "--to", str(tmp_path / "e"), "--style", "text", "--processes", "0"]) == 1
+    assert "nothing was written" in capsys.readouterr().err
+
+
+WORDS = (
+    "messages conversations role content from value image images video text texts tools system type name weight "
+    "function arguments tool_calls question answer path bytes url boxes captions user assistant gpt human"
+)
+names = st.sampled_from(WORDS.split())
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(names, inner, max_size=4)),
+    max_leaves=10,
+)
+turn = st.fixed_dictionaries(
+    {}, optional={
+        "role": st.sampled_from(["user", "assistant", "system", "tool", "function", "x"]) | json_values,
+        "from": st.sampled_from(["human", "gpt", "function_call", "observation"]) | json_values,
+        "content": json_values, "value": st.sampled_from(["<image>", "q", "<box>(1,2),(3,4)</box>"]) | json_values,
+        "tool_calls": json_values, "weight": json_values, "function_call": json_values, "trainable": json_values,
+    }
+)  # fmt: skip
+row = st.dictionaries(names, json_values, max_size=5) | st.fixed_dictionaries(
+    {"messages": st.lists(turn, max_size=4)},
+    optional={"images": json_values, "tools": json_values, "system": json_values, "videos": json_values},
+)
+lines = st.one_of(
+    row.map(lambda r: json.dumps(r).encode()), st.binary(max_size=30).map(lambda b: b.replace(b"\n", b""))
+)
+
+
+@given(st.sampled_from(STYLES), st.lists(lines, min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None)
+def test_no_line_whatever_ends_an_ingestion(tmp_path_factory, style, found):
+    everything_is_accounted_for(tmp_path_factory.mktemp("any"), style, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", STYLES)
+@given(st.lists(lines, min_size=1, max_size=6))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_line_whatever_in_any_style(tmp_path_factory, style, found):
+    everything_is_accounted_for(tmp_path_factory.mktemp("any"), style, found)
+
+
+def everything_is_accounted_for(folder: Path, style: str, found: list[bytes]) -> None:
+    """Every line that is not blank is a record, or refused."""
+    (folder / "x.jsonl").write_bytes(b"\n".join(found))
+    report = run([folder / "x.jsonl"], folder / "to", style=style)
+    whole = [line for line in found if line.strip()]
+    assert report["rows"] == len(whole)
+    assert report["records"] + report["refused"] >= len(whole)
+    assert sum(kind["count"] for kind in report["kinds"].values()) == report["refused"]
+    assert all(kind["examples"] for kind in report["kinds"].values())
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_long_input(tmp_path):
+    """20 times the rows cost the command no more memory, in any of its processes."""
+    peaks = []
+    for count in (2_000, 40_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            for n in range(count):
+                file.write(json.dumps({"text": f"line {n} " + "x" * 2000}) + "\n" + ("broken\n" if n % 10 == 0 else ""))
+        script = (
+            "import resource, sys; from data_pipelines.ingest.__main__ import main; "
+            "assert main(sys.argv[1:]) == 0; "
+            "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
+        )
+        command = [sys.executable, "-c", script, str(path), "--to", str(tmp_path / f"to-{count}"), "--max-share", "1"]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks.append([int(number) / 1024 for number in out.splitlines()[-1].split()])
+        os.remove(path)
+    assert all(large < small + 60 for small, large in zip(*peaks, strict=True)), peaks  # MB; one is 80 MB of input

@@ -1,0 +1,124 @@
+"""The validator finds what is wrong with shards, and says nothing of sound ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_kit import VOCAB
+from ingest_kit import INLINE, encoded, members
+from shard_samples import record
+
+from data_pipelines.shards import ShardError, ShardIndex, ShardWriter
+from data_pipelines.validate import Findings, examine, main
+from mmagent.chat import assistant, user
+from mmagent.records import EncodedImage, Region
+
+
+def write(folder: Path, numbers: range, **limits: int) -> Path:
+    with ShardWriter(folder, **limits) as writer:
+        for n in numbers:
+            writer.write(replace(record(n), boxes=(Region(0, (1, 1, 4, 4)),)))
+    return folder
+
+
+def wrong(*locations: Path, **options: object) -> dict[str, int]:
+    return {name: kind.count for name, kind in look(*locations, **options).tally.kinds.items()}
+
+
+def look(*locations: Path, **options: object) -> Findings:
+    return examine([str(location) for location in locations], limits=INLINE, **options)
+
+
+def test_sound_shards_are_counted_and_nothing_is_wrong(tmp_path):
+    found = look(write(tmp_path, range(7), max_samples=3), decode=True)
+    assert found.tally.kinds == {}
+    assert (found.tally.records, found.tally.images, found.regions) == (7, 7, 7)
+    assert found.sources == {"test": 7}
+
+
+def test_bytes_that_changed_are_found(tmp_path):
+    path = write(tmp_path, range(3)) / "shard-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    assert wrong(tmp_path) == {"sample: checksum differs: the bytes changed after writing": 1}
+
+
+def test_pixels_are_looked_at_on_demand(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(replace(record(0), images=(EncodedImage(encoded()[:-40], "png"),)))
+    assert wrong(tmp_path) == {}
+    assert [name.partition(":")[0] for name in wrong(tmp_path, decode=True)] == ["images"]
+
+
+def test_torn_tars_and_wrong_indices_are_found(tmp_path):
+    path = write(tmp_path, range(3)) / "shard-00000.tar"
+    index = path.with_suffix(".idx")
+    sound = ShardIndex.load(index)
+    entries = sound.entries.copy()
+    entries["size"][0] += 512
+    ShardIndex(entries, sound.tar_bytes, checksums=False).save(index)
+    assert "index: does not say where the samples of its tar lie" in wrong(tmp_path)
+    index.write_bytes(b"MMAIDX01 damaged")
+    assert wrong(tmp_path) == {"index: is damaged": 1}
+    assert wrong(tmp_path) == {}  # a reader made it anew
+    os.truncate(path, 3000)
+    assert [name.partition(":")[0] for name in wrong(tmp_path)] == ["torn shard"]
+
+
+def test_keys_are_told_apart_over_all_shards(tmp_path):
+    write(tmp_path / "a", range(4), max_samples=2)
+    write(tmp_path / "b", range(3, 5))
+    assert wrong(tmp_path / "a") == wrong(tmp_path / "b") == {}
+    found = look(tmp_path / "a", tmp_path / "b")
+    ((name, kind),) = found.tally.kinds.items()
+    assert name.startswith("key: is that of")
+    assert kind.count == 1
+    assert kind.examples[0]["key"] == "sample-000003"
+    body = json.dumps({"source": "s", "parts": [{"type": "text", "text": "x"}]}).encode()
+    members(tmp_path / "c.tar", {"x.json": body, "y.json": body, "x.json~": body})
+    assert sum(wrong(tmp_path / "c.tar").values()) == 1
+
+
+def test_equal_digests_of_different_keys_are_no_repetition(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipelines.validate._digest", lambda key: 7)
+    assert wrong(write(tmp_path, range(4))) == {}
+
+
+def test_what_cannot_be_rendered_is_found_with_a_tokenizer(tmp_path):
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write(replace(record(0)))
+        writer.write(replace(record(1), messages=(user("q"), assistant("a"), assistant("b")), images=()))
+    VOCAB.save(tmp_path)
+    assert wrong(tmp_path / "shards") == {}
+    found = look(tmp_path / "shards", tokenizer=str(tmp_path / "tokenizer.json"))
+    assert list(found.tally.kinds) == ["messages: message *: an assistant turn must follow a user or an observation"]
+    assert found.tokens > 16
+
+
+def test_foreign_shards_are_no_records(tmp_path):
+    members(tmp_path / "x.tar", {"a.jpg": encoded(), "a.txt": b"x"})
+    assert wrong(tmp_path / "x.tar") == {"json: is missing": 1}
+    with pytest.raises(ShardError, match="no shard"):
+        look(tmp_path / "none")
+
+
+def test_the_command(tmp_path, capsys):
+    write(tmp_path / "a", range(3))
+    write(tmp_path / "b", range(2, 4))
+    assert main([str(tmp_path / "a"), "--decode"]) == 0
+    assert "3 sound records (3 conversations, 0 documents, 3 images, 3 boxes and points), 0 things wrong" in (
+        capsys.readouterr().out
+    )
+    report = tmp_path / "found.json"
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--json", str(report), "--processes", "0"]) == 1
+    assert json.loads(report.read_text())["refused"] == 1
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--max-share", "0.5", "--processes", "0"]) == 0
+    assert main([str(tmp_path / "none")]) == 2
+    assert main([str(tmp_path / "a"), "--processes", "-1"]) == 2
+    assert np.sum([path.suffix == ".tar" for path in (tmp_path / "a").iterdir()]) == 1
