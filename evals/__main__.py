@@ -30,6 +30,7 @@ DESCRIPTION = """Judge a multimodal agent.
   python -m evals compare A B                          two runs (or folders of runs), item by item
   python -m evals report DIR                           write DIR/report.html again
   python -m evals look --checkpoint DIR                does it look at its screen, or click by words alone?
+  python -m evals fingerprint FILE [SUITE...]          what must not be trained on, for data_pipelines.curate
 
 A run can be killed at any moment; the same command goes on where it was. Results: OUT/SUITE/items.jsonl,
 OUT/SUITE/run.json (what was pinned), OUT/report.html."""
@@ -38,7 +39,7 @@ OUT/SUITE/run.json (what was pinned), OUT/report.html."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 when nothing could be judged, 2 for what the user can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"list": _list, "compare": _compare, "report": _report, "look": _look}
+    commands = {"list": _list, "compare": _compare, "report": _report, "look": _look, "fingerprint": _fingerprint}
     try:
         if argv and argv[0] in commands:
             return commands[argv[0]](argv[1:])
@@ -208,6 +209,12 @@ def _look(argv: Sequence[str]) -> int:
     from evals.look import main as look  # torch models are not needed for an endpoint
 
     return look(argv)
+
+
+def _fingerprint(argv: Sequence[str]) -> int:
+    from evals.fingerprint import main as fingerprint
+
+    return fingerprint(argv)
 
 
 def _write_report(folder: Path, runs: Sequence[Run]) -> Path:

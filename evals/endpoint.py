@@ -6,17 +6,17 @@ a model that was never trained on our format is told the rules once, as system m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from evals.suite import Play, Played
-from mmagent.chat import Image, Part, Text
+from mmagent.chat import Image, Part, Text, Video
 from mmagent.generation.http import ChatClient, ServerConfig, answered, image_part, visible
 from mmagent.geometry import GeometryConfig, fit, resize
-from mmagent.prompts import turn
+from mmagent.prompts import shown
 from mmagent.protocols import Task
 from mmagent.trajectories import Item, Limits, Observation, Status, Trajectory
 
@@ -76,15 +76,19 @@ class EndpointAgent:
 
     def _content(self, seen: Observation) -> list[dict[str, Any]]:
         images = iter(seen.images)
-        return [self._part(part, images) for part in turn(seen.text, len(seen.images))]
+        return [sent for part in shown(seen) for sent in self._sent(part, images)]
 
-    def _part(self, part: Part, images: Any) -> dict[str, Any]:
+    def _sent(self, part: Part, images: Iterator[np.ndarray]) -> list[dict[str, Any]]:
+        """A part as the API takes it; a video as its frames, each with the time that the chat format writes behind."""
         match part:
             case Text(text):
-                return {"type": "text", "text": text}
+                return [{"type": "text", "text": text}]
             case Image():
-                pixels: np.ndarray = next(images)
-                return image_part(resize(pixels, *fit(*pixels.shape[:2], self.config.geometry)))
+                pixels = next(images)
+                return [image_part(resize(pixels, *fit(*pixels.shape[:2], self.config.geometry)))]
+            case Video(timestamps):
+                frames = [part for t in timestamps for part in (Image(), Text(f"{t:.1f} seconds"))]
+                return [sent for part in frames for sent in self._sent(part, images)]
         raise ValueError(f"{type(part).__name__} cannot be sent to an endpoint")
 
 

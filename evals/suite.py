@@ -163,11 +163,11 @@ def browser_version() -> str:
 
 @functools.cache
 def code_version() -> str:
-    """Version and a digest of the sources that decide a score: all of `mmagent` and `evals`, report excepted."""
+    """Version and a digest of the sources that decide a score: all of `mmagent` and `evals` but what draws pages."""
     digest = hashlib.sha256()
     for package in (Path(mmagent.__file__).parent, Path(__file__).parent):
         for path in sorted(package.rglob("*.py")):
             name = path.relative_to(package.parent).as_posix()
-            if not name.startswith("evals/report/"):
+            if not name.startswith(("evals/report/", "mmagent/html/")):
                 digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{mmagent.__version__}+{digest.hexdigest()[:12]}"

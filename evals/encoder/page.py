@@ -8,9 +8,9 @@ import numpy as np
 from markupsafe import Markup
 
 from evals.encoder.battery import Measured, Shown
-from evals.report.charts import bar_chart
-from evals.report.html import Section, facts, heading, image, join, page, table, tag
 from evals.statistics import Estimate
+from mmagent.html.charts import bar_chart
+from mmagent.html.pieces import Section, facts, heading, image, join, page, table, tag
 
 _UNBOUNDED = ("rmse", "r2")  # scores that are no shares
 _COLOURS = (

@@ -4,9 +4,9 @@ The pieces compose: `page(title, [Section(title, body), ...])` around any of `ta
 `bar_chart`, `figure_clicks`, `trajectory`, `image_pair`, `code` and `details`.
 """
 
-from evals.report.charts import bar_chart, line_chart, series_of
 from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, screen, trajectory
-from evals.report.html import (
+from mmagent.html.charts import bar_chart, line_chart, series_of
+from mmagent.html.pieces import (
     Column,
     Section,
     code,

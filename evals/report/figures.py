@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evals.report.html import Picture, code, data_uri, details, join, picture_size, png, verdict
+from mmagent.html.pieces import Picture, code, data_uri, details, join, picture_size, png, verdict
 
 Box = tuple[float, float, float, float]
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from evals.report.charts import bar_chart
 from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, trajectory
-from evals.report.html import (
+from evals.store import POLICY, Row, Run, StepRecord
+from evals.summary import RIGHT, Summary, compare_runs, summarise
+from mmagent.geometry import ImageView
+from mmagent.html.charts import bar_chart
+from mmagent.html.pieces import (
     Column,
     Section,
     code,
@@ -28,9 +31,6 @@ from evals.report.html import (
     tag,
     tiles,
 )
-from evals.store import POLICY, Row, Run, StepRecord
-from evals.summary import RIGHT, Summary, compare_runs, summarise
-from mmagent.geometry import ImageView
 
 SCREENS, EPISODES, PAIRS, ERRORS = 12, 8, 6, 30
 TARGET, RENDERING = "target", "rendering"

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from evals.suite import Suite
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[[], Suite]] = {
     "miniwob": miniwob,
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
+    "worlds": worlds,
 }

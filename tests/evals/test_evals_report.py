@@ -34,12 +34,12 @@ from evals.report import (
     tiles,
     trajectory,
 )
-from evals.report.charts import Axis, linear_ticks, thin
 from evals.report.runs import render_report, write_report
 from evals.runner import Options, action_points, evaluate_now
 from evals.statistics import mean_interval
 from evals.suite import Exhibit
 from mmagent.browser import find_chromium, run_sync
+from mmagent.html.charts import Axis, linear_ticks, thin
 
 HOSTILE = "</script></pre><img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
