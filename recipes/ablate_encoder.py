@@ -19,8 +19,8 @@ from pathlib import Path
 from data_pipelines.galleries import CLASSES
 from mmagent.browser import find_chromium
 from recipes.ablation_report import write
-from recipes.lineage import LineageError, Stage, run_lineage
-from recipes.processes import Busy
+from recipes.lineage import Stage
+from recipes.plan_command import run_or_exit
 from recipes.quickstart_plan import built, encoder, file
 
 TEACHERS = ("siglip2", "dinov3")
@@ -132,11 +132,7 @@ def main() -> int:
         parser.error("--seeds must be at least 2, for an interval; --steps, --images and --processes at least 1")
     browser = find_chromium() is not None
     stages = plan(args.output, args.seeds, args.steps, args.processes, browser, args.images)
-    try:
-        run_lineage(stages, args.output, say=lambda text: print(text, flush=True))
-    except (LineageError, Busy) as error:
-        print(f"ablation: {error}", file=sys.stderr)
-        return 1
+    run_or_exit(stages, args.output)
     names = {folder_of(condition): condition for condition in CONDITIONS}
     against = {condition: "all patches" for condition in CONDITIONS if condition.startswith("all, ")}
     found = [args.output / f"seed{seed}" / "probes" / "probes.json" for seed in range(args.seeds)]

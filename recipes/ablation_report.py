@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t
 
-from evals.report.charts import linear_ticks
 from evals.statistics import Estimate
 from mmagent.files import write_text
+from mmagent.html.charts import linear_ticks
 
 GROUPS = ("semantic", "dense", "mean")
 

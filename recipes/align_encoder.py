@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from data_pipelines.vision import VisionStreamConfig, pair_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.interop.encoder_folder import open_encoder, save_encoder
 from mmagent.interop.image_text import save_image_text
 from mmagent.models.text_tower import TextTower, TextTowerConfig, text_debug, text_laptop
@@ -75,7 +75,7 @@ def laptop() -> Config:
         data=VisionStreamConfig(images_per_step=48, patches_per_microbatch=8192, sequence_lengths=[192]),
         objective=AlignmentConfig(width=128, classes=1 + len(KINDS), places=20),
         optim=OptimConfig(lr=4e-3),
-        engine=TorchEngineConfig(dtype="bfloat16"),
+        engine=EngineConfig(dtype="bfloat16"),
     )
 
 
@@ -86,7 +86,7 @@ def large() -> Config:
         data=VisionStreamConfig(1 << 16, 1 << 18, sequence_lengths=[128, 256, 576, 784, 1024]),
         optim=OptimConfig(lr=1e-3, role_lr={"encoder": 0.1}),
         schedule=ScheduleConfig(warmup=2000),
-        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
+        engine=EngineConfig(parallel="fsdp2", dtype="bfloat16"),
         save_every=1000,
     )
 

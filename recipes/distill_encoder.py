@@ -21,9 +21,9 @@ from data_pipelines.masking import MaskConfig
 from data_pipelines.vision import CropConfig, VisionStreamConfig, distillation_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.encoder_folder import save_encoder
 from mmagent.models.cogvit import CogViTConfig, cogvit_403m, cogvit_debug, cogvit_laptop, seed_vit
@@ -75,7 +75,7 @@ def laptop() -> Config:
         crop=CropConfig(1.0),
         objective=DistillationConfig(visible_weight=1.0, summary_weight=0.02),
         optim=OptimConfig(lr=3e-3),
-        engine=TorchEngineConfig(dtype="bfloat16"),
+        engine=EngineConfig(dtype="bfloat16"),
     )
 
 
@@ -89,7 +89,7 @@ def large() -> Config:
         data=VisionStreamConfig(images_per_step=4096, patches_per_microbatch=1 << 16),
         optim=OptimConfig(lr=1e-3),
         schedule=ScheduleConfig(warmup=2000),
-        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
+        engine=EngineConfig(parallel="fsdp2", dtype="bfloat16"),
         save_every=1000,
     )
 

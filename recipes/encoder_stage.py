@@ -16,22 +16,22 @@ from data_pipelines.vision import VisionStream, VisionStreamConfig
 from mmagent.config import ConfigError
 from mmagent.dist import World
 from mmagent.engine.average import AverageConfig, WeightAverage
+from mmagent.engine.build import EngineConfig, build_engine
 from mmagent.engine.checkpoint import gather_weights
 from mmagent.engine.optim import OptimConfig, build_optimizer, check_known
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import Encoder, can_hide, is_factory, open_encoder
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.testing import check_encoder
-from mmagent.train.hooks import usual_hooks
+from mmagent.train.hooks import RunConfig, run_settings, usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
 
 
 @dataclass
-class StageConfig:
+class StageConfig(RunConfig):
     """``mix`` weighs where pictures come from: galleries that are drawn here (``scenes``, ``panels``, ``charts``,
     ``icons``, ``digits`` and kinds of photographs), and your own ``sources`` by name: a folder, webdataset shards or
     ``datasets:ID``, whose ``columns`` can be named; ``split=train`` leaves out what ``evaluate_encoder`` judges by.
@@ -39,7 +39,6 @@ class StageConfig:
     weights are what is handed on."""
 
     output: str = "runs/encoder"
-    seed: int = 0
     steps: int = 1000
     mix: dict[str, float] = field(default_factory=lambda: {"scenes": 0.8, "panels": 0.1, "scientific": 0.1})
     sources: dict[str, str] = field(default_factory=dict)
@@ -50,11 +49,11 @@ class StageConfig:
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=10))
     role_schedules: dict[str, ScheduleConfig] = field(default_factory=dict)
     average: AverageConfig = field(default_factory=AverageConfig)
-    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
-    save_every: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.sources:
             if name not in self.mix:
                 raise ConfigError(f"sources.{name} has no weight and would not be seen; add mix.{name}=0.5, or =0")
@@ -117,16 +116,16 @@ def train(
     config = replace(config, quarantine=config.quarantine.within(config.output))  # as `pictures` has it
     optimizer = build_optimizer(objective, config.optim)
     check_known(config.role_schedules, (group["role"] for group in optimizer.param_groups), "role_schedules")
-    engine = TorchEngine(objective, optimizer, config.engine, world)
+    engine = build_engine(objective, optimizer, config.engine, world)
     average = WeightAverage(objective, config.average)
     parts = {"objective": objective, "engine": engine, "stream": stream, "average": average}
-    run = Run(config.output, world, parts, config=config)
+    run = Run(config.output, world, parts, config=config, **run_settings(config))
     first = run.resume(config.steps)
     if not first:
         begin()
     if first == config.steps and world.is_main:
         print(f"{title}: {config.output} stands at step {first} of {first}, nothing is left to train", file=sys.stderr)
-    hooks = [average, *usual_hooks(run, title, config.steps, config.save_every)]
+    hooks = [average, *usual_hooks(run, title, config.steps, config, engine=engine)]
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
     own = {role: Phase(steps=config.steps, schedule=s).rate(0) for role, s in config.role_schedules.items()}
     fit(run, objective, engine, stream, steps=config.steps, schedule=rate, role_schedules=own, hooks=hooks)

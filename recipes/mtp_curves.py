@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from evals.report.charts import linear_ticks
+from mmagent.html.charts import linear_ticks
 
 _LEFT, _TOP, _WIDTH, _HEIGHT, _PANEL = 50, 40, 330, 220, 400
 _COLOURS = {"shared": "#1f4e8c", "fused": "#c2571a", "masked": "#3a8a4d"}

@@ -13,8 +13,8 @@ from data_pipelines.held_out import HeldOut
 from data_pipelines.stream import PackStream
 from mmagent import dist
 from mmagent.config import load_yaml
+from mmagent.engine.build import build_engine
 from mmagent.engine.optim import build_optimizer
-from mmagent.engine.torch_engine import TorchEngine
 from mmagent.files import write_text
 from mmagent.interop.agent_folder import load_agent
 from mmagent.models.context import mtp_traffic
@@ -22,8 +22,8 @@ from mmagent.models.mtp import MODES
 from mmagent.objectives.language_modeling import LanguageModeling
 from mmagent.train.hooks import evaluate, read_jsonl
 from recipes.ablation_report import dot_plot, t_interval, with_interval
+from recipes.language_stage import Config
 from recipes.mtp_curves import curve_plot
-from recipes.pretrain import Config
 
 REFERENCE = "shared"
 """What the other modes are compared with."""
@@ -63,7 +63,7 @@ def judged(run: Path) -> dict[str, float]:
     if not kept.is_file():
         config, agent, world = load_yaml(Config(), run / "config.yaml"), load_agent(run / "agent"), dist.init()
         objective = LanguageModeling(agent.model, config.objective)
-        engine = TorchEngine(objective, build_optimizer(agent.model, config.optim), config.engine, world)
+        engine = build_engine(objective, build_optimizer(agent.model, config.optim), config.engine, world)
         with closing(PackStream(config.data, agent.vocab, agent.geometry, agent.chat, world)) as stream:
             batches = list(HeldOut(config.validation, stream)())
         found = evaluate(objective, batches, world, engine)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
 from mmagent.browser import find_chromium
-from recipes.lineage import LineageError, Stage, run_lineage
-from recipes.processes import Busy
+from recipes.lineage import Stage
+from recipes.plan_command import run_or_exit
 from recipes.quickstart_page import write
 from recipes.quickstart_plan import SIZES, plan
 from recipes.quickstart_report import shown, summarise
@@ -51,14 +50,7 @@ def main() -> int:
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.monotonic()
-    try:
-        seconds = run_lineage(stages, args.output, say=lambda text: print(f"\n\033[1m{text}\033[0m", flush=True))
-    except (LineageError, Busy) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    seconds = run_or_exit(stages, args.output)
     summary = summarise(args.output, seconds)
     write(args.output, summary)
     print(shown(summary))

@@ -15,6 +15,11 @@ PAGES = {"laptop": 8, "debug": 3}
 """Items of the suites on rendered pages."""
 ANSWER = 700
 """Most tokens of an answer on those: HTML takes seconds to write, and is cut here."""
+REST = {
+    "pretrain": dict.fromkeys(("worlds", "code-pairs", "lessons", "changes", "page-code"), 0),
+    "sft": dict.fromkeys(("solutions", "traces", "steps", "critic", "polish"), 0),
+}
+"""What the presets of `data_pipelines.build` hold beyond what so short a training could use."""
 SAMPLES = {
     "laptop": {
         "pretrain": {
@@ -25,8 +30,9 @@ SAMPLES = {
             "captions": 200,
             "interleaved": 60,
             "text": 200,
+            **REST["pretrain"],
         },
-        "sft": {"episodes": 800, "clicks": 100, "html": 60},
+        "sft": {"episodes": 800, "clicks": 100, "html": 60, **REST["sft"]},
         "validation": {
             "screens": 80,
             "tiles": 32,
@@ -37,6 +43,8 @@ SAMPLES = {
             "text": 10,
             "episodes": 0,
             "clicks": 0,
+            **REST["pretrain"],
+            **REST["sft"],
         },
     },
     "debug": {
@@ -48,8 +56,9 @@ SAMPLES = {
             "captions": 20,
             "interleaved": 20,
             "text": 20,
+            **REST["pretrain"],
         },
-        "sft": {"episodes": 60, "clicks": 20, "html": 10},
+        "sft": {"episodes": 60, "clicks": 20, "html": 10, **REST["sft"]},
         "validation": {
             "screens": 16,
             "tiles": 16,
@@ -60,6 +69,8 @@ SAMPLES = {
             "text": 4,
             "episodes": 0,
             "clicks": 0,
+            **REST["pretrain"],
+            **REST["sft"],
         },
     },
 }

@@ -1,11 +1,7 @@
 """Reinforce an agent on tasks that verify themselves: GRPO with rollouts in a real browser, in the trainer's process.
 
     torchrun --standalone --nproc_per_node=2 -m recipes.rl --preset laptop init=runs/sft/agent output=runs/rl
-
-Every step: draw prompts by the curriculum, play a group of episodes for each, keep the groups whose rewards differ,
-take ``updates`` optimizer steps. Ranks share the prompts, and each has its browsers. A run resumes by itself, bitwise,
-and leaves an agent folder in ``output/agent``.
-"""
+Kill it at any moment; the same command goes on, and plays no finished episode twice."""
 
 from __future__ import annotations
 
@@ -19,24 +15,25 @@ from mmagent.agent.codec import Codec
 from mmagent.agent.collector import Collector, CollectorConfig
 from mmagent.agent.rollout import RolloutConfig
 from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.build import EngineConfig, build_engine
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig, schedule
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.models.memory import MemoryConfig
 from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
 from mmagent.packing import Size
 from mmagent.tasks import easy_task_names, open_tasks
-from mmagent.train.hooks import usual_hooks
+from mmagent.train.hooks import LeaveOnSignal, RunConfig, run_settings, tell, usual_hooks
 from mmagent.train.launch import launch
-from mmagent.train.metrics import pace
+from mmagent.train.metrics import rollout_pace
 from mmagent.train.run import Run
-from mmagent.train.step import train_step
+from mmagent.train.work import Work, WorkConfig
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """``tasks``: :func:`mmagent.tasks.all_task_names` or import paths. ``pages`` and ``browsers`` are a rank's."""
 
     output: str = "runs/rl"
@@ -46,7 +43,8 @@ class Config:
     steps: int = 100
     updates: int = 1
     freeze: list[str] = field(default_factory=lambda: ["encoder", "mtp"])
-    recompute: list[str] = field(default_factory=list)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    work: WorkConfig = field(default_factory=WorkConfig)
     tokens_per_microbatch: int = 16384
     patches_per_microbatch: int = 16384
     pages: int = 16
@@ -56,13 +54,12 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("constant", warmup=3))
-    engine: TorchEngineConfig = field(default_factory=TorchEngineConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     save_every: int = 20
-    keep: int = 2
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        if self.engine.parallel == "fsdp2" or max(self.engine.expert_parallel, self.engine.context_parallel) > 1:
+        super().__post_init__()
+        if not self.engine.holds_whole:
             raise ConfigError("engine: rollouts in the trainer's process need whole weights; use ddp or none, unshared")
         if self.policy.kl_weight:
             raise ConfigError("policy.kl_weight: this recipe has no reference model to stay near; leave it at 0")
@@ -78,14 +75,14 @@ def laptop() -> Config:
         generator=GeneratorConfig(dtype="bfloat16"),
         optim=OptimConfig(lr=6e-4, weight_decay=0.0),
         schedule=ScheduleConfig("wsd", warmup=3, floor=0.1, decay=0.3),
-        engine=TorchEngineConfig(dtype="bfloat16"),
+        engine=EngineConfig(dtype="bfloat16"),
     )
 
 
 def debug() -> Config:
     """Seconds: for tests."""
-    rollout = RolloutConfig(group_size=4, max_steps=2, max_tokens=12)
-    return Config(steps=2, pages=2, collector=CollectorConfig(prompts=2, rollout=rollout), save_every=1)
+    collector = CollectorConfig(prompts=2, rollout=RolloutConfig(group_size=4, max_steps=2, max_tokens=12))
+    return Config(steps=2, pages=2, collector=collector, generator=GeneratorConfig(steady=True), save_every=1)
 
 
 def small() -> Config:
@@ -94,7 +91,7 @@ def small() -> Config:
     return Config(
         steps=1000,
         freeze=["mtp"],
-        recompute=["encoder", "decoder"],
+        memory=MemoryConfig(recompute=["encoder", "decoder"]),
         tokens_per_microbatch=1 << 15,
         patches_per_microbatch=1 << 16,
         pages=32,
@@ -102,7 +99,7 @@ def small() -> Config:
         collector=CollectorConfig(prompts=64, rollout=rollout),
         generator=GeneratorConfig(max_sequences=512, dtype="bfloat16", parked_tokens=1 << 22),
         optim=OptimConfig(lr=2e-6, weight_decay=0.0),
-        engine=TorchEngineConfig(dtype="bfloat16"),
+        engine=EngineConfig(dtype="bfloat16"),
         tensorboard=True,
     )
 
@@ -114,35 +111,38 @@ async def train(config: Config) -> None:
     agent, most = load_agent(config.init), config.collector.rollout.max_steps
     model = agent.model
     model.freeze(config.freeze)
-    model.set_recompute(config.recompute)
+    model.set_memory(config.memory)
     generator = Generator(model.to(world.device), agent.vocab, config.generator)
     objective = PolicyGradient(model, config.policy, generator.barred)
-    engine = TorchEngine(objective, build_optimizer(model, config.optim), config.engine, world)
+    engine = build_engine(objective, build_optimizer(model, config.optim), config.engine, world)
     policy, codec = LocalPolicy(generator), Codec(agent.vocab, agent.geometry, agent.chat)
-    budget = Size(config.tokens_per_microbatch, config.patches_per_microbatch)
+    work = Work(config.work, config.engine, model, world, config.freeze, config.memory.recompute)
     how = {"estimator": config.collector.advantages.estimator, "share_prompts": not objective.depths}
+    how |= {"budget": Size(config.tokens_per_microbatch, config.patches_per_microbatch), **work.dealing}
     async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages, max_steps=most) as tasks:
-        collector = Collector(tasks, policy, codec, config.collector, world, config.seed)
+        collector = Collector(tasks, policy, codec, config.collector, world, config.seed, f"{config.output}/rollouts")
         parts = {"model": model, "engine": engine, "collector": collector}
-        run = Run(config.output, world, parts, config=config, keep=config.keep)
-        shown = {"tensorboard": config.tensorboard, "figures": ("reward", "entropy")}
-        hooks = usual_hooks(run, "rl", config.steps, config.save_every, **shown)
-        for step in range(run.resume(config.steps), config.steps):
+        run = Run(config.output, world, parts, config=config, **run_settings(config))
+        run.caches.append(collector)
+        hooks = usual_hooks(run, "rl", config.steps, config, figures=("reward", "entropy"), engine=engine)
+        leave = next(hook for hook in hooks if isinstance(hook, LeaveOnSignal))
+        for step in run.guard.steps(run.resume(config.steps), config.steps):
             started, policy.version, sampled = time.perf_counter(), step, generator.tokens_sampled
-            collected = await collector.collect()
+            with run.segments("rollout"):
+                collected = await collector.collect(not run.guard.leaves_out(step), lambda: leave.asked)
+            if collected.left:
+                leave.leave(step)  # every rank, and none comes back
             record = {"lr_scale": schedule(step, config.steps, config.schedule), **collected.metrics}
             for part in range(config.updates):
-                groups = collected.groups[part :: config.updates]
-                if packs := rank_batches(groups, budget, world, agent.vocab, agent.geometry, **how):
-                    record |= train_step(objective, engine, packs, world, record["lr_scale"]).record()
-            seconds = time.perf_counter() - started
-            done = {"tokens": record.get("tokens", 0.0), "sampled": generator.tokens_sampled - sampled}
-            record |= {**pace(seconds, done), "time/rollout_share": record["time/rollout"] / seconds}
-            for hook in hooks:
-                hook(step + 1, record)
-        run.save(config.steps)
+                if packs := rank_batches(collected.groups[part :: config.updates], world, codec, **how):
+                    record |= run.guard.step(step, objective, engine, packs, record["lr_scale"], part=part) or {}
+            if run.guard.went_back:
+                continue
+            record |= rollout_pace(time.perf_counter() - started, record, generator.tokens_sampled - sampled)
+            tell(hooks, run, step + 1, record | run.guard.figures(step))
+        run.finish(config.steps)
     if world.is_main:
-        save_agent(run.directory / "agent", model, agent.vocab, agent.geometry, agent.chat, encoder=agent.encoder)
+        save_agent(run.directory / "agent", model, agent.vocab, agent.geometry, codec.chat, encoder=agent.encoder)
     dist.shutdown()
 
 

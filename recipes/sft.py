@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=2 -m recipes.sft --preset laptop \\
         init=runs/pretrain/agent data.folder=runs/data/sft data.sources.episodes.weight=5 output=runs/sft
 
-The same stage as pretraining over other data (`recipes.pretrain.train`). The encoder is frozen at ``small`` and
+The same stage as pretraining over other data (`recipes.language_stage`). The encoder is frozen at ``small`` and
 ``debug``, as in Seed1.5-VL; at ``laptop`` it is young and learns on. It leaves an agent folder in ``output/agent``.
 """
 
@@ -13,14 +13,15 @@ from dataclasses import replace
 
 from data_pipelines.stream import StreamConfig
 from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngineConfig
+from mmagent.models.memory import MemoryConfig
 from mmagent.objectives.language_modeling import LanguageModelingConfig
 from mmagent.train.launch import launch
 from mmagent.train.phases import Phase
 from recipes import pretrain
-from recipes.pretrain import Config
+from recipes.language_stage import Config, train
 
 
 def debug() -> Config:
@@ -36,7 +37,7 @@ def laptop() -> Config:
         init="runs/pretrain/agent",
         data=StreamConfig(tokens_per_step=4096, tokens_per_microbatch=2048, patches_per_microbatch=8192),
         optim=OptimConfig(lr=4e-3),
-        engine=TorchEngineConfig(dtype="bfloat16"),
+        engine=EngineConfig(dtype="bfloat16"),
         phases=[Phase("sft", 60, schedule=ScheduleConfig("wsd", warmup=5, floor=0.0, decay=0.5))],
         save_every=50,
     )
@@ -50,8 +51,8 @@ def small() -> Config:
         data=StreamConfig(tokens_per_step=1 << 20, tokens_per_microbatch=1 << 15, patches_per_microbatch=1 << 16),
         objective=LanguageModelingConfig(mtp_weight=0.1),
         optim=OptimConfig(lr=5e-5),
-        engine=TorchEngineConfig(parallel="fsdp2", dtype="bfloat16"),
-        recompute=["encoder", "decoder", "mtp"],
+        engine=EngineConfig(parallel="fsdp2", dtype="bfloat16"),
+        memory=MemoryConfig(recompute=["encoder", "decoder", "mtp"]),
         phases=[Phase("sft", 5000, freeze=["encoder"], schedule=ScheduleConfig(warmup=100))],
         tensorboard=True,
     )
@@ -62,7 +63,7 @@ def main() -> None:
     config = parse_cli({"laptop": laptop, "debug": debug, "small": small}, __doc__ or "")
     if not config.init:
         raise ConfigError("init: supervised fine-tuning starts from an agent folder, such as runs/pretrain/agent")
-    pretrain.train(config, "sft")
+    train(config, "sft")
 
 
 if __name__ == "__main__":

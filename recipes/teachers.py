@@ -20,9 +20,9 @@ from data_pipelines.masking import MaskConfig
 from data_pipelines.vision import CropConfig, VisionStreamConfig, distillation_stream, pair_stream
 from mmagent import dist
 from mmagent.config import ConfigError, parse_cli
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig
 from mmagent.engine.schedule import ScheduleConfig
-from mmagent.engine.torch_engine import TorchEngineConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.models.backbones import BackboneEncoder, new_backbone, save_backbone
 from mmagent.models.text_tower import TextTower, text_laptop
@@ -57,7 +57,7 @@ class Config(StageConfig):
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3))
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=5))
-    engine: TorchEngineConfig = field(default_factory=lambda: TorchEngineConfig(dtype="bfloat16"))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(dtype="bfloat16"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +95,7 @@ def dinov3() -> Config:
 def main() -> None:
     """Build backbone, objective, engine, stream and run; fit; save the teacher's folder."""
     config = parse_cli({"siglip2": siglip2, "dinov3": dinov3}, __doc__ or "")
-    if config.engine.parallel == "fsdp2":
+    if config.engine.shards_weights:
         raise ConfigError("engine.parallel: a teacher is written by transformers, which needs whole weights; use ddp")
     world = dist.init()
     dist.seed_everything(config.seed)

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from recipes.lineage import LineageError, Stage, run_lineage
+from recipes.plan_command import run_or_exit
 from recipes.processes import Busy, no_orphans, only_one
 from recipes.quickstart_plan import plan
 
@@ -82,6 +83,22 @@ def test_an_unusable_folder_and_a_failing_stage_are_named(tmp_path):
         run_lineage([_stage(tmp_path, "a", COUNTING, wanted="other")], tmp_path / "root")
     with pytest.raises(LineageError, match="stage b ended with exit code 3"):
         run_lineage([_stage(tmp_path, "b", "raise SystemExit(3)")], tmp_path / "root")
+
+
+def test_a_command_says_what_went_wrong_and_exits(tmp_path, capsys, monkeypatch):
+    failing, fine = _stage(tmp_path, "b", "raise SystemExit(3)"), _stage(tmp_path, "a", COUNTING)
+    assert run_or_exit([fine], tmp_path / "root").keys() == {"a"}
+    with pytest.raises(SystemExit, match="1"):
+        run_or_exit([failing], tmp_path / "root")
+    assert "error: stage b ended with exit code 3" in capsys.readouterr().err
+
+    def interrupted(*args: object, **others: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.plan_command.run_lineage", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run_or_exit([fine], tmp_path / "root")
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_damaged_output_runs_its_stage_again(tmp_path):

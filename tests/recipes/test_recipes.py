@@ -19,8 +19,9 @@ from data_pipelines.documents import read_quarantine
 from data_pipelines.held_out import HeldOut, ValidationConfig
 from data_pipelines.stream import PackStream
 from mmagent.config import ConfigError, resolve
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
@@ -177,7 +178,7 @@ def test_the_held_out_loss_is_that_of_the_weights_that_were_saved(lineage, valid
         packs = HeldOut(ValidationConfig(str(root / "data" / "validation"), steps=2), training)
         objective = LanguageModeling(agent.model, LanguageModelingConfig())
         optimizer = build_optimizer(agent.model, OptimConfig())
-        engine = TorchEngine(objective, optimizer, TorchEngineConfig("none"), ALONE)
+        engine = build_engine(objective, optimizer, EngineConfig("none"), ALONE)
         losses = evaluate(objective, packs(), ALONE, engine)
     assert {"loss", "loss/lm", "loss/mtp_1", "loss_by_source/text"} <= set(losses)
     assert losses == pytest.approx({name: rows[-1][f"validation/{name}"] for name in losses}, rel=1e-6)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmagent.chat import ChatConfig
 from mmagent.config import ConfigError, resolve, to_yaml
-from mmagent.engine.torch_engine import TorchEngineConfig
+from mmagent.engine.config import EngineConfig
 from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
 from mmagent.train.hooks import read_jsonl
@@ -167,7 +167,7 @@ def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
     for preset in (rl.laptop, rl.debug, rl.small):
         assert to_yaml(preset())
     with pytest.raises(ConfigError, match="engine: rollouts"):
-        run(config(agent, tmp_path / "run", engine=TorchEngineConfig(parallel="fsdp2")))
+        run(config(agent, tmp_path / "run", engine=EngineConfig(parallel="fsdp2")))
     for overrides, name in (
         (["policy.kl_weight=0.01"], r"policy\.kl_weight"),
         (["policy.mtp_weight=0.1"], r"policy\.mtp_weight: freeze holds mtp"),
@@ -183,4 +183,39 @@ def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
 def test_weights_that_ranks_share_are_refused(shared):
     """The generator in the trainer's process reads them whole."""
     with pytest.raises(ConfigError, match=r"engine: rollouts .* need whole weights"):
-        rl.Config(engine=TorchEngineConfig(**shared))
+        rl.Config(engine=EngineConfig(**shared))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_recovered_from_by_every_policy(agent, tmp_path, monkeypatch):
+    """What is played and trained again after going back is what it was, to the bit. The weights of the checkpoint, or
+    merged ones, are in the generator at once, or its log-probs would not be the trainer's."""
+    bad, drawn = 4, [0]
+    collect = rl.Collector.collect
+
+    async def watched(self, *arguments):
+        drawn[0] = self.items.number
+        return await collect(self, *arguments)
+
+    class Spoiled(rl.PolicyGradient):
+        def forward(self, batch):
+            output = super().forward(batch)
+            factor = float("nan") if drawn[0] == bad else 1.0
+            return replace(output, sums={name: value * factor for name, value in output.sums.items()})
+
+    monkeypatch.setattr(rl.Collector, "collect", watched)
+    monkeypatch.setattr(rl, "PolicyGradient", Spoiled)
+    rows = {}
+    for action in ("skip", "rollback", "merge"):
+        how = [f"health.on_not_finite={action}", "health.leave_out=1", "keep=4", "save_every=2"]
+        rows[action] = run(config(agent, tmp_path / action, *how, steps=7))
+        assert [row["step"] for row in rows[action]] == list(range(1, 8))
+        assert [row["health/left_out"] for row in rows[action]] == [float(step == bad) for step in range(7)]
+        assert all(row["drift"] < 1e-4 for row in rows[action] if "drift" in row)
+        assert sum("loss" in row for row in rows[action]) >= 5
+        assert not list((tmp_path / action / "rollouts").iterdir())
+    assert rows["skip"][:bad] == rows["rollback"][:bad] == rows["merge"][:bad]
+    # what is skipped was played, so its rewards count for the curriculum; after going back it is not even played
+    assert "reward" in rows["skip"][bad]
+    assert "reward" not in rows["rollback"][bad]
+    assert rows["rollback"][bad + 1] != rows["merge"][bad + 1]

@@ -1,0 +1,93 @@
+"""Clean shard sets with everything that the house knows: what its suites judge by, and its own image-text towers.
+
+    python -m recipes.curate folders=[data/mine/pretrain] to=data/clean \\
+        suites=[miniwob,worlds] rules.least_score=0.2 image_text=runs/align/image_text
+
+It is ``data_pipelines.curate``, which see, with two things that data pipelines may not know. Items of ``suites`` (all
+of them with ``suites=[all]``) are signed, once, into ``TO/judged.npz`` and not trained on. A picture is scored against
+what is said of it by the cosine of ``image_text``: the folder that recipes.align_encoder leaves behind, or a CLIP or
+SigLIP of transformers. What a good score is depends on the model: ``python tools/benchmarks/quality.py score`` measures
+it on pairs of yours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipelines.curate import CurateConfig, Curation, curate, pairs, safe, text
+from data_pipelines.making import BuildError
+from evals.fingerprint import fingerprint
+from evals.suites import SUITES
+from mmagent.config import ConfigError, parse_cli
+from mmagent.interop.image_text import ImageTextModel, load_image_text
+
+JUDGED = "judged.npz"
+
+
+@dataclass
+class Config(CurateConfig):
+    """``suites`` are not trained on; ``image_text``, on ``device``, scores pairs for ``rules.least_score``."""
+
+    suites: list[str] = field(default_factory=list)
+    image_text: str = ""
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.suites) - {*SUITES, "all"}):
+            raise ValueError(f"suites: there is no {unknown[0]!r}; there are all, {', '.join(SUITES)}")
+        if (self.rules.least_score is None) != (not self.image_text):
+            raise ValueError("rules.least_score and image_text need each other")
+
+
+class TowerScorer:
+    """The cosine of an image-text model between each picture and its text, in [-1, 1]."""
+
+    def __init__(self, model: ImageTextModel):
+        self.model = model
+
+    def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
+        """One for each pair."""
+        return (self.model.embed_images(images) * self.model.embed_texts(texts)).sum(dim=1).tolist()
+
+
+def clean(config: Config) -> Curation:
+    """Sign the suites where that is not done, and curate."""
+    plain = CurateConfig(**{f.name: getattr(config, f.name) for f in fields(CurateConfig)})
+    if config.suites:
+        known = Path(config.to) / JUDGED
+        if not known.is_file():
+            known.parent.mkdir(parents=True, exist_ok=True)
+            names = list(SUITES) if "all" in config.suites else config.suites
+            fingerprint([SUITES[name]() for name in names]).save(known)
+        rules = replace(plain.rules, evaluations=[*plain.rules.evaluations, str(known)])
+        plain = replace(plain, rules=rules)
+    scorer = None
+    if config.image_text:
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        scorer = TowerScorer(load_image_text(config.image_text).to(device))
+    return curate(plain, scorer)
+
+
+def _preset(config: CurateConfig) -> Config:
+    return Config(**{f.name: getattr(config, f.name) for f in fields(CurateConfig)})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Curate, and print what came of it."""
+    presets = {make.__name__: (lambda make=make: _preset(make())) for make in (safe, pairs, text)}
+    config = parse_cli(presets, __doc__ or "", argv)
+    try:
+        result = clean(config)
+    except (BuildError, ConfigError, ValueError) as error:
+        raise SystemExit(f"recipes.curate: {error}") from error
+    print(result.table())
+    print(f"{config.to}: {result.kept} of {result.seen} samples kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The recipe that curates by the suites and by image-text towers: both are wired, and what they find is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recipes.curate as recipe
+from data_pipelines.scanning import ScanRules
+from data_pipelines.shards import ShardSet, ShardWriter
+from data_pipelines.workers import LimitsConfig
+from data_pipelines.worlds import record_of
+from evals.suites.worlds import worlds
+from mmagent.chat import Image, assistant, user
+from mmagent.geometry import GeometryConfig
+from mmagent.interop.image_text import load_image_text, save_image_text
+from mmagent.models.cogvit import CogViT, cogvit_debug
+from mmagent.models.text_tower import TextTower, text_debug
+from mmagent.objectives.alignment import Alignment, AlignmentConfig
+from mmagent.records import Record, encode_image, from_sample
+from mmagent.vocab import Vocab
+from mmagent.worlds.catalogue import choose_worlds
+from recipes.curate import Config, TowerScorer, clean, main
+
+GEOMETRY = GeometryConfig()
+
+
+def keys(folder: Path) -> list[str]:
+    shards = ShardSet(folder)
+    return [from_sample(shards.read(n)).key for n in range(len(shards))]
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random ones: what they say is arbitrary, but always the same."""
+    torch.manual_seed(0)
+    vocab = Vocab.train(["all red", "all green", "all blue"] * 3, 300)
+    both = Alignment(CogViT(cogvit_debug()), TextTower(text_debug(vocab.size)), AlignmentConfig(width=16))
+    folder = tmp_path_factory.mktemp("towers") / "image_text"
+    save_image_text(folder, both, GEOMETRY, vocab, max_text=16)
+    return folder
+
+
+def test_items_of_suites_are_left_out(tmp_path, monkeypatch):
+    world = choose_worlds(("counting",))[0]
+    monkeypatch.setattr(recipe, "SUITES", {"worlds": lambda: worlds((world.name,), per_task=3)})
+    with ShardWriter(tmp_path / "raw") as writer:
+        for split, n in (("train", 0), ("test", 1), ("train", 1), ("test", 2), ("test", 40)):
+            writer.write(record_of(world, world.example(split, n), "leaks"))
+    config = Config(folders=[str(tmp_path / "raw")], to=str(tmp_path / "to"), suites=["all"])
+    config.limits = LimitsConfig(processes=0)
+    result = clean(config)
+    assert result.left_out == {"evaluation": 2}  # the suite judges by its first three items
+    assert [key.rpartition("/")[2].partition("-")[0] for key in keys(tmp_path / "to/raw")] == ["train", "train", "test"]
+    log = [json.loads(line) for line in (tmp_path / "to/left_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["problem"].partition(",")[0] for line in log] == [
+        f"worlds-0/worlds/{world.name}/test-{n}" for n in (1, 2)
+    ]
+    monkeypatch.setattr(recipe, "fingerprint", lambda suites: pytest.fail("they are signed already"))
+    assert clean(config) == result
+
+
+def test_pairs_are_scored_by_the_towers(towers, tmp_path):
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (56, 56, 3), np.uint8) for _ in range(8)]
+    said = [f"all {('red', 'green', 'blue')[n % 3]} {n}" for n in range(8)]
+    scores = TowerScorer(load_image_text(towers)).score(pictures, said)
+    assert all(-1 <= score <= 1 for score in scores)
+    least = sorted(scores)[3] + 1e-6
+    with ShardWriter(tmp_path / "raw") as writer:
+        for n, (picture, text) in enumerate(zip(pictures, said, strict=True)):
+            talk = (user(Image(), "Describe it."), assistant(text))
+            writer.write(Record(f"p{n}", "pairs", talk, images=(encode_image(picture),)))
+    main([
+        f"folders=[{tmp_path / 'raw'}]", f"to={tmp_path / 'to'}", f"rules.least_score={least}", f"image_text={towers}",
+        "limits.processes=0", "device=cpu",
+    ])  # fmt: skip
+    assert keys(tmp_path / "to/raw") == [f"p{n}" for n, score in enumerate(scores) if score >= least]
+
+
+def test_what_lacks_its_other_half_is_refused(towers):
+    with pytest.raises(ValueError, match="need each other"):
+        Config(image_text=str(towers))
+    with pytest.raises(ValueError, match="need each other"):
+        Config(rules=ScanRules(least_score=0.1))
+    with pytest.raises(ValueError, match="there is no 'nothing'"):
+        Config(suites=["nothing"])
