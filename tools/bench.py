@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smallest sizes only: shows that it runs, not how fast")
     parser.add_argument("--size", choices=("small", "large"), help="of models (default: large on CUDA, else small)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there (areas that have a picture)")
+    parser.add_argument("--part", help="of an area that has several (model)")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the device, for shares of it (model)")
     args = parser.parse_args(argv)
     module = importlib.import_module(f"tools.benchmarks.{args.area}")
@@ -46,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{args.area} has no --{option}")
     print(f"{args.area}: {(module.__doc__ or '').strip().splitlines()[0]}", flush=True)
     print(f"{machine()}; {args.repeats} turns a row", flush=True)
+    parts = getattr(module, "PARTS", ())
+    if args.part and args.part not in parts:
+        parser.error(f"{args.area} has no part {args.part!r}" + (f", but {', '.join(parts)}" if parts else ""))
     peak = 1e12 * args.peak if args.peak else device_peak()
     rows: list[Row] = []
-    for row in module.rows(Settings(args.repeats, args.quick, args.size, peak)):
+    for row in module.rows(Settings(args.repeats, args.quick, args.size, peak, args.part or "")):
         rows.append(row)
         print(f"  {row.name}: {row.ratio:.2f}x", file=sys.stderr, flush=True)
     print(table(rows))

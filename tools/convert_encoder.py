@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # a script starts with its own folder there, not with the repository
     sys.path.insert(0, str(ROOT))
 
-from mmagent.interop.agent_folder import TOKENIZER, load_agent  # noqa: E402
-from mmagent.interop.encoder_folder import load_encoder, save_encoder  # noqa: E402
+from mmagent.config import load_yaml  # noqa: E402
+from mmagent.interop.agent_folder import CONFIG, TOKENIZER, load_agent, read_agent_config  # noqa: E402
+from mmagent.interop.encoder_folder import EncoderConfig, load_encoder, require_trust, save_encoder  # noqa: E402
 from mmagent.interop.glm_tower import Tower, load_tower, new_merger, save_tower  # noqa: E402
 from mmagent.models.cogvit import CogViT  # noqa: E402
 
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("source", help="import: folder or hub id of theirs; export: agent or encoder folder of ours")
     parser.add_argument("folder", type=Path, help="where the result goes; an older folder of the same kind is replaced")
     parser.add_argument("--merger-width", type=int, metavar="D", help="export of an encoder: what its new merger gives")
+    parser.add_argument(
+        "--trust-code", action="store_true", help="import and call the encoder of its own that SOURCE names"
+    )
     args = parser.parse_args(argv)
     try:
         said = take_in(args.source, args.folder) if args.direction == "import" else give_out(args)
@@ -53,9 +57,13 @@ def take_in(source: str, folder: Path) -> str:
 def give_out(args: argparse.Namespace) -> str:
     """Our encoder to a folder of theirs; returns a line for people."""
     if (Path(args.source) / TOKENIZER).is_file():
+        if not args.trust_code:
+            require_trust(read_agent_config(Path(args.source))[0].encoder, args.source)
         agent = load_agent(args.source)
         encoder, geometry, merger = agent.model.encoder, agent.geometry, agent.model.projector
     else:
+        if not args.trust_code and (Path(args.source) / CONFIG).is_file():
+            require_trust(load_yaml(EncoderConfig(), Path(args.source) / CONFIG).custom, args.source)
         encoder, geometry, _ = load_encoder(args.source)
         if not args.merger_width:
             raise ValueError(

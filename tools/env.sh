@@ -96,7 +96,7 @@ mmagent_browser() {
     if [ -z "$found" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         say "no Chromium found; installing Debian's chromium-headless-shell and fonts"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-            chromium-headless-shell fonts-liberation fonts-dejavu-core; } >"$MMAGENT_VENV/apt.log" 2>&1 </dev/null \
+            chromium-headless-shell fonts-liberation fonts-dejavu-core fonts-wqy-zenhei; } >"$MMAGENT_VENV/apt.log" 2>&1 </dev/null \
             || say "apt-get failed; its words are in $MMAGENT_VENV/apt.log"
         found="$(python -c 'from mmagent.browser import find_chromium; print(find_chromium() or "")')"
     fi

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
+from mmagent.balance import CostWeights
+from mmagent.models.peaks import peak_of
 from tools import bench
-from tools.benchmarks import encoder
-from tools.benchmarks.row import Row, Settings, peak_of, smaller_is_better, table, throughput, throughputs
+from tools.benchmarks import balance, encoder
+from tools.benchmarks.row import Row, Settings, smaller_is_better, table, throughput, throughputs
 
 
 def test_ratio_above_one_means_that_ours_is_better():
@@ -55,6 +57,10 @@ def test_areas_refuse_options_that_they_do_not_have(capsys):
     with pytest.raises(SystemExit):
         bench.main(["data", "--size", "large"])
     assert "data has no --size" in capsys.readouterr().err
+    for area, told in (("data", "data has no part 'steps'"), ("model", "model has no part 'nothing', but steps, mtp")):
+        with pytest.raises(SystemExit):
+            bench.main([area, "--part", "steps" if area == "data" else "nothing"])
+        assert told in capsys.readouterr().err
 
 
 def test_table_is_aligned():
@@ -72,7 +78,7 @@ def test_unknown_areas_are_refused(capsys):
 
 
 def test_helpers_are_no_areas():
-    assert {"contrastive", "data", "encoder", "model"} <= set(bench.areas())
+    assert {"contrastive", "data", "encoder", "model", "vision_memory"} <= set(bench.areas())
     assert not {"__init__", "row", "glm", "memory"} & set(bench.areas())
 
 
@@ -91,7 +97,7 @@ def test_peaks_are_of_the_longest_name_that_fits():
         "NVIDIA L40S": 362,
     }
     assert {name: peak_of(name) for name in teraflops} == {name: 1e12 * n for name, n in teraflops.items()}
-    assert peak_of("AMD Instinct MI300X") is None
+    assert peak_of("AMD Instinct MI210") is None
 
 
 def test_model_rows_have_their_names_a_share_of_the_peak_and_a_picture(tmp_path, capsys):
@@ -115,7 +121,16 @@ def test_model_rows_have_their_names_a_share_of_the_peak_and_a_picture(tmp_path,
     assert "% of peak" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("area", ["mtp", "data", "contrastive"])
+@pytest.mark.parametrize(
+    "area",
+    [
+        "mtp",
+        "data",
+        "contrastive",
+        "checkpoint",
+        *(pytest.param(area, marks=pytest.mark.slow) for area in ("muon", "ingest", "pages", "worlds")),
+    ],
+)
 def test_areas_run_and_write_json(area, tmp_path, capsys):
     path = tmp_path / "rows.json"
     assert bench.main([area, "--quick", "--repeats", "1", "--json", str(path)]) == 0
@@ -124,6 +139,44 @@ def test_areas_run_and_write_json(area, tmp_path, capsys):
     assert rows[0].keys() == {"name", "ours", "peer", "peer_name", "ratio", "unit", "spread"}
     assert all(row["ratio"] > 0 for row in rows)
     assert rows[0]["name"] in capsys.readouterr().out
+
+
+def test_simulated_ranks_are_dealt_what_weighs_alike():
+    """Eight ranks of four packs by hand. In turn the first gets all four that are long; dealt, four get one each."""
+    long, short = (balance.Plan((balance.Item(tokens, ()),)) for tokens in (4000, 100))
+    packs = [long] * 4 + [short] * 28
+    rows = list(balance.simulated("x", packs, 8, CostWeights(0, 0, 0, 1.0)))
+    assert [row.peer_name for row in rows] == ["in turn", "samples in turn", "by eights"]
+    mean = (4 * 4000 + 28 * 100) / 8
+    assert rows[0].peer == pytest.approx(100 * (4 * 4000 / mean - 1))
+    assert rows[0].ours == rows[2].peer == pytest.approx(100 * ((4000 + 3 * 100) / mean - 1))  # eight are one group
+    assert rows[0].ratio == pytest.approx(4 * 4000 / (4000 + 3 * 100))
+
+
+@pytest.mark.slow
+def test_balance_of_simulated_ranks_runs_and_writes_json(tmp_path):
+    path = tmp_path / "rows.json"
+    assert bench.main(["balance", "--part", "simulated", "--quick", "--repeats", "1", "--json", str(path)]) == 0
+    rows = {(row["name"], row["peer_name"]): row for row in json.loads(path.read_text())}
+    assert rows["max/mean work, 64 ranks", "in turn"]["ours"] < 2 < rows["max/mean work, 64 ranks", "in turn"]["peer"]
+    assert rows["max/mean encoder work, eight ranks trade images", "kept"]["ratio"] > 1
+
+
+@pytest.mark.slow
+def test_memory_of_vision_modules_is_flat_in_chunks_and_drawn(tmp_path):
+    rows_file, picture = tmp_path / "rows.json", tmp_path / "memory.png"
+    arguments = ["vision_memory", "--quick", "--repeats", "1", "--json", str(rows_file), "--plot", str(picture)]
+    assert bench.main(arguments) == 0
+    rows = {(row["name"], row["peer_name"]): row for row in json.loads(rows_file.read_text())}
+    assert (
+        rows["flat 32/16 images, trained", "at once"]["ours"]
+        < 1.03
+        < rows["flat 32/16 images, trained", "at once"]["peer"]
+    )
+    assert rows["32 images, trained", "transformers"]["ratio"] > 1.5
+    assert rows["1 images, trained", "at once"]["ratio"] == pytest.approx(1)  # fits into one chunk
+    assert {"recomputed", "transformers, checkpointing"} <= {peer for _, peer in rows}
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -28,6 +28,14 @@ def test_there_and_back(tmp_path, capsys):
     assert all(torch.equal(encoder.state_dict()[name], tensor) for name, tensor in state.items())
 
 
+def test_an_encoder_of_its_own_is_not_called_unasked(tmp_path, capsys):
+    save_encoder(tmp_path / "ours", CogViT(CogViTConfig(width=32, depth=1, heads=2, ffn=64)), GeometryConfig())
+    config = tmp_path / "ours" / "config.yaml"
+    config.write_text(config.read_text().replace("custom: ''", "custom: os:abort"))
+    assert main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--merger-width", "48"]) == 1
+    assert "os:abort, which is imported and called: if you trust" in capsys.readouterr().err
+
+
 def test_what_cannot_be_converted_is_told_in_one_line(tmp_path, capsys):
     for argv in (["import", str(tmp_path / "nope"), "x"], ["export", str(tmp_path), "x", "--merger-width", "4"]):
         assert main(argv) == 1

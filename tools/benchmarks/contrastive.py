@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmagent.dist import World, run_ranks
-from mmagent.engine.torch_engine import TorchEngine, TorchEngineConfig
+from mmagent.engine.build import build_engine
+from mmagent.engine.config import EngineConfig
 from mmagent.losses.contrastive import sigmoid_loss
 from mmagent.models.cogvit import CogViT, CogViTConfig
 from mmagent.models.text_tower import TextTower, TextTowerConfig
@@ -106,7 +107,7 @@ def stepper(kind: type[Alignment], negatives: str, batches: list[PairedBatch]) -
     tower = TextTower(TextTowerConfig(vocab_size=WORDS, width=128, depth=3, heads=4, ffn=344))
     objective = kind(encoder, tower, AlignmentConfig(width=WIDTH, negatives=negatives))
     world = World(0, 1, 0, torch.device("cpu"))
-    engine = TorchEngine(objective, torch.optim.SGD(objective.parameters(), lr=0.0), TorchEngineConfig("none"), world)
+    engine = build_engine(objective, torch.optim.SGD(objective.parameters(), lr=0.0), EngineConfig("none"), world)
     return lambda: train_step(objective, engine, batches, world)
 
 

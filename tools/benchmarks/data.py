@@ -2,22 +2,31 @@
 
 The shards hold texts, captioned pictures and interleaved documents of `data_pipelines.build`. `next fit` closes a pack
 at the first document that does not fit; `padded` pads every row of a batch to its longest. The webdataset pipeline
-shuffles its shards and a buffer of 500 samples, and then renders, decodes and packs (next fit) with our own functions,
-on one thread as we do. `resume` is the time to the first step after a stop: webdataset reads again what it has seen.
+shuffles its shards and a buffer of 500 samples, on one thread as we do. `webdataset + PIL` decodes and resizes pictures
+with PIL, makes tensors of them and of the texts' ids, and neither validates nor packs: less than ours does.
+`webdataset + ours` renders, decodes and packs (next fit) with our own functions. `resume` is the time to the first step
+after a stop: webdataset reads again what it has seen. `memory` is what the process holds while a stream with threads
+reads on, beside what it held after a tenth of the samples (`--part memory --plot FILE` draws it).
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
+import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 import webdataset
+from PIL import Image as PILImage
 
 from data_pipelines.build import texts_of
 from data_pipelines.documents import DocumentBuilder
@@ -27,15 +36,16 @@ from data_pipelines.pictures import Captions, Interleaved, picture
 from data_pipelines.shards import ShardSet
 from data_pipelines.stream import PackStream, StreamConfig
 from data_pipelines.texts import Texts
-from mmagent.geometry import GeometryConfig, patchify
+from mmagent.geometry import GeometryConfig, image_grid, patchify
 from mmagent.packing import Size, pack, size_of
 from mmagent.records import from_sample
 from mmagent.types import Document, PackedBatch
 from mmagent.vocab import Vocab
-from tools.benchmarks.row import Row, Settings, throughput
+from tools.benchmarks.row import Row, Settings, smaller_is_better, throughput, throughputs
 
 BUDGET = Size(4096, 8192)
 GEOMETRY = GeometryConfig(max_tokens=256)
+PARTS = ("stream", "memory")
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -43,12 +53,18 @@ def rows(settings: Settings) -> Iterator[Row]:
         root = Path(folder)
         for size in (300,) if settings.quick else (300, 2400):
             make_shards(root / str(size), size)
-            yield reading(root / str(size), size, settings)
+            if settings.part != "memory":
+                yield reading(root / str(size), size, settings)
         builder = DocumentBuilder(train_vocab(root / "300"), GEOMETRY, limit=BUDGET)
-        yield from filling(root / "300", builder)
-        yield streaming(root / "300", builder, settings)
-        yield resuming(root / "300", builder, settings)
-    yield patching(settings)
+        if settings.part != "memory":
+            yield from filling(root / "300", builder)
+            yield from streaming(root / "300", builder, settings)
+            yield starting(root / str(size), builder, settings)
+            yield resuming(root / "300", builder, settings)
+        if settings.part != "stream":
+            yield from memory(root / str(size), builder, 2_000 if settings.quick else 100_000)
+    if settings.part != "memory":
+        yield patching(settings)
 
 
 def make_shards(root: Path, size: int) -> None:
@@ -66,7 +82,7 @@ def train_vocab(root: Path) -> Vocab:
     return Vocab.train([t for s in sets for n in range(len(s)) for t in texts_of(from_sample(s.read(n)))], 2048)
 
 
-def stream(root: Path, builder: DocumentBuilder) -> PackStream:
+def stream(root: Path, builder: DocumentBuilder, prefetch: int = 0, threads: int = 0) -> PackStream:
     folders = sorted(root.iterdir())
     config = StreamConfig(
         sources={folder.name: SourceConfig(str(folder), len(ShardSet(folder))) for folder in folders},
@@ -74,8 +90,8 @@ def stream(root: Path, builder: DocumentBuilder) -> PackStream:
         tokens_per_microbatch=BUDGET.tokens,
         patches_per_microbatch=BUDGET.patches,
         by_tokens=False,  # every sample as often as any other, as the peer reads them
-        prefetch=0,
-        threads=0,
+        prefetch=prefetch,
+        threads=threads,
     )
     return PackStream(config, builder.vocab, builder.geometry, builder.chat)
 
@@ -140,22 +156,94 @@ def padded_fill(documents: Sequence[Document]) -> float:
     return 100 * used / spent
 
 
-def streaming(root: Path, builder: DocumentBuilder, settings: Settings) -> Row:
+def streaming(root: Path, builder: DocumentBuilder, settings: Settings) -> Iterator[Row]:
     """From shards to packs, decoding and patching included."""
-    tokens = 4 * BUDGET.tokens
     packs = stream(root, builder)
+    count = sum(len(batch.keys) for _ in range(4) for batch in next(packs))  # about as many in other packs
     peers = next_fit((builder.document(from_sample(sample)) for sample in peer_samples(root)), builder)
+    plain = map(partial(plain_tensors, builder), peer_samples(root))
+    seen = [0, 0]
 
     def ours() -> None:
-        for _ in range(4):
-            next(packs)
+        while seen[0] < count:
+            seen[0] += sum(len(batch.keys) for batch in next(packs))
+        seen[0] -= count  # what was too many counts in the next turn
+
+    def packed() -> None:
+        while seen[1] < count:
+            seen[1] += len(next(peers).keys)
+        seen[1] -= count
+
+    def unpacked() -> None:
+        for _ in islice(plain, count):
+            pass
+
+    others = {"webdataset + PIL": unpacked, "webdataset + ours": packed}
+    yield from throughputs("webdataset shards to packs", ours, others, count, "samples/s", settings)
+
+
+def plain_tensors(builder: DocumentBuilder, sample: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a pipeline without this library would make of a sample: ids of its texts, and its pictures in the sizes
+    that the model sees, between -1 and 1."""
+    body = json.loads(sample["json"])
+    written = body.get("parts") or [part for message in body["messages"] for part in message["content"]]
+    ids = builder.vocab.encode("".join(part["text"] for part in written if part["type"] == "text"))
+    pictures = []
+    for name, data in sample.items():
+        if name.endswith((".png", ".jpg")):
+            image = PILImage.open(io.BytesIO(data)).convert("RGB")
+            _, rows, columns = image_grid(image.height, image.width, GEOMETRY)
+            size = (columns * GEOMETRY.patch_size, rows * GEOMETRY.patch_size)
+            pixels = np.asarray(image.resize(size, PILImage.Resampling.BICUBIC), np.float32) / 127.5 - 1
+            pictures.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+    return torch.tensor(ids), pictures
+
+
+def starting(root: Path, builder: DocumentBuilder, settings: Settings) -> Row:
+    """From nothing but imports to the first step."""
+
+    def ours() -> None:
+        next(stream(root, builder))
 
     def peer() -> None:
-        seen = 0
-        while seen < tokens:
-            seen += next(peers).num_tokens
+        next(next_fit((builder.document(from_sample(sample)) for sample in peer_samples(root)), builder))
 
-    return throughput("shards to packs", ours, peer, "webdataset", tokens, "tokens/s", settings)
+    return throughput("starts to the first pack", ours, peer, "webdataset + ours", 1, "starts/s", settings)
+
+
+def memory(root: Path, builder: DocumentBuilder, samples: int) -> Iterator[Row]:
+    """What the process holds after every tenth of ``samples``."""
+    packs = stream(root, builder, prefetch=2, threads=2)
+    seen, first = 0, 0.0
+    for tenth in range(1, 11):
+        while seen < tenth * samples // 10:
+            seen += sum(len(batch.keys) for batch in next(packs))
+        held = resident() / 1e6
+        first = first or held
+        yield smaller_is_better(f"memory after {seen:,} samples", held, first, "after a tenth", "MB")
+    packs.close()
+
+
+def resident() -> int:
+    """Bytes of this process that lie in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Memory against samples read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points = [(int(row.name.split()[2].replace(",", "")), row.ours) for row in rows if row.name.startswith("memory")]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*points, strict=True), marker="o")
+    axes.set(xlabel="samples read", ylabel="memory of the process, MB", title="A stream that reads on")
+    axes.set_ylim(0, 1.25 * max(held for _, held in points))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def resuming(root: Path, builder: DocumentBuilder, settings: Settings) -> Row:

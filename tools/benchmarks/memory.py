@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 
@@ -16,12 +17,17 @@ def peak_memory(step: Callable[[], object]) -> float:
         step()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return highest(allocations(step)) / 2**20
+
+
+def allocations(step: Callable[[], object]) -> list[int]:
+    """Bytes that tensors take (and, negative, give back) on a CPU during one call, in order of time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    results = profile.profiler.kineto_results
-    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    held = highest = 0
-    for _, change in changes:
-        held += change
-        highest = max(highest, held)
-    return highest / 2**20
+    events = profile.profiler.kineto_results.events()
+    return [change for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
+
+
+def highest(changes: list[int]) -> int:
+    """The largest running sum."""
+    return max(accumulate(changes, initial=0))

@@ -58,7 +58,8 @@ from tools.benchmarks.glm import (
 from tools.benchmarks.memory import peak_memory
 from tools.benchmarks.row import Row, Settings, seconds, smaller_is_better, throughput, throughputs
 
-__all__ = ["SIZES", "plot", "rows"]
+__all__ = ["PARTS", "SIZES", "plot", "rows"]
+PARTS = ("steps", "mtp", "growth", "head")
 Step = Callable[[], object]
 SIDE = 6
 """Visual tokens along an image of the `growth images` rows."""
@@ -119,19 +120,24 @@ def rows(settings: Settings) -> Iterator[Row]:
     sides = Sides.of(size, device, "fp32")
     for batch in (tail, equal):
         check_losses(sides.ours, sides.theirs, batch)
-    longest = tail.padded["input_ids"].shape[1]
-    mean = tail.tokens / size.documents
-    name = f"long tail slots (mean {mean:.0f}, most {longest}: {mean / longest:.2f})"
-    yield smaller_is_better(name, tail.tokens, tail.slots, "padded", "tokens computed")
-    kinds = ("bf16",) if device.type == "cuda" else ("fp32", "bf16")
-    for kind in (*kinds, "bf16 weights"):
-        yield from steps(sides.in_precision(kind), tail, equal, settings)
-    yield mtp_row(sides, equal, settings)
-    few = replace(settings, repeats=min(settings.repeats, 3))
-    yield from growth_of_lengths(sides.in_precision("bf16"), size, device, few)
-    yield from growth_of_experts(size, equal, device, few)
-    yield from growth_of_images(sides.in_precision("bf16"), size, device, few)
-    yield from head_rows(settings)
+    wanted = (settings.part,) if settings.part else PARTS
+    if "steps" in wanted:
+        longest = tail.padded["input_ids"].shape[1]
+        mean = tail.tokens / size.documents
+        name = f"long tail slots (mean {mean:.0f}, most {longest}: {mean / longest:.2f})"
+        yield smaller_is_better(name, tail.tokens, tail.slots, "padded", "tokens computed")
+        kinds = ("bf16",) if device.type == "cuda" else ("fp32", "bf16")
+        for kind in (*kinds, "bf16 weights"):
+            yield from steps(sides.in_precision(kind), tail, equal, settings)
+    if "mtp" in wanted:
+        yield mtp_row(sides, equal, settings)
+    if "growth" in wanted:
+        few = replace(settings, repeats=min(settings.repeats, 3))
+        yield from growth_of_lengths(sides.in_precision("bf16"), size, device, few)
+        yield from growth_of_experts(size, equal, device, few)
+        yield from growth_of_images(sides.in_precision("bf16"), size, device, few)
+    if "head" in wanted:
+        yield from head_rows(settings)
 
 
 def steps(sides: Sides, tail: Batch, equal: Batch, settings: Settings) -> Iterator[Row]:

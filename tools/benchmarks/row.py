@@ -7,24 +7,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mmagent.models.peaks import peak_of
+
 
 @dataclass(frozen=True)
 class Settings:
     """``size``: "small" or "large" for areas that have both; by default large where there is an accelerator.
-    ``peak``: operations a second that the device can do in bf16, where that is known."""
+    ``peak``: operations a second that the device can do in bf16, where that is known. ``part``: what is measured of an
+    area that has parts; empty for all."""
 
     repeats: int = 5
     quick: bool = False
     size: str | None = None
     peak: float | None = None
-
-
-PEAKS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
-    "RTX 4090": 165e12, "V100": 125e12,
-}  # fmt: skip
-"""Dense operations a second in 16 bits, from the vendor's data sheets; the longest name found in the device's holds."""
+    part: str = ""
 
 
 def device_peak() -> float | None:
@@ -34,12 +30,6 @@ def device_peak() -> float | None:
     if not torch.cuda.is_available():
         return None
     return peak_of(torch.cuda.get_device_name())
-
-
-def peak_of(device: str) -> float | None:
-    """By its full name, as its driver gives it; None for one that is not in the list."""
-    known = [part for part in PEAKS if part in device]
-    return PEAKS[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The pages of tools/inspect.py: samples to browse, tokens, and packs."""
