@@ -19,7 +19,7 @@ setup(
             "recipes.*",
         ]
     ),
-    package_data={"": ["*.html", "*.css", "*.js", "*.txt", "*.jinja", "*.yaml"]},
+    package_data={"": ["*.html", "*.css", "*.js", "*.txt", "lexicons/*.txt", "*.jinja", "*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",  # the upper bound keeps timm -> torchvision from pulling a newer CUDA build
         "torchvision>=0.26,<0.29",
@@ -35,12 +35,16 @@ setup(
         "tqdm>=4.66",
         "markupsafe>=2.1",
         "miniwob>=1.1,<1.2",
+        "matplotlib>=3.10",  # sets formulas, and brings the typefaces of drawn questions
         "scikit-image>=0.25",
         "scikit-learn>=1.6",
     ],
     extras_require={
         "datasets": ["datasets>=4.0,<6"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
+        "ingest": ["datasets>=4.0,<6", "pyarrow>=20", "pypdfium2>=5,<6", "av>=15"],  # parquet, PDF pages and videos
+        "quality": ["py3langid>=0.4,<0.5"],  # tells languages; its model comes with it (4.5 MB)
+        "wandb": ["wandb>=0.20"],
         "serving": [  # transformers serve, for exported folders
             "accelerate>=1.15,<1.16",
             "fastapi>=0.160",
@@ -48,8 +52,11 @@ setup(
             "uvicorn>=0.50",
         ],
         "dev": [
-            "matplotlib>=3.10",
+            "py3langid>=0.4,<0.5",
             "datasets>=4.0,<6",
+            "pyarrow>=20",
+            "pypdfium2>=5,<6",
+            "av>=15",
             "deepspeed>=0.19.8,<0.20",
             "pytest>=9",
             "hypothesis>=6.150",
