@@ -38,7 +38,7 @@ CASES = [
     *(("teacher-siglip2", 1, ()), ("teacher-dinov3", 1, ()), ("distill", 1, ()), ("align", 1, ())),
     *(("pretrain", 1, ()), ("sft", 1, ()), ("rl", 1, ())),
     *(("distill", 2, ("engine.parallel=fsdp2",)), ("pretrain", 2, ("engine.parallel=fsdp2",))),
-    ("pretrain", 2, ("engine.expert_parallel=2",)),
+    *(("pretrain", 2, ("engine.expert_parallel=2",)), ("pretrain", 2, ("engine.parallel=zero2",))),
     ("rl", 2, ()),
 ]
 
