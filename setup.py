@@ -62,6 +62,7 @@ setup(
             "hypothesis>=6.150",
             "ruff==0.17.6",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8",
             "accelerate>=1.15,<1.16",
             "fastapi>=0.160",
             "openai>=3.0",

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The test suite: `bash tools/test.sh [--all] [pytest arguments]`.
 #
-# Default: offline, CPU, minutes. --all adds the slow tests, those marked gpu where torch sees one, and those
-# marked network where MMAGENT_TEST_NETWORK=1 says that there is one.
+# Default: offline, CPU, minutes, on up to four cores at once (MMAGENT_TEST_PROCESSES says otherwise, and arguments that
+# pick tests run in one process). --all adds the slow tests, those marked gpu where torch sees one, and those marked
+# network where MMAGENT_TEST_NETWORK=1 says that there is one; it runs in one process, as some of them measure.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$MMAGENT_ROOT"
@@ -31,4 +32,9 @@ if [ "$all" = yes ]; then
     expression="$(printf ' and %s' "${markers[@]:-}")"
     arguments=(-m "${expression# and }" "${arguments[@]}")  # the last -m wins over pyproject's
 fi
-exec python -m pytest "${arguments[@]}"
+
+processes=0
+if [ ${#arguments[@]} = 0 ]; then processes="$(getconf _NPROCESSORS_ONLN)"; fi
+if [ "$processes" -gt 4 ]; then processes=4; fi
+# files stay whole: what a file's tests share is made once
+exec python -m pytest -n "${MMAGENT_TEST_PROCESSES:-$processes}" --dist loadfile "${arguments[@]}"
