@@ -24,7 +24,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import FileIO
@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from mmagent.agent.store import columns_of, describe, image_from, image_of, restore
 from mmagent.dist import World
 from mmagent.files import sync
 from mmagent.models.feature_cache import content_key
+from mmagent.ops.tensor_files import bytes_of, file_head
 from mmagent.protocols import Identified
 from mmagent.trajectories import Trajectory
 from mmagent.types import PatchedImage
@@ -108,13 +109,13 @@ class InFlight:
         assert self._about is not None
         new = [key for key in dict.fromkeys(keys) if key not in self._written]
         numbers = self._written | {key: len(self._written) + n for n, key in enumerate(new)}
-        tensors = {**columns_of([row]), **{f"image/{key}": self._images[key].patches.contiguous() for key in new}}
+        tensors = {**columns_of([row]), **{f"image/{key}": self._images[key].patches for key in new}}
         if row.routed_experts:
             tensors["experts"] = torch.stack(row.routed_experts)
         said = {"row": describe(row, [numbers[key] for key in keys])}
         said["images"] = {key: image_of(self._images[key]) for key in new}
-        record = (b"" if file.tell() else _record({}, self._about.result())) + _record(tensors, said)
-        if file.tell() + len(record) > self._most:
+        record = ([] if file.tell() else _record({}, self._about.result())) + _record(tensors, said)
+        if file.tell() + sum(map(len, record)) > self._most:
             return self._refuse(f"those since the last checkpoint fill the {self.limit / 1e9:.3g} GB of kept_gb")
         try:
             self._append(record)
@@ -167,12 +168,13 @@ class InFlight:
         self._images.setdefault(key, image)
         return key
 
-    def _append(self, record: bytes) -> None:
+    def _append(self, record: Sequence[memoryview]) -> None:
         assert self._file is not None
-        before, left = self._file.tell(), memoryview(record)
+        before = self._file.tell()
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            for left in record:
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError:
             self._file.truncate(before)
             raise
@@ -190,9 +192,16 @@ class InFlight:
         self._file = None
 
 
-def _record(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> bytes:
-    body = save(dict(tensors), metadata={"said": json.dumps(said)})
-    return _LENGTH.pack(len(body)) + hashlib.sha256(body).digest() + body
+def _record(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> list[memoryview]:
+    """What to write, one behind another. The tensors' bytes are not copied: a copy would hold the interpreter's lock,
+    and the event loop with it, for as long as it takes; hashing and writing do not."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    head = file_head(((name, tensor.dtype, tensor.shape) for name, tensor in ordered), {"said": json.dumps(said)})
+    body = [memoryview(head), *(bytes_of(tensor) for _, tensor in ordered)]
+    digest = hashlib.sha256()
+    for part in body:
+        digest.update(part)
+    return [memoryview(_LENGTH.pack(sum(map(len, body))) + digest.digest()), *body]
 
 
 class _Kept(NamedTuple):

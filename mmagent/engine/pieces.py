@@ -24,10 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate
 from mmagent import dist
 from mmagent.engine.sharding import cut_of, local_part, shard_like, whole_shape
 from mmagent.files import sync
-from mmagent.ops.tensor_files import DTYPES, Stored
+from mmagent.ops.tensor_files import DTYPES, Stored, bytes_of, file_head
 from mmagent.retries import retried
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _SHARED = 1 << 20
 """Bytes from which on replicas do not all read a tensor: one does and hands it to the others. Below, a collective costs
 more than a read of what the first reader has left in the machine's cache."""
@@ -136,7 +135,7 @@ class HashingFile:
 
     def write(self, data: Any) -> int:
         """Bytes, or a memoryview of bytes."""
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
         for start in range(0, len(view), _BLOCK):
             block = view[start : start + _BLOCK]
             self._digest.update(block)
@@ -167,20 +166,10 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece], aliases: Mapping[str, 
     parts = {n: [p.offsets, p.whole] for n, p in ordered if tuple(p.tensor.shape) != p.whole}
     if parts:
         metadata["pieces"] = json.dumps(parts)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for name, piece in ordered:
-        size = piece.tensor.numel() * piece.tensor.itemsize
-        spec = {"dtype": _CODES[piece.tensor.dtype], "shape": list(piece.tensor.shape)}
-        header[name] = spec | {"data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
     with HashingFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(file_head(((name, piece.tensor.dtype, piece.tensor.shape) for name, piece in ordered), metadata))
         for _, piece in ordered:
-            if piece.tensor.numel():
-                file.write(piece.tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(bytes_of(piece.tensor))
     return file.describe()
 
 

@@ -342,18 +342,29 @@ class _Sink:
                 self._file.close()
 
 
-def _write_file(sink: _Sink, tensors: Sequence[Stored], progress: Progress | None) -> None:
-    """The format: length of the header, the header, then the bytes, of wide dtypes first so that all are aligned."""
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def file_head(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the bytes of ``tensors`` (name, dtype, shape) that follow each other in a safetensors file:
+    the length of the header, and the header. All are aligned where the widest dtypes come first."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for tensor in tensors:
-        spec = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape)}
-        header[tensor.name] = spec | {"data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    sink.write(lambda: len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host, in row-major order; not a copy of one that lies so."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _write_file(sink: _Sink, tensors: Sequence[Stored], progress: Progress | None) -> None:
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    head = file_head(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), {"format": "pt"})
+    sink.write(lambda: head)
     for tensor in tensors:
         for start in range(0, tensor.numel, CHUNK):
             with sink.noting():  # what is gathered is there when a look at it raises
@@ -365,4 +376,4 @@ def _write_file(sink: _Sink, tensors: Sequence[Stored], progress: Progress | Non
 
 def _sound_bytes(tensor: Stored, piece: Tensor) -> memoryview:
     tensor.require_finite(piece)
-    return memoryview(piece.contiguous().view(torch.uint8).numpy())
+    return bytes_of(piece)
