@@ -79,11 +79,11 @@ def train(world: World, folder: str, slow: tuple[int, str] | None, steps: int, p
 def test_a_slow_rank_is_named_with_its_segment(tmp_path, ranks, slow, parallel):
     told = run_ranks(train, ranks, str(tmp_path), slow, 16, parallel)
     assert told[1:] == [[]] * (ranks - 1)  # the main rank speaks for all
-    assert len(told[0]) == 2  # when it was found, and at the end
-    first, last = told[0]
-    assert first.startswith("steps up to ")
+    *found, last = told[0]  # found again where other processes hid it for some steps
+    assert found
+    assert all(text.startswith("steps up to ") for text in found)
     assert last.startswith("at the end: ")
-    for text in (first, last):
+    for text in told[0]:
         assert f"rank {slow[0]} on " in text
         assert f"most of it in '{slow[1]}'" in text
     rows = read_jsonl(tmp_path / "ranks.jsonl")
