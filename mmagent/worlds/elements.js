@@ -69,8 +69,10 @@
     return clean(el.innerText !== undefined ? el.innerText : el.textContent) || clean(el.getAttribute('aria-label')) ||
       clean(el.title);
   };
+  const written = el => el.type === 'password' ? '\u2022'.repeat(el.value.length) : String(el.value);  // as it is seen
   const clip = rect => [Math.max(0, Math.floor(rect.left)), Math.max(0, Math.floor(rect.top)),
     Math.min(width, Math.ceil(rect.right)), Math.min(height, Math.ceil(rect.bottom))];
+  const FAINT = 0.1;  // opacity below which nothing is seen
   const COLUMNS = [0.5, 0.3, 0.7, 0.12, 0.88], ROWS = [0.5, 0.2, 0.8];
 
   // Paint order (CSS 2.2, appendix E): every element gets a key of (layer, order) pairs that compare like the drawing.
@@ -113,25 +115,62 @@
 
   const elements = [], groups = [], sources = [], keys = [], open = [];
   let unreached = false;  // something that the mouse passes through
-  const walk = (el, above, parent) => {
+  const walk = (el, above, parent, left = 1) => {
     const style = getComputedStyle(el);
-    if (style.display === 'none' || +style.opacity === 0) return;
+    left *= +style.opacity;
+    if (style.display === 'none' || left < FAINT) return;
     const placed = place(el, style, above, parent);
     if (style.pointerEvents === 'none') unreached = true;
     if (elements.length < most && style.visibility === 'visible') look(el, style, placed.key);
     if (el.getAttribute('role') === 'img') return;  // one picture, whatever it is made of
     const own = group(el);
     if (own) open.push(own);
-    for (const child of el.children) walk(child, placed, style);
+    for (const child of el.children) walk(child, placed, style, left);
     if (own) {
       open.pop();
       if (own.members.length) groups.push(own);
     }
   };
+  const range = document.createRange();
+  const frames = new Map();
+  const hiding = el => {  // the boxes that hide what reaches over their borders: [rect, across, down]
+    if (!(el instanceof Element) || el === document.body || el === document.documentElement) return [];
+    if (!frames.has(el)) {
+      const style = getComputedStyle(el), across = style.overflowX !== 'visible', down = style.overflowY !== 'visible';
+      const hides = (across || down) && !/^(inline|contents)$/.test(style.display) && !(el instanceof SVGElement);
+      frames.set(el, [...(hides ? [[el.getBoundingClientRect(), across, down]] : []), ...hiding(el.parentElement)]);
+    }
+    return frames.get(el);
+  };
+  const clipped = (rect, el) => {  // whether one of them, or the screen's border, cuts into a line's letters
+    const edge = 0.2 * (rect.bottom - rect.top);  // room above and below the letters
+    if (rect.left < -1 || rect.top < -edge || rect.right > width + 1 || rect.bottom > height + edge) return true;
+    return hiding(el).some(([box, across, down]) => across && (rect.left < box.left - 1 || rect.right > box.right + 1) ||
+      down && (rect.top < box.top - edge || rect.bottom > box.bottom + edge));
+  };
+  const inner = (style, side) => parseFloat(style[`border${side}Width`]) + parseFloat(style[`padding${side}`]);
+  const length = (text, style) => {
+    paint.font = `${style.fontStyle} ${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+    return paint.measureText(text).width;
+  };
+  const room = (el, style) => el.getBoundingClientRect().width - inner(style, 'Left') - inner(style, 'Right');
+  const cut = (el, style) => {  // whether some of its text, or of what is written in it, does not show
+    if (['input', 'textarea'].includes(el.localName))
+      return el.scrollWidth > el.clientWidth + 1 || el.scrollHeight > el.clientHeight + 1;
+    if (el.localName === 'select') return length(name(el), style) > room(el, style);
+    const walker = document.createTreeWalker(el, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+      if (!node.data.trim()) continue;
+      range.selectNodeContents(node);
+      if ([...range.getClientRects()].some(rect => rect.width > 1 && clipped(rect, node.parentElement))) return true;
+    }
+    return false;
+  };
   const look = (el, style, key) => {
     const kind = role(el, style);
     if (!kind) return;
-    const box = clip(el.getBoundingClientRect());
+    const rect = el.getBoundingClientRect(), box = clip(rect);
+    const part = Math.min(1, (box[2] - box[0]) * (box[3] - box[1]) / (rect.width * rect.height));  // on the screen
     if (box[2] - box[0] < 2 || box[3] - box[1] < 2) return;
     const pieces = [...el.getClientRects()].map(clip).filter(([x1, y1, x2, y2]) => x2 - x1 > 1 && y2 - y1 > 1);
     const [x1, y1, x2, y2] = pieces[0] || box;  // a link broken over two lines is clicked on its first
@@ -148,13 +187,14 @@
     const aria = el.getAttribute('aria-checked') || el.getAttribute('aria-selected');
     elements.push({
       box, text: name(el).slice(0, 200), role: kind, tag: el.localName, color: hex(rgba(svg ? style.fill : style.color)),
-      background: background(svg ? el.parentElement : el), visible: seen / (ROWS.length * COLUMNS.length), point,
-      value: 'value' in el && kind !== 'button' && kind !== 'listitem' ? String(el.value).slice(0, 200) : '',
+      background: background(svg ? el.parentElement : el), visible: part * seen / (ROWS.length * COLUMNS.length), point,
+      value: 'value' in el && kind !== 'button' && kind !== 'listitem' ? written(el).slice(0, 200) : '',
       checked: kind === 'checkbox' || kind === 'radio' ? !!el.checked || aria === 'true' : aria ? aria === 'true' : null,
       enabled: !(form && el.disabled), focused: document.activeElement === el, z: 0, shown: 0,
+      cut: cut(el, style),
     });
     for (const each of open) each.members.push(elements.length - 1);
-    sources.push([el, x1, y1, x2, y2]);
+    sources.push([el, x1, y1, x2, y2, part]);
     keys.push(key);
   };
   walk(root, {sc: [], base: []}, null);
@@ -173,7 +213,7 @@
     everything.replaceSync('* { pointer-events: auto !important }');
     document.adoptedStyleSheets = [...document.adoptedStyleSheets, everything];
   }
-  sources.forEach(([el, x1, y1, x2, y2], n) => {
+  sources.forEach(([el, x1, y1, x2, y2, part], n) => {
     if (!unreached && elements[n].visible === 1) { elements[n].shown = 1; return; }
     let seen = 0;
     for (const row of ROWS) for (const column of COLUMNS) {
@@ -183,7 +223,7 @@
         if (hides(hit)) break;
       }
     }
-    elements[n].shown = seen / (ROWS.length * COLUMNS.length);
+    elements[n].shown = part * seen / (ROWS.length * COLUMNS.length);
   });
   if (unreached) document.adoptedStyleSheets = document.adoptedStyleSheets.filter(sheet => sheet !== everything);
 
@@ -192,12 +232,16 @@
     const box = clip(rect);
     if (box[2] - box[0] > 1 && box[3] - box[1] > 1) unread.push(box);
   };
-  const range = document.createRange();
+  const faded = el => {  // whether nobody would see it
+    let left = 1;
+    for (let at = el; at instanceof Element; at = at.parentElement) left *= +getComputedStyle(at).opacity;
+    return left < FAINT;
+  };
   const drawn = (words, rect, parent, style, accept) => {
     const [x1, y1, x2, y2] = clip(rect);
     if (x2 - x1 <= 1 || y2 - y1 <= 1) return;
     const whole = rect.left >= -0.5 && rect.top >= -0.5 && rect.right <= width + 0.5 && rect.bottom <= height + 0.5;
-    const clear = whole && [0.05, 0.5, 0.95].every(part => {
+    const clear = whole && !clipped(rect, parent) && [0.05, 0.5, 0.95].every(part => {
       const hit = document.elementFromPoint(x1 + (x2 - x1) * part, (y1 + y2) / 2);
       return hit && accept(hit);
     });
@@ -208,16 +252,16 @@
   };
   const field = el => {  // what is written in a text field or shown of a choice, which is in no text node
     const style = getComputedStyle(el);
-    if (style.visibility !== 'visible' || +style.opacity === 0) return;
+    if (style.visibility !== 'visible' || faded(el)) return;
     const choice = el.localName === 'select', text = choice ? el.selectedOptions[0] && el.selectedOptions[0].text :
       el.value || el.placeholder;
     if (!clean(text)) return;
-    const rect = el.getBoundingClientRect(), size = parseFloat(style.fontSize);
-    const inner = side => parseFloat(style[`border${side}Width`]) + parseFloat(style[`padding${side}`]);
-    paint.font = `${style.fontStyle} ${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
-    const long = paint.measureText(text).width, room = rect.width - inner('Left') - inner('Right');
-    if (long > room || el.localName === 'textarea' || style.textAlign === 'center') { missed(rect); return; }
-    const left = rect.left + inner('Left') + (choice ? 4 : 0), middle = (rect.top + rect.bottom) / 2;
+    const rect = el.getBoundingClientRect(), size = parseFloat(style.fontSize), long = length(text, style);
+    if (long > room(el, style) || el.localName === 'textarea' || !/^(start|left|-webkit-auto)$/.test(style.textAlign)) {
+      missed(rect);
+      return;
+    }
+    const left = rect.left + inner(style, 'Left') + (choice ? 4 : 0), middle = (rect.top + rect.bottom) / 2;
     const box = {left, right: left + long, top: middle - size * 0.6, bottom: middle + size * 0.6};
     const shown = el.value || choice ? style : getComputedStyle(el, '::placeholder');
     drawn(clean(text), box, el, shown, hit => hit === el);
@@ -235,10 +279,10 @@
     const parent = node.parentElement;
     if (!node.data.trim() || ['SCRIPT', 'STYLE', 'OPTION', 'NOSCRIPT', 'TEXTAREA'].includes(parent.tagName)) continue;
     const style = getComputedStyle(parent);
-    if (style.visibility !== 'visible' || +style.opacity === 0) continue;
+    if (style.visibility !== 'visible' || faded(parent)) continue;
     let line = null, end = 0;
     const finish = () => {
-      const accept = hit => hit === parent || parent.contains(hit) || hit.contains(parent) && hit !== root;
+      const accept = hit => hit === parent || parent.contains(hit) || hit.contains(parent) && root.contains(hit) && hit !== root;
       if (line) drawn(line.text, line, parent, style, accept);
       line = null;
     };

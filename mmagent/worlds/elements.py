@@ -20,10 +20,11 @@ class Element:
     ``role``: button, link, textbox, checkbox, radio, tab, slider, combobox, option, menuitem, image, heading,
     cell, columnheader, listitem, label, text, shape (an SVG figure), box (a coloured area without text), ...
     ``text``: what is written on it or, for fields, beside it. ``color``, ``background``: ``#rrggbb`` of its
-    text (or figure) and of what lies under it. ``visible``: share of sample points where a click reaches it;
+    text (or figure) and of what lies under it. ``visible``: share of it where a click reaches it, of a grid of points;
     ``shown``: share where nothing opaque hides it, which is more under a translucent shade and less under what the
     mouse passes through. ``z``: rank in the order of painting, the greatest is drawn last. ``point``: pixels where a
-    click reaches it. ``checked`` is None where that has no meaning.
+    click reaches it. ``checked`` is None where that has no meaning. ``value``: what is written in it, as it is seen: a
+    password is dots. ``cut``: whether some of its text or value does not show, as a box cuts it off.
     """
 
     box: Box
@@ -40,6 +41,7 @@ class Element:
     focused: bool = False
     z: int = 0
     shown: float = 1.0
+    cut: bool = False
 
     @property
     def clear(self) -> float:

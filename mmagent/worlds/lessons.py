@@ -113,7 +113,7 @@ def _perceive(scene: Scene, view: ImageView) -> Iterator[Question]:
         if element.role not in ("text", "label", "box"):
             kinds.setdefault(noun(element), []).append(element)
     for kind, same in sorted(kinds.items()):
-        if len(same) <= _MOST and all(element.clear >= 0.5 for element in same):
+        if len(same) <= _MOST and all(element.clear >= 0.5 and not element.cut for element in same):
             rows = [f"{frame_box(view, e.box)}{f' {e.text}' if e.text and len(e.text) <= 60 else ''}" for e in same]
             yield Question("perceive", f'Give the box of every element of kind "{kind}".', "\n".join(rows))
 

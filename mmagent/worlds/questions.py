@@ -82,6 +82,8 @@ def describe(element: Element) -> str | None:
     words.append(noun(element))
     if len(element.text) > (_LONGEST_TEXT if element.role == "text" else _LONGEST):
         return None
+    if element.cut and element.role != "textbox":  # nobody can tell how it ends
+        return None
     return " ".join(words) + (f' "{element.text}"' if element.text else "")
 
 
@@ -104,13 +106,20 @@ def targets(elements: Sequence[Element], min_visible: float = 0.5) -> list[Targe
     """
     phrases = [describe(element) for element in elements]
     often = Counter(phrases)
+    kinds = Counter(_bare(element, phrase) for element, phrase in zip(elements, phrases, strict=True))
     places = _places(elements)
     named = []
     for element, phrase in zip(elements, phrases, strict=True):
-        unique = phrase if phrase is not None and often[phrase] == 1 else places.get(id(element))
+        alone = phrase is not None and often[phrase] == 1 and (bool(element.text) or kinds[phrase] == 1)
+        unique = phrase if alone else places.get(id(element))
         if unique is not None and element.clear >= min_visible:
             named.append(Target(unique, element))
     return named
+
+
+def _bare(element: Element, phrase: str | None) -> str:
+    """A phrase without the text in quotes: "the text field" could as well mean one that has a name."""
+    return f"the {noun(element)}" if phrase is None else phrase.removesuffix(f' "{element.text}"')
 
 
 def _places(elements: Sequence[Element]) -> dict[int, str]:
@@ -263,11 +272,12 @@ def _text(lines: Sequence[TextLine], most: int = 400) -> Iterator[Question]:
 
 
 def _named(elements: Sequence[Element]) -> dict[str, list[Element]]:
+    """Elements by kind; without kinds of which one shows in part only, as whether it counts is anyone's guess."""
     groups: dict[str, list[Element]] = {}
     for element in elements:
-        if element.role not in ("text", "label", "box") and element.clear >= 0.5:
+        if element.role not in ("text", "label", "box"):
             groups.setdefault(noun(element), []).append(element)
-    return groups
+    return {name: group for name, group in groups.items() if all(element.clear >= 0.5 for element in group)}
 
 
 def _count(elements: Sequence[Element]) -> Iterator[Question]:
@@ -277,7 +287,7 @@ def _count(elements: Sequence[Element]) -> Iterator[Question]:
 
 def _list(elements: Sequence[Element], most: int = 12) -> Iterator[Question]:
     for name, group in sorted(_named(elements).items()):
-        if 2 <= len(group) <= most and all(0 < len(element.text) <= _LONGEST for element in group):
+        if 2 <= len(group) <= most and all(0 < len(e.text) <= _LONGEST and not e.cut for e in group):
             yield Question("list", f'List the elements of kind "{name}".', "\n".join(e.text for e in group))
 
 
@@ -286,7 +296,7 @@ def _state(found: Sequence[Target]) -> Iterator[Question]:
         if element.checked is not None:
             state = "checked" if element.role in ("checkbox", "radio", "switch") else "selected"
             yield Question("state", f"Is {phrase} {state}?", "yes" if element.checked else "no")
-        elif element.role == "textbox":
+        elif element.role == "textbox" and not element.cut:
             yield Question("state", f"What does {phrase} contain?", element.value or "nothing")
 
 

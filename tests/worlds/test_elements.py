@@ -11,7 +11,7 @@ import pytest
 from mmagent.browser import run_sync
 from mmagent.worlds.elements import Element
 from mmagent.worlds.pages import Scene, render
-from mmagent.worlds.questions import targets
+from mmagent.worlds.questions import candidates, targets
 
 pytestmark = pytest.mark.browser
 SIZE = (320, 240)
@@ -183,3 +183,56 @@ def test_what_stands_in_fields_is_read_and_what_is_cut_is_counted(browser_pool):
         ink = np.where(np.ptp(scene.image[y1:y2, max(0, x1 - 3) : x2 + 3].astype(int), axis=(0, 2)) > 60)[0]
         assert ink.size > 0.5 * (x2 - x1)  # it spans the box
     assert shown(browser_pool, "<p>all of it</p>").unread == ()
+
+
+CUT = {  # text that is there, and not to be read on the screen
+    "an ancestor lets all light through": '<div style="opacity:0"><p><span>WORDS</span></p></div>',
+    "an ancestor lets nearly all light through": '<div style="opacity:.2"><p style="opacity:.2">WORDS</p></div>',
+    "scrolled out of its box": '<div style="height:30px;overflow-y:scroll"><p>one</p><p>WORDS</p></div>',
+    "cut at the side": '<div><a href="#" style="display:block;width:60px;overflow:hidden">WORDS</a></div>',
+    "cut in half": '<div style="height:14px;overflow:hidden;font-size:24px;line-height:30px">WORDS</div>',
+    "for screen readers": '<span style="position:absolute;width:1px;height:1px;overflow:hidden">WORDS</span>',
+}
+
+
+@pytest.mark.parametrize("how", CUT)
+def test_text_that_does_not_show_is_no_line_and_no_name(browser_pool, how):
+    words = "Constantinople" if "side" in how else "Words"
+    scene = shown(browser_pool, "<!DOCTYPE html><body>" + CUT[how].replace("WORDS", words))
+    assert words not in [line.text for line in scene.lines]
+    assert not any(words in target.phrase for target in targets(scene.elements))
+
+
+def test_names_that_are_cut_off_are_known(browser_pool):
+    html = """<!DOCTYPE html><style>button{overflow:hidden;white-space:nowrap}</style><body>
+    <button style="width:60px">Much longer than that</button><button>Whole</button>
+    <select style="width:40px"><option>Constantinople</option></select>
+    <input aria-label="Long" style="width:40px" value="Constantinople"><input aria-label="Short" value="Rome">
+    <p style="position:absolute;left:290px;white-space:nowrap">over the edge</p>"""
+    scene = shown(browser_pool, html)
+    assert {e.text: e.cut for e in scene.elements} == {
+        "Much longer than that": True, "Whole": False, "Constantinople": True, "Long": True, "Short": False,
+        "over the edge": True,
+    }  # fmt: skip
+    assert {t.phrase for t in targets(scene.elements)} == {
+        "the first button", 'the button "Whole"', 'the text field "Long"', 'the text field "Short"'
+    }  # fmt: skip
+    assert [q.answer for q in candidates(SIZE, scene.elements, ())["state"]] == ["Rome"]
+
+
+def test_a_password_is_read_as_dots(browser_pool):
+    scene = shown(browser_pool, '<!DOCTYPE html><body><input type="password" aria-label="Word" value="secret">')
+    assert [e.value for e in scene.elements] == ["••••••"]
+
+
+def test_what_lies_mostly_beyond_the_border_does_not_count(browser_pool):
+    html = """<!DOCTYPE html><style>button{position:absolute;left:10px;width:80px;height:40px}</style><body>
+    <button style="top:230px">Below</button><button style="top:210px;left:110px">Half</button>"""
+    shares = {e.text: e.visible for e in shown(browser_pool, html).elements}
+    assert shares == pytest.approx({"Below": 0.25, "Half": 0.75})
+
+
+def test_fields_written_from_the_right_are_not_guessed(browser_pool):
+    html = '<!DOCTYPE html><body style="margin:0"><input style="width:200px;text-align:right" value="42">'
+    scene = shown(browser_pool, html)
+    assert scene.lines == () and len(scene.unread) == 1

@@ -200,3 +200,18 @@ def test_no_answer_tells_where_another_one_is(seed):
     assert len(about) == 1
     assert sum(q.box == apart.box for q in questions) == 1
     assert sum(q.box == dialog.box for q in questions) == 1
+
+
+def test_what_has_no_name_is_meant_only_where_it_is_alone():
+    """ "The text field" could as well be one that has a name."""
+    fields = [element("textbox", "Email", (0, 0, 90, 20)), element("textbox", "", (0, 40, 90, 60))]
+    assert [t.phrase for t in targets(fields)] == ['the text field "Email"', "the second text field"]
+    shapes = [element("shape", "A", tag="circle", color="#e61e1e"), element("shape", tag="circle", color="#e61e1e")]
+    assert [t.phrase for t in targets(shapes)] == ['the red circle "A"']
+
+
+def test_kinds_of_which_one_shows_in_part_are_not_counted():
+    whole = [element("button", "A"), element("button", "B", (0, 0, 9, 9))]
+    counted = {q.question for q in asked(whole, weights={"count": 1.0, "list": 1.0})}
+    assert len(counted) == 2
+    assert asked([*whole, element("button", "C", visible=0.3)], weights={"count": 1.0, "list": 1.0}) == []

@@ -58,7 +58,7 @@ def plain(phrase: str, scene: Scene) -> list[Element]:
     if words[0] in ORDINALS and len(words) == 2:
         same = sorted((e for e in scene.elements if called(e) == words[1]), key=lambda e: (e.box[1], e.box[0]))
         return same[ORDINALS.index(words[0]) :][:1]
-    return [e for e in scene.elements if called(e) == kind and not e.text]
+    return [e for e in scene.elements if called(e) == kind]
 
 
 def beside(relation: str, anchor: Element) -> Callable[[Element], bool]:
