@@ -22,7 +22,8 @@ RIGHT = "Right."
 _ASKS = " Is that right?"
 _ALIKE = (
     "O0o",
-    "l1I",
+    "l1",
+    "1I",
     "S5",
     "B8",
     "Z2",
@@ -44,7 +45,10 @@ _ALIKE = (
 
 
 def misread(text: str, random: Random) -> str | None:
-    """``text`` with one character, or two neighbours, as a hurried reader takes them; None where none invites it."""
+    """``text`` with one character, or two neighbours, as a hurried reader takes them; None where none invites it.
+
+    Never a small l for a large I or the other way round, which some fonts draw alike: that would be no error.
+    """
     places = [n for n, char in enumerate(text) if any(char in group for group in _ALIKE)]
     swaps = [n for n in range(len(text) - 1) if text[n].isalpha() and text[n + 1].isalpha() and text[n] != text[n + 1]]
     digits = [n for n, char in enumerate(text) if char.isdecimal() and char.isascii()]
@@ -179,7 +183,7 @@ def _colour(named: Sequence[Target], random: Random, right: bool) -> Question | 
 
 
 def _state(named: Sequence[Target], random: Random, right: bool) -> Question | None:
-    known = [t for t in named if t.element.checked is not None or t.element.role == "textbox"]
+    known = [t for t in named if t.element.checked is not None or (t.element.role == "textbox" and not t.element.cut)]
     if not known:
         return None
     phrase, element = random.choice(known)

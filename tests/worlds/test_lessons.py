@@ -184,6 +184,7 @@ def test_what_is_misread_is_one_detail():
         else:
             assert len(wrong) == len(text)
             assert 1 <= sum(a != b for a, b in zip(wrong, text, strict=True)) <= 2
+    assert not {misread("Il", Random(n)) for n in range(60)} & {"II", "ll"}  # drawn alike: that claim would be right
 
 
 def test_the_next_step_is_judged_by_the_experts():
