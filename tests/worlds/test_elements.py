@@ -235,4 +235,5 @@ def test_what_lies_mostly_beyond_the_border_does_not_count(browser_pool):
 def test_fields_written_from_the_right_are_not_guessed(browser_pool):
     html = '<!DOCTYPE html><body style="margin:0"><input style="width:200px;text-align:right" value="42">'
     scene = shown(browser_pool, html)
-    assert scene.lines == () and len(scene.unread) == 1
+    assert scene.lines == ()
+    assert len(scene.unread) == 1
