@@ -71,8 +71,8 @@ def _compare(random: np.random.Generator, level: int) -> Idea | None:
     values = plot.values[s]
     place, most = int(random.integers(0, 1 + (level > 0) + (level > 1))), bool(random.integers(2))
     ordered = sorted(values, reverse=most)
-    if len(values) <= place + 1 or values.count(ordered[place]) > 1:
-        return None
+    if len(values) <= place + 1 or len(set(ordered[: place + 2])) < place + 2:
+        return None  # a tie above it would leave open what "third" means
     which = f"{_ORDINALS[place]}{'highest' if most else 'lowest'}"
     of = f" {plot.series[s]}" if len(plot.series) > 1 else " value"
     question = f"Which of {', '.join(sorted(plot.names))} has the {which}{of}? Answer with its name."

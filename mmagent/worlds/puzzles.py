@@ -217,7 +217,7 @@ class Figure:
 _SHAPES = ("circle", "square", "triangle", "star", "diamond")
 
 
-def _pattern(random: np.random.Generator, level: int) -> Idea | None:
+def _pattern(random: np.random.Generator, level: int) -> Idea:
     """Nine squares, the last left out. Of the four features level + 1 change, each along the rows, along the columns,
     or so that every row and column has each of its three values once; the others stay."""
     values = {
@@ -236,19 +236,14 @@ def _pattern(random: np.random.Generator, level: int) -> Idea | None:
 
     squares = [at(row, col) for row, col in product(range(3), range(3))]
     right = squares[8]
-    others: list[Figure] = []
-    for _ in range(40):
-        name = (
-            changing[int(random.integers(len(changing)))] if random.random() < 0.7 else pick(random, list(values), 1)[0]
-        )
+    # right or wrong in either of two features: so nothing but the rules tells which of the four it is
+    one, *rest = changing
+    two = rest[0] if rest else pick(random, [name for name in values if name != one], 1)[0]
+    new = {}
+    for name in (one, two):
         options = [v for v in values[name] if v != getattr(right, name)]
-        other = replace(right, **{name: options[int(random.integers(len(options)))]})
-        if other not in (right, *others):
-            others.append(other)
-        if len(others) == 3:
-            break
-    else:
-        return None
+        new[name] = options[int(random.integers(len(options)))]
+    others = [replace(right, **{name: new[name] for name in names}) for names in ((one,), (two,), (one, two))]
     answers = pick_figures(random, [right, *others])
 
     def paint(looks: np.random.Generator) -> Sequence[np.ndarray]:

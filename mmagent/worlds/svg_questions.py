@@ -186,7 +186,8 @@ def _colour_at(picture: np.ndarray, x: int, y: int) -> str | None:
 
 
 def _choice(random: np.random.Generator, level: int) -> Idea | None:
-    """A picture and three texts; the wrong ones differ from the right one in a colour, a place or an order."""
+    """A picture and three texts, two of which differ from the third in a colour, a place or an order. Any of them is
+    the picture's: were it always the third, the texts alone would tell which one the others have most of."""
     lines = draw_lines(random, (0, 1, 2)[level], 2 + level)
     options = [svg_of(lines)]
     pictures = [draw_svg(options[0], 112).astype(np.int16)]
@@ -211,5 +212,6 @@ def _choice(random: np.random.Generator, level: int) -> Idea | None:
     order = [int(n) for n in random.permutation(3)]
     told = "\n".join(f"{letter}:\n{options[n]}" for letter, n in zip("ABC", order, strict=True))
     prompt = (Image(), Text(f"Which text draws this picture?\n{told}\nAnswer with A, B or C."))
-    right = options[0]
-    return Idea(prompt, "ABC"[order.index(0)], None, lambda _: (draw_svg(right, SIDE),))
+    drawn = _draw(random, 0, 3)
+    right = options[drawn]
+    return Idea(prompt, "ABC"[order.index(drawn)], None, lambda _: (draw_svg(right, SIDE),))

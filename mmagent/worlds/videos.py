@@ -197,7 +197,7 @@ def _direction(random: np.random.Generator, level: int) -> Idea | None:
 def _count(random: np.random.Generator, level: int) -> Idea | None:
     """How often a shape crosses a line, at five frames a second; it is on plainly one side or the other in each."""
     crossings = int(random.integers(*((0, 3), (1, 5), (3, 7))[level]))
-    frames = 3 + 2 * crossings + int(random.integers(0, 3))
+    frames = (8, 12, 16)[level]  # whatever the crossings, which a length of their own would give away
     line, side = SIDE // 2, int(random.choice((-1, 1)))
     turns = sorted(int(n) for n in random.permutation(frames - 1)[:crossings] + 1)
     (shape, colour), *others = _kinds(random, 1 + level)

@@ -1,0 +1,74 @@
+"""Questions that only the picture answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from mmagent.worlds.catalogue import all_worlds
+from mmagent.worlds.drawing import generator
+from mmagent.worlds.examples import Idea
+
+
+def ideas(name: str, level: int, count: int) -> Iterator[Idea]:
+    found = 0
+    for seed in range(100 * count):
+        idea = all_worlds()[name].think(generator("fairness", seed, "train"), level)
+        if idea is not None:
+            found += 1
+            yield idea
+        if found == count:
+            return
+
+
+def best(scores: Sequence[int]) -> list[int]:
+    return [n for n, score in enumerate(scores) if score == max(scores)]
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_the_answers_of_a_pattern_do_not_give_it_away(level):
+    """Who picks the figure that has most in common with the other three is right by chance only."""
+    hits = 0.0
+    for idea in ideas("puzzles/pattern", level, 80):
+        _, answers = idea.facts
+        features = [(one.shape, one.colour, one.size, one.count) for one in answers]
+        shared = [sum(a == b for other in features for a, b in zip(one, other, strict=True)) for one in features]
+        hits += ("ABCD".index(idea.answer) in best(shared)) / len(best(shared))
+    assert hits / 80 == pytest.approx(0.25, abs=0.15)  # three deviations of 80 throws
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_the_texts_of_a_choice_do_not_give_it_away(level):
+    """Who picks the text that has most lines in common with the other two is right by chance only."""
+    hits = 0.0
+    for idea in ideas("svg/choice", level, 60):
+        texts = re.split(r"\n?[ABC]:\n", idea.prompt[1].text.partition("\nAnswer with")[0])[1:]
+        lines = [text.split("\n") for text in texts]
+        shared = [sum(a == b for other in lines for a, b in zip(one, other, strict=True)) for one in lines]
+        hits += ("ABC".index(idea.answer) in best(shared)) / len(best(shared))
+    assert hits / 60 == pytest.approx(1 / 3, abs=0.18)  # three deviations of 60 throws
+
+
+@pytest.mark.parametrize("level", range(3))
+def test_the_length_of_a_clip_does_not_tell_the_crossings(level):
+    by_length: dict[int, set[str]] = defaultdict(set)
+    for idea in ideas("videos/count", level, 100):
+        by_length[len(idea.facts.times)].add(idea.answer)
+    assert len(by_length) == 1
+    assert len(next(iter(by_length.values()))) >= 3
+
+
+def test_places_in_an_order_are_asked_for_where_no_tie_lies_above_them():
+    asked = Counter()
+    for idea in ideas("charts/compare", 2, 250):
+        place, way, series = re.search(r"the (second |third )?(highest|lowest) (\w+)\?", idea.question).groups()
+        plot = idea.facts
+        values = plot.values[plot.series.index(series) if series in plot.series else 0]
+        count = ("second ", "third ").index(place) + 2 if place else 1
+        ordered = sorted(values, reverse=way == "highest")
+        assert len(set(ordered[: count + 1])) == count + 1
+        asked[count] += 1
+    assert len(asked) == 3
