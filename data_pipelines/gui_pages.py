@@ -175,6 +175,7 @@ class PageFlaws(Factory):
         kind = ("name", "pair", "repair")[index % 3]
         source = self._source(random, 1, 3 if kind == "repair" else LEVELS)
         if kind == "repair" and len(source.html) > self.longest:
+            self.passed_over["page whose HTML is too long"] += 1
             return None
         if kind == "name" and index % 4 == 0:
             scene = await render(page, source.html, source.width, source.height, trusted=True)
@@ -215,6 +216,7 @@ class PageCode(Factory):
     async def _record(self, page: Page, index: int, random: Random) -> Record | None:
         source = self._source(random)
         if len(source.html) > self.longest:
+            self.passed_over["page whose HTML is too long"] += 1
             return None
         scene = await render(page, source.html, source.width, source.height, trusted=True)
         talk = (user(*html_prompt()), assistant(source.html))
@@ -273,7 +275,11 @@ def _judged(trace: Trace, at: int, random: Random, right: bool) -> Question | No
     if right:
         return next_step(trace.app.goal, done, expert, expert, "")
     used = [box for box in trace.boxes if box is not None]
-    idle = [e for _, e in targets(scene.elements) if not any(_meet(e.box, box) for box in used)]
+    # what the goal names may be as good a way to it: a field's label, or an entry that a scroll brings into sight
+    idle = [
+        e for _, e in targets(scene.elements)
+        if not any(_meet(e.box, box) for box in used) and not (e.text and f'"{e.text}"' in trace.app.goal)
+    ]  # fmt: skip
     if not idle:
         return None
     element = random.choice(idle)
