@@ -147,10 +147,21 @@ def tokens(latex: str) -> list[str]:
         out.append(token)
         if token == "}" and len(out) >= 3 and out[-3] == "{" and out[-2] not in "{}":
             out[-3:] = [out[-2]]
-    for n in range(len(out) - 3):
-        if out[n] == "^" and out[n + 2] == "_" and "{" not in (out[n + 1], out[n + 3]):
-            out[n : n + 4] = [*out[n + 2 : n + 4], *out[n : n + 2]]
+    for n in range(len(out)):
+        if out[n] == "^" and (low := _behind(out, n + 1)) < len(out) and out[low] == "_":
+            end = _behind(out, low + 1)
+            out[n:end] = [*out[low:end], *out[n:low]]
     return out
+
+
+def _behind(found: Sequence[str], at: int) -> int:
+    """The place behind the token, or the group in braces, at ``at``."""
+    depth = 0
+    for n in range(at, len(found)):
+        depth += (found[n] == "{") - (found[n] == "}")
+        if depth <= 0:
+            return n + 1
+    return len(found)
 
 
 def _judge_latex(example: Example, answer: str) -> Score:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
@@ -21,6 +22,7 @@ _NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d{1,18})?(?:\.(\d{1,18}))?", 
 _FRACTION = re.compile(r"([+-]?\d{1,9})\s?/\s?(\d{1,9})", re.ASCII)
 _INTEGER = re.compile(r"-?\d{1,6}", re.ASCII)
 _DECIMAL = re.compile(r"-?\d{1,6}(?:\.\d{1,6})?", re.ASCII)
+_BETWEEN = re.compile(r"\s?\b(?:to|seconds?)\b|(?<=\d)\s?s\b|(?<=[\ds])\s*[-–—−]\s*(?=\d)")
 _UNITS = ("%", "°", "degrees", "cm²", "cm2", "cm", "m²", "m2", "m", "seconds", "s")
 _WRAPPING = (("$", "$"), ("**", "**"), ("`", "`"), ('"', '"'), ("\\boxed{", "}"))
 Judge = Callable[[Example, str], Score]
@@ -37,13 +39,18 @@ def right(value: bool) -> Score:
 
 def plain(answer: str) -> str:
     """An answer without what people write around a word or a number: quotes, stars, a full stop, doubled spaces."""
-    answer = " ".join(answer[:2000].split()) if len(answer) < 2000 else answer
+    answer = " ".join(composed(answer).split()) if len(answer) < 2000 else answer
     for _ in range(3):
         answer = answer.removesuffix(".").strip()
         for opening, closing in _WRAPPING:
             if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[len(opening) : -len(closing)].strip()
     return answer
+
+
+def composed(text: str) -> str:
+    """Letters and their accents as one sign each: the same word is the same text however it was typed."""
+    return unicodedata.normalize("NFC", text)
 
 
 def read_number(text: str) -> Fraction | None:
@@ -86,7 +93,7 @@ def verbatim(example: Example, answer: str) -> Score:
 
 def reading(example: Example, answer: str) -> Score:
     """Text that was read: 1 - edit distance / the longer length, over its characters with runs of space as one."""
-    truth, said = " ".join(example.answer.split()), " ".join(unfenced(answer).split())
+    truth, said = (" ".join(composed(text).split()) for text in (example.answer, unfenced(answer)))
     alike = similarity(truth, said)
     return Score(alike, {"similarity": alike, "right": float(truth == said)})
 
@@ -122,10 +129,10 @@ def read_integers(text: str, wanted: int) -> tuple[int, ...] | None:
 
 
 def read_decimals(text: str, wanted: int) -> tuple[float, ...] | None:
-    """So many numbers with commas, spaces, a dash or "to" between them, in any brackets."""
+    """So many numbers with commas or spaces between them, in any brackets."""
     if len(text) > 200:
         return None
-    bare = re.sub(r"[\[\]()<>{},]|(?<=[\d\s])[-–](?=[\d\s])|\bto\b|\bseconds\b|(?<=\d)s\b", " ", text).split()
+    bare = re.sub(r"[\[\]()<>{},]", " ", text).split()
     if len(bare) != wanted or not all(_DECIMAL.fullmatch(word) for word in bare):
         return None
     return tuple(float(word) for word in bare)
@@ -163,8 +170,9 @@ def point(example: Example, answer: str) -> Score:
 
 
 def interval(example: Example, answer: str) -> Score:
-    """``from-to`` in seconds: intersection over union of the times, 0 below a half."""
-    truth, said = read_decimals(example.answer, 2), read_decimals(answer, 2)
+    """``from-to`` in seconds, a comma, a dash or "to" between them: intersection over union of the times, 0 below a
+    half."""
+    truth, said = (read_decimals(_BETWEEN.sub(" ", text[:200]), 2) for text in (example.answer, answer))
     assert truth is not None, f"{example.key}: {example.answer!r} is no interval"
     if said is None or said[0] > said[1]:
         return wrong("malformed")
@@ -226,7 +234,7 @@ def unfenced(answer: str) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    return [line.rstrip() for line in text.strip("\n").splitlines()]
+    return [line.rstrip() for line in composed(text).strip("\n").splitlines()]
 
 
 def similarity(truth: Sequence[object], said: Sequence[object]) -> float:

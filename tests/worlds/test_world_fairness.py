@@ -1,16 +1,19 @@
-"""Questions that only the picture answers."""
+"""Questions that only the picture answers, and judges that neither take a wrong answer nor refuse a right one."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import pytest
 
+from mmagent.worlds import grading
+from mmagent.worlds.boxes3d import Box
 from mmagent.worlds.catalogue import all_worlds
 from mmagent.worlds.drawing import generator
-from mmagent.worlds.examples import Idea
+from mmagent.worlds.examples import Example, Idea
 
 
 def ideas(name: str, level: int, count: int) -> Iterator[Idea]:
@@ -72,3 +75,55 @@ def test_places_in_an_order_are_asked_for_where_no_tie_lies_above_them():
         assert len(set(ordered[: count + 1])) == count + 1
         asked[count] += 1
     assert len(asked) == 3
+
+
+def example(answer: str, state: object = None) -> Example:
+    return Example("key", (), (), answer, 0, state=state)
+
+
+def judged(name: str, one: Example, answer: str) -> float:
+    return all_worlds()[name].grade(one, answer).value
+
+
+def test_a_sign_is_no_dash():
+    """ "-1" is not 1."""
+    box = example("1, 1, 1, 1, 1", Box("", 1.0, 1.0, 1.0, 1.0, 1.0))
+    assert judged("boxes3d/cuboid", box, "1, 1, 1, 1, 1") == judged("boxes3d/cuboid", box, "(1 1 1 1 1)") == 1.0
+    for wrong in ("1, -1, 1, 1, 1", "-1, 1, 1, 1, 1", "1 -1 1 1 1"):
+        assert judged("boxes3d/cuboid", box, wrong) == 0.0
+
+
+@pytest.mark.parametrize(
+    "said", ["1.0-3.5", "1.0 to 3.5 seconds", "[1.0, 3.5]", "1.0s – 3.5s", "1 s - 3.5 s", "1.0—3.5", "1.0 − 3.5"]
+)
+def test_times_are_read_as_people_write_them(said):
+    assert judged("videos/when", example("1.0-3.5"), said) == 1.0
+    assert judged("videos/when", example("4.0-7.5"), said) == 0.0
+
+
+def test_letters_are_the_same_however_they_are_typed():
+    for name in ("text/facts", "text/strings", "documents/read"):
+        assert judged(name, example("Zürich"), unicodedata.normalize("NFD", "Zürich")) == 1.0
+        assert judged(name, example("Zürich"), "Zurich") < 1.0
+    assert grading.fields(example('{"city": "Bogotá"}'), unicodedata.normalize("NFD", '{"city": "Bogotá"}')).value == 1
+
+
+def test_a_table_of_a_chart_may_name_its_first_column():
+    truth = example("|  | value |\n| --- | --- |\n| May | 3 |")
+    assert judged("charts/table", truth, "| Month | value |\n|---|---|\n| May | 3 |") == 1.0
+    assert judged("charts/table", truth, "| | price |\n|---|---|\n| May | 3 |") < 1.0
+
+
+def test_numbers_of_a_chart_are_numbers():
+    chart = '{"type": "pie", "title": "T", "x": ["a", "b"], "colours": ["red", "blue"], "values": [1, VALUE]}'
+    truth = example(chart.replace("VALUE", "99"))
+    assert judged("charts/code", truth, chart.replace("VALUE", "99.0")) == 1.0
+    for wrong in ('"99"', "98", "true", "null"):
+        assert judged("charts/code", truth, chart.replace("VALUE", wrong)) < 1.0
+    assert judged("charts/code", truth, chart.replace("1, VALUE", "true, 99")) < 1.0
+
+
+def test_bounds_are_written_in_either_order():
+    truth = example("\\sum_{k=1}^{n} x^{2}")
+    assert judged("formulas/latex", truth, "\\sum^{n}_{k=1} x^2") == 1.0
+    assert judged("formulas/latex", truth, "\\sum^{k=1}_{n} x^2") < 1.0
