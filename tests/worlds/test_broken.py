@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 import pytest
 
 from mmagent.browser import run_sync
-from mmagent.worlds.pages import LEVELS, generate
+from mmagent.worlds.pages import LEVELS, PageSource, generate
 from mmagent.worlds.pages.broken import FLAWS, Broken, break_page, styled
 
 SIZE = (400, 300)
@@ -98,3 +99,19 @@ def test_the_same_seed_breaks_the_same_way(browser_pool):
     assert (one.html, one.says, one.box) == (two.html, two.says, two.box)
     with pytest.raises(ValueError, match="flaw 'ugly' is none of overlap"):
         run_sync(break_page(None, generate(3, *SIZE), Random(0), "ugly"))
+
+
+def test_what_vanishes_behind_its_card_does_not_reach_beyond_the_page(browser_pool):
+    html = (
+        """<!DOCTYPE html><body style="margin:0"><div style="width:200px;overflow:hidden"><p>A price of 40</p></div>"""
+    )
+    card = PageSource(html, *SIZE, "cards", 1, 0)
+    bare = replace(card, html=html.replace(";overflow:hidden", ""))
+
+    async def run() -> list[Broken | None]:
+        async with browser_pool.page(*SIZE, hide_scrollbars=True) as page:
+            return [await break_page(page, source, Random(0), "edge") for source in (card, bare)]
+
+    hidden, shown = run_sync(run())
+    assert hidden is None
+    assert shown is not None

@@ -119,6 +119,9 @@ async def _tried(
     box = (max(0, x1), max(0, y1), min(source.width, x2), min(source.height, y2))
     if box[2] - box[0] < 4 or box[3] - box[1] < 4:
         return None
+    there = slice(box[1], box[3]), slice(box[0], box[2])
+    if flaw != "spacing" and (scene.image[there] == sound.image[there]).all():
+        return None  # what was moved is hidden by a box around it; where a gap closes, only its neighbours move
     return Broken(source, sound, html, scene, flaw, says, box)
 
 
