@@ -45,6 +45,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What is decoded, and nothing else, whatever the bytes look like: some formats run programs."""
 _MOVING = ("PNG", "WEBP", "GIF")  # may hold animations; a second picture in a JPEG is a preview or a depth map
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NUMBER = re.compile(r"[0-9]{1,18}")  # of an image; a name may have more digits than can be read
 _KEY = re.compile(r"(?:[^/\\\0\n]+/)*[^./\\\0\n]+")
 _UNREADABLE = (  # what Pillow raises for bytes that are no image, or no longer one
     UnidentifiedImageError,
@@ -134,6 +135,7 @@ def check_image(data: bytes, key: str, field: str = "image", *, decode: bool = T
         image = _open(data, key, field)
         if decode:
             image.load()
+        _orientation(image, data)  # whoever reads the image asks for it
     except RecordError:
         raise
     except _UNREADABLE as error:
@@ -217,7 +219,8 @@ def _orientation(image: PILImage.Image, data: bytes) -> int:
     """By its EXIF. Of a PNG Pillow would decode all pixels to find one that may follow them: only where one can be."""
     if image.format == "PNG" and b"eXIf" not in data and b"Raw profile type" not in data:
         return 1
-    return int(image.getexif().get(0x0112, 1))
+    found = image.getexif().get(0x0112)
+    return found if isinstance(found, int) and found in range(2, 9) else 1  # what is no orientation turns nothing
 
 
 def _size_of_plain_png(data: bytes) -> tuple[int, int] | None:
@@ -342,29 +345,18 @@ def from_sample(sample: Mapping[str, Any]) -> Record:
         )
         parts = tuple(_part_from_json(p) for p in body.get("parts", ()))
         boxes = tuple(
-            Region(_integer(r["image"]), tuple(map(float, r["box"])), str(r.get("label", "")))
-            for r in body.get("boxes", ())
+            Region(_integer(r["image"]), _numbers(r["box"]), _written(r, "label")) for r in body.get("boxes", ())
         )
         points = tuple(
-            Region(_integer(r["image"]), tuple(map(float, r["point"])), str(r.get("label", "")))
-            for r in body.get("points", ())
+            Region(_integer(r["image"]), _numbers(r["point"]), _written(r, "label")) for r in body.get("points", ())
         )
         tools = read_tools(body.get("tools"))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        source, task, answer = (_written(body, name) for name in ("source", "task", "answer"))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:  # a float of a number too long
         raise RecordError(key, "json", f"{type(error).__name__}: {error}") from error
+    images = _images(sample, key)
     return validate(
-        Record(
-            key,
-            str(body.get("source", "")),
-            messages,
-            parts,
-            _images(sample, key),
-            str(body.get("task", "")),
-            str(body.get("answer", "")),
-            boxes,
-            points,
-            tools,
-        ),
+        Record(key, source, messages, parts, images, task, answer, boxes, points, tools),
         headers=False,
     )
 
@@ -373,7 +365,7 @@ def _images(sample: Mapping[str, Any], key: str) -> tuple[EncodedImage, ...]:
     found: dict[int, EncodedImage] = {}
     for name, data in sample.items():
         number, _, extension = name.partition(".")
-        if number.isascii() and number.isdigit() and extension.lower() in IMAGE_EXTENSIONS:
+        if _NUMBER.fullmatch(number) and extension.lower() in IMAGE_EXTENSIONS:
             if int(number) in found:
                 raise RecordError(key, "images", f"two images have the number {int(number)}")
             found[int(number)] = EncodedImage(data, extension.lower())
@@ -399,6 +391,20 @@ def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"image must be an integer, got {value!r}")
     return value
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    if isinstance(values, str):  # whose digits would be numbers
+        raise ValueError(f"must be a list of numbers, got {values[:100]!r}")
+    return tuple(map(float, values))
+
+
+def _written(body: Mapping[str, Any], name: str) -> str:
+    """A text, or a number as text; "" where it is missing or null, which as text would be "None"."""
+    value = body.get(name)
+    if not (value is None or isinstance(value, str | int | float)):
+        raise ValueError(f"{name} must be text, got {type(value).__name__}")
+    return "" if value is None else str(value)
 
 
 def _content(content: Any) -> list[Any]:
@@ -430,7 +436,7 @@ def _part_from_json(part: Any) -> Part:
         case "image":
             return Image()
         case "video":
-            return Video(tuple(float(t) for t in part["timestamps"]))
+            return Video(_numbers(part["timestamps"]))
         case "thinking":
             return Thinking(_text(part, "text"))
         case "box":

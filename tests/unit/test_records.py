@@ -403,3 +403,43 @@ def test_the_header_of_a_plain_png_is_read_as_pillow_reads_it():
     for end in (0, 8, 20, 32):
         with pytest.raises(RecordError):
             image_size(EncodedImage(whole[:end], "png"), "k")
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"boxes": [{"image": 0, "box": [1, 2, 3, 10**400]}]}, "too large"),
+        ({"points": [{"image": 0, "point": [1, 10**400]}]}, "too large"),
+        ({"boxes": [{"image": 0, "box": "1234"}]}, "must be a list of numbers, got '1234'"),
+        ({"answer": ["a"]}, "answer must be text, got list"),
+        ({"source": None}, "source: is empty"),
+    ],
+)
+def test_what_is_no_number_and_no_text_is_refused_by_name(change, problem):
+    body = {"source": "s", "parts": [{"type": "image"}, {"type": "text", "text": "x"}]} | change
+    sample = {
+        "__key__": "k",
+        "json": json.dumps(body).encode(),
+        "0.png": encode_image(np.zeros((9, 9, 3), np.uint8)).data,
+    }
+    with pytest.raises(RecordError, match=problem):
+        from_sample(sample)
+
+
+def test_null_is_no_text():
+    body = {"source": "s", "parts": [{"type": "text", "text": "x"}], "answer": None, "task": None}
+    record = from_sample({"__key__": "k", "json": json.dumps(body).encode()})
+    assert (record.answer, record.task) == ("", "")
+
+
+def test_a_name_of_more_digits_than_can_be_read_is_no_image():
+    body = json.dumps({"source": "s", "parts": [{"type": "text", "text": "x"}]}).encode()
+    assert not from_sample({"__key__": "k", "json": body, f"{'9' * 5000}.png": b""}).images
+
+
+def test_an_orientation_that_is_none_turns_nothing():
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0A\0\0\0\0\0\0\0"  # the letter A
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
+    image = check_image(buffer.getvalue(), "k")
+    assert image_size(image, "k") == decode_image(image.data, "k").shape[:2] == (20, 40)
