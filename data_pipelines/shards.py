@@ -20,7 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER = 1 << 20  # bytes of names and attributes of one member
 MAX_SAMPLE = 1 << 30
 """Bytes that a sample may have to be read: it is held in memory whole."""
+_OCTAL = re.compile(rb"[0-7]+")
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")  # the key, and everything after the first dot of the file's name
 
 
@@ -104,7 +105,7 @@ def scan(path: Path, keys: list[str] | None = None) -> tuple[ShardIndex, TornTai
     key, end, problem = None, 0, ""
     try:
         with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
+            for member in _walk(tar):
                 tar.members.clear()  # or the archive would be remembered whole
                 name = split_name(member.name) if member.isfile() else None
                 if tar.offset > size:
@@ -125,10 +126,10 @@ def scan(path: Path, keys: list[str] | None = None) -> tuple[ShardIndex, TornTai
                     file.seek(end)
                     if file.read(_BLOCK) != bytes(_BLOCK):
                         problem = "no end-of-archive mark"
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except _NO_TAR as error:
         if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise  # storage that fails for a moment must not look like a shard cut short
-        problem = str(error)
+        problem = _told(error)
     if problem and not entries and _looks_compressed(path):
         raise ShardError(f"{path}: a compressed tar cannot be read at random; unpack it first")
     for offset, length, _ in entries:
@@ -136,6 +137,22 @@ def scan(path: Path, keys: list[str] | None = None) -> tuple[ShardIndex, TornTai
             raise ShardError(f"{path}: the sample at {offset} has {length} bytes, the limit is 4 GiB")
     index = ShardIndex(np.array(entries, ENTRY), size, checksums=False)
     return index, TornTail(path.name, end, problem) if problem else None
+
+
+_NO_TAR = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError)
+"""What the standard library raises for headers that are none, or were made to break it."""
+
+
+def _told(error: Exception) -> str:
+    return "headers stand too deep in one another" if isinstance(error, RecursionError) else str(error)
+
+
+def _walk(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar. One of a negative size would lead back, and round and round."""
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= member.offset:
+            raise tarfile.ReadError(f"{member.name}: a size of {member.size} bytes")
+        yield member
 
 
 class _Headers(io.BufferedReader):
@@ -304,6 +321,8 @@ def parse_sample(data: bytes, where: str) -> dict[str, Any]:
             raise RecordError(where, "sample", f"holds two keys, {sample['__key__']!r} and {key!r}")
         if extension in sample:
             raise RecordError(key, extension, "appears twice")
+        if start + size > len(data):
+            raise RecordError(key, extension, f"{len(data) - start} of {size} bytes are there")
         sample[extension] = data[start : start + size]
     if not sample:
         raise RecordError(where, "sample", "holds no file")
@@ -321,7 +340,7 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
         header = data[at : at + _BLOCK]
         size, checksum = header[124:136].rstrip(b"\0 "), header[148:156].rstrip(b"\0 ")
         plain = header[156:157] in b"0" and not header[345] if len(header) == _BLOCK else False
-        if not (plain and size.isdigit() and checksum.isdigit() and header[0]):
+        if not (plain and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum) and header[0]):
             return None
         if sum(header) - sum(header[148:156]) + 8 * ord(" ") != int(checksum, 8):
             return None
@@ -334,9 +353,9 @@ def _plain_members(data: bytes) -> list[tuple[str, int, int]] | None:
 def _members(data: bytes, where: str) -> list[tuple[str, int, int]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = [member for member in tar if member.isfile()]
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise RecordError(where, "sample", f"is no tar: {error}") from error
+            members = [member for member in _walk(tar) if member.isfile()]
+    except _NO_TAR as error:
+        raise RecordError(where, "sample", f"is no tar: {_told(error)}") from error
     if sparse := [member.name for member in members if member.issparse()]:
         raise RecordError(where, "sample", f"{sparse[0]!r} is a sparse file, which a tar of samples cannot hold")
     return [(member.name, member.offset_data, member.size) for member in members]

@@ -28,7 +28,7 @@ from PIL import Image as PILImage
 from data_pipelines.documents import DocumentBuilder, QuarantineConfig, QuarantineError, read_quarantine
 from data_pipelines.ingest.report import REFUSED
 from data_pipelines.mixture import SourceConfig
-from data_pipelines.shards import ShardError, ShardSet
+from data_pipelines.shards import ShardError, ShardSet, parse_sample
 from data_pipelines.stream import PackStream, StreamConfig
 from data_pipelines.workers import LimitsConfig
 from mmagent.geometry import GeometryConfig
@@ -379,3 +379,57 @@ def test_nothing_is_unpickled_whatever_a_member_is_called(tmp_path):
     members(tmp_path / "x.tar", {"a.jpg": encoded(), "a.json": body, "a.pyd": b"cos\nsystem\n", "a.npy": b"\x93NUMPY"})
     report = run([tmp_path / "x.tar"], tmp_path / "to")
     assert (report["records"], report["aside"]) == (1, {"pyd": 1, "npy": 1})
+
+
+# ------------------------------------------------------------------------------------------------ headers of archives
+
+
+def member(name: str, data: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data), kind
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def told(name: str, value: str) -> bytes:
+    """A header of attributes before a member."""
+    line = f" {name}={value}\n"
+    size = next(n for n in range(len(line), len(line) + 9) if n == len(line) + len(str(n)))
+    return member("attributes", f"{size}{line}".encode(), tarfile.XHDTYPE)
+
+
+@pytest.mark.parametrize(
+    "header, problem",
+    [
+        *((told("size", str(-512 * n)), f"a size of {-512 * n} bytes") for n in (1, 2, 3, 4, 20)),
+        (member("././@LongLink", b"a.json\0", tarfile.GNUTYPE_LONGNAME) * 2000, "too deep in one another"),
+        (told("path", "a.json") * 2000, "too deep in one another"),
+        (told("GNU.sparse.map", "0,a"), "invalid literal"),
+        (told("GNU.sparse.size", "x"), "invalid literal"),
+    ],
+)
+def test_headers_made_to_break_a_reader_end_the_shard_there(tmp_path, header, problem):
+    """A negative size leads back to a member before: the reader would go round for ever."""
+    body = json.dumps(sample()).encode()
+    before, after = member("before.json", body), member("after.json", body)
+    (tmp_path / "x.tar").write_bytes(before + header + after + bytes(1024))
+    shards = ShardSet(tmp_path / "x.tar")
+    assert [from_sample(shards.read(n)).key for n in range(len(shards))] == ["before"]
+    (torn,) = shards.torn
+    assert torn.offset == len(before)
+    assert problem in torn.problem
+    with pytest.raises(RecordError, match="is no tar"):
+        parse_sample(header + after, "here")
+    report = run([tmp_path / "x.tar"], tmp_path / "to")
+    assert (report["records"], report["refused"]) == (1, 1)
+
+
+@pytest.mark.parametrize("size, checksum", [(b"00000000099\0", b""), (b"", b"009999\0 "), (b"00000000777\0", b"")])
+def test_a_header_that_its_index_does_not_fit_is_a_bad_sample(size, checksum):
+    """Indexes come with the tar, from whoever made it."""
+    data = bytearray(member("a.json", b"{}"))
+    if size:
+        data[124:136] = size
+    data[148:156] = b" " * 8
+    data[148:156] = checksum or b"%06o\0 " % sum(data[:512])
+    with pytest.raises(RecordError):
+        parse_sample(bytes(data[:512]), "here")
