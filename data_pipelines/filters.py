@@ -18,6 +18,10 @@ import numpy as np
 from mmagent.signatures import normalise, words
 
 _WORD = re.compile(r"\w+")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Burmese, Khmer, kana and ideographs: no spaces part their words."""
 _STRONG = 99.0  # per cent of the steps of a picture that are weaker than those its sharpness is read from
 _REACH = 5  # pixels that a sharp edge, however it lies on the grid, is over in
 _FAINT = 8.0  # grey levels: what rises less is noise
@@ -204,8 +208,8 @@ def blocklist(*names: str) -> Blocklist:
         phrases |= found
     single = frozenset(phrase for phrase in phrases if phrase.isascii() and _WORD.fullmatch(phrase))
     rest = sorted(phrases - single, key=lambda phrase: (-len(phrase), phrase))
-    whole = [rf"(?<!\w){re.escape(p)}(?!\w)" for p in rest if p.isascii()]
-    anywhere = [re.escape(p) for p in rest if not p.isascii()]  # scripts without spaces
+    anywhere = [re.escape(p) for p in rest if _UNSPACED.search(p)]
+    whole = [rf"(?<!\w){re.escape(p)}(?!\w)" for p in rest if not _UNSPACED.search(p)]
     return Blocklist(single, re.compile("|".join([*whole, *anywhere])) if rest else None)
 
 

@@ -143,3 +143,10 @@ def test_repetition_refuses_what_repeats_and_nothing_short():
     assert "commonest run of 2" in repetition_problem("buy now or never " * 30, rules)
     assert "repeated runs of 5" in repetition_problem(f"{PROSE} And so on. {PROSE}", rules)
     assert repetition_problem("buy now " * 100, TextRules()) == ""
+
+
+def test_a_phrase_is_a_whole_word_where_words_are_parted(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("анус\npédé\n傻瓜\n", encoding="utf-8")
+    assert blocklist(str(path)).hits("Древний манускрипт, Янус, encyclopédédie") == 0
+    assert blocklist(str(path)).hits("анус. Pédé! 他是傻瓜吗") == 3
