@@ -25,7 +25,7 @@ from mmagent.chat import Box, Text
 from mmagent.files import write_text
 from mmagent.html.charts import bar_chart
 from mmagent.html.pieces import Section, code, details, facts, grid, join, page, paragraph, table, tiles
-from mmagent.records import Record, from_sample, image_size
+from mmagent.records import Record, RecordError, from_sample, image_size
 
 PAGE = "card.html"
 SHOWN = 24
@@ -216,7 +216,10 @@ def _samples(shards: ShardSet, numbers: list[int]) -> Markup:
     cards = []
     for n in numbers:
         record = from_sample(shards.read(n))
-        cards.append(record_view(record, inline_shots(record), shards.where(n)))
+        try:
+            cards.append(record_view(record, inline_shots(record), shards.where(n)))
+        except RecordError as error:  # pixels that nobody decoded before
+            cards.append(paragraph(f"{shards.where(n)}: {error}"))
     return Markup('<div class="samples">{}</div>').format(join(cards, "\n"))
 
 

@@ -8,8 +8,8 @@ new set has a card to look at. What is kept is kept unchanged. A run that was ki
 the same bytes; the same settings and samples give the same bytes with any number of processes.
 
 Presets: ``safe`` leaves out copies and what cannot be read, ``pairs`` and ``text`` ask what is usual of captioned
-pictures and of long texts. Signatures take 540 bytes a sample, 612 a picture and 168 a band on disk, and 60 bytes a
-sample in memory, whatever the samples weigh.
+pictures and of long texts. Signatures take 533 bytes a sample and its bands 168 at least, 608 a picture on disk, and 60
+bytes a sample in memory, whatever the samples weigh.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from data_pipelines.filters import PictureRules, TextRules
 from data_pipelines.image_shards import holds_shards
 from data_pipelines.making import BuildError, claim, write_whole
 from data_pipelines.near_duplicates import CopySearch
-from data_pipelines.scanning import REASONS, Scan, Scanner, ScanRules, Scorer, scan
+from data_pipelines.scanning import REASONS, Scan, Scanner, ScanRules, Scorer, read_besides, scan
 from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.workers import LimitsConfig
 from mmagent.chat import ChatConfig
@@ -134,7 +134,9 @@ def curate(config: CurateConfig, scorer: Scorer | None = None) -> Curation:
     if any(path.resolve() in (to.resolve(), (to / name).resolve()) for name, path in sets.items()):
         raise ConfigError(f"to: {to} holds what is to be cleaned; choose another folder")
     prints = {name: ShardSet(path).fingerprint() for name, path in sets.items()}
-    settings = {"rules": asdict(config.rules), "balance": asdict(config.balance)}
+    settings: dict[str, Any] = {"rules": asdict(config.rules), "balance": asdict(config.balance)}
+    if besides := read_besides(config.rules):
+        settings["read"] = besides
     shards = {"shard": config.shard_samples, "bytes": config.shard_bytes}
     claim(to / WORK, {"sets": prints, **settings, **shards})
     scanner = Scanner([str(path) for path in sets.values()], config.rules)

@@ -6,6 +6,7 @@ killed goes on where it was, and its samples need no room in memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +25,16 @@ from data_pipelines.filters import (
     language_problem,
     length_problem,
     repetition_problem,
+    shipped,
     size_problem,
 )
+from data_pipelines.mixture import digest
 from data_pipelines.near_duplicates import PICTURE, SAMPLE, DuplicateRules, sign_text, signed_rows
 from data_pipelines.record_texts import answer_of, texts_of, turns_of
 from data_pipelines.shards import ShardSet
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.contamination import Fingerprint, Judged, Signed
 from mmagent.records import Record, RecordError, decode_image, from_sample, image_size
-from mmagent.signatures import text_hash
 from mmagent.vocab import Vocab
 
 BLOCK = 64
@@ -124,13 +126,17 @@ class Scanner:
 
     def look(self, number: int) -> Look:
         """Ask all rules about a sample."""
-        row = np.zeros((), SAMPLE)
+        row, key = np.zeros((), SAMPLE), ""
         try:
             record = self.read(number)
-            row["key"] = text_hash(record.key)
+            key = record.key
+            row["key"] = digest(key)
             return self._judge(record, row)
         except RecordError as error:
-            return Look(row, error.key, "unreadable", f"{error.field}: {error.problem}")
+            problem = f"{error.field}: {error.problem}"
+            return Look(row, _printable(error.key), "unreadable", _printable(problem))
+        except MemoryError:
+            return Look(row, key, "unreadable", "looking at it takes more memory than is allowed")
 
     def _judge(self, record: Record, row: np.ndarray) -> Look:
         """The cheapest rules are asked first."""
@@ -177,11 +183,37 @@ class Scanner:
         blocked_problem("", self.rules.texts)
 
 
+def _printable(text: str) -> str:
+    """What stands in a member's name may be no UTF-8, and could not be written."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def read_besides(rules: ScanRules) -> dict[str, str]:
+    """A digest of everything that rules name by its place: with another content they are other rules."""
+    texts = rules.texts
+    files = [path for name in texts.blocklists if (path := shipped().get(name, Path(name))).is_file()]
+    files += [Path(texts.tokenizer)] if Path(texts.tokenizer).is_file() else []
+    told = {}
+    for place in rules.evaluations:
+        if _is_signed(place):
+            files.append(Path(place))
+        else:
+            told[place] = ShardSet(place).fingerprint()
+    for path in files:
+        with path.open("rb") as file:
+            told[str(path)] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return told
+
+
+def _is_signed(place: str) -> bool:
+    return Path(place).is_file() and not place.endswith(".tar")
+
+
 def read_evaluations(places: Sequence[str]) -> Fingerprint | None:
     """What must not be trained on: files of signatures, and folders of shards, which are signed here."""
     prints = []
     for place in places:
-        if Path(place).is_file() and not place.endswith(".tar"):
+        if _is_signed(place):
             prints.append(Fingerprint.load(Path(place)))
         else:
             shards = ShardSet(place)
@@ -282,6 +314,7 @@ def scan(
     if (least is None) != (scorer is None):
         raise ValueError("rules.least_score and a scorer need each other; recipes.curate has one")
     spans = ((Span(last, last - first), 0) for first, last in _spans(out.done, len(scanner)))
+    _opened.clear()  # shards may have changed since, and what is judged by
     work = partial(_looks, tuple(shards.location for shards in scanner.sets), scanner.rules)
     waiting: list[Look] = []
     report(out.done)

@@ -24,6 +24,7 @@ from data_pipelines.making import BuildError
 from evals.fingerprint import fingerprint
 from evals.suites import SUITES
 from mmagent.config import ConfigError, parse_cli
+from mmagent.contamination import Fingerprint
 from mmagent.interop.image_text import ImageTextModel, load_image_text
 
 JUDGED = "judged.npz"
@@ -60,10 +61,10 @@ def clean(config: Config) -> Curation:
     plain = CurateConfig(**{f.name: getattr(config, f.name) for f in fields(CurateConfig)})
     if config.suites:
         known = Path(config.to) / JUDGED
-        if not known.is_file():
+        chosen = [SUITES[name]() for name in (SUITES if "all" in config.suites else dict.fromkeys(config.suites))]
+        if not known.is_file() or Fingerprint.load(known).origins() != {f"{s.name}-{s.seed}" for s in chosen}:
             known.parent.mkdir(parents=True, exist_ok=True)
-            names = list(SUITES) if "all" in config.suites else config.suites
-            fingerprint([SUITES[name]() for name in names]).save(known)
+            fingerprint(chosen).save(known)
         rules = replace(plain.rules, evaluations=[*plain.rules.evaluations, str(known)])
         plain = replace(plain, rules=rules)
     scorer = None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ingest_kit import members
 
 from data_pipelines.balancing import BalanceRules, factors
 from data_pipelines.curate import CurateConfig, curate, find_sets, main
@@ -27,7 +28,7 @@ from data_pipelines.workers import LimitsConfig
 from mmagent.chat import Image, Text, assistant, user
 from mmagent.config import ConfigError
 from mmagent.contamination import Fingerprint, Judged, Signed
-from mmagent.records import EncodedImage, Record, encode_image, from_sample
+from mmagent.records import EncodedImage, Record, encode_image, from_sample, to_sample
 from tests.unit.test_signatures import copied, screen
 
 
@@ -303,3 +304,57 @@ def test_a_set_of_which_nothing_is_left_is_not_written(tmp_path, capsys):
     assert result.sets == {"a": {"seen": 1, "kept": 1}, "b": {"seen": 1, "kept": 0, "duplicate": 1}}
     assert not (tmp_path / "to/b").exists()
     assert "b: nothing is left of it" in capsys.readouterr().err
+
+
+def test_keys_that_differ_in_case_only_stay_what_they_are(tmp_path):
+    write(tmp_path / "raw", [text(1, key="Same"), text(2, key="same")])
+    curate(config(tmp_path / "to", tmp_path / "raw"))
+    assert keys(tmp_path / "to/raw") == ["Same", "same"]
+
+
+def test_a_key_that_is_no_unicode_is_logged_like_any_other(tmp_path):
+    good = to_sample(text(1))["json"]
+    (tmp_path / "raw").mkdir()
+    members(tmp_path / "raw/a.tar", {"good.json": good, "bad\udcff.json": b"{", "odd.\udcff": b"", "odd.\udcff~": b""})
+    result = curate(config(tmp_path / "to", tmp_path / "raw"))
+    assert (result.kept, result.left_out) == (1, {"unreadable": 2})
+    assert log(tmp_path / "to")["raw/bad\\udcff"][0] == "unreadable"
+
+
+def test_what_is_judged_by_has_changed_is_said(tmp_path):
+    """The file is called as before: what was left out by the old one would stand for what the new one says."""
+    write(tmp_path / "raw", [text(1), text(2)])
+    prints, banned = tmp_path / "evals.npz", tmp_path / "banned.txt"
+    banned.write_text("zzz\n", encoding="utf-8")
+    held_out = write(tmp_path / "held", [text(9)])
+    rules = ScanRules(texts=TextRules(blocklists=[str(banned)]), evaluations=[str(prints), str(held_out)])
+    Fingerprint([Judged("suite/a", story(5))]).save(prints)
+    assert curate(config(tmp_path / "to", tmp_path / "raw", rules=rules)).kept == 2
+    Fingerprint([Judged("suite/a", story(5)), Judged("suite/b", story(2))]).save(prints)
+    with pytest.raises(BuildError, match=r"was begun with read=.*evals\.npz"):
+        curate(config(tmp_path / "to", tmp_path / "raw", rules=rules))
+    assert curate(config(tmp_path / "anew", tmp_path / "raw", rules=rules)).left_out == {"evaluation": 1}
+    write(held_out, [text(9), text(1)], max_samples=1)
+    assert curate(config(tmp_path / "anew2", tmp_path / "raw", rules=rules)).left_out == {"evaluation": 2}
+    banned.write_text("yyy\n", encoding="utf-8")
+    with pytest.raises(BuildError, match=r"was begun with read=.*banned\.txt"):
+        curate(config(tmp_path / "anew2", tmp_path / "raw", rules=rules))
+
+
+def test_want_of_memory_costs_a_sample_and_not_the_run(mixed, tmp_path, monkeypatch):
+    def hungry(pixels: np.ndarray) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("data_pipelines.filters.sharpness", hungry)
+    rules = ScanRules(PictureRules(least_sharpness=0.1))
+    result = curate(config(tmp_path / "to", mixed / "pages", rules=rules))
+    assert result.left_out == {"unreadable": 8}
+    assert log(tmp_path / "to")["pages/page-0001"] == (
+        "unreadable", "looking at it takes more memory than is allowed",
+    )  # fmt: skip
+
+
+def test_a_card_tells_of_pixels_that_nobody_decoded(mixed, tmp_path):
+    rules = ScanRules(duplicates=DuplicateRules(remove=False))
+    assert curate(config(tmp_path / "to", mixed / "pages", rules=rules)).kept == 8
+    assert "broken: images[0]: cannot decode image" in (tmp_path / "to/pages/card.html").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import recipes.curate as recipe
+from data_pipelines.making import BuildError
 from data_pipelines.scanning import ScanRules
 from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.workers import LimitsConfig
@@ -62,6 +64,22 @@ def test_items_of_suites_are_left_out(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(recipe, "fingerprint", lambda suites: pytest.fail("they are signed already"))
     assert clean(config) == result
+
+
+def test_another_choice_of_suites_is_not_taken_for_the_one_before(tmp_path, monkeypatch):
+    one, two = choose_worlds(("counting",))[0], choose_worlds(("spatial",))[0]
+    suites = {"a": lambda: replace(worlds((one.name,), per_task=2), name="a")}
+    suites["b"] = lambda: replace(worlds((two.name,), per_task=2), name="b")
+    monkeypatch.setattr(recipe, "SUITES", suites)
+    with ShardWriter(tmp_path / "raw") as writer:
+        for split, n in (("train", 0), ("test", 1)):
+            writer.write(record_of(two, two.example(split, n), "leaks"))
+    here = LimitsConfig(processes=0)
+    config = Config(folders=[str(tmp_path / "raw")], to=str(tmp_path / "to"), suites=["a"], limits=here)
+    assert clean(config).left_out == {}
+    with pytest.raises(BuildError, match="was begun with read="):
+        clean(replace(config, suites=["a", "b"]))
+    assert clean(replace(config, suites=["a", "b"], to=str(tmp_path / "anew"))).left_out == {"evaluation": 1}
 
 
 def test_pairs_are_scored_by_the_towers(towers, tmp_path):
