@@ -17,7 +17,8 @@ import numpy as np
 from mmagent.contamination import BITS, LOCAL, Signed, alike
 from mmagent.signatures import SIDE, THUMB, minhash, shingles, text_hash
 
-_ROWS, _TEXT_BANDS = 6, 21  # two texts that overlap by 0.8 agree in a band with 1 - (1 - 0.8**6)**21 = 0.998
+_PERMUTATIONS = 126
+_FOUND = 0.99  # of the pairs that overlap just enough, those that agree in a band at least
 _PICTURE_BANDS = 16  # of 16 bits each: pictures that differ in fewer than 16 bits agree in one for certain
 _GROUP = 256  # more samples that agree in a band are parted by their other bands, or their pairs would be too many
 _CHUNK = 1 << 16
@@ -29,7 +30,7 @@ SAMPLE = np.dtype(
         ("text", "<u8"),
         ("pictures", "<u4"),
         ("first", "<u8"),
-        ("minhash", "<u4", (_ROWS * _TEXT_BANDS,)),
+        ("minhash", "<u4", (_PERMUTATIONS,)),
     ]
 )
 """Of one sample: why it is left out, hashes of its key and text, its pictures' place, and its text's signature."""
@@ -65,7 +66,14 @@ class DuplicateRules:
 def sign_text(row: np.ndarray, text: str, rules: DuplicateRules) -> None:
     """Fill in what a row of :data:`SAMPLE` says of its text."""
     row["text"] = text_hash(text)
-    row["minhash"] = minhash(shingles(text, rules.shingle), _ROWS * _TEXT_BANDS)
+    row["minhash"] = minhash(shingles(text, rules.shingle), _PERMUTATIONS)
+
+
+def text_rows(least_overlap: float) -> int:
+    """Places of a text's signature in a band: the most with which a pair of that overlap agrees in one of the bands
+    with :data:`_FOUND`, and not above 6. Two texts that overlap by 0.8 do with ``1 - (1 - 0.8**6)**21 = 0.998``."""
+    rows = (n for n in range(6, 1, -1) if 1 - (1 - least_overlap**n) ** (_PERMUTATIONS // n) >= _FOUND)
+    return next(rows, 1)
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -83,6 +91,8 @@ class CopySearch:
         """``folder`` takes the bands, 8 bytes a sample each."""
         self.samples, self.pictures, self.rules, self.folder = samples, pictures, rules, folder
         self.split = 0
+        self._rows = text_rows(rules.least_overlap)
+        self._text_bands = _PERMUTATIONS // self._rows
 
     def run(self, alive: np.ndarray, report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
         """``(N,)`` int64: of every sample that is ``alive`` the one it copies, -1 for those that copy none. A copy of a
@@ -90,10 +100,10 @@ class CopySearch:
         copy_of = np.full(len(self.samples), -1, np.int64)
         shows = np.asarray(self.samples["pictures"]) > 0
         kinds = (
-            (np.flatnonzero(alive & ~shows), _TEXT_BANDS, self._text_bands, self._same_text),
-            (np.flatnonzero(alive & shows), _PICTURE_BANDS, self._picture_bands, self._same_pictures),
+            (np.flatnonzero(alive & ~shows), self._text_bands, self._text_keys, self._same_text),
+            (np.flatnonzero(alive & shows), _PICTURE_BANDS, self._picture_keys, self._same_pictures),
         )
-        total, done = _TEXT_BANDS + _PICTURE_BANDS, 0
+        total, done = self._text_bands + _PICTURE_BANDS, 0
         for members, bands, keys_of, same in kinds:
             keys = self._keys(members, bands, keys_of)
             for band in range(bands):
@@ -110,14 +120,15 @@ class CopySearch:
             keys[:, first : first + _CHUNK] = keys_of(members[first : first + _CHUNK]).T
         return keys
 
-    def _text_bands(self, rows: np.ndarray) -> np.ndarray:
-        signs = self.samples[rows]["minhash"].astype(np.uint64).reshape(len(rows), _TEXT_BANDS, _ROWS)
-        keys = np.zeros((len(rows), _TEXT_BANDS), np.uint64)
-        for place in range(_ROWS):
+    def _text_keys(self, rows: np.ndarray) -> np.ndarray:
+        told = self.samples[rows]["minhash"][:, : self._text_bands * self._rows]
+        signs = told.astype(np.uint64).reshape(len(rows), self._text_bands, self._rows)
+        keys = np.zeros((len(rows), self._text_bands), np.uint64)
+        for place in range(self._rows):
             keys = (keys ^ signs[..., place]) * np.uint64(0x100000001B3) + np.uint64(place)
         return keys
 
-    def _picture_bands(self, rows: np.ndarray) -> np.ndarray:
+    def _picture_keys(self, rows: np.ndarray) -> np.ndarray:
         """Every band takes bits from all over the picture: one of a single row would be empty in most pages."""
         chosen = self.samples[rows]
         packed = np.ascontiguousarray(self.pictures[chosen["first"]]["bits"]).view(np.uint8)

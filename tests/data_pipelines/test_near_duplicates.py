@@ -14,10 +14,12 @@ from data_pipelines.near_duplicates import (
     CopySearch,
     DuplicateRules,
     exact_overlap,
+    overlap,
     sign_text,
     signed_rows,
 )
 from mmagent.contamination import Signed
+from mmagent.signatures import minhash
 from tests.unit.test_signatures import copied, screen
 
 
@@ -131,3 +133,25 @@ def test_rules_that_make_no_sense_are_refused():
     for bad in ({"shingle": 0}, {"least_overlap": 0.0}, {"least_overlap": 1.1}, {"most_bits": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             DuplicateRules(**bad)
+
+
+@pytest.mark.parametrize("least", [0.3, 0.5, 0.6, 0.8, 0.95])
+def test_an_overlap_that_is_asked_for_is_the_one_that_is_found(least, tmp_path):
+    """Bands are as wide as the overlap allows: those for 0.8 find one pair in four of those that overlap by half."""
+    random = np.random.default_rng(4)
+    rows = np.zeros(400, SAMPLE)
+    for n in range(200):
+        runs = random.integers(0, 1 << 63, 300, dtype=np.uint64)
+        shared = round(300 * least)
+        for m, own in (
+            (0, runs[: shared + (300 - shared) // 2]),
+            (1, np.r_[runs[:shared], runs[-(300 - shared) // 2 :]]),
+        ):
+            rows[2 * n + m]["minhash"] = minhash(own, 126)
+    enough = [overlap(rows[n]["minhash"], rows[n + 1]["minhash"]) >= least for n in range(0, 400, 2)]
+    found = CopySearch(rows, np.empty(0, PICTURE), DuplicateRules(least_overlap=least), tmp_path).run(
+        np.ones(400, bool)
+    )
+    assert sum(enough) > 60
+    assert (found[1::2] == np.arange(0, 400, 2))[enough].mean() >= 0.98
+    assert (found[::2] < 0).all()
