@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data_pipelines.ingest.report import Tally, kind_lines
 from data_pipelines.ingest.work import Refused
-from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, scan
+from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, open_index, scan
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.records import Record, RecordError, decode_image, from_sample, validate
 
@@ -144,9 +144,12 @@ def examine(
     for torn in (torn for shards in sets for torn in shards.torn):
         found.tally.refuse(Refused("", f"{torn.shard}@{torn.offset}", "torn shard", torn.problem))
     keys = array("Q")
-    places: list[tuple[Path, int]] = []  # of every tar, and how many samples there are before it
+    places: list[tuple[Path, int]] = []  # of every tar with samples, and how many there are before it
+    before = 0
     for path in paths:
-        places.append((path, places[-1][1] + len(_opened(str(places[-1][0]))) if places else 0))
+        if count := len(open_index(path)[0].entries):
+            places.append((path, before))
+            before += count
     work = partial(check, decode=decode, tokenizer=tokenizer)
     total = sum(map(len, sets))
     bar = tqdm(total=total, desc="validate", unit="sample", file=sys.stderr, disable=not progress, delay=2.0)

@@ -122,3 +122,13 @@ def test_the_command(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     assert main([str(tmp_path / "a"), "--processes", "-1"]) == 2
     assert np.sum([path.suffix == ".tar" for path in (tmp_path / "a").iterdir()]) == 1
+
+
+def test_a_tar_without_a_whole_sample_is_one_wrong_thing_of_its_set(tmp_path):
+    write(tmp_path, range(5), max_samples=3)
+    (tmp_path / "shard-00000a.tar").write_bytes(b"")
+    found = look(tmp_path)
+    assert found.tally.records == 5
+    assert wrong(tmp_path) == {"torn shard: empty file": 1}
+    (tmp_path / "shard-00003.tar").write_bytes((tmp_path / "shard-00001.tar").read_bytes())
+    assert [kind.count for name, kind in look(tmp_path).tally.kinds.items() if name.startswith("key")] == [2]
