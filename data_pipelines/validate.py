@@ -206,7 +206,8 @@ def _repeated(keys: np.ndarray, places: Sequence[tuple[Path, int]]) -> Iterator[
     starts = [start for _, start in places]
     for n, sample in enumerate(suspects.tolist()):
         if n >= _NAMED:
-            yield Refused("", "", "key", f"{len(suspects) - n} more samples share their keys with others")
+            left = len(suspects) - n
+            yield Refused("", "", "key", f"{left} more samples share their keys with others", left)
             return
         tar = int(np.searchsorted(starts, sample, side="right")) - 1
         path, number = str(places[tar][0]), sample - starts[tar]

@@ -19,16 +19,17 @@ from typing import Any
 
 from data_pipelines.image_folder import lines
 from data_pipelines.ingest.files import MAX_FILE, RefusedError, Root, key_of
-from data_pipelines.ingest.pdf import PdfPage, read_pages
+from data_pipelines.ingest.pdf import MAX_PAGES, PdfPage, read_pages
 from data_pipelines.shards import MAX_SAMPLE, parse_sample
 from mmagent.records import IMAGE_EXTENSIONS, RecordError
+from mmagent.retries import TRANSIENT
 
 ROWS = 32  # at most in one task, so that processes share the work and little is lost with one
 BYTES = 1 << 20  # and not much more than these, where rows can be counted in bytes
 _MAX_CELL = 1 << 25  # characters of a cell of CSV, which is parsed before a process with limits sees it
 RECORD = "\0record"
 """The column of a row that holds a sample of the library's own."""
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Bad:
     key: str
     where: str
     error: RefusedError
+    rows: int = 1  # that are lost with it
 
 
 Raw = Row | Bad
@@ -239,7 +241,8 @@ class SamplesTask:
             body["image"] = body.pop("\0image")
         if isinstance(body.get("txt"), bytes):
             try:
-                body["texts"] = lines(body.pop("txt").decode("utf-8-sig"))
+                text = body.pop("txt").decode("utf-8-sig")
+                body |= {"texts": lines(text)} if "image" in body or "images" in body else {"text": text}
             except UnicodeDecodeError as error:
                 raise RefusedError("text", f"txt is no UTF-8 (byte {error.start})") from error
         return body
@@ -247,18 +250,20 @@ class SamplesTask:
 
 def _is_numbered(name: str) -> bool:
     number, _, extension = name.partition(".")
-    return bool(_DIGITS.fullmatch(number)) and number.isascii() and extension in IMAGE_EXTENSIONS
+    return bool(_DIGITS.fullmatch(number)) and extension in IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True)
 class ParquetTask:
-    """A row group of a parquet file."""
+    """A row group of a parquet file, of ``count`` rows. None of them can be reached but through those before it: when
+    one cannot be read, the rest is lost."""
 
     place: Place
     group: int
     first: int
-    rows: int
+    count: int
     size: int
+    rows: None = None
 
     def name(self, row: int) -> tuple[str, str]:
         return self.place.key(self.first + row), f"{self.place.name}:{self.first + row}"
@@ -268,6 +273,8 @@ class ParquetTask:
         from pyarrow import parquet
 
         row = 0
+        if start >= self.count:
+            return
         try:
             with parquet.ParquetFile(self.place.path, buffer_size=1 << 20) as file:
                 for batch in file.iter_batches(batch_size=16, row_groups=[self.group], use_threads=False):
@@ -276,10 +283,13 @@ class ParquetTask:
                             cells = {name: batch.column(i)[n].as_py() for i, name in enumerate(batch.schema.names)}
                             yield Row(*self.name(row), _without_nulls(cells), self.place.root)
                         row += 1
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in TRANSIENT:
+                raise  # the storage, and not this file
             row = max(row, start)
-            problem = f"row group {self.group} cannot be read: {_first_line(error)}; {self.rows - row} rows are lost"
-            yield Bad(*self.name(row), RefusedError("parquet", problem))
+            left = max(self.count - row, 1)
+            problem = f"row group {self.group} cannot be read: {_first_line(error)}; {left} rows are lost"
+            yield Bad(*self.name(row), RefusedError("parquet", problem), left)
 
 
 @dataclass(frozen=True)
@@ -326,7 +336,8 @@ class BadTask:
         return self.place.prefix, self.place.name
 
     def read(self, start: int) -> Iterator[Raw]:
-        yield Bad(*self.name(start), self.error)
+        if start == 0:  # else an earlier run told of it
+            yield Bad(*self.name(start), self.error)
 
 
 @dataclass(frozen=True)
@@ -343,8 +354,11 @@ class PagesTask:
 
     def read(self, start: int) -> Iterator[Raw]:
         row = start
+        known = start in (1, MAX_PAGES + 1)  # an earlier run may have told why there is nothing, or nothing further
         try:
             for page in read_pages(self.place.root.read(self.place.name), start, self.dpi):
+                if known and row == start and isinstance(page, RefusedError) and page.reason == "pdf":
+                    return
                 key, where = self.name(row)
                 if isinstance(page, PdfPage):
                     cells = {"image": page.image, "text": page.text, "boxes": page.lines}
@@ -353,7 +367,8 @@ class PagesTask:
                     yield Bad(key, where, page)
                 row += 1
         except RefusedError as error:
-            yield Bad(*self.name(row), error)
+            if not known:
+                yield Bad(*self.name(row), error)
 
 
 InputTask = JsonTask | CellsTask | FilesTask | SamplesTask | ParquetTask | TableTask | PagesTask | BadTask

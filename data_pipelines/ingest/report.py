@@ -54,19 +54,19 @@ class Tally:
         self.bytes += len(made.sample.data)
 
     def refuse(self, refused: Refused) -> None:
-        self.refused += 1
+        self.refused += refused.rows
         name = f"{refused.reason}: {_VARYING.sub('*', refused.problem)}"[:200]
         if name not in self.kinds and len(self.kinds) >= _KINDS:
             name = "others"
         kind = self.kinds.setdefault(name, Kind())
-        kind.count += 1
+        kind.count += refused.rows
         if len(kind.examples) < _EXAMPLES:
             told = {"key": refused.key, "where": refused.where, "problem": refused.problem}
             kind.examples.append({name: _short(text) for name, text in told.items()})
 
     def row(self, answer: Answer) -> None:
         """Count a row whose outcomes are all counted."""
-        self.rows += 1
+        self.rows += answer.rows
         for name in answer.aside:
             if name in self.aside or len(self.aside) < _KINDS:
                 self.aside[name] = self.aside.get(name, 0) + 1

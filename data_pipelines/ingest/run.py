@@ -239,7 +239,7 @@ class _Run:
                 self._tally.refuse(outcome)
             self._cursor = Cursor(job.number, row, n + 1)
         self._tally.row(answer)
-        self._cursor = Cursor(job.number, row + 1)
+        self._cursor = Cursor(job.number, row + answer.rows)
 
     def _append(self, writer: ShardWriter, made: Made, job: Job, row: int) -> Made | Refused:
         try:

@@ -154,7 +154,8 @@ def _kind(folder: Path, name: str) -> str:
     end = _end(name)
     if end in ("txt", "json"):
         stem = name.rpartition(".")[0]
-        if any(os.path.lexists(folder / f"{stem}.{other}") for other in (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)):
+        shown = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+        if any(os.path.lexists(folder / f"{stem}.{other}") for end in shown for other in (end, end.upper())):
             return "beside"
     if name.rpartition("/")[2] in _OF_LIBRARIES:
         return "json"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipelines.ingest.files import RefusedError, refused_file
-from data_pipelines.ingest.inputs import Bad, InputTask, Raw, Row
+from data_pipelines.ingest.inputs import Bad, InputTask, ParquetTask, Raw, Row
 from data_pipelines.ingest.styles import StyleConfig, read_row, recognise
 from data_pipelines.shards import EncodedSample, encode_sample
 from mmagent.records import RecordError
@@ -44,6 +44,7 @@ class Refused:
     where: str
     reason: str
     problem: str
+    rows: int = 1  # that it stands for
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Answer:
 
     outcomes: tuple[Made | Refused, ...]
     aside: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """That it is about: more than one where those behind it are lost, too."""
+        return max((one.rows for one in self.outcomes if isinstance(one, Refused)), default=1)
 
 
 def convert(job: Job, start: int) -> Iterator[Answer]:
@@ -95,7 +101,7 @@ def _as_refused(error: Exception) -> RefusedError:
 
 def _answer(raw: Raw, style: StyleConfig) -> Answer:
     if isinstance(raw, Bad):
-        return Answer((Refused(raw.key, raw.where, raw.error.reason, raw.error.problem),))
+        return Answer((Refused(raw.key, raw.where, raw.error.reason, raw.error.problem, raw.rows),))
     try:
         read = read_row(raw, style)
         made = tuple(
@@ -112,7 +118,8 @@ def lost(job: Job, row: int, problem: str, rest: bool) -> Answer:
     """The answer for a row that its process did not survive."""
     key, where = job.task.name(row)
     told = f"{problem}; the rest of it is left out" if rest else problem
-    return Answer((Refused(key, where, "reading", told),))
+    left = job.task.count - row if rest and isinstance(job.task, ParquetTask) else 1
+    return Answer((Refused(key, where, "reading", told, max(left, 1)),))
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_kit import encoded, records, run
+from ingest_kit import encoded, members, records, run
 
 from data_pipelines.documents import read_quarantine
 from data_pipelines.ingest.__main__ import main
+from data_pipelines.ingest.files import Root
+from data_pipelines.ingest.inputs import PagesTask, ParquetTask, Place
 from data_pipelines.ingest.report import REFUSED
 from data_pipelines.ingest.run import SourceError
-from data_pipelines.ingest.styles import STYLES
+from data_pipelines.ingest.styles import STYLES, StyleConfig
+from data_pipelines.ingest.work import Job, lost
 from data_pipelines.shards import ShardWriter
 
 PYTHON = [sys.executable, "-m", "data_pipelines.ingest"]
@@ -46,6 +49,22 @@ class StoppedError(Exception):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and ".lock" not in path.name}
+
+
+def stopped_after(appends: int, monkeypatch: pytest.MonkeyPatch, source: Path, to: Path, **options: object) -> None:
+    """An ingestion that is killed when it is about to write one more record than ``appends``."""
+    whole, left = ShardWriter.append, [appends]
+
+    def append(self, sample):
+        if left[0] == 0:
+            raise StoppedError
+        left[0] -= 1
+        whole(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", append)
+        with pytest.raises(StoppedError):
+            run([source], to, **options)
 
 
 @pytest.mark.slow  # the next one stops between all shards, in this process
@@ -78,18 +97,7 @@ def test_a_stop_between_any_two_shards_loses_and_repeats_nothing(tmp_path, after
         (tmp_path / f"data/{n}.png").write_bytes(encoded(seed=n) if n not in (2, 3, 7) else b"")
         (tmp_path / f"data/{n}.txt").write_text("\n".join(f"caption {n} {k}" for k in range(n % 4 + 1)))
     run([tmp_path / "data"], tmp_path / "whole", shard_samples=2)
-    whole_append, left = ShardWriter.append, [after]
-
-    def append(self, sample):
-        if left[0] == 0:
-            raise StoppedError
-        left[0] -= 1
-        whole_append(self, sample)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "append", append)
-        with pytest.raises(StoppedError):
-            run([tmp_path / "data"], tmp_path / "to", shard_samples=2)
+    stopped_after(after, monkeypatch, tmp_path / "data", tmp_path / "to", shard_samples=2)
     run([tmp_path / "data"], tmp_path / "to", shard_samples=2)
     assert contents(tmp_path / "to") == contents(tmp_path / "whole")
 
@@ -213,3 +221,81 @@ def test_memory_is_flat_over_a_long_input(tmp_path):
         peaks.append([int(number) / 1024 for number in out.splitlines()[-1].split()])
         os.remove(path)
     assert all(large < small + 60 for small, large in zip(*peaks, strict=True)), peaks  # MB; one is 80 MB of input
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_what_a_file_is_refused_for_is_told_once_however_often_it_is_gone_on_with(tmp_path, after, monkeypatch):
+    """The stop comes right behind the refusal of a whole file."""
+    (tmp_path / "data").mkdir()
+    for n in range(6):
+        members(tmp_path / f"data/{n}.tar", {} if n % 2 else {"a.json": json.dumps({"text": f"text {n}"}).encode()})
+    options = {"shard_samples": 1, "style": "text"}
+    run([tmp_path / "data"], tmp_path / "whole", **options)
+    stopped_after(after, monkeypatch, tmp_path / "data", tmp_path / "to", **options)
+    run([tmp_path / "data"], tmp_path / "to", **options)
+    assert len(records(tmp_path / "to")) == 3
+    assert contents(tmp_path / "to") == contents(tmp_path / "whole")
+
+
+def test_a_pdf_that_is_none_is_told_of_once(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"no PDF")
+    task = PagesTask(Place(str(tmp_path / "a.pdf"), "a", "a.pdf", Root(str(tmp_path), str(tmp_path))), 72, 6)
+    assert [len(list(task.read(start))) for start in (0, 1)] == [1, 0]
+
+
+def test_processes_that_die_of_a_table_one_after_the_other_cost_the_rest_of_it():
+    """Each would begin with the rows that the last one died of."""
+    place = Place("x.parquet", "x", "x.parquet", Root(".", "."))
+    task = ParquetTask(place, 0, 1, 1_000_000, 9)
+    assert task.rows is None
+    answer = lost(Job(0, 0, task, StyleConfig("text", "s")), 5, "dies", True)
+    assert answer.rows == 1_000_000 - 5
+
+
+def test_rows_behind_a_broken_one_of_a_table_are_all_counted(tmp_path, capsys, monkeypatch):
+    """They were one refusal among a thousand rows, and --max-share let them pass."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "data").mkdir()
+    pa = pytest.importorskip("pyarrow")
+    table = {"text": [f"row {n} " * 50 for n in range(1000)]}
+    path = tmp_path / "data/0.parquet"
+    options = {"row_group_size": 500, "compression": "none", "use_dictionary": False, "data_page_size": 1000}
+    parquet.write_table(pa.table(table), path, **options)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 4 + 3000] = b"\xff" * 3000
+    path.write_bytes(data)
+    parquet.write_table(pa.table({"text": ["one more"] * 3}), tmp_path / "data/1.parquet")
+    assert main([str(tmp_path / "data"), "--to", str(tmp_path / "to"), "--processes", "0"]) == 1
+    report = json.loads((tmp_path / "to/report.json").read_text())
+    assert report["rows"] == report["records"] + report["refused"] == 1003
+    assert report["records"] < 800
+    assert "more than --max-share" in capsys.readouterr().err
+    whole = {"shard_samples": report["records"] - 3}
+    run([tmp_path / "data"], tmp_path / "whole", **whole)
+    stopped_after(report["records"] - 2, monkeypatch, tmp_path / "data", tmp_path / "killed", **whole)
+    run([tmp_path / "data"], tmp_path / "killed", **whole)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_text_of_a_tar_is_one_text(tmp_path):
+    members(tmp_path / "x.tar", {"a.txt": b"two\nlines\n", "b.txt": b"one"})
+    assert run([tmp_path / "x.tar"], tmp_path / "to")["refused"] == 0
+    assert [record.parts[0].text for record in records(tmp_path / "to")] == ["two\nlines\n", "one"]
+
+
+def test_pixels_that_are_trusted_do_not_end_the_ingestion_at_its_card(tmp_path):
+    (tmp_path / "data").mkdir()
+    for n in range(2):
+        data = bytearray(encoded(200, 200, seed=n))
+        data[100 : 100 + 50 * n] = bytes(50 * n)
+        (tmp_path / f"data/{n}.png").write_bytes(data)
+        (tmp_path / f"data/{n}.txt").write_text("said")
+    assert run([tmp_path / "data"], tmp_path / "to", decode=False)["records"] == 2
+    assert "cannot decode image" in (tmp_path / "to/card.html").read_text(encoding="utf-8")
+
+
+def test_names_of_images_in_capitals_have_their_captions_beside_them(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/A.PNG").write_bytes(encoded())
+    (tmp_path / "data/A.json").write_text(json.dumps({"caption": "said"}))
+    assert run([tmp_path / "data"], tmp_path / "to")["records"] == 1
