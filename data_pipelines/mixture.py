@@ -28,8 +28,8 @@ _MASK = (1 << 64) - 1
 class SourceConfig:
     """Shards at ``path`` (a folder, a glob or one tar; empty: the sub-folder of the source's name in the stream's
     folder) with a ``weight`` in the mixture; weight 0 leaves it out. ``schedule`` multiplies it by step of the stream,
-    in straight lines from one to the next: ``{0: 1, 1000: 1, 1001: 3}`` is three times as much from step 1001 on. What
-    waits in the buffers was chosen before, so a change shows after as many documents."""
+    in straight lines from one to the next: ``{0: 1, 1000: 1, 1001: 3}`` is three times as much from step 1001 on. Steps
+    stand in their order. What waits in the buffers was chosen before, so a change shows after as many documents."""
 
     path: str = ""
     weight: float = 1.0
@@ -53,12 +53,18 @@ class SourceConfig:
         return self.weight * max(self.schedule.values(), default=1.0)
 
     def check(self, name: str) -> None:
-        """Raise ``ValueError`` for a weight or a step below 0, naming both."""
+        """Raise ``ValueError`` for a weight or a step below 0, naming both, and for steps that are not in order."""
         for key, value in (("weight", self.weight), *((f"schedule.{n}", w) for n, w in self.schedule.items())):
             if not 0 <= value < math.inf:
                 raise ValueError(f"sources.{name}.{key}: {value} is no weight: 0 or more, and finite")
         if self.schedule and min(self.schedule) < 0:
             raise ValueError(f"sources.{name}.schedule: step {min(self.schedule)} is negative")
+        if (steps := list(self.schedule)) != sorted(steps):  # one of them is mistyped, or was meant to replace others
+            told = ", ".join(f"{step}: {self.schedule[step]:g}" for step in sorted(steps))
+            raise ValueError(
+                f"sources.{name}.schedule: steps must rise, and these do not: {', '.join(map(str, steps))}; "
+                f'if none is mistyped, write "sources.{name}.schedule={{{told}}}" in one place'
+            )
 
 
 def digest(*parts: object) -> int:
@@ -209,8 +215,13 @@ def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "
     }
     sources = [Source(name, shards, named[name], seed, read_repeats(shards)) for name, shards in opened.items()]
     if not sources:
-        there = f", and {folder} holds no shards" if folder else ""
-        raise ValueError(f"sources: none has a weight above 0{there}; name a folder that data_pipelines.build filled")
+        if named:
+            raise ValueError(
+                f"sources: all have the weight 0 ({', '.join(sorted(named))}), so there is nothing to train on; "
+                f"give one a weight above 0, such as sources.{min(named)}.weight=1"
+            )
+        there = f"{folder} holds no shards" if folder else "no folder is given, and no source"
+        raise ValueError(f"sources: {there}; name a folder that data_pipelines.build or .ingest filled")
     for step in sorted({0, *(step for source in sources for step in source.config.schedule)}):  # lines between them
         if not any(source.config.at(step) for source in sources):
             raise ValueError(f"sources: by their schedules none has a weight above 0 at step {step}")

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, KeyValidationError, OmegaConfBaseException
+from yaml import YAMLError
 
 T = TypeVar("T")
+_SYNTAX = "a list is written [1, 2] and a mapping {a: 1, b: 2}, with a blank after every colon"
 
 
 class ConfigError(ValueError):
@@ -38,7 +40,11 @@ def resolve(default: T, argv: Sequence[str] | None = None) -> T:
     for path in (a for a in argv if "=" not in a):
         if not Path(path).is_file():
             raise ConfigError(f"{path!r} is neither a YAML file nor an override of the form key=value")
-        config = _merge(default, config, OmegaConf.load(path), path)
+        try:
+            overlay = OmegaConf.load(path)
+        except YAMLError as error:
+            raise ConfigError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        config = _merge(default, config, overlay, path)
     for override in (a for a in argv if "=" in a):
         config = _set(default, config, override)
     try:
@@ -70,11 +76,19 @@ def _override(default: Any, config: DictConfig, override: str) -> DictConfig:
                 if not part.isdigit() or int(part) >= len(items):
                     raise ConfigError(f"{key}: {'.'.join(path[:n])} has {len(items)} items, numbered from 0 ({origin})")
                 return _update(config, key, override, origin)
-    return _merge(default, config, OmegaConf.from_dotlist([override]), origin)
+    return _merge(default, config, _parsed(override, key), origin)
+
+
+def _parsed(override: str, key: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except YAMLError as error:
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise ConfigError(f"{key}: {override.partition('=')[2]!r} is no YAML: {problem}; {_SYNTAX}") from error
 
 
 def _update(config: DictConfig, key: str, override: str, origin: str) -> DictConfig:
-    value = OmegaConf.from_dotlist(["value=" + override.partition("=")[2]])["value"]
+    value = _parsed("value=" + override.partition("=")[2], key)["value"]
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
@@ -90,10 +104,26 @@ def _merge(default: Any, config: DictConfig, overlay: Any, origin: str) -> DictC
         near = difflib.get_close_matches(key, known_keys(default), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known_keys(default)[:12])}, ..."
         raise ConfigError(f"unknown config key {key!r} in {origin}{hint}") from error
+    except KeyValidationError as error:  # {0:1} without the blank is a text, and so is the key of a.b.0=1
+        key = str(error.full_key).removesuffix(f".{error.key}")
+        example = f'write it like "{key}={{0: 1, 1000: 3}}", with a blank after every colon'
+        raise ConfigError(f"{key}: {error.key!r} is no whole number with a value (in {origin}); {example}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or error.key}: {first_line(error)} (in {origin})") from error
+        hint = f"; {_SYNTAX}" if "Cannot assign" in str(error) else ""
+        raise ConfigError(f"{error.full_key or error.key}: {first_line(error)} (in {origin}){hint}") from error
     except TypeError as error:  # a mapping where a list stands, or the other way round
-        raise ConfigError(f"{', '.join(overlay)}: {first_line(error)} (in {origin})") from error
+        raise ConfigError(f"{_path(overlay, config)}: {first_line(error)} (in {origin}); {_SYNTAX}") from error
+
+
+def _path(overlay: Any, config: Any) -> str:
+    """The dotted key that an overlay is about, as far as it is of one only, and the config has no list there."""
+    names: list[str] = []
+    while isinstance(overlay, DictConfig) and len(overlay) == 1 and not isinstance(config, ListConfig):
+        (name,) = overlay
+        names.append(str(name))
+        overlay = overlay[name]
+        config = config.get(name) if isinstance(config, DictConfig) else None
+    return ".".join(names) or ", ".join(map(str, overlay))
 
 
 def first_line(error: Exception) -> str:

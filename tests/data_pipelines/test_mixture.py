@@ -18,7 +18,7 @@ from data_pipelines.mixture import (
     permute,
 )
 from data_pipelines.stream import StreamConfig
-from mmagent.config import resolve
+from mmagent.config import ConfigError, resolve
 
 
 class Shards:
@@ -140,8 +140,8 @@ def test_a_mixture_continues_from_its_counts(stop):
 def test_weights_are_checked():
     with pytest.raises(ValueError, match=r"sources\.web\.weight: -1"):
         open_sources({"web": SourceConfig("x", -1.0)}, 0)
-    with pytest.raises(ValueError, match="none has a weight"):
-        open_sources({"web": SourceConfig("x", 0.0)}, 0)
+    with pytest.raises(ValueError, match=r"all have the weight 0 \(pages, web\).*such as sources\.pages\.weight=1"):
+        open_sources({"web": SourceConfig("x", 0.0), "pages": SourceConfig(weight=0)}, 0, "/nowhere")
     with pytest.raises(ValueError, match=r"sources\.web\.weight: inf"):
         open_sources({"web": SourceConfig("x", float("inf"))}, 0)
     with pytest.raises(ValueError, match=r"sources\.web\.schedule\.7: -1"):
@@ -150,8 +150,25 @@ def test_weights_are_checked():
         open_sources({"web": SourceConfig("x", schedule={-7: 1.0})}, 0)
     with pytest.raises(ValueError, match=r"sources\.web\.path: is empty"):
         open_sources({"web": SourceConfig()}, 0)
-    with pytest.raises(ValueError, match="and /nowhere holds no shards"):
+    with pytest.raises(ValueError, match=r"sources: /nowhere holds no shards; name a folder"):
         open_sources({}, 0, "/nowhere")
+    with pytest.raises(ValueError, match="no folder is given, and no source"):
+        open_sources({}, 0)
+
+
+def test_weights_of_0_are_not_taken_for_missing_shards(tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "shard-00000.tar").touch()
+    with pytest.raises(ValueError, match="all have the weight 0") as raised:
+        open_sources({"web": SourceConfig(weight=0.0)}, 0, str(tmp_path))
+    assert "holds no shards" not in str(raised.value)
+
+
+def test_steps_of_a_schedule_that_are_not_in_order_are_refused():
+    """One of them is mistyped, and the mixture would be another one without a word."""
+    problem = r'steps must rise.*: 0, 10000, 2000;.*"sources\.web\.schedule=\{0: 1, 2000: 3, 10000: 2\}"'
+    with pytest.raises(ValueError, match=problem):
+        open_sources({"web": SourceConfig("x", schedule={0: 1.0, 10000: 2.0, 2000: 3.0})}, 0)
 
 
 def test_a_misspelt_source_is_told_the_nearest(tmp_path):
@@ -171,3 +188,16 @@ def test_sources_can_be_named_on_a_command_line():
     assert config.sources == {"web": SourceConfig("x", 2.0)}
     config = resolve(StreamConfig(), ["sources.web.schedule={0: 1, 2000: 0.5}"])
     assert config.sources == {"web": SourceConfig(schedule={0: 1.0, 2000: 0.5})}
+
+
+@pytest.mark.parametrize("value", ["={0:1}", "={0:1,1000:3}", "={a: 1}", "={0.5: 1}", ".0=1"])
+def test_a_schedule_that_is_no_mapping_of_steps_is_told_its_syntax(value):
+    problem = r'^sources\.web\.schedule: .*like "sources\.web\.schedule=\{0: 1, 1000: 3\}"'
+    with pytest.raises(ConfigError, match=problem):
+        resolve(StreamConfig(), [f"sources.web.schedule{value}"])
+
+
+@pytest.mark.parametrize("value", ["{0: 1", "[0, 1]", "1", "[[0, 1], [5, 2]]"])
+def test_what_is_no_mapping_at_all_is_told_how_one_is_written(value):
+    with pytest.raises(ConfigError, match=r"^sources\.web\.schedule: .*a mapping \{a: 1, b: 2\}, with a blank"):
+        resolve(StreamConfig(), [f"sources.web.schedule={value}"])

@@ -214,3 +214,10 @@ def test_objects_are_named_by_import_path():
     }.items():
         with pytest.raises(ConfigError, match=message):
             locate(path)
+
+
+def test_an_overlay_that_is_no_yaml_is_named(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("data: {path: x\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is no YAML: .*expected"):
+        resolve(Config(), [str(path)])
