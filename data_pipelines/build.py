@@ -88,6 +88,8 @@ class BuildConfig:
             raise ValueError(f"demonstrated: {unknown[0]!r} is not among the tasks")
         if not self.languages or (unknown := sorted(set(self.languages) - set(LANGUAGES))):
             raise ValueError(f"languages: {self.languages} is not some of {', '.join(LANGUAGES)}")
+        if not any(weight > 0 for weight in self.ask.values()):
+            raise ValueError(f"ask: no kind of question has a weight above 0; there are {', '.join(WEIGHTS)}")
 
 
 def laptop() -> BuildConfig:
@@ -231,6 +233,8 @@ def build(config: BuildConfig) -> dict[str, dict[str, Any]]:
     vocabulary stays that of the folder; raises :class:`~data_pipelines.making.BuildError` where it has none."""
     root = Path(config.folder)
     todo = list(plan(_drawable(config)))
+    if not todo:
+        raise BuildError("nothing to build: pretrain, sft and validation want 0 samples; set one: pretrain.text=1000")
     blind = [f"{stage}/{maker.name}" for stage, maker, _ in todo if maker.screen is not None]
     if blind and (config.browser == "none" or find_chromium() is None):
         message = f"no Chromium: {', '.join(blind)} cannot be made"

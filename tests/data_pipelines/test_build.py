@@ -28,6 +28,7 @@ from mmagent.chat import Image, Text, Thinking, ToolCall, assistant, user
 from mmagent.geometry import GeometryConfig
 from mmagent.records import Record, from_sample, to_sample
 from mmagent.vocab import Vocab
+from mmagent.worlds.questions import WEIGHTS
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
@@ -258,3 +259,11 @@ def test_texts_of_a_record_are_all_it_says():
     turns = (user(Image(), "q"), assistant(Thinking("t"), "a", ToolCall("f", {"k": "v"})))
     assert list(texts_of(Record("k", "s", turns))) == ["q", "t", "a", "f", "k", "v"]
     assert list(texts_of(Record("k", "s", parts=(Text("x"), Image(), Text("y"))))) == ["x", "y"]
+
+
+def test_counts_and_weights_of_0_are_told_as_such(tmp_path):
+    """And not as a vocabulary that is missing, or by records that ask nothing."""
+    with pytest.raises(BuildError, match=r"nothing to build: .* want 0 samples; set one: pretrain\.text=1000"):
+        build(small(tmp_path, text=0, captions=0))
+    with pytest.raises(ValueError, match="ask: no kind of question has a weight above 0; there are locate"):
+        BuildConfig(ask=dict.fromkeys(WEIGHTS, 0.0))
