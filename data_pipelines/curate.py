@@ -266,7 +266,7 @@ class _bar:
     """``with _bar(...) as report``: progress on stderr with the time left, from the third second on."""
 
     def __init__(self, what: str, total: int, unit: str = "sample"):
-        self._bar = tqdm(total=total, desc=what, unit=unit, delay=2.0, smoothing=0.05, leave=False)
+        self._bar = tqdm(total=total, desc=what, unit=unit, delay=2.0, smoothing=0.05)
 
     def __enter__(self) -> _bar:
         return self

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from mmagent.retries import TRANSIENT, retried
 
 TABLES = tuple(f"{name}{end}" for name in ("captions", "metadata") for end in (".json", ".jsonl", ".csv"))
 MAPS = ("mask", "depth")
+_QUOTED = re.compile(r'"[^"]*"?')
+_HEADER = 1 << 16  # characters of a CSV file in which its header is looked for
 _FILE, _TEXT = ("file_name", "image", "file"), ("text", "caption", "texts", "captions")
 
 
@@ -118,6 +121,13 @@ class ImageFolder:
 def lines(text: str) -> tuple[str, ...]:
     """Captions as they lie in a text file: one a line."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def delimiter_of(header: str) -> str:
+    """What stands between the columns of a CSV file by its first line: a comma, or what spreadsheets write instead (a
+    semicolon, a tab, a bar) where there is none outside of quotes."""
+    plain = _QUOTED.sub("", header)
+    return "," if "," in plain else max(",;\t|", key=plain.count)
 
 
 def image_files(root: Path) -> Iterator[str]:
@@ -242,7 +252,7 @@ def read_table(path: Path) -> Iterator[tuple[str, tuple[str, ...], str | int | N
 def _rows(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        return list(csv.DictReader(io.StringIO(text), delimiter=delimiter_of(text[:_HEADER].partition("\n")[0])))
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.splitlines() if line.strip()]
     body = json.loads(text)

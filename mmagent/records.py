@@ -23,6 +23,7 @@ import io
 import json
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 _MOVING = ("PNG", "WEBP", "GIF")  # may hold animations; a second picture in a JPEG is a preview or a depth map
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _NUMBER = re.compile(r"[0-9]{1,18}")  # of an image; a name may have more digits than can be read
+warnings.simplefilter("ignore", PILImage.DecompressionBombWarning, append=True)  # _open refuses what it warns of
 _KEY = re.compile(r"(?:[^/\\\0\n]+/)*[^./\\\0\n]+")
 _UNREADABLE = (  # what Pillow raises for bytes that are no image, or no longer one
     UnidentifiedImageError,

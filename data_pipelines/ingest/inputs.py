@@ -14,10 +14,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.image_folder import lines
+from data_pipelines.image_folder import delimiter_of, lines
 from data_pipelines.ingest.files import MAX_FILE, RefusedError, Root, key_of
 from data_pipelines.ingest.pdf import MAX_PAGES, PdfPage, read_pages
 from data_pipelines.shards import MAX_SAMPLE, parse_sample
@@ -463,7 +464,10 @@ def csv_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], int]]:
     refuses come as a row with a problem."""
     csv.field_size_limit(_MAX_CELL)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(_bounded(file), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        parts = _bounded(file)
+        header = next(parts, "")
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter_of(header)
+        reader = csv.DictReader(chain([header], parts), delimiter=delimiter)
         while True:
             try:
                 row = next(reader, None)

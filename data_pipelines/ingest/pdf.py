@@ -53,7 +53,7 @@ def read_pages(data: bytes, start: int = 0, dpi: int = 144) -> Iterator[PdfPage 
     try:
         document = pdfium.PdfDocument(data)
     except pdfium.PdfiumError as error:
-        yield RefusedError("pdf", f"cannot be opened: {error}")
+        yield RefusedError("pdf", f"is damaged, locked or no PDF, and cannot be opened: {error}")
         return
     try:
         count = len(document)

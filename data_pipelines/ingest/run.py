@@ -158,8 +158,11 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                 raise SourceError(f"{folder} was begun with {name} {was}, now it is {now}; choose another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
-        raise SourceError(f"{folder} holds shards that were not written by this command; choose another folder")
+    if there := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise SourceError(
+            f"{folder} holds what was not written by this command ({there[0]}{more}); choose an empty folder"
+        )
     write_text(path, json.dumps(wanted, indent=1) + "\n")
 
 
@@ -184,7 +187,12 @@ def _recognise(config: IngestConfig, found: Input, say: Callable[[str], None]) -
     problem = next((seen.problem for seen in rows if seen.problem), "")
     if problem and not columns:  # nothing that can be read: the report will say what
         say(f"{found.place.name}: none of the first {len(rows)} rows can be read: {problem}")
-        return "messages"
+        return "captions" if found.kind in ("images", "videos", "pdf") else "messages"
+    if any(mark in name for name in columns for mark in ";\t|") and found.place.path.lower().endswith((".csv", ".tsv")):
+        raise SourceError(
+            f"{found.place.name}: the header is read as {', '.join(map(repr, columns))}: other marks stand between its "
+            "columns than commas (tabs in a .tsv); write it anew with those"
+        )
     raise SourceError(
         f"{found.place.name}: no style is recognised by the columns {', '.join(columns) or '(none)'}; choose "
         f"--style of {', '.join(STYLES)}, or call columns by their usual names with --column"

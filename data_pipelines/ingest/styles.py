@@ -183,6 +183,8 @@ class _Reader:
     def _captions(self) -> tuple[Record, ...]:
         """A record for each text about the image."""
         parts, images = self._seen()
+        if not _has(self.cells, _TEXT):
+            raise RefusedError("text", self._uncaptioned())
         texts = [self._string(text, "text").strip() for text in _plain_list(self.take(*_TEXT, reason="text"))]
         if not any(texts):
             raise RefusedError("text", "is empty")
@@ -191,6 +193,14 @@ class _Reader:
         return tuple(
             self._about(parts, images, text, f"#{n}" if len(said) > 1 else "", boxes) for n, text in enumerate(said, 1)
         )
+
+    def _uncaptioned(self) -> str:
+        """What to do about an image without a text, which ``--prompt`` cannot replace."""
+        if isinstance(self.cells.get("image"), EncodedImage):
+            return "the page has no text layer (a scan?): run OCR first, as ocrmypdf; --prompt only adds a question"
+        if self.row.where in [ascii(file)[1:-1] for file in self.cells.values()]:  # of a folder, nothing beside it
+            return "no caption: put one into NAME.txt or NAME.json beside it, or a table; --prompt only adds a question"
+        return f"no caption in {', '.join(_TEXT)}: call its column text with --column text=COLUMN"
 
     def _about(
         self, parts: list[Part], images: list[EncodedImage], text: str, number: str, boxes: tuple[Region, ...]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from data_pipelines.ingest.files import RefusedError, refused_file
-from data_pipelines.ingest.inputs import Bad, InputTask, ParquetTask, Raw, Row
+from data_pipelines.ingest.files import RefusedError, key_of, refused_file
+from data_pipelines.ingest.inputs import RECORD, Bad, InputTask, ParquetTask, Raw, Row
 from data_pipelines.ingest.styles import StyleConfig, read_row, recognise
 from data_pipelines.shards import EncodedSample, encode_sample
 from mmagent.records import RecordError
+
+_IDS = ("id", "_id", "uid", "uuid", "sample_id", "question_id")
+_ID_CHARACTERS = 100  # of an id that a key keeps: keys are names of files
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def _as_refused(error: Exception) -> RefusedError:
 def _answer(raw: Raw, style: StyleConfig) -> Answer:
     if isinstance(raw, Bad):
         return Answer((Refused(raw.key, raw.where, raw.error.reason, raw.error.problem, raw.rows),))
+    raw, column = _named(raw, style)
     try:
         read = read_row(raw, style)
         made = tuple(
@@ -111,7 +115,21 @@ def _answer(raw: Raw, style: StyleConfig) -> Answer:
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         refused = _as_refused(error) if not isinstance(error, RecursionError) else RefusedError("json", "is too deep")
         return Answer((Refused(raw.key, raw.where, refused.reason, refused.problem),))
-    return Answer(made, read.aside)
+    return Answer(made, tuple(name for name in read.aside if name != column))
+
+
+def _named(row: Row, style: StyleConfig) -> tuple[Row, str]:
+    """A row whose key ends with the id that its owner gave it, and the column of that: ``data-jsonl/00000007-ID``. The
+    number before it keeps keys apart, whatever the ids are."""
+    if RECORD in row.cells:
+        return row, ""
+    for name in (style.columns.get("id", _IDS[0]), *_IDS[1:]):
+        value = row.cells.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool) and (told := str(value).strip()):
+            told = key_of(told[:_ID_CHARACTERS], extension=False).replace("/", "%2F").replace(".", "%2E")
+            same = row.key.rpartition("/")[2] == told  # a tar's key, say
+            return (row if same else replace(row, key=f"{row.key}-{told}")), name
+    return row, ""
 
 
 def lost(job: Job, row: int, problem: str, rest: bool) -> Answer:

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ingest_kit import members
+from tqdm import tqdm
 
+from data_pipelines import curate as curate_module
 from data_pipelines.balancing import BalanceRules, factors
 from data_pipelines.curate import CurateConfig, curate, find_sets, main
 from data_pipelines.filters import PictureRules, TextRules
@@ -358,3 +360,15 @@ def test_a_card_tells_of_pixels_that_nobody_decoded(mixed, tmp_path):
     rules = ScanRules(duplicates=DuplicateRules(remove=False))
     assert curate(config(tmp_path / "to", mixed / "pages", rules=rules)).kept == 8
     assert "broken: images[0]: cannot decode image" in (tmp_path / "to/pages/card.html").read_text(encoding="utf-8")
+
+
+def test_a_bar_that_was_shown_ends_with_its_line(capsys, monkeypatch):
+    """What is printed next would stand behind it."""
+    monkeypatch.setattr(curate_module, "tqdm", _at_once)
+    with curate_module._bar("looking at samples", 2) as report:
+        report(2)
+    assert capsys.readouterr().err.endswith("\n")
+
+
+def _at_once(**options):
+    return tqdm(**{**options, "delay": 0.0})

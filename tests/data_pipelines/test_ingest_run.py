@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ingest_kit import encoded, members, records, run
+from ingest_kit import encoded, members, pdf, records, run
 
 from data_pipelines.documents import read_quarantine
 from data_pipelines.ingest.__main__ import main
@@ -108,7 +108,7 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "rows.jsonl: read as llava, as" in out
     assert "60 rows read: 46 records written" in out
-    assert "columns that no record holds: id (46)" in out
+    assert "columns that no record holds" not in out  # the id is in the keys
     assert "path: * cannot be opened: No such file or directory" in out
     assert "23.33% refused, more than --max-share 1.00%" in err
     lines = read_quarantine(tmp_path / "to" / REFUSED)
@@ -134,7 +134,7 @@ def test_a_folder_is_for_one_ingestion(tmp_path):
     with pytest.raises(SourceError, match="was begun with prompt"):
         run([tmp_path / "a.jsonl"], tmp_path / "to", prompt="What?")
     (tmp_path / "to/ingest.json").unlink()
-    with pytest.raises(SourceError, match="holds shards that were not written by this command"):
+    with pytest.raises(SourceError, match="holds what was not written by this command"):
         run([tmp_path / "a.jsonl"], tmp_path / "to")
 
 
@@ -299,3 +299,86 @@ def test_names_of_images_in_capitals_have_their_captions_beside_them(tmp_path):
     (tmp_path / "data/A.PNG").write_bytes(encoded())
     (tmp_path / "data/A.json").write_text(json.dumps({"caption": "said"}))
     assert run([tmp_path / "data"], tmp_path / "to")["records"] == 1
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path):
+    """In place of shards among somebody's files. An empty one is taken, and hidden files are no content."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/.gitkeep").touch()
+    run([tmp_path / "a.jsonl"], tmp_path / "to")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/thesis.txt").write_text("x")
+    with pytest.raises(SourceError, match=r"not written by this command \(thesis\.txt\); choose an empty folder"):
+        run([tmp_path / "a.jsonl"], tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
+
+
+def test_records_and_refusals_name_the_ids_that_rows_have(tmp_path):
+    rows = [
+        {"id": "user-7", "text": "a"},
+        {"id": "a/b.c", "text": 3},
+        {"id": 9, "text": "b"},
+        {"id": "user-7", "text": "again"},
+        {"id": True, "text": "c"},
+        {"text": "d"},
+        {"_id": " ", "uid": "x" * 300, "text": "e"},
+        {"id": None, "name": "mine", "text": "f"},
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = run([tmp_path / "mine.jsonl"], tmp_path / "to")
+    assert [record.key.removeprefix("mine-jsonl/") for record in records(tmp_path / "to")] == [
+        "00000001-user-7", "00000003-9", "00000004-user-7", "00000005", "00000006", f"00000007-{'x' * 100}", "00000008",
+    ]  # fmt: skip
+    (line,) = (tmp_path / "to" / REFUSED).read_text().splitlines()
+    assert json.loads(line)["key"] == "mine-jsonl/00000002-a%2Fb%2Ec"
+    assert json.loads(line)["shard"] == "mine.jsonl:2"
+    assert report["aside"] == {"id": 2, "_id": 1, "name": 1}  # a flag and two empty ones, and what nobody called an id
+    run([tmp_path / "mine.jsonl"], tmp_path / "named", columns={"id": "name"})
+    assert records(tmp_path / "named")[-1].key == "mine-jsonl/00000008-mine"
+
+
+def test_an_id_that_a_key_has_already_is_not_told_twice(tmp_path):
+    body = json.dumps({"id": "s1", "text": "x"}).encode()
+    members(tmp_path / "a.tar", {"s1.json": body})
+    run([tmp_path / "a.tar"], tmp_path / "to")
+    assert [record.key for record in records(tmp_path / "to")] == ["a-tar/s1"]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_a_csv_is_read_with_the_mark_that_its_header_has(tmp_path, mark):
+    lines = [f'question{mark}"answer"', f'"Which,;|\tone?"{mark}this']
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    run([tmp_path / "a.csv"], tmp_path / "to")
+    (record,) = records(tmp_path / "to")
+    assert [message.parts[0].text for message in record.messages] == ["Which,;|\tone?", "this"]
+
+
+def test_a_csv_with_another_mark_is_told_of_it(tmp_path):
+    (tmp_path / "a.tsv").write_text("question;answer\na;b\n")
+    with pytest.raises(
+        SourceError, match=r"a\.tsv: the header is read as 'question;answer': other marks .* write it anew"
+    ):
+        run([tmp_path / "a.tsv"], tmp_path / "to")
+
+
+def test_what_has_no_caption_is_told_what_to_do(tmp_path):
+    """``--prompt`` makes a question of a caption, and cannot stand for one."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(encoded())
+    report = run([tmp_path / "images"], tmp_path / "to", prompt="What is it?")
+    assert list(report["kinds"]) == [
+        "text: no caption: put one into NAME.txt or NAME.json beside it, or a table; --prompt only adds a question"
+    ]
+    (tmp_path / "scan.pdf").write_bytes(pdf(["0 0 100 100 re f"]))
+    report = run([tmp_path / "scan.pdf"], tmp_path / "pages")
+    (kind,) = report["kinds"]
+    assert kind.startswith("text: the page has no text layer (a scan?): run OCR first")
+    assert "--prompt" in kind
+
+
+def test_a_broken_pdf_is_not_read_as_messages(tmp_path):
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 and no more")
+    report = run([tmp_path / "broken.pdf"], tmp_path / "to")
+    assert report["inputs"][0]["style"] == "captions"
+    assert next(iter(report["kinds"])).startswith("pdf: is damaged, locked or no PDF, and cannot be opened")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -443,3 +445,17 @@ def test_an_orientation_that_is_none_turns_nothing():
     PILImage.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
     image = check_image(buffer.getvalue(), "k")
     assert image_size(image, "k") == decode_image(image.data, "k").shape[:2] == (20, 40)
+
+
+def test_pillow_says_nothing_of_what_is_refused_anyway():
+    """Its warning would stand on a user's terminal beside the refusal. In a process of its own: the test runner has
+    filters of warnings itself."""
+    script = (
+        "import io; from PIL import Image; from mmagent.records import check_image, RecordError\n"
+        "data = io.BytesIO(); Image.new('1', (10_000, 9_500)).save(data, 'PNG')\n"
+        "try: check_image(data.getvalue(), 'key')\n"
+        "except RecordError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "95000000 pixels exceed the limit" in done.stdout
+    assert done.stderr == ""

@@ -69,7 +69,7 @@ def inspect(config: InspectConfig) -> Path:
         for name in ("blocks", "images"):
             (folder / name).mkdir()
         writer = _Writer(shards, folder, vocab, geometry)
-        with tqdm(numbers, desc="samples", unit="sample", delay=2.0, leave=False, file=sys.stderr) as bar:
+        with tqdm(numbers, desc="samples", unit="sample", delay=2.0, file=sys.stderr) as bar:
             for n in bar:
                 writer.add(n)
         writer.flush()
