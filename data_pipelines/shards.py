@@ -308,6 +308,14 @@ def find_shards(location: str) -> list[Path]:
     return found
 
 
+def shard_sets(location: str) -> list[str]:
+    """The shard sets of a location: of a folder without shards its sub-folders that hold some, by name; else itself."""
+    path = Path(location)
+    if not path.is_dir() or any(path.glob("*.tar")):
+        return [location]
+    return sorted({str(tar.parent) for tar in path.glob("*/*.tar")}) or [location]
+
+
 def parse_sample(data: bytes, where: str) -> dict[str, Any]:
     """``__key__`` and the members of one sample by extension, from their bytes in the tar. Raises
     :class:`~mmagent.records.RecordError`; ``where`` names the sample as long as its key is not known."""

@@ -2,10 +2,11 @@
 
     python -m data_pipelines.validate LOCATION... [--decode] [--tokenizer PATH] [options]
 
-A LOCATION is a folder of shards, a glob or one tar. Of every shard: whether it is whole, and its index fits it. Of
-every sample: its bytes against the index's checksum, the record and all its fields, the headers of its images and that
-boxes and points lie in them; with --decode every pixel; with --tokenizer, that it can be rendered for training. Over
-all LOCATIONs: that no key is there twice. Nothing is changed, but an index that is missing or damaged is made anew.
+A LOCATION is a folder of shards or of such folders, a glob or one tar. Of every shard: whether it is whole, and its
+index fits it. Of every sample: its bytes against the index's checksum, the record and all its fields, the headers of
+its images and that boxes and points lie in them; with --decode every pixel; with --tokenizer, that it can be rendered
+for training. Over all LOCATIONs: that no key is there twice. Nothing is changed, but an index that is missing or
+damaged is made anew.
 
 Exit status: 0; 1 when more than --max-share of the samples have something wrong; 2 for a location that holds no shard.
 """
@@ -20,7 +21,7 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from data_pipelines.ingest.report import Tally, kind_lines
 from data_pipelines.ingest.work import Refused
-from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, open_index, scan
+from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, open_index, scan, shard_sets
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.records import Record, RecordError, decode_image, from_sample, validate
 
@@ -115,16 +116,24 @@ def lost(task: Samples, row: int, problem: str, rest: bool) -> Refused:
 
 @dataclass
 class Findings:
-    """Of all samples: ``tally`` counts what is wrong, ``sources`` how many records each has."""
+    """Of all samples: ``tally`` counts what is wrong, ``sources`` how many records each has; ``sound`` and ``bad`` are
+    by shard set."""
 
     tally: Tally
     sources: Counter[str]
+    sound: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
     regions: int = 0
     tokens: int = 0
 
     @property
     def wrong(self) -> int:
         return self.tally.refused
+
+    def refuse(self, refused: Refused, location: str) -> None:
+        """Count what is wrong with a sample of the set at ``location``."""
+        self.tally.refuse(refused)
+        self.bad[location] += 1
 
 
 def examine(
@@ -134,15 +143,22 @@ def examine(
     limits: LimitsConfig | None = None,
     progress: bool = False,
 ) -> Findings:
-    """Check everything. Raises :class:`~data_pipelines.shards.ShardError` for a location without a sample."""
+    """Check everything in ``locations``, which may be folders of shard sets. Raises
+    :class:`~data_pipelines.shards.ShardError` for a location without a sample."""
     _opened.cache_clear()  # shards may have changed since somebody asked before
+    locations = [each for location in locations for each in shard_sets(location)]
+    of = {str(path): location for location in locations for path in find_shards(location)}
     paths = [path for location in locations for path in find_shards(location)]
     found = Findings(Tally(), Counter())
-    for problem in (problem for path in paths for problem in _index(path)):
-        found.tally.refuse(problem)
+    for path in paths:
+        for problem in _index(path):
+            found.refuse(problem, of[str(path)])
     sets = [ShardSet(location) for location in locations]
-    for torn in (torn for shards in sets for torn in shards.torn):
-        found.tally.refuse(Refused("", f"{torn.shard}@{torn.offset}", "torn shard", torn.problem))
+    for shards in sets:
+        found.sound[shards.location] = 0
+        for torn in shards.torn:
+            problem = Refused("", f"{torn.shard}@{torn.offset}", "torn shard", torn.problem)
+            found.refuse(problem, shards.location)
     keys = array("Q")
     places: list[tuple[Path, int]] = []  # of every tar with samples, and how many there are before it
     before = 0
@@ -154,16 +170,17 @@ def examine(
     total = sum(map(len, sets))
     bar = tqdm(total=total, desc="validate", unit="sample", file=sys.stderr, disable=not progress, delay=2.0)
     with bar:
-        for _, _, answer in in_order(work, lost, _tasks(path for path, _ in places), limits or LimitsConfig()):
+        for job, _, answer in in_order(work, lost, _tasks(path for path, _ in places), limits or LimitsConfig()):
             if isinstance(answer, Refused):
-                found.tally.refuse(answer)
+                found.refuse(answer, of[job.path])
                 keys.append(0)
             else:
                 _count(found, answer)
+                found.sound[of[job.path]] += 1
                 keys.append(answer.key)
             bar.update()
     for again in _repeated(np.frombuffer(keys, np.uint64) if keys else np.zeros(0, np.uint64), places):
-        found.tally.refuse(again)
+        found.refuse(again, of.get(again.where.rpartition("@")[0], ""))
     return found
 
 
@@ -219,7 +236,7 @@ def _repeated(keys: np.ndarray, places: Sequence[tuple[Path, int]]) -> Iterator[
 
 def table(found: Findings, locations: Sequence[str]) -> str:
     """What was found, as lines for a terminal."""
-    tally = found.tally
+    tally, several = found.tally, len(found.sound) > 1
     wrong = f"{tally.refused} things wrong" if tally.refused != 1 else "1 thing wrong"
     lines = [
         f"{', '.join(locations)}: {tally.records} sound records ({tally.conversations} conversations, "
@@ -227,6 +244,7 @@ def table(found: Findings, locations: Sequence[str]) -> str:
         + (f", {found.tokens} tokens" if found.tokens else "")
         + f"), {wrong} ({tally.share:.2%})",
         "sources: " + ", ".join(f"{name} {count}" for name, count in found.sources.most_common(20)),
+        *(f"  {name}: {sound} sound, {found.bad[name]} wrong" for name, sound in found.sound.items() if several),
         *kind_lines(tally),
     ]
     return "\n".join(lines)
@@ -237,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m data_pipelines.validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     processes = min(os.cpu_count() or 1, 8)
-    parser.add_argument("locations", nargs="+", metavar="LOCATION", help="folders of shards, globs or tars")
+    parser.add_argument("locations", nargs="+", metavar="LOCATION", help="shards, or folders of shard sets")
     parser.add_argument("--decode", action="store_true", help="decode every image")
     parser.add_argument("--tokenizer", default="", metavar="PATH", help="render every record with this tokenizer.json")
     parser.add_argument("--max-share", type=float, default=0.0, metavar="SHARE", help="wrong of all (default: 0)")
@@ -258,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(table(found, args.locations))
     if args.json:
-        body = {"sources": dict(found.sources), "regions": found.regions, "tokens": found.tokens, **found.tally.state()}
+        by_set = {name: {"sound": sound, "wrong": found.bad[name]} for name, sound in found.sound.items()}
+        counts = {"sources": dict(found.sources), "regions": found.regions, "tokens": found.tokens}
+        body = {"sets": by_set, **counts, **found.tally.state()}
         args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     return int(found.tally.share > args.max_share)
 

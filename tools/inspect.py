@@ -2,7 +2,8 @@
 
     python tools/inspect.py SHARDS [--to FOLDER] [--tokenizer T] [--packs N] [--samples N]
 
-SHARDS is a folder, glob or tar. FOLDER/index.html (default: inspection) opens in any browser, from disk: fifty samples
+SHARDS is a folder of shards, a glob or tar, or a folder of such folders, each of which gets pages of its own by its
+name. FOLDER/index.html (default: inspection) opens in any browser, from disk: fifty samples
 at a time, chosen by source, task and key. With a tokenizer (a tokenizer.json, or the folder that holds one) every
 sample shows its tokens: trained or not, control tokens, pictures folded. ``--packs`` packs as training does, and shows
 where documents end, their positions, and how full the packs are. All samples are shown, or ``--samples`` drawn evenly.

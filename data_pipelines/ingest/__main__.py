@@ -5,8 +5,9 @@
 A SOURCE is a file, or a folder of files: images (captions beside them in NAME.txt, one a line, or in NAME.json, or in a
 table), JSON lines, JSON lists, CSV, TSV, parquet, webdataset tars, PDF, videos; a data set that `datasets` saved; or
 datasets:ID[:SPLIT] for one that it loads. The style of the rows is recognised by their columns and said; --style names
-another. FOLDER gets the shards, report.json, report.html, and refused.jsonl with every row that was refused. Nothing is
-downloaded, and no file outside of a SOURCE is read. Killed, the same command goes on and ends with the same bytes.
+another. The id of a row stands at the end of its record's key. FOLDER, which is new or empty, gets the shards,
+report.json, report.html, and refused.jsonl with every row that was refused. Nothing is downloaded, and no file outside
+of a SOURCE is read. Killed, the same command goes on and ends with the same bytes.
 
 Exit status: 0; 1 when more than --max-share was refused, or nothing was written; 2 for a source that cannot be read.
 """

@@ -132,3 +132,22 @@ def test_a_tar_without_a_whole_sample_is_one_wrong_thing_of_its_set(tmp_path):
     assert wrong(tmp_path) == {"torn shard: empty file": 1}
     (tmp_path / "shard-00003.tar").write_bytes((tmp_path / "shard-00001.tar").read_bytes())
     assert [kind.count for name, kind in look(tmp_path).tally.kinds.items() if name.startswith("key")] == [2]
+
+
+def test_a_folder_of_sets_is_checked_set_by_set(tmp_path, capsys):
+    write(tmp_path / "sets" / "a", range(3))
+    path = write(tmp_path / "sets" / "b", range(3, 5)) / "shard-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    assert main([str(tmp_path / "sets"), "--processes", "0", "--json", str(tmp_path / "found.json")]) == 1
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/sets/a: 3 sound, 0 wrong" in out
+    assert f"{tmp_path}/sets/b: 1 sound, 1 wrong" in out
+    by_set = json.loads((tmp_path / "found.json").read_text())["sets"]
+    assert {Path(name).name: counts for name, counts in by_set.items()} == {
+        "a": {"sound": 3, "wrong": 0},
+        "b": {"sound": 1, "wrong": 1},
+    }
+    assert main([str(tmp_path)]) == 2
+    assert "no shard" in capsys.readouterr().err

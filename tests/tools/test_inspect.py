@@ -178,3 +178,20 @@ def test_plain_text_has_no_pictures(tmp_path):
         writer.write(Record("t", "text", parts=(Text("one"),)))
     assert main([str(tmp_path / "text"), "--to", str(tmp_path / "out")]) == 0
     assert not list((tmp_path / "out/images").iterdir())
+
+
+def test_a_folder_of_sets_has_pages_for_each_by_its_name(tmp_path, capsys):
+    for name, count in (("words", 2), ("a b&c", 3)):
+        with ShardWriter(tmp_path / "sets" / name) as writer:
+            for n in range(count):
+                writer.write(Record(f"{name}-{n}", name, parts=(Text("one"),)))
+    for _ in range(2):  # the second takes the place of the first
+        assert main([str(tmp_path / "sets"), "--to", str(tmp_path / "out")]) == 0
+    first = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    assert '<a href="a%20b%26c/index.html">a b&amp;c</a>' in first
+    assert "3 samples" in (tmp_path / "out/a b&c/index.html").read_text(encoding="utf-8")
+    assert "2 samples" in (tmp_path / "out/words/index.html").read_text(encoding="utf-8")
+    (tmp_path / "out/thesis.txt").touch()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "sets"), "--to", str(tmp_path / "out")])
+    assert "holds something else" in capsys.readouterr().err

@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from data_pipelines.documents import DocumentBuilder
 from data_pipelines.record_view import Shot, record_view
-from data_pipelines.shards import ShardSet
+from data_pipelines.shards import ShardSet, shard_sets
 from mmagent.chat import ChatConfig
 from mmagent.files import new_folder
 from mmagent.geometry import GeometryConfig
@@ -37,12 +38,14 @@ BLOCK = 50
 """Samples of a block, and of a page."""
 LONGEST = 2048
 """Pictures with a longer side are shown scaled down to it."""
+_SETS = "sets.json"  # in the folder of several sets: their names
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """``shards`` to ``to``; ``samples`` 0 shows all. ``packs`` and the tokens of samples need a ``tokenizer``."""
+    """``shards``, a set or a folder of sets, to ``to``; ``samples`` 0 shows all. ``packs`` and the tokens of samples
+    need a ``tokenizer``."""
 
     shards: str
     to: Path
@@ -58,27 +61,56 @@ def inspect(config: InspectConfig) -> Path:
     tokenizer that are none, or a folder that holds anything else."""
     if config.packs and not config.tokenizer:
         raise ValueError("--packs: packing counts tokens; name a --tokenizer")
-    if config.to.exists() and not (config.to / "blocks").is_dir() and any(config.to.iterdir()):
+    if config.to.exists() and any(config.to.iterdir()) and not _is_ours(config.to):
         raise ValueError(f"--to {config.to}: holds something else; choose another folder")
+    sets = shard_sets(config.shards)
+    with new_folder(config.to) as folder:
+        if sets == [config.shards]:
+            _write_site(config, folder)
+        else:
+            rows = []
+            for at in sets:
+                name = Path(at).name
+                (folder / name).mkdir()
+                total = _write_site(replace(config, shards=at), folder / name)
+                link = Markup('<a href="{}/index.html">{}</a>').format(quote(name), name)
+                rows.append({"set": link, "samples": total})
+            told = pieces.page(f"Inspection: {Path(config.shards).name}", [pieces.Section("Sets", pieces.table(rows))])
+            (folder / "index.html").write_text(told, encoding="utf-8")
+            (folder / _SETS).write_text(json.dumps([Path(at).name for at in sets]), encoding="utf-8")
+    return config.to / "index.html"
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether what stands there was written by an inspection, and nothing else."""
+    if (folder / "blocks").is_dir():
+        return True
+    if not (folder / _SETS).is_file():
+        return False
+    sets = json.loads((folder / _SETS).read_text(encoding="utf-8"))
+    return {path.name for path in folder.iterdir()} <= {"index.html", _SETS, *sets}
+
+
+def _write_site(config: InspectConfig, folder: Path) -> int:
+    """The pages of one set; how many samples it has."""
     shards = ShardSet(config.shards)
     vocab = Vocab.load(config.tokenizer) if config.tokenizer else None
     geometry = GeometryConfig()
     total = len(shards)
     numbers = sorted({int(n) for n in np.linspace(0, total - 1, min(config.samples or total, total))})
-    with new_folder(config.to) as folder:
-        for name in ("blocks", "images"):
-            (folder / name).mkdir()
-        writer = _Writer(shards, folder, vocab, geometry)
-        with tqdm(numbers, desc="samples", unit="sample", delay=2.0, file=sys.stderr) as bar:
-            for n in bar:
-                writer.add(n)
-        writer.flush()
-        if vocab is not None and config.packs:
-            budget = Size(config.tokens_per_pack, config.patches_per_pack)
-            told = pack_page(config.shards, config.packs, budget, vocab, geometry)
-            (folder / "packs.html").write_text(told, encoding="utf-8")
-        (folder / "index.html").write_text(_shell(config, writer.index, total), encoding="utf-8")
-    return config.to / "index.html"
+    for name in ("blocks", "images"):
+        (folder / name).mkdir()
+    writer = _Writer(shards, folder, vocab, geometry)
+    with tqdm(numbers, desc=Path(config.shards).name, unit="sample", delay=2.0, file=sys.stderr) as bar:
+        for n in bar:
+            writer.add(n)
+    writer.flush()
+    if vocab is not None and config.packs:
+        budget = Size(config.tokens_per_pack, config.patches_per_pack)
+        told = pack_page(config.shards, config.packs, budget, vocab, geometry)
+        (folder / "packs.html").write_text(told, encoding="utf-8")
+    (folder / "index.html").write_text(_shell(config, writer.index, total), encoding="utf-8")
+    return total
 
 
 class _Writer:
