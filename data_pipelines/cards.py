@@ -171,7 +171,7 @@ def _tables(summary: Summary) -> Markup:
     parts = []
     for title, counts in (("source", summary.sources), ("task", summary.tasks), ("picture format", summary.formats)):
         rows = [
-            {title: name, "samples": count, "share": f"{count / max(counts.total(), 1):.1%}"}
+            {title: name, "samples": count, "share, %": round(100 * count / max(counts.total(), 1), 1)}
             for name, count in counts.most_common(_ROWS)
         ]
         rest = len(counts) - len(rows)

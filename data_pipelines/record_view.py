@@ -21,7 +21,12 @@ from mmagent.records import Record, Region, decode_image
 TEXT = 4000
 """Characters of one part that are shown."""
 LABELLED = 8
-"""Up to so many regions of one picture have their labels written beside them; all have them under the pointer."""
+"""Up to so many regions of one picture have their labels written beside them, or below the picture where they would
+cover too much of it; all have them under the pointer."""
+_COVERED = 0.05  # of a picture, by the labels written on it
+_CUT = 24  # characters of a label that are written on a picture
+_SMALL, _ENLARGED, _TALLEST, _CARD = 240, 6.0, 640, 320  # pixels on the page: below it enlarged, at most, height, width
+_LETTER = 0.62  # of its height is the width of one
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,25 @@ def inline_shots(record: Record, longest: int = 480) -> Callable[[int], Shot]:
 
 
 def figure(shot: Shot, regions: Sequence[Region] = (), caption: str = "") -> Markup:
-    """A picture with its regions; their labels stand beside them, and under the pointer."""
-    unit = max(min(shot.width, shot.height), 96) / 160
-    drawn = [_region(region, unit, shot, len(regions) <= LABELLED) for region in regions]
+    """A picture with its regions; their labels stand beside them, and under the pointer. A small one is enlarged, so
+    that what is marked on it can be seen."""
+    scale = min(_ENLARGED, max(1.0, _SMALL / max(shot.width, shot.height)), _TALLEST / shot.height)
+    wide = max(round(shot.width * scale), 1)
+    unit = 1.5 * shot.width / min(wide, _CARD)  # one and a half pixels on the page, in pixels of the picture
+    labels = [region.label if len(regions) <= LABELLED else "" for region in regions]
+    letters = sum(min(len(label), _CUT) for label in labels)
+    apart = letters * _LETTER * _size(unit) ** 2 > _COVERED * shot.width * shot.height
+    told = [str(n) if apart and any(labels) else label for n, label in enumerate(labels, 1)]
+    drawn = [_region(region, unit, shot, label) for region, label in zip(regions, told, strict=True)]
+    listed = Markup("<ol>{}</ol>").format(join(Markup("<li>{}</li>").format(label or "(no label)") for label in labels))
     return Markup(
-        '<figure class="shot"><div style="--wide: {w}px">'
+        '<figure class="shot {kind}"><div style="--wide: {wide}px">'
         '<img src="{src}" width="{w}" height="{h}" alt="{alt}" loading="lazy">'
-        '<svg viewBox="0 0 {w} {h}" aria-hidden="true">{drawn}</svg></div>{caption}</figure>'
+        '<svg viewBox="0 0 {w} {h}" aria-hidden="true">{drawn}</svg></div>{listed}{caption}</figure>'
     ).format(
+        kind="small" if scale > 1 else "",
+        wide=wide,
+        listed=listed if apart else "",
         src=shot.address,
         w=shot.width,
         h=shot.height,
@@ -71,7 +87,13 @@ def figure(shot: Shot, regions: Sequence[Region] = (), caption: str = "") -> Mar
     )
 
 
-def _region(region: Region, unit: float, shot: Shot, labelled: bool) -> Markup:
+def _size(unit: float) -> float:
+    """Height of the letters of a label."""
+    return 6.5 * unit
+
+
+def _region(region: Region, unit: float, shot: Shot, label: str) -> Markup:
+    """One region, with ``label`` written on the picture: above it, or below where it is at the upper edge."""
     x, y = region.coordinates[:2]
     if len(region.coordinates) == 4:
         right, bottom = region.coordinates[2:]
@@ -84,14 +106,17 @@ def _region(region: Region, unit: float, shot: Shot, labelled: bool) -> Markup:
             '<circle class="halo" cx="{x:.1f}" cy="{y:.1f}" r="{r:.2f}" stroke-width="{b:.2f}"/>'
             '<circle class="region" cx="{x:.1f}" cy="{y:.1f}" r="{r:.2f}" stroke-width="{s:.2f}"/>'
         ).format(x=x, y=y, r=4 * unit, b=2.4 * unit, s=1.2 * unit)
-    size = 6.5 * unit
+    size = _size(unit)
     name = Markup("")
-    if labelled and region.label:
-        cut = region.label if len(region.label) <= 24 else region.label[:23] + "…"
-        left = min(x, max(shot.width - 0.62 * size * len(cut), 0))
+    if label:
+        cut = label if len(label) <= _CUT else label[: _CUT - 1] + "…"
+        beside = x if len(region.coordinates) == 4 else x + 5 * unit  # of a circle
+        left = min(beside, max(shot.width - _LETTER * size * len(cut), 0))
+        below = region.coordinates[-1] + 1.2 * size
+        base = below if y - 1.5 * unit < size and below < shot.height else max(y - 1.5 * unit, size)
         name = Markup(
             '<text class="label" x="{:.1f}" y="{:.1f}" style="font-size:{:.1f}px;stroke-width:{:.1f}px">{}</text>'
-        ).format(left, max(y - 1.5 * unit, size), size, size / 3, cut)
+        ).format(left, base, size, size / 3, cut)
     return Markup("<g><title>{}</title>{}{}</g>").format(region.label or "(no label)", mark, name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
@@ -11,8 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from data_pipelines.ingest.work import Answer, Made, Refused
 from mmagent.files import write_text
+from mmagent.html import pieces
 
 REPORT, PAGE, REFUSED = "report.json", "report.html", "refused.jsonl"
 _EXAMPLES = 3
@@ -146,29 +148,25 @@ def write_report(folder: Path, body: Mapping[str, Any], tally: Tally) -> None:
 
 
 def _page(body: Mapping[str, Any], tally: Tally) -> str:
-    def row(*cells: object, tag: str = "td") -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(_short(str(cell)))}</{tag}>" for cell in cells) + "</tr>"
+    counts = {name: getattr(tally, name) for name in ("rows", "records", "conversations", "images", "refused")}
+    figures = {name: f"{count:,}" for name, count in counts.items()}
+    figures |= {"bytes": f"{tally.bytes:,}", "share refused": f"{tally.share:.2%}"}
+    inputs = [{**item, "name": _short(item["name"]), "size": f"{item['size']:,}"} for item in body["inputs"]]
+    columns = [pieces.Column(key, title) for key, title in (("name", "input"), ("kind", "kind"), ("size", "bytes"))]
+    sections = [
+        pieces.Section("At a glance", pieces.tiles(figures)),
+        pieces.Section("Inputs", pieces.table(inputs, [*columns, pieces.Column("style", "style")])),
+    ]
+    if tally.kinds:
+        kinds = sorted(tally.kinds.items(), key=lambda item: -item[1].count)
+        refused = [{"why": _short(name), "rows": kind.count, "examples": _examples(kind)} for name, kind in kinds]
+        sections.append(pieces.Section("Refused", pieces.table(refused), f"All of them are in {REFUSED}."))
+    if tally.aside:
+        aside = [{"column": _short(name), "rows": count} for name, count in _most(tally.aside)]
+        sections.append(pieces.Section("Columns that no record holds", pieces.table(aside)))
+    return pieces.page(f"Ingestion: {body['source']}", sections)
 
-    kinds = sorted(tally.kinds.items(), key=lambda item: -item[1].count)
-    refused = [
-        row(kind.count, name, *(f"{e['key']} ({e['where']}): {e['problem']}" for e in kind.examples))
-        for name, kind in kinds
-    ]
-    counts = {name: getattr(tally, name) for name in ("rows", "records", "conversations", "images", "bytes", "refused")}
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>Ingestion</title><style>body{font:15px/1.4 sans-serif;margin:2em}"
-        "td,th{border-bottom:1px solid #ccc;padding:.3em .8em;text-align:left;vertical-align:top}</style>",
-        "<h1>Ingestion</h1><table>",
-        *(row(name, f"{count:,}") for name, count in counts.items()),
-        row("share refused", f"{tally.share:.2%}"),
-        "</table><h2>Inputs</h2><table>",
-        row("input", "kind", "bytes", "style", tag="th"),
-        *(row(item["name"], item["kind"], f"{item['size']:,}", item["style"]) for item in body["inputs"]),
-        "</table><h2>Refused</h2><table>",
-        row("rows", "why", "examples", tag="th"),
-        *refused,
-        "</table><h2>Columns that no record holds</h2><table>",
-        *(row(name, f"{count:,}") for name, count in _most(tally.aside)),
-        "</table>",
-    ]
-    return "\n".join(parts) + "\n"
+
+def _examples(kind: Kind) -> Markup:
+    told = (Markup("<li>{}</li>").format(f"{e['key']} ({e['where']}): {e['problem']}") for e in kind.examples)
+    return Markup('<ul class="examples">{}</ul>').format(pieces.join(told))

@@ -310,7 +310,7 @@ def bar_chart(
         Markup('<span><i class="c{}"></i>{}</span>').format(n % COLOURS, name) for n, name in enumerate(names)
     )
     return Markup(
-        '<figure class="chart"><figcaption>{}</figcaption>{}'
+        '<figure class="chart bars"><figcaption>{}</figcaption>{}'
         '<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">{}{}</svg></figure>'
     ).format(
         title,

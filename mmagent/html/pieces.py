@@ -72,7 +72,7 @@ def heading(text: str) -> Markup:
 def page(title: str, sections: Sequence[Section], *, subtitle: str = "", footer: str = "") -> str:
     """A whole HTML document that needs nothing but itself."""
     style = (_HERE / "style.css").read_text(encoding="utf-8")
-    script = (_HERE / "script.js").read_text(encoding="utf-8")
+    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("script.js", "samples.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     anchors = _anchors([section.title for section in sections])

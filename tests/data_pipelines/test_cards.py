@@ -72,6 +72,60 @@ def test_figures_keep_their_pixels_and_regions():
     assert "<title>a &amp; b</title>" in drawn
 
 
+def test_labels_do_not_cover_a_small_picture():
+    """It is enlarged, numbers stand on it, and the labels below; on a large one they stand themselves."""
+    labels = 'button "Submit form"', "a & b, and more of it"
+    boxes = [Region(0, (2.0, 10.0 * n, 20.0, 10.0 * n + 8), label) for n, label in enumerate(labels)]
+    small = figure(inline(np.zeros((32, 32, 3), np.uint8)), boxes)
+    assert "--wide: 192px" in small
+    assert re.findall(r'<text class="label"[^>]*>(.*?)</text>', small) == ["1", "2"]
+    assert "<ol><li>button &#34;Submit form&#34;</li><li>a &amp; b, and more of it</li></ol>" in small
+    large = figure(inline(np.zeros((600, 600, 3), np.uint8)), boxes)
+    assert re.findall(r'<text class="label"[^>]*>(.*?)</text>', large) == [
+        "button &#34;Submit form&#34;",
+        "a &amp; b, and more of it",
+    ]
+    assert "<ol>" not in large
+
+
+def test_a_label_at_the_upper_edge_does_not_cover_its_box():
+    shot = inline(np.zeros((600, 600, 3), np.uint8))
+    drawn = figure(shot, [Region(0, (2.0, 2.0, 90.0, 12.0), "top"), Region(0, (2.0, 300.0, 90.0, 320.0), "low")])
+    top, low = (float(y) for y in re.findall(r'<text class="label" x="[^"]*" y="([^"]*)"', drawn))
+    assert top > 12 + 0.8 * float(re.search(r"font-size:([\d.]+)px", drawn)[1])
+    assert low < 300
+
+
+def test_a_tall_picture_fits_a_window():
+    assert "--wide: 284px" in figure(inline(np.zeros((900, 400, 3), np.uint8)))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "columns"), [(1280, 3), (600, 1)])
+def test_samples_stand_close_in_columns(tmp_path, browser_pool, width, columns):
+    """One below another with the usual gap, however tall those beside them are."""
+    with ShardWriter(tmp_path) as writer:
+        for n in range(9):
+            writer.write(Record(f"n{n}", "text", parts=(Text("words " * (1 + 60 * (n % 2) + 5 * n)),)))
+    path = write_card_page(tmp_path, summarise(ShardSet(tmp_path)), {"source": "text"})
+
+    async def look() -> list[list[float]]:
+        async with browser_pool.page(width, 900) as page:
+            await page.goto(path)
+            await page.wait(0.3)
+            return await page.evaluate(
+                "[...document.querySelectorAll('article.sample')].map(a => a.getBoundingClientRect())"
+                ".map(r => [r.left, r.top, r.bottom])"
+            )
+
+    boxes = run_sync(look())
+    assert len({left for left, _, _ in boxes}) == columns
+    assert [left for left, _, _ in boxes[:columns]] == sorted(left for left, _, _ in boxes[:columns])
+    for above, below in zip(boxes, boxes[columns:], strict=False):
+        assert above[0] == below[0]
+        assert 15 <= below[1] - above[2] <= 21  # the gap of 16, up to the next row of 4
+
+
 def test_a_record_shows_what_is_trained(shards):
     view = record_view(hostile(0), inline_shots(hostile(0)), "here")
     assert view.count('<div class="turn trained">') == 1

@@ -24,6 +24,7 @@ from data_pipelines.ingest.run import SourceError
 from data_pipelines.ingest.styles import STYLES, StyleConfig
 from data_pipelines.ingest.work import Job, lost
 from data_pipelines.shards import ShardWriter
+from mmagent.browser import run_sync
 
 PYTHON = [sys.executable, "-m", "data_pipelines.ingest"]
 
@@ -121,7 +122,8 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
         "problem": lines[0]["problem"],
     }
     page = (tmp_path / "to/report.html").read_text()
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the page's own
+    assert page.count('<ul class="examples">') == len(json.loads((tmp_path / "to/report.json").read_text())["kinds"])
     assert "23.33%" in page
     assert main([str(source), "--to", str(tmp_path / "to"), "--max-share", "0.5"]) == 0
     assert "finished already" in capsys.readouterr().out
@@ -382,3 +384,20 @@ def test_a_broken_pdf_is_not_read_as_messages(tmp_path):
     report = run([tmp_path / "broken.pdf"], tmp_path / "to")
     assert report["inputs"][0]["style"] == "captions"
     assert next(iter(report["kinds"])).startswith("pdf: is damaged, locked or no PDF, and cannot be opened")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 600])
+def test_the_report_page_fits_its_window_and_every_cell_has_a_heading(tmp_path, browser_pool, width):
+    run([rows(tmp_path / "data", 60)], tmp_path / "to")
+
+    async def look() -> tuple[int, list[list[int]]]:
+        async with browser_pool.page(width, 900) as page:
+            await page.goto(tmp_path / "to/report.html")
+            cells = "[...document.querySelectorAll('table')].map(t => [...t.rows].map(r => r.cells.length))"
+            return await page.evaluate("document.documentElement.scrollWidth"), await page.evaluate(cells)
+
+    wide, tables = run_sync(look())
+    assert wide <= width
+    assert len(tables) == 2  # inputs and refusals; no column is left aside
+    assert all(len(set(cells)) == 1 for cells in tables)

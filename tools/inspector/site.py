@@ -181,7 +181,8 @@ class _Writer:
 
 def _shell(config: InspectConfig, index: list[list[object]], total: int) -> str:
     style = (Path(pieces.__file__).parent / "style.css").read_text(encoding="utf-8")
-    script = (_HERE / "browse.js").read_text(encoding="utf-8")
+    scripts = (_HERE / "browse.js", Path(pieces.__file__).parent / "samples.js")
+    script = "".join(path.read_text(encoding="utf-8") for path in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     rules = ("default-src 'none'", "img-src 'self' file: data:", "style-src 'unsafe-inline'")
     policy = "; ".join([*rules, f"script-src 'sha256-{digest}' 'strict-dynamic'"])
