@@ -4,9 +4,9 @@
 
 A LOCATION is a folder of shards or of such folders, a glob or one tar. Of every shard: whether it is whole, and its
 index fits it. Of every sample: its bytes against the index's checksum, the record and all its fields, the headers of
-its images and that boxes and points lie in them; with --decode every pixel; with --tokenizer, that it can be rendered
-for training. Over all LOCATIONs: that no key is there twice. Nothing is changed, but an index that is missing or
-damaged is made anew.
+its images and that boxes and points lie in them, that no image is a ribbon or a dot and no answer empty; with --decode
+every pixel; with --tokenizer, that it can be rendered for training. Over all LOCATIONs: that no key is there twice.
+Nothing is changed, but an index that is missing or damaged is made anew.
 
 Exit status: 0; 1 when more than --max-share of the samples have something wrong; 2 for a location that holds no shard.
 """
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data_pipelines.ingest.report import Tally, kind_lines
 from data_pipelines.ingest.work import Refused
+from data_pipelines.plausible import check_said, picture_sizes
 from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, open_index, scan, shard_sets
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.records import Record, RecordError, decode_image, from_sample, validate
@@ -70,6 +71,8 @@ def check(task: Samples, start: int, *, decode: bool, tokenizer: str) -> Iterato
         try:
             record = from_sample(shards.read(n))
             validate(record)
+            picture_sizes(record)
+            check_said(record)
             for number, image in enumerate(record.images if decode else ()):
                 decode_image(image.data, record.key, f"images[{number}]")
             tokens = _tokens(record, tokenizer) if tokenizer else 0

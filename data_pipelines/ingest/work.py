@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from data_pipelines.ingest.files import RefusedError, key_of, refused_file
 from data_pipelines.ingest.inputs import RECORD, Bad, InputTask, ParquetTask, Raw, Row
 from data_pipelines.ingest.styles import StyleConfig, read_row, recognise
+from data_pipelines.plausible import check_said, picture_sizes
 from data_pipelines.shards import EncodedSample, encode_sample
-from mmagent.records import RecordError
+from mmagent.records import Record, RecordError
 
 _IDS = ("id", "_id", "uid", "uuid", "sample_id", "question_id")
 _ID_CHARACTERS = 100  # of an id that a key keeps: keys are names of files
@@ -108,10 +109,7 @@ def _answer(raw: Raw, style: StyleConfig) -> Answer:
     raw, column = _named(raw, style)
     try:
         read = read_row(raw, style)
-        made = tuple(
-            Made(encode_sample(record, headers=False), len(record.images), bool(record.messages))
-            for record in read.records
-        )
+        made = tuple(map(_made, read.records))
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         refused = _as_refused(error) if not isinstance(error, RecursionError) else RefusedError("json", "is too deep")
         return Answer((Refused(raw.key, raw.where, refused.reason, refused.problem),))
@@ -130,6 +128,13 @@ def _named(row: Row, style: StyleConfig) -> tuple[Row, str]:
             same = row.key.rpartition("/")[2] == told  # a tar's key, say
             return (row if same else replace(row, key=f"{row.key}-{told}")), name
     return row, ""
+
+
+def _made(record: Record) -> Made:
+    sample = encode_sample(record, headers=False)
+    picture_sizes(record)
+    check_said(record)
+    return Made(sample, len(record.images), bool(record.messages))
 
 
 def lost(job: Job, row: int, problem: str, rest: bool) -> Answer:
