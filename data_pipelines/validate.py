@@ -5,8 +5,8 @@
 A LOCATION is a folder of shards or of such folders, a glob or one tar. Of every shard: whether it is whole, and its
 index fits it. Of every sample: its bytes against the index's checksum, the record and all its fields, the headers of
 its images and that boxes and points lie in them, that no image is a ribbon or a dot and no answer empty; with --decode
-every pixel; with --tokenizer, that it can be rendered for training. Over all LOCATIONs: that no key is there twice.
-Nothing is changed, but an index that is missing or damaged is made anew.
+every pixel; with --tokenizer, that it can be rendered for training, and its tokens, which are estimated without. Over
+all LOCATIONs: that no key is there twice. Nothing is changed, but an index that is missing or damaged is made anew.
 
 Exit status: 0; 1 when more than --max-share of the samples have something wrong; 2 for a location that holds no shard.
 """
@@ -29,9 +29,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.costs import cost_lines, picture_tokens, text_tokens
 from data_pipelines.ingest.report import Tally, kind_lines
 from data_pipelines.ingest.work import Refused
 from data_pipelines.plausible import check_said, picture_sizes
+from data_pipelines.record_texts import texts_of
 from data_pipelines.shards import ShardError, ShardIndex, ShardSet, find_shards, open_index, scan, shard_sets
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.records import Record, RecordError, decode_image, from_sample, validate
@@ -54,13 +56,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class Sound:
-    """What is counted of a sample that nothing is wrong with, and a digest of its key."""
+    """What is counted of a sample that nothing is wrong with, and a digest of its key. ``sizes (height, width)`` of its
+    images, UTF-8 bytes of its ``text``, and its ``tokens`` where a tokenizer counts them."""
 
     key: int
+    name: str
     source: str
     talk: bool
-    images: int
+    sizes: tuple[tuple[int, int], ...]
     regions: int
+    text: int
     tokens: int
 
 
@@ -71,7 +76,7 @@ def check(task: Samples, start: int, *, decode: bool, tokenizer: str) -> Iterato
         try:
             record = from_sample(shards.read(n))
             validate(record)
-            picture_sizes(record)
+            sizes = picture_sizes(record)
             check_said(record)
             for number, image in enumerate(record.images if decode else ()):
                 decode_image(image.data, record.key, f"images[{number}]")
@@ -82,8 +87,9 @@ def check(task: Samples, start: int, *, decode: bool, tokenizer: str) -> Iterato
             yield Refused("", _where(task.path, n), "reading", str(error) or "takes more memory than is allowed")
         else:
             regions = len(record.boxes) + len(record.points)
-            digest = _digest(record.key)
-            yield Sound(digest, record.source, bool(record.messages), len(record.images), regions, tokens)
+            text = sum(len(text.encode()) for text in texts_of(record))
+            key = record.key
+            yield Sound(_digest(key), key, record.source, bool(record.messages), sizes, regions, text, tokens)
 
 
 @cache
@@ -190,10 +196,14 @@ def examine(
 def _count(found: Findings, sound: Sound) -> None:
     found.tally.records += 1
     found.tally.conversations += sound.talk
-    found.tally.images += sound.images
+    found.tally.images += len(sound.sizes)
     found.sources[sound.source] += 1
     found.regions += sound.regions
     found.tokens += sound.tokens
+    text = text_tokens(sound.text, len(sound.sizes))
+    if sound.tokens:
+        text = sound.tokens - sum(picture_tokens(*size) for size in sound.sizes)
+    found.tally.costs.add(sound.name, sound.sizes, text)
 
 
 def _tasks(paths: Iterable[Path]) -> Iterator[tuple[Samples, int]]:
@@ -248,6 +258,7 @@ def table(found: Findings, locations: Sequence[str]) -> str:
         + f"), {wrong} ({tally.share:.2%})",
         "sources: " + ", ".join(f"{name} {count}" for name, count in found.sources.most_common(20)),
         *(f"  {name}: {sound} sound, {found.bad[name]} wrong" for name, sound in found.sound.items() if several),
+        *cost_lines(tally.costs, counted=bool(found.tokens)),
         *kind_lines(tally),
     ]
     return "\n".join(lines)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from data_pipelines.costs import Costs, cost_lines, costs_of, text_tokens
 from data_pipelines.ingest.work import Answer, Made, Refused
 from mmagent.files import write_text
 from mmagent.html import pieces
@@ -32,7 +33,8 @@ class Kind:
 
 @dataclass
 class Tally:
-    """Counts so far. ``log_bytes``: how long ``refused.jsonl`` is with them, to which a resumed run cuts it."""
+    """Counts so far, and what the records would cost. ``log_bytes``: how long ``refused.jsonl`` is with them, to which
+    a resumed run cuts it."""
 
     rows: int = 0
     records: int = 0
@@ -43,6 +45,7 @@ class Tally:
     log_bytes: int = 0
     kinds: dict[str, Kind] = field(default_factory=dict)
     aside: dict[str, int] = field(default_factory=dict)
+    costs: Costs = field(default_factory=Costs)
 
     @property
     def share(self) -> float:
@@ -52,8 +55,9 @@ class Tally:
     def made(self, made: Made) -> None:
         self.records += 1
         self.conversations += made.talk
-        self.images += made.images
+        self.images += len(made.sizes)
         self.bytes += len(made.sample.data)
+        self.costs.add(made.sample.key, made.sizes, text_tokens(made.text, len(made.sizes)))
 
     def refuse(self, refused: Refused) -> None:
         self.refused += refused.rows
@@ -78,8 +82,10 @@ class Tally:
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Tally:
+        """From :meth:`state`, or a whole report."""
+        state = {one.name: state[one.name] for one in fields(Tally) if one.name in state}
         kinds = {name: Kind(**kind) for name, kind in state["kinds"].items()}
-        return Tally(**{**state, "kinds": kinds})
+        return Tally(**{**state, "kinds": kinds, "costs": costs_of(state.get("costs", {}))})
 
 
 class Log:
@@ -115,17 +121,19 @@ def _most(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])
 
 
-def table(tally: Tally, inputs: Iterable[Mapping[str, Any]], folder: str) -> str:
-    """The report as lines for a terminal."""
+def table(report: Mapping[str, Any], folder: str) -> str:
+    """What stands in ``report.json``, as lines for a terminal."""
+    tally = Tally.of(report)
     documents = tally.records - tally.conversations
     lines = [
-        *(f"  {_short(item['name'])}: {item['kind']}, read as {item['style']}" for item in inputs),
+        *(f"  {_short(item['name'])}: {item['kind']}, read as {item['style']}" for item in report["inputs"]),
         f"{tally.rows} rows read: {tally.records} records written to {folder} ({tally.conversations} conversations, "
         f"{documents} documents, {tally.images} images, {tally.bytes / 1e6:.1f} MB), "
         f"{tally.refused} refused ({tally.share:.2%})",
     ]
     if tally.aside:
         lines.append("columns that no record holds: " + ", ".join(f"{n} ({c})" for n, c in _most(tally.aside)[:12]))
+    lines += cost_lines(tally.costs, dpi=report.get("dpi", 0))
     lines += kind_lines(tally)
     if tally.refused:
         lines.append(f"all refusals are in {folder}/{REFUSED}")
@@ -153,8 +161,10 @@ def _page(body: Mapping[str, Any], tally: Tally) -> str:
     figures |= {"bytes": f"{tally.bytes:,}", "share refused": f"{tally.share:.2%}"}
     inputs = [{**item, "name": _short(item["name"]), "size": f"{item['size']:,}"} for item in body["inputs"]]
     columns = [pieces.Column(key, title) for key, title in (("name", "input"), ("kind", "kind"), ("size", "bytes"))]
+    costs = (line.strip() for line in cost_lines(tally.costs, dpi=body.get("dpi", 0)))
     sections = [
         pieces.Section("At a glance", pieces.tiles(figures)),
+        pieces.Section("Tokens", pieces.join(map(pieces.paragraph, costs))),
         pieces.Section("Inputs", pieces.table(inputs, [*columns, pieces.Column("style", "style")])),
     ]
     if tally.kinds:

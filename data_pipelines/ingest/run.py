@@ -107,6 +107,7 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     styles = _styles(config, inputs, groups, say)
     body = {
         "source": config.component,
+        "dpi": config.dpi if any(found.kind == "pdf" for found in inputs) else 0,
         "inputs": [{**p, "style": s} for p, s in zip(plan["inputs"], styles, strict=True)],
     }
     run = _Run(config, inputs, [config.style_config(style) for style in styles])

@@ -10,6 +10,7 @@ from data_pipelines.ingest.files import RefusedError, key_of, refused_file
 from data_pipelines.ingest.inputs import RECORD, Bad, InputTask, ParquetTask, Raw, Row
 from data_pipelines.ingest.styles import StyleConfig, read_row, recognise
 from data_pipelines.plausible import check_said, picture_sizes
+from data_pipelines.record_texts import texts_of
 from data_pipelines.shards import EncodedSample, encode_sample
 from mmagent.records import Record, RecordError
 
@@ -33,11 +34,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Made:
-    """A sample as it lies in a shard. ``talk``: a conversation, else a document."""
+    """A sample as it lies in a shard. ``talk``: a conversation, else a document; ``sizes (height, width)`` of its
+    images, and the UTF-8 bytes of its ``text``."""
 
     sample: EncodedSample
-    images: int
     talk: bool
+    sizes: tuple[tuple[int, int], ...]
+    text: int
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,9 @@ def _named(row: Row, style: StyleConfig) -> tuple[Row, str]:
 
 def _made(record: Record) -> Made:
     sample = encode_sample(record, headers=False)
-    picture_sizes(record)
+    sizes = picture_sizes(record)
     check_said(record)
-    return Made(sample, len(record.images), bool(record.messages))
+    return Made(sample, bool(record.messages), sizes, sum(len(text.encode()) for text in texts_of(record)))
 
 
 def lost(job: Job, row: int, problem: str, rest: bool) -> Answer:
