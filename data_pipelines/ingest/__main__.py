@@ -4,10 +4,11 @@
 
 A SOURCE is a file, or a folder of files: images (captions beside them in NAME.txt, one a line, or in NAME.json, or in a
 table), JSON lines, JSON lists, CSV, TSV, parquet, webdataset tars, PDF, videos; a data set that `datasets` saved; or
-datasets:ID[:SPLIT] for one that it loads. The style of the rows is recognised by their columns and said; --style names
-another. The id of a row stands at the end of its record's key. FOLDER, which is new or empty, gets the shards,
-report.json, report.html, and refused.jsonl with every row that was refused. Nothing is downloaded, and no file outside
-of a SOURCE is read. Killed, the same command goes on and ends with the same bytes.
+datasets:ID[:SPLIT] for one that it loads. The style of the rows is recognised file by file by their columns and said;
+--style names another. The id of a row stands at the end of its record's key. FOLDER, which is new or empty, gets the
+shards, report.json, report.html, and refused.jsonl with every row that was refused. One FOLDER is one component of a
+mixture: several SOURCEs in it want one name, --source. Nothing is downloaded, and no file outside of a SOURCE is read.
+Killed, the same command goes on and ends with the same bytes.
 
 Exit status: 0; 1 when more than --max-share was refused, or nothing was written; 2 for a source that cannot be read.
 """
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--to", required=True, metavar="FOLDER", help="where the shards go")
     out.add_argument("--style", choices=("auto", *STYLES), default="auto", help="how rows are read (default: auto)")
     out.add_argument(
-        "--source", default="", metavar="NAME", help="the records' mixture component (default: SOURCE's name)"
+        "--source", default="", metavar="NAME", help="what the records call their source (default: SOURCE's name)"
     )
     out.add_argument("--max-share", type=float, default=0.01, metavar="SHARE", help="refused of all (default: 0.01)")
     rows = out.add_argument_group("reading rows")

@@ -126,7 +126,7 @@ def table(report: Mapping[str, Any], folder: str) -> str:
     tally = Tally.of(report)
     documents = tally.records - tally.conversations
     lines = [
-        *(f"  {_short(item['name'])}: {item['kind']}, read as {item['style']}" for item in report["inputs"]),
+        *(f"  {_short(item['name'])}: {item['kind']}, {_read_as(item)}" for item in report["inputs"]),
         f"{tally.rows} rows read: {tally.records} records written to {folder} ({tally.conversations} conversations, "
         f"{documents} documents, {tally.images} images, {tally.bytes / 1e6:.1f} MB), "
         f"{tally.refused} refused ({tally.share:.2%})",
@@ -138,6 +138,10 @@ def table(report: Mapping[str, Any], folder: str) -> str:
     if tally.refused:
         lines.append(f"all refusals are in {folder}/{REFUSED}")
     return "\n".join(lines)
+
+
+def _read_as(item: Mapping[str, Any]) -> str:
+    return f"read as {item['style']}" if item["style"] else "of no style that is recognised"
 
 
 def kind_lines(tally: Tally) -> list[str]:
@@ -167,6 +171,14 @@ def _page(body: Mapping[str, Any], tally: Tally) -> str:
         pieces.Section("Tokens", pieces.join(map(pieces.paragraph, costs))),
         pieces.Section("Inputs", pieces.table(inputs, [*columns, pieces.Column("style", "style")])),
     ]
+    if body["left_aside"]:
+        aside = [
+            {**one, "folder": _short(one["folder"]), "names": ", ".join(one["names"])} for one in body["left_aside"]
+        ]
+        columns = [("folder", "folder"), ("kind", "kind"), ("count", "files"), ("names", "some of them")]
+        sections.append(
+            pieces.Section("Left aside", pieces.table(aside, [pieces.Column(key, title) for key, title in columns]))
+        )
     if tally.kinds:
         kinds = sorted(tally.kinds.items(), key=lambda item: -item[1].count)
         refused = [{"why": _short(name), "rows": kind.count, "examples": _examples(kind)} for name, kind in kinds]

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +19,26 @@ from tqdm import tqdm
 
 from data_pipelines.cards import summarise, write_card_page
 from data_pipelines.ingest.files import key_of
+from data_pipelines.ingest.recognition import recognised
 from data_pipelines.ingest.report import REFUSED, REPORT, Log, Tally, write_report
-from data_pipelines.ingest.sources import Input, SourceError, find_inputs
+from data_pipelines.ingest.sources import Aside, Input, SourceError, find_inputs
 from data_pipelines.ingest.styles import STYLES, StyleConfig
 from data_pipelines.ingest.video import VideoConfig
-from data_pipelines.ingest.work import Answer, Job, Made, Refused, convert, look, lost, unseen
+from data_pipelines.ingest.work import Answer, Job, Made, Refused, convert, lost
 from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.files import write_text
 
 PLAN = "ingest.json"
 _COUNTED = 10_000  # samples that the card tells of
-_LOOKED_AT = 3  # tasks of an input by which its style is recognised
 
 
 @dataclass
 class IngestConfig:
-    """``style`` "auto" recognises it for each source by its first rows. ``source`` is the mixture component of the
-    records, by default the name of the first SOURCE. ``images`` is the folder that paths in rows are relative to;
-    ``outside`` lets them lead out of it. ``coordinates``: "thousandths" or "pixels", which ``bbox_2d`` is in. Pages of
-    PDFs are drawn at ``dpi``. ``limits`` are those of one row."""
+    """``style`` "auto" recognises it for each file by its first rows. ``source`` is the mixture component of the
+    records, by default the name of SOURCE; several that differ need one. ``images`` is the folder that paths in rows
+    are relative to; ``outside`` lets them lead out of it. ``coordinates``: "thousandths" or "pixels", which ``bbox_2d``
+    is in. Pages of PDFs are drawn at ``dpi``. ``limits`` are those of one row."""
 
     sources: list[str]
     to: str
@@ -69,7 +67,7 @@ class IngestConfig:
     @cached_property
     def component(self) -> str:
         """The ``source`` of the records."""
-        return self.source or key_of(Path(self.sources[0].rstrip("/")).name, extension=False).partition("%2E")[0]
+        return self.source or _component(self.sources[0])
 
     def style_config(self, style: str) -> StyleConfig:
         return StyleConfig(
@@ -97,18 +95,24 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     """Do it, or what is left of it, and return the report. Raises :class:`SourceError` for a source that cannot be read
     at all, or a folder that holds something else."""
     folder = Path(config.to)
-    inputs, groups = _inputs(config, say)
+    _one_name(config)
+    inputs, aside = _inputs(config)
+    for one in aside:
+        say(one.told())
     settings = {name: value for name, value in asdict(config).items() if name not in ("to", "limits")}
     plan = {**settings, "inputs": [{"name": i.place.name, "kind": i.kind, "size": i.size} for i in inputs]}
     _claim(folder, plan)
     if (folder / REPORT).is_file():
         say(f"{config.to}: finished already")
         return json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    styles = _styles(config, inputs, groups, say)
+    styles = [config.style] * len(inputs)
+    if config.style == "auto":
+        styles = recognised(inputs, config.columns, replace(config.limits), say)
     body = {
         "source": config.component,
         "dpi": config.dpi if any(found.kind == "pdf" for found in inputs) else 0,
         "inputs": [{**p, "style": s} for p, s in zip(plan["inputs"], styles, strict=True)],
+        "left_aside": [kind for one in aside for kind in one.kinds()],
     }
     run = _Run(config, inputs, [config.style_config(style) for style in styles])
     with tqdm(
@@ -127,24 +131,37 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     return json.loads((folder / REPORT).read_text(encoding="utf-8"))
 
 
-def _inputs(config: IngestConfig, say: Callable[[str], None]) -> tuple[list[Input], list[int]]:
-    """All inputs, and for each the number of its group: of one source and kind, hence of one style."""
+def _one_name(config: IngestConfig) -> None:
+    """Refuse sources that would all be called by the first one's name."""
+    names = list(dict.fromkeys(_component(source) for source in config.sources))
+    if len(names) > 1 and not config.source:
+        told = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+        raise SourceError(
+            f"{len(config.sources)} sources ({told}) would become one component of a mixture: ingest each in a "
+            f"command of its own, --to {Path(config.to) / names[0]} and so on, or give all of them one name with "
+            "--source NAME"
+        )
+
+
+def _component(source: str) -> str:
+    return key_of(Path(source.rstrip("/")).name, extension=False).partition("%2E")[0]
+
+
+def _inputs(config: IngestConfig) -> tuple[list[Input], list[Aside]]:
+    """All inputs, and what is left aside of folders."""
     inputs: list[Input] = []
-    groups: list[int] = []
-    seen: dict[tuple[int, str], int] = {}
+    aside: list[Aside] = []
     names = [key_of(Path(source.rstrip("/")).name, extension=False) for source in config.sources]
     for n, source in enumerate(config.sources):
         again = f"-{n + 1}" if names.count(names[n]) > 1 else ""
         prefix = f"{names[n]}{again}/" if len(names) > 1 else ""
         try:
-            found, notes = find_inputs(source, prefix, config.images, config.outside, config.dpi)
+            found, left = find_inputs(source, prefix, config.images, config.outside, config.dpi)
         except OSError as error:
             raise SourceError(f"{source}: {error.strerror}: {error.filename}") from error
-        for note in notes:
-            say(note)
         inputs += found
-        groups += [seen.setdefault((n, item.kind), len(seen)) for item in found]
-    return inputs, groups
+        aside += [left] if left else []
+    return inputs, aside
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> None:
@@ -165,39 +182,6 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
             f"{folder} holds what was not written by this command ({there[0]}{more}); choose an empty folder"
         )
     write_text(path, json.dumps(wanted, indent=1) + "\n")
-
-
-def _styles(config: IngestConfig, inputs: list[Input], groups: list[int], say: Callable[[str], None]) -> list[str]:
-    chosen: dict[int, str] = {}
-    for found, group in zip(inputs, groups, strict=True):
-        if group not in chosen:
-            chosen[group] = config.style if config.style != "auto" else _recognise(config, found, say)
-    return [chosen[group] for group in groups]
-
-
-def _recognise(config: IngestConfig, found: Input, say: Callable[[str], None]) -> str:
-    """The style that most of an input's first rows show."""
-    jobs = ((Job(n, 0, task, config.style_config("")), 0) for n, task in enumerate(islice(found.tasks(), _LOOKED_AT)))
-    rows = [seen for _, _, seen in islice(in_order(look, unseen, jobs, replace(config.limits)), 64)]
-    votes = Counter(seen.style for seen in rows if seen.style)
-    if votes:
-        style, count = votes.most_common(1)[0]
-        say(f"{found.place.name}: read as {style}, as {count} of the first {len(rows)} rows look (--style overrides)")
-        return style
-    columns = dict.fromkeys(name for seen in rows for name in seen.columns)
-    problem = next((seen.problem for seen in rows if seen.problem), "")
-    if problem and not columns:  # nothing that can be read: the report will say what
-        say(f"{found.place.name}: none of the first {len(rows)} rows can be read: {problem}")
-        return "captions" if found.kind in ("images", "videos", "pdf") else "messages"
-    if any(mark in name for name in columns for mark in ";\t|") and found.place.path.lower().endswith((".csv", ".tsv")):
-        raise SourceError(
-            f"{found.place.name}: the header is read as {', '.join(map(repr, columns))}: other marks stand between its "
-            "columns than commas (tabs in a .tsv); write it anew with those"
-        )
-    raise SourceError(
-        f"{found.place.name}: no style is recognised by the columns {', '.join(columns) or '(none)'}; choose "
-        f"--style of {', '.join(STYLES)}, or call columns by their usual names with --column"
-    )
 
 
 class _Run:

@@ -45,6 +45,7 @@ _PACKED = ("gz", "zst", "bz2", "xz", "zip", "tgz")
 _SAVED = ("dataset_dict.json", "state.json")
 _OF_LIBRARIES = ("dataset_info.json", "dataset_infos.json", "config.json", "card.json", "plan.json", "report.json")
 _TABLE_ROWS = 64
+_SAID, _NAMED = 5, 20  # files of a kind that are left aside: named in a line, and in the report
 
 
 class SourceError(ValueError):
@@ -80,10 +81,41 @@ class Input:
         return find(self.place)
 
 
+@dataclass(frozen=True)
+class Aside:
+    """Files of a folder that are not read, by ``counts`` of their kinds, with some ``names`` of each; ``chosen`` is the
+    kind that the folder is read by, "" where it is by all it has."""
+
+    folder: str
+    chosen: str
+    counts: dict[str, int]
+    names: dict[str, tuple[str, ...]]
+
+    def told(self) -> str:
+        """For people."""
+        kinds = []
+        for kind, count in self.counts.items():
+            seen = kind in ("images", "videos")
+            some = ", ".join(ascii(name)[1:-1] for name in self.names[kind][:_SAID])
+            more = ", ..." if count > _SAID else ""
+            kinds.append(f"{count} {kind}" if seen else f"{count} {kind} files ({some}{more})")
+        hint = "; rows may name them" if self.chosen and {"images", "videos"} & {*self.counts} else ""
+        if self.chosen and {*KINDS} & {*self.counts} - {"images", "videos"}:
+            hint += f"; a folder is read by its {self.chosen} files if it has any: ingest others by themselves"
+        return f"{self.folder}: left aside: {', '.join(kinds)}{hint}"
+
+    def kinds(self) -> list[dict[str, Any]]:
+        """For the report."""
+        return [
+            {"folder": self.folder, "kind": kind, "count": count, "names": list(self.names[kind])}
+            for kind, count in self.counts.items()
+        ]
+
+
 def find_inputs(
     source: str, prefix: str, images: str = "", outside: bool = False, dpi: int = 144
-) -> tuple[list[Input], list[str]]:
-    """The inputs of a SOURCE, and what to tell its user of: files that are left aside. Raises :class:`SourceError`."""
+) -> tuple[list[Input], Aside | None]:
+    """The inputs of a SOURCE, and what is left aside of it. Raises :class:`SourceError`."""
     path = Path(source)
     if source.startswith(PREFIX) or (path.is_dir() and any((path / name).is_file() for name in _SAVED)):
         spec = source if source.startswith(PREFIX) else PREFIX + source
@@ -93,25 +125,28 @@ def find_inputs(
             size = sum(table.data.nbytes for table in load_splits(spec).values())
         except ValueError as error:
             raise SourceError(str(error)) from error
-        return [Input("dataset", place, size)], []
+        return [Input("dataset", place, size)], None
     if path.is_file():
         kind = _KIND.get(_end(path.name))
         if kind is None:
             raise SourceError(f"{source}: {_unknown(path.name)}")
-        return [_input(kind, path.parent, path.name, prefix, images, outside, dpi)], []
+        return [_input(kind, path.parent, path.name, prefix, images, outside, dpi)], None
     if not path.is_dir():
         raise SourceError(f"{source}: no such file or folder; a data set of the hub is called {PREFIX}ID")
     return _folder(path, prefix, images, outside, dpi)
 
 
-def _folder(path: Path, prefix: str, images: str, outside: bool, dpi: int) -> tuple[list[Input], list[str]]:
+def _folder(path: Path, prefix: str, images: str, outside: bool, dpi: int) -> tuple[list[Input], Aside | None]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     files: dict[str, list[str]] = {kind: [] for kind in ("tar", "parquet", "rows", "pdf")}
+    some: dict[str, list[str]] = {}
     no_files: dict[str, str] = {}
     for name in walk(path, no_files):
         kind = _kind(path, name)
         counts[kind] += 1
+        if counts[kind] <= _NAMED:
+            some.setdefault(kind, []).append(name)
         if kind in files:
             files[kind].append(name)
         elif kind in ("images", "videos"):
@@ -129,9 +164,8 @@ def _folder(path: Path, prefix: str, images: str, outside: bool, dpi: int) -> tu
         raise SourceError(f"{path}: nothing here that can be read; there are {_told(counts) or 'no files'}{others}")
     inputs[-1] = replace(inputs[-1], refused=tuple(_no_file(path, prefix, *item) for item in no_files.items()))
     used = {item.kind for item in inputs} | {"beside"}
-    aside = Counter({kind: count for kind, count in counts.items() if kind not in used})
-    named = "; rows may name them" if chosen and aside["images"] + aside["videos"] else ""
-    return inputs, [f"{path}: left aside: {_told(aside)}{named}"] if aside else []
+    aside = {kind: count for kind, count in counts.items() if kind not in used}
+    return inputs, Aside(str(path), chosen, aside, {kind: tuple(some[kind]) for kind in aside}) if aside else None
 
 
 def _no_file(path: Path, prefix: str, name: str, what: str) -> BadTask:

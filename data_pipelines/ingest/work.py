@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from data_pipelines.ingest.files import RefusedError, key_of, refused_file
 from data_pipelines.ingest.inputs import RECORD, Bad, InputTask, ParquetTask, Raw, Row
@@ -14,13 +15,14 @@ from data_pipelines.record_texts import texts_of
 from data_pipelines.shards import EncodedSample, encode_sample
 from mmagent.records import Record, RecordError
 
+_TOLD = 12  # columns of a row that nothing is made of
 _IDS = ("id", "_id", "uid", "uuid", "sample_id", "question_id")
 _ID_CHARACTERS = 100  # of an id that a key keeps: keys are names of files
 
 
 @dataclass(frozen=True)
 class Job:
-    """Task ``number`` of an ingestion, of input ``input``, read in a style."""
+    """Task ``number`` of an ingestion, of input ``input``, read in a style; "" is none, and refuses every row."""
 
     number: int
     input: int
@@ -110,6 +112,9 @@ def _answer(raw: Raw, style: StyleConfig) -> Answer:
     if isinstance(raw, Bad):
         return Answer((Refused(raw.key, raw.where, raw.error.reason, raw.error.problem, raw.rows),))
     raw, column = _named(raw, style)
+    if not style.style:
+        columns = ", ".join(name for name in list(raw.cells)[:_TOLD] if not name.startswith("\0"))
+        return Answer((Refused(raw.key, raw.where, "style", f"none is recognised by the columns {columns}"),))
     try:
         read = read_row(raw, style)
         made = tuple(map(_made, read.records))
@@ -157,19 +162,30 @@ class Seen:
     problem: str = ""
 
 
-def look(job: Job, start: int) -> Iterator[Seen]:
-    """Like :func:`convert`, to find out in which style to read."""
-    for raw in rows_of(job.task, start):
+@dataclass(frozen=True)
+class Peek:
+    """The first ``rows`` of a task of input ``input``, to find out in which style to read; ``columns`` are called by
+    other names as :class:`~data_pipelines.ingest.styles.StyleConfig` has them."""
+
+    input: int
+    task: InputTask
+    rows: int
+    columns: dict[str, str]
+
+
+def look(peek: Peek, start: int) -> Iterator[Seen]:
+    """Like :func:`convert`, for the styles."""
+    for raw in islice(rows_of(peek.task, start), peek.rows - start):
         if isinstance(raw, Row):
             columns = tuple(name for name in raw.cells if not name.startswith("\0"))
             try:
-                yield Seen(recognise(raw, job.style.columns), columns)
+                yield Seen(recognise(raw, peek.columns), columns)
             except RefusedError as error:
                 yield Seen("", columns, str(error))
         else:
             yield Seen("", (), str(raw.error))
 
 
-def unseen(job: Job, row: int, problem: str, rest: bool) -> Seen:
+def unseen(peek: Peek, row: int, problem: str, rest: bool) -> Seen:
     """The answer for a row that its process did not survive being looked at."""
     return Seen("", (), problem)

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_kit import data_uri, encoded, members, records, run
+from ingest_kit import INLINE, data_uri, encoded, members, records, run
 from shard_samples import record
 
 from data_pipelines.ingest.files import key_of
 from data_pipelines.ingest.inputs import element_spans, line_spans
 from data_pipelines.ingest.report import REFUSED
-from data_pipelines.ingest.run import SourceError
+from data_pipelines.ingest.run import IngestConfig, SourceError, ingest
 from data_pipelines.shards import ShardWriter
+from data_pipelines.workers import LimitsConfig
 from mmagent.chat import Image, Text
 
 json_values = st.recursive(
@@ -127,9 +128,6 @@ def test_images_with_a_table(tmp_path, kind):
     }[kind]
     (tmp_path / "data" / table[0]).write_text(table[1], encoding="utf-8")
     said: list[str] = []
-    from data_pipelines.ingest.run import IngestConfig, ingest
-    from data_pipelines.workers import LimitsConfig
-
     ingest(IngestConfig([str(tmp_path / "data")], str(tmp_path / "to"), limits=LimitsConfig(0)), said.append, False)
     check(tmp_path / "to", images, TEXTS)
     assert any("left aside: 5 images; rows may name them" in line for line in said)
@@ -303,6 +301,89 @@ def test_several_sources_and_names_that_are_the_same(tmp_path):
     assert [r.key for r in records(tmp_path / "to")] == [
         "x%2Ejsonl-1/x-jsonl/00000001", "x%2Ejsonl-2/x-jsonl/00000001"
     ]  # fmt: skip
+
+
+def test_sources_that_would_all_be_called_by_the_first_ones_name_are_refused(tmp_path):
+    """Until they are given one: a folder of shards is one component, whatever its records call themselves."""
+    for name in ("chats", "photos"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    both = [tmp_path / "chats.jsonl", tmp_path / "photos.jsonl"]
+    with pytest.raises(SourceError, match=r"2 sources \('chats', 'photos'\) would become one .* --to .*/to/chats and"):
+        run(both, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+    run(both, tmp_path / "to", source="mine")
+    assert [r.source for r in records(tmp_path / "to")] == ["mine", "mine"]
+
+
+FILES = {
+    "a.jsonl": {"text": "plain"},
+    "b.jsonl": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "c.jsonl": {"question": "q", "answer": "a"},
+    "d.jsonl": {"text": "plain, too"},
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_every_file_of_a_folder_has_a_style_of_its_own(tmp_path, kind):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, row in FILES.items():
+        if kind == "jsonl":
+            (folder / name).write_text(f"{json.dumps(row)}\n" * 3)
+        else:
+            pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(pyarrow.Table.from_pylist([row] * 3), folder / f"{name[0]}.parquet")
+    said: list[str] = []
+    report = ingest(IngestConfig([str(folder)], str(tmp_path / "to"), limits=INLINE), said.append, progress=False)
+    assert [item["style"] for item in report["inputs"]] == ["text", "messages", "pairs", "text"]
+    assert (report["records"], report["refused"]) == (12, 0)
+    assert said[0] == f"a.{kind} and 1 more: read as text, as 6 of the first 6 rows look (--style overrides)"
+    assert [line.partition(",")[0] for line in said[1:]] == [
+        f"b.{kind}: read as messages", f"c.{kind}: read as pairs"
+    ]  # fmt: skip
+
+
+def test_a_file_of_no_style_among_others_is_refused_row_by_row(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"colour": 1, "size": 2}\n' * 40)
+    (folder / "b.jsonl").write_text('{"text": "good"}\n' * 2)
+    said: list[str] = []
+    report = ingest(IngestConfig([str(folder)], str(tmp_path / "to"), limits=INLINE), said.append, progress=False)
+    assert (report["records"], report["refused"]) == (2, 40)
+    assert list(report["kinds"]) == ["style: none is recognised by the columns colour, size"]
+    assert any(line.startswith("a.jsonl: no style is recognised by the columns colour, size; choose") for line in said)
+
+
+def test_styles_are_found_in_processes_of_any_number(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, row in FILES.items():
+        (folder / name).write_text(f"{json.dumps(row)}\n" * 200)
+    report = run([folder], tmp_path / "to", limits=LimitsConfig(2))
+    assert [item["style"] for item in report["inputs"]] == ["text", "messages", "pairs", "text"]
+    assert report["records"] == 800
+
+
+def test_files_that_are_left_aside_are_named(tmp_path):
+    """Few of them in a line, some in the report, and how many there are."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    members(folder / "x.tar", {"a.txt": b"x", "a.png": encoded()})
+    for n in range(30):
+        (folder / f"more-{n:02d}.jsonl").write_text('{"text": "x"}\n')
+    (folder / "notes.md").write_text("x")
+    said: list[str] = []
+    report = ingest(IngestConfig([str(folder)], str(tmp_path / "to"), limits=INLINE), said.append, progress=False)
+    assert said[0] == (
+        f"{folder}: left aside: 30 rows files (more-00.jsonl, more-01.jsonl, more-02.jsonl, more-03.jsonl, "
+        "more-04.jsonl, ...), 1 md files (notes.md); a folder is read by its tar files if it has any: ingest others by "
+        "themselves"
+    )
+    rows, notes = report["left_aside"]
+    assert (rows["kind"], rows["count"], rows["names"][-1]) == ("rows", 30, "more-19.jsonl")
+    assert notes == {"folder": str(folder), "kind": "md", "count": 1, "names": ["notes.md"]}
+    assert "more-04.jsonl" in (tmp_path / "to/report.html").read_text()
 
 
 @pytest.mark.parametrize(

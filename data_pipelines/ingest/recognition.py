@@ -1,0 +1,104 @@
+"""In which style every file is read: that of most of its own first rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from data_pipelines.ingest.inputs import ParquetTask
+from data_pipelines.ingest.sources import Input, SourceError
+from data_pipelines.ingest.styles import STYLES
+from data_pipelines.ingest.work import Peek, Seen, look, unseen
+from data_pipelines.workers import LimitsConfig, in_order
+
+_TABLES = (".csv", ".tsv")
+_TASKS, _ROWS = 3, 64  # of an input that are looked at, at most
+
+
+@dataclass
+class _Look:
+    """What the first rows of an input showed."""
+
+    votes: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+    problem: str = ""
+
+    def add(self, seen: Seen) -> None:
+        self.rows += 1
+        self.votes.update([seen.style] if seen.style else [])
+        self.columns |= dict.fromkeys(seen.columns)
+        self.problem = self.problem or seen.problem
+
+    @property
+    def style(self) -> str:
+        return self.votes.most_common(1)[0][0] if self.votes else ""
+
+
+def recognised(
+    inputs: Sequence[Input], columns: dict[str, str], limits: LimitsConfig, say: Callable[[str], None]
+) -> list[str]:
+    """The style of every input; "" for one whose columns are of none, if others are of some. Says what it found.
+
+    PDFs are captioned pictures, and drawing their pages to find out would take time. Raises :class:`SourceError` where
+    nothing is recognised.
+    """
+    looks = [_Look() for _ in inputs]
+    for peek, _, seen in in_order(look, unseen, _peeks(inputs, columns), limits):
+        looks[peek.input].add(seen)
+    styles = [_style(found, one, say) for found, one in zip(inputs, looks, strict=True)]
+    unknown = [(found, one) for found, one, style in zip(inputs, looks, styles, strict=True) if not style]
+    unknown.sort(key=lambda pair: not pair[1].rows)  # an empty file is the last to complain of
+    if unknown and not any(one.style or found.kind == "pdf" for found, one in zip(inputs, looks, strict=True)):
+        raise SourceError(_told_unknown(*unknown[0]))
+    for found, one in unknown:
+        if one.rows:
+            say(f"{_told_unknown(found, one)}; its rows are refused")
+    _say_styles(inputs, looks, say)
+    return styles
+
+
+def _style(found: Input, one: _Look, say: Callable[[str], None]) -> str:
+    if found.kind == "pdf":
+        return "captions"
+    if one.style or one.columns or not one.problem:
+        return one.style
+    say(f"{found.place.name}: none of the first {one.rows} rows can be read: {one.problem}")
+    return "captions" if found.kind in ("images", "videos") else "messages"  # the report will say what
+
+
+def _peeks(inputs: Sequence[Input], columns: dict[str, str]) -> Iterator[tuple[Peek, int]]:
+    for number, found in enumerate(inputs):
+        left = _ROWS
+        for task in islice(found.tasks() if found.kind != "pdf" else (), _TASKS):
+            rows = min(left, task.count if isinstance(task, ParquetTask) else task.rows or 0)
+            if rows:
+                yield Peek(number, task, rows, columns), 0
+            left -= rows
+
+
+def _told_unknown(found: Input, one: _Look) -> str:
+    if any(mark in name for name in one.columns for mark in ";\t|") and found.place.path.lower().endswith(_TABLES):
+        return (
+            f"{found.place.name}: the header is read as {', '.join(map(repr, one.columns))}: other marks stand between "
+            "its columns than commas (tabs in a .tsv); write it anew with those"
+        )
+    return (
+        f"{found.place.name}: no style is recognised by the columns {', '.join(one.columns) or '(none)'}; choose "
+        f"--style of {', '.join(STYLES)}, or call columns by their usual names with --column"
+    )
+
+
+def _say_styles(inputs: Sequence[Input], looks: Sequence[_Look], say: Callable[[str], None]) -> None:
+    """A line a style."""
+    of: dict[str, list[int]] = {}
+    for n, one in enumerate(looks):
+        if one.style:
+            of.setdefault(one.style, []).append(n)
+    for style, numbers in of.items():
+        others = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        votes, rows = sum(looks[n].votes[style] for n in numbers), sum(looks[n].rows for n in numbers)
+        first = inputs[numbers[0]].place.name
+        say(f"{first}{others}: read as {style}, as {votes} of the first {rows} rows look (--style overrides)")
