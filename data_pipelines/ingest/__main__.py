@@ -8,7 +8,8 @@ datasets:ID[:SPLIT] for one that it loads. The style of the rows is recognised f
 --style names another. The id of a row stands at the end of its record's key. FOLDER, which is new or empty, gets the
 shards, report.json, report.html, and refused.jsonl with every row that was refused. One FOLDER is one component of a
 mixture: several SOURCEs in it want one name, --source. Nothing is downloaded, and no file outside of a SOURCE is read.
-Killed, the same command goes on and ends with the same bytes.
+Killed, the same command goes on and ends with the same bytes. Finished, it begins anew where files that rows name were
+missing and have come; of input that has changed it wants --anew.
 
 Exit status: 0; 1 when more than --max-share was refused, or nothing was written; 2 for a source that cannot be read.
 """
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--source", default="", metavar="NAME", help="what the records call their source (default: SOURCE's name)"
     )
     out.add_argument("--max-share", type=float, default=0.01, metavar="SHARE", help="refused of all (default: 0.01)")
+    out.add_argument("--anew", action="store_true", help="delete what an ingestion left in FOLDER, and begin anew")
     rows = out.add_argument_group("reading rows")
     rows.add_argument(
         "--prompt", default="", metavar="TEXT",
@@ -100,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.sources, args.to, args.style, args.source, args.prompt, args.images, args.allow_outside,
             dict(args.column), args.coordinates, not args.headers_only, args.dpi,
             VideoConfig(args.fps, args.video_tokens), LimitsConfig(args.processes, args.seconds, args.megabytes),
-            args.shard_samples, args.shard_bytes,
+            args.shard_samples, args.shard_bytes, args.anew,
         )  # fmt: skip
         if not 0 <= args.max_share <= 1:
             raise ValueError(f"--max-share {args.max_share} must lie in [0, 1]")

@@ -57,11 +57,13 @@ def refused_file(error: OSError, name: str) -> RefusedError:
 
 @dataclass(frozen=True)
 class Root:
-    """The ``folder`` that paths are relative to, and the one they may not leave; ``outside`` lets them."""
+    """The ``folder`` that paths are relative to, and the one they may not leave; ``outside`` lets them. ``named`` is
+    given every file that is asked for (:func:`stamp_of`)."""
 
     folder: str
     within: str
     outside: bool = False
+    named: list[tuple[str, int, int]] | None = field(default=None, compare=False, repr=False)
 
     def path(self, name: str) -> str:
         """Where the file ``name`` lies. Raises :class:`RefusedError` where that is another place than the folder, after
@@ -100,6 +102,8 @@ class Root:
     def open(self, name: str) -> int:
         """A descriptor of a regular file, which the caller closes."""
         path = self.path(name)
+        if self.named is not None:
+            self.named.append((path, *stamp_of(path)))
         try:
             # the last link was followed by now, and a pipe must not make us wait
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -109,6 +113,15 @@ class Root:
             os.close(descriptor)
             raise RefusedError("path", f"{_short(name)} is no regular file")
         return descriptor
+
+
+def stamp_of(path: str) -> tuple[int, int]:
+    """``(bytes, time of change in ns)`` of a file, (-1, 0) where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:  # whoever opens it finds out why
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from mmagent.files import write_text
 from mmagent.html import pieces
 
 REPORT, PAGE, REFUSED = "report.json", "report.html", "refused.jsonl"
+NAMED = ".named.jsonl"
+"""``[path, bytes, time of change in ns]`` of every file that a row named, -1 bytes where there was none."""
 _EXAMPLES = 3
 _KINDS = 100  # of refusals that are told apart
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|(?<![\w-])\d[\d.,x@]*|(?<= )/\S+")
@@ -33,8 +35,8 @@ class Kind:
 
 @dataclass
 class Tally:
-    """Counts so far, and what the records would cost. ``log_bytes``: how long ``refused.jsonl`` is with them, to which
-    a resumed run cuts it."""
+    """Counts so far, and what the records would cost. ``log_bytes`` and ``named_bytes``: how long ``refused.jsonl``
+    and :data:`NAMED` are with them, to which a resumed run cuts them."""
 
     rows: int = 0
     records: int = 0
@@ -43,6 +45,7 @@ class Tally:
     bytes: int = 0
     refused: int = 0
     log_bytes: int = 0
+    named_bytes: int = 0
     kinds: dict[str, Kind] = field(default_factory=dict)
     aside: dict[str, int] = field(default_factory=dict)
     costs: Costs = field(default_factory=Costs)
@@ -88,20 +91,17 @@ class Tally:
         return Tally(**{**state, "kinds": kinds, "costs": costs_of(state.get("costs", {}))})
 
 
-class Log:
-    """``refused.jsonl``: a line for every refusal, in the order of the input, as
-    :func:`~data_pipelines.documents.read_quarantine` reads them."""
+class Lines:
+    """A file of JSON lines, cut to the ``length`` that it had when a shard was finished, and appended to."""
 
-    def __init__(self, path: Path, source: str, length: int):
+    def __init__(self, path: Path, length: int):
         self._file = path.open("r+b" if path.exists() else "wb")
         self._file.truncate(length)
         self._file.seek(length)
-        self._source = source
 
-    def write(self, refused: Refused) -> int:
-        """Append, and say how long the log is now."""
-        line = {"source": self._source, "shard": refused.where, "key": refused.key, "reason": refused.reason}
-        self._file.write(json.dumps({**line, "problem": refused.problem[:2000]}).encode() + b"\n")
+    def append(self, line: Mapping[str, Any] | Sequence[Any]) -> int:
+        """Write one, and say how long the file is now."""
+        self._file.write(json.dumps(line).encode() + b"\n")
         return self._file.tell()
 
     def sync(self) -> None:
@@ -110,6 +110,20 @@ class Log:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Log(Lines):
+    """``refused.jsonl``: a line for every refusal, in the order of the input, as
+    :func:`~data_pipelines.documents.read_quarantine` reads them."""
+
+    def __init__(self, path: Path, source: str, length: int):
+        super().__init__(path, length)
+        self._source = source
+
+    def write(self, refused: Refused) -> int:
+        """Append, and say how long the log is now."""
+        line = {"source": self._source, "shard": refused.where, "key": refused.key, "reason": refused.reason}
+        return self.append({**line, "problem": refused.problem[:2000]})
 
 
 def _short(text: str) -> str:

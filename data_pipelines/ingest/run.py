@@ -18,9 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipelines.cards import summarise, write_card_page
+from data_pipelines.ingest.claim import claim
 from data_pipelines.ingest.files import key_of
 from data_pipelines.ingest.recognition import recognised
-from data_pipelines.ingest.report import REFUSED, REPORT, Log, Tally, write_report
+from data_pipelines.ingest.report import NAMED, REFUSED, REPORT, Lines, Log, Tally, write_report
 from data_pipelines.ingest.sources import Aside, Input, SourceError, find_inputs
 from data_pipelines.ingest.styles import STYLES, StyleConfig
 from data_pipelines.ingest.video import VideoConfig
@@ -29,7 +30,6 @@ from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.workers import LimitsConfig, in_order
 from mmagent.files import write_text
 
-PLAN = "ingest.json"
 _COUNTED = 10_000  # samples that the card tells of
 
 
@@ -38,7 +38,8 @@ class IngestConfig:
     """``style`` "auto" recognises it for each file by its first rows. ``source`` is the mixture component of the
     records, by default the name of SOURCE; several that differ need one. ``images`` is the folder that paths in rows
     are relative to; ``outside`` lets them lead out of it. ``coordinates``: "thousandths" or "pixels", which ``bbox_2d``
-    is in. Pages of PDFs are drawn at ``dpi``. ``limits`` are those of one row."""
+    is in. Pages of PDFs are drawn at ``dpi``. ``limits`` are those of one row. ``anew`` deletes what an ingestion left
+    in ``to``, whatever its settings were."""
 
     sources: list[str]
     to: str
@@ -55,6 +56,7 @@ class IngestConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     shard_samples: int = 10_000
     shard_bytes: int = 1 << 28
+    anew: bool = False
 
     def __post_init__(self) -> None:
         if self.style != "auto" and self.style not in STYLES:
@@ -99,11 +101,13 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     inputs, aside = _inputs(config)
     for one in aside:
         say(one.told())
-    settings = {name: value for name, value in asdict(config).items() if name not in ("to", "limits")}
-    plan = {**settings, "inputs": [{"name": i.place.name, "kind": i.kind, "size": i.size} for i in inputs]}
-    _claim(folder, plan)
+    settings = {name: value for name, value in asdict(config).items() if name not in ("to", "limits", "anew")}
+    told = [{"name": i.place.name, "kind": i.kind, "size": i.size} for i in inputs]
+    plan = {**settings, "inputs": told}
+    stamped = [{**one, "stamp": i.stamp} for one, i in zip(told, inputs, strict=True)]
+    claim(folder, {**settings, "inputs": stamped}, config.anew, say)
     if (folder / REPORT).is_file():
-        say(f"{config.to}: finished already")
+        say(f"{config.to}: finished already, of files that have not changed since (--anew makes it again)")
         return json.loads((folder / REPORT).read_text(encoding="utf-8"))
     styles = [config.style] * len(inputs)
     if config.style == "auto":
@@ -164,26 +168,6 @@ def _inputs(config: IngestConfig) -> tuple[list[Input], list[Aside]]:
     return inputs, aside
 
 
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Note what the folder is for, or see that it is for the same."""
-    path = folder / PLAN
-    wanted = json.loads(json.dumps(plan))
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted({*found, *wanted}):
-            if found.get(name) != wanted.get(name):
-                was, now = (json.dumps(one.get(name))[:200] for one in (found, wanted))
-                raise SourceError(f"{folder} was begun with {name} {was}, now it is {now}; choose another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    if there := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise SourceError(
-            f"{folder} holds what was not written by this command ({there[0]}{more}); choose an empty folder"
-        )
-    write_text(path, json.dumps(wanted, indent=1) + "\n")
-
-
 class _Run:
     """Writes what its jobs give, and knows where it stands."""
 
@@ -200,10 +184,13 @@ class _Run:
             if writer.shards:
                 self._go_on_after(writer.shards - 1)
             self._log = Log(self._folder / REFUSED, config.component, self._tally.log_bytes)
+            self._named = Lines(self._folder / NAMED, self._tally.named_bytes)
             for job, row, answer in in_order(convert, lost, self._jobs(bar), config.limits):
                 self._use(writer, job, row, answer)
             self._log.sync()
+            self._named.sync()
         self._log.close()
+        self._named.close()
         return self._tally
 
     def _jobs(self, bar: tqdm) -> Iterator[tuple[Job, int]]:
@@ -231,6 +218,8 @@ class _Run:
                 self._tally.log_bytes = self._log.write(outcome)
                 self._tally.refuse(outcome)
             self._cursor = Cursor(job.number, row, n + 1)
+        for line in answer.named:
+            self._tally.named_bytes = self._named.append(line)
         self._tally.row(answer)
         self._cursor = Cursor(job.number, row + answer.rows)
 
@@ -245,6 +234,7 @@ class _Run:
     def _note(self, shard: int) -> None:
         """What is used up when a shard is full; the writer is about to let it appear."""
         self._log.sync()
+        self._named.sync()
         note = {"cursor": asdict(self._cursor), "tally": self._tally.state()}
         write_text(self._folder / f".progress-{shard:05d}.json", json.dumps(note))
         (self._folder / f".progress-{shard - 2:05d}.json").unlink(missing_ok=True)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.hub_images import PREFIX, load_splits
 from data_pipelines.image_folder import read_table, walk
-from data_pipelines.ingest.files import MAX_FILE, RefusedError, Root, key_of, refused_file
+from data_pipelines.ingest.files import MAX_FILE, RefusedError, Root, key_of, refused_file, stamp_of
 from data_pipelines.ingest.inputs import (
     BadTask,
     CellsTask,
@@ -54,12 +55,13 @@ class SourceError(ValueError):
 
 @dataclass(frozen=True)
 class Input:
-    """One file, or the images or videos of one folder. ``size`` in bytes, as far as it is known. ``refused``: what was
-    found on the way that is no file."""
+    """One file, or the images or videos of one folder. ``size`` in bytes, as far as it is known; ``stamp`` changes
+    with the size or the time of change of any file of it. ``refused``: what was found on the way that is no file."""
 
     kind: str
     place: Place
     size: int
+    stamp: str = ""
     names: tuple[str, ...] = ()
     dpi: int = 144
     refused: tuple[BadTask, ...] = ()
@@ -125,7 +127,8 @@ def find_inputs(
             size = sum(table.data.nbytes for table in load_splits(spec).values())
         except ValueError as error:
             raise SourceError(str(error)) from error
-        return [Input("dataset", place, size)], None
+        stamp = _stamp(path, walk(path)) if path.is_dir() else ""
+        return [Input("dataset", place, size, stamp)], None
     if path.is_file():
         kind = _KIND.get(_end(path.name))
         if kind is None:
@@ -142,6 +145,7 @@ def _folder(path: Path, prefix: str, images: str, outside: bool, dpi: int) -> tu
     files: dict[str, list[str]] = {kind: [] for kind in ("tar", "parquet", "rows", "pdf")}
     some: dict[str, list[str]] = {}
     no_files: dict[str, str] = {}
+    seen = _digest()
     for name in walk(path, no_files):
         kind = _kind(path, name)
         counts[kind] += 1
@@ -149,15 +153,15 @@ def _folder(path: Path, prefix: str, images: str, outside: bool, dpi: int) -> tu
             some.setdefault(kind, []).append(name)
         if kind in files:
             files[kind].append(name)
-        elif kind in ("images", "videos"):
-            sizes[kind] += (path / name).stat().st_size
+        elif kind in ("images", "videos", "beside"):
+            sizes[kind] += _add(seen, path, name)
     chosen = next((kind for kind in ("tar", "parquet", "rows") if counts[kind]), "")
     if chosen:
         inputs = [_input(chosen, path, name, prefix, images, outside, dpi) for name in files[chosen]]
     else:
         root = Root(str(path), str(path), outside)
         at = Place(str(path), prefix, str(path), root)
-        inputs = [Input(kind, at, sizes[kind]) for kind in ("images", "videos") if counts[kind]]
+        inputs = [Input(kind, at, sizes[kind], seen.hexdigest()) for kind in ("images", "videos") if counts[kind]]
         inputs += [_input("pdf", path, name, prefix, images, outside, dpi) for name in files["pdf"]]
     if not inputs:
         others = f", and {len(no_files)} links, pipes or devices" if no_files else ""
@@ -209,8 +213,29 @@ def _input(kind: str, folder: Path, name: str, prefix: str, images: str, outside
     root = Root(images or own, images or str(folder), outside)
     size = path.stat().st_size
     if kind in ("images", "videos"):
-        return Input(kind, Place(str(path), prefix, name, root), size, (name,))
-    return Input(kind, Place(str(path), prefix + key_of(name), name, root), size, dpi=dpi)
+        stem = name.rpartition(".")[0]
+        stamp = _stamp(folder, (name, f"{stem}.txt", f"{stem}.json"))
+        return Input(kind, Place(str(path), prefix, name, root), size, stamp, (name,))
+    return Input(kind, Place(str(path), prefix + key_of(name), name, root), size, _stamp(folder, (name,)), dpi=dpi)
+
+
+def _stamp(folder: Path, names: Iterable[str]) -> str:
+    """Of files below a folder: a digest of their names, sizes and times of change."""
+    found = _digest()
+    for name in names:
+        _add(found, folder, name)
+    return found.hexdigest()
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8)
+
+
+def _add(found: hashlib.blake2b, folder: Path, name: str) -> int:
+    """Take a file into a digest; how many bytes it has."""
+    size, time = stamp_of(os.path.join(folder, name))
+    found.update(repr((name, size, time)).encode("utf-8", "surrogateescape"))
+    return max(size, 0)
 
 
 # ------------------------------------------------------------------------------------------------ tasks of one input

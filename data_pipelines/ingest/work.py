@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from data_pipelines.ingest.files import RefusedError, key_of, refused_file
-from data_pipelines.ingest.inputs import RECORD, Bad, InputTask, ParquetTask, Raw, Row
+from data_pipelines.ingest.inputs import RECORD, Bad, FilesTask, InputTask, ParquetTask, Raw, Row
 from data_pipelines.ingest.styles import StyleConfig, read_row, recognise
 from data_pipelines.plausible import check_said, picture_sizes
 from data_pipelines.record_texts import texts_of
@@ -58,10 +58,12 @@ class Refused:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one row; ``aside`` are columns that nothing was made of."""
+    """What became of one row; ``aside`` are columns that nothing was made of, ``named`` the files that it names, as
+    :attr:`~data_pipelines.ingest.files.Root.named` has them."""
 
     outcomes: tuple[Made | Refused, ...]
     aside: tuple[str, ...] = ()
+    named: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -72,7 +74,11 @@ class Answer:
 def convert(job: Job, start: int) -> Iterator[Answer]:
     """The answers for the rows of a job, from row ``start`` on."""
     for raw in rows_of(job.task, start):
-        yield _answer(raw, job.style)
+        named: list[tuple[str, int, int]] = []
+        if isinstance(raw, Row) and not isinstance(job.task, FilesTask):  # those are the input itself
+            raw = replace(raw, root=replace(raw.root, named=named))
+        answer = _answer(raw, job.style)
+        yield replace(answer, named=tuple(named)) if named else answer
 
 
 def rows_of(task: InputTask, start: int) -> Iterator[Raw]:
