@@ -4,8 +4,10 @@
 
 ``folders`` are shard sets, or folders of them, and are compared with each other; every set NAME becomes ``TO/NAME``.
 What is left out stands in ``TO/left_out.jsonl`` with its key and reason, and is counted in ``TO/curation.json``; each
-new set has a card to look at. What is kept is kept unchanged. A run that was killed goes on where it was and ends with
-the same bytes; the same settings and samples give the same bytes with any number of processes.
+new set has a card to look at. Shards that were cut short are named and counted, and end the command with status 1 where
+they are more than the share ``max_torn`` of a set's. What is kept is kept unchanged. A run that was killed goes on
+where it was and ends with the same bytes; the same settings and samples give the same bytes with any number of
+processes.
 
 Presets: ``safe`` leaves out copies and what cannot be read, ``pairs`` and ``text`` ask what is usual of captioned
 pictures and of long texts. Signatures take 533 bytes a sample and its bands 168 at least, 608 a picture on disk, and 60
@@ -44,13 +46,15 @@ from mmagent.records import from_sample
 from mmagent.vocab import Vocab
 
 LOG, REPORT, WORK = "left_out.jsonl", "curation.json", ".curation"
+_TOLD, _NAMED = 5, 20  # torn shards of a set that are named: on the terminal, and in the report
 _DUPLICATE, _BALANCE = REASONS.index("duplicate"), REASONS.index("balance")
 
 
 @dataclass
 class CurateConfig:
     """``folders`` to ``to`` by ``rules``; ``balance`` what is left. ``tokenizer`` makes the cards count tokens.
-    ``limits`` are those of looking at one sample, and the processes that do."""
+    ``limits`` are those of looking at one sample, and the processes that do. ``max_torn``: the share of a set's shards
+    that may be cut short; what is whole of them is taken in any case."""
 
     folders: list[str] = field(default_factory=list)
     to: str = ""
@@ -58,8 +62,13 @@ class CurateConfig:
     balance: BalanceRules = field(default_factory=BalanceRules)
     tokenizer: str = ""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    max_torn: float = 0.0
     shard_samples: int = 10_000
     shard_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_torn <= 1:
+            raise ValueError(f"max_torn {self.max_torn} must lie in [0, 1]")
 
 
 def safe() -> CurateConfig:
@@ -81,16 +90,33 @@ def text() -> CurateConfig:
 
 
 @dataclass(frozen=True)
+class TornShards:
+    """How many of a set's ``shards`` were cut short, and some of them with where and how."""
+
+    count: int
+    shards: int
+    named: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Curation:
     """What came of it: samples ``seen`` and ``kept``, counts of ``left_out`` by reason, and by set and reason; the
-    samples that were ``split`` into finer groups when copies were looked for, and shards' torn ``tails``."""
+    samples that were ``split`` into finer groups when copies were looked for, and ``torn`` shards by set, where there
+    are any: their lost samples are not among those seen."""
 
     seen: int
     kept: int
     left_out: dict[str, int]
     sets: dict[str, dict[str, int]]
     split: int
-    tails: int
+    torn: dict[str, TornShards]
+
+    def problem(self, most: float) -> str:
+        """What to end with where more than the share ``most`` of a set's shards is torn, "" where none is."""
+        bad = {name: one for name, one in self.torn.items() if one.count > most * one.shards}
+        told = ", ".join(f"{one.count} of {one.shards} shards of {name}" for name, one in bad.items())
+        more = f"more than max_torn={most:g}: make them anew, or allow the share"
+        return f"{told} were cut short, {more}" if bad else ""
 
     def table(self) -> str:
         """For people."""
@@ -102,6 +128,10 @@ class Curation:
             + "".join(f"{counts.get(reason, 0):>12}" for reason in reasons)
             for name, counts in self.sets.items()
         ]
+        for name, one in self.torn.items():
+            rows.append(f"{name}: {one.count} of {one.shards} shards cut short, what they lost is not counted:")
+            rows += [f"  {named}" for named in one.named[:_TOLD]]
+            rows += [f"  and {one.count - _TOLD} more, in {LOG}"] if one.count > _TOLD else []
         return "\n".join([head, *rows])
 
 
@@ -187,9 +217,14 @@ def _result(scanner: Scanner, sets: dict[str, Path], reasons: np.ndarray, split:
         left_out = {reason: int(n) for reason, n in zip(REASONS[1:], counts[1:], strict=True) if n}
         by_set[name] = {"seen": int(counts.sum()), "kept": int(counts[0]), **left_out}
     total = Counter({reason: int((reasons == n).sum()) for n, reason in enumerate(REASONS) if n})
-    tails = sum(len(shards.torn) for shards in scanner.sets)
+    torn = {name: _torn(shards) for name, shards in zip(sets, scanner.sets, strict=True) if shards.torn}
     left_out = {reason: count for reason, count in total.items() if count}
-    return Curation(len(reasons), int((reasons == 0).sum()), left_out, by_set, split, tails)
+    return Curation(len(reasons), int((reasons == 0).sum()), left_out, by_set, split, torn)
+
+
+def _torn(shards: ShardSet) -> TornShards:
+    named = tuple(f"{one.shard}@{one.offset}: {one.problem}" for one in shards.torn[:_NAMED])
+    return TornShards(len(shards.torn), len(shards.paths), named)
 
 
 def _write_log(
@@ -292,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{config.to}: {result.kept} of {result.seen} samples kept, in {time.perf_counter() - started:.0f} s; "
         f"those left out: {Path(config.to) / LOG}"
     )
+    if problem := result.problem(config.max_torn):
+        raise SystemExit(f"data_pipelines.curate: {problem}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Config(CurateConfig):
     device: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := sorted(set(self.suites) - {*SUITES, "all"}):
             raise ValueError(f"suites: there is no {unknown[0]!r}; there are all, {', '.join(SUITES)}")
         if (self.rules.least_score is None) != (not self.image_text):
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"recipes.curate: {error}") from error
     print(result.table())
     print(f"{config.to}: {result.kept} of {result.seen} samples kept")
+    if problem := result.problem(config.max_torn):
+        raise SystemExit(f"recipes.curate: {problem}")
 
 
 if __name__ == "__main__":

@@ -372,3 +372,39 @@ def test_a_bar_that_was_shown_ends_with_its_line(capsys, monkeypatch):
 
 def _at_once(**options):
     return tqdm(**{**options, "delay": 0.0})
+
+
+def test_torn_shards_are_named_counted_and_end_the_command(tmp_path, capsys):
+    """With an index, which knows how many samples are lost, and without; what is whole is curated."""
+    write(tmp_path / "raw" / "a", [text(n) for n in range(9)], max_samples=3)
+    write(tmp_path / "raw" / "b", [text(n) for n in range(20, 23)])
+    os.truncate(tmp_path / "raw/a/shard-00001.tar", 3000)
+    os.truncate(tmp_path / "raw/a/shard-00002.tar", 3000)
+    (tmp_path / "raw/a/shard-00002.idx").unlink()
+    arguments = [f"folders=[{tmp_path / 'raw'}]", f"to={tmp_path / 'to'}", "limits.processes=0"]
+    with pytest.raises(SystemExit, match=r"2 of 3 shards of a were cut short, more than max_torn=0: make them anew"):
+        main(arguments)
+    out = capsys.readouterr().out
+    assert "a: 2 of 3 shards cut short, what they lost is not counted:\n  shard-00001.tar@" in out
+    assert "shard-00002.tar@" in out
+    assert "b: " not in out
+    assert keys(tmp_path / "to/a")[:3] == ["text-0000", "text-0001", "text-0002"]
+    told = json.loads((tmp_path / "to/curation.json").read_text(encoding="utf-8"))["torn"]
+    assert (told["a"]["count"], told["a"]["shards"], len(told["a"]["named"])) == (2, 3, 2)
+    assert "b" not in told
+    main([*arguments, "max_torn=0.7"])
+    with pytest.raises(SystemExit, match=r"more than max_torn=0\.5"):
+        main([*arguments, "max_torn=0.5"])
+    with pytest.raises(SystemExit):
+        main([*arguments, "max_torn=2"])
+    assert "max_torn 2.0 must lie in [0, 1]" in capsys.readouterr().err
+
+
+def test_many_torn_shards_are_named_in_part(tmp_path):
+    write(tmp_path / "raw" / "a", [text(n) for n in range(62)], max_samples=2)
+    for path in sorted((tmp_path / "raw/a").glob("*.tar"))[1:]:
+        os.truncate(path, path.stat().st_size // 8)
+    result = curate(config(tmp_path / "to", tmp_path / "raw"))
+    assert (result.torn["a"].count, len(result.torn["a"].named)) == (30, 20)
+    assert "  and 25 more, in left_out.jsonl" in result.table()
+    assert result.problem(0.99) == ""
