@@ -298,4 +298,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from data_pipelines import validate as module  # processes find what they run by its name, and not in a script
+
+    sys.exit(module.main())

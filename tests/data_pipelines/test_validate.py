@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,3 +153,11 @@ def test_a_folder_of_sets_is_checked_set_by_set(tmp_path, capsys):
     }
     assert main([str(tmp_path)]) == 2
     assert "no shard" in capsys.readouterr().err
+
+
+def test_the_command_in_processes_as_it_is_typed(tmp_path):
+    write(tmp_path / "a", range(3))
+    command = [sys.executable, "-m", "data_pipelines.validate", str(tmp_path / "a"), "--processes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 sound records" in done.stdout
