@@ -131,7 +131,7 @@ def test_other_settings_are_taken_by_beginning_anew(tmp_path):
     assert len(records(to)[0].messages) == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other/shard-00000.tar").write_bytes(b"not ours")
-    with pytest.raises(SourceError, match="were not written by this command"):
+    with pytest.raises(SourceError, match="was not written by this command"):
         run([source], tmp_path / "other", anew=True)
 
 
