@@ -23,7 +23,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -249,6 +249,30 @@ def _leave() -> None:
     """Leave without a word: a process that ends, perhaps for an error, must not wait for others."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+        _let_threads_rest()
+
+
+def _let_threads_rest(limit: float = 1.0) -> None:
+    """Give other threads of this process the interpreter until none of them has anything to do; ``limit`` seconds.
+
+    Gloo's threads let go of the tensors of a collective some time after it is over, and need the interpreter for those
+    that Python knows. One that asks for it while it is being taken down aborts the process, and the launcher ends the
+    other ranks for it (pytorch issue 190489; seen once, on a machine with more to do than it has cores).
+    """
+    deadline, quiet = time.monotonic() + limit, 0
+    while quiet < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)  # hands over the interpreter, and the core
+        quiet = quiet + 1 if not _busy_threads() else 0
+
+
+def _busy_threads() -> int:
+    """Threads of this process but the calling one that run, or would if they had a core; 0 where Linux does not say."""
+    busy = 0
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # it has ended
+            state = stat.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+            busy += state == "R" and int(stat.parent.name) != threading.get_native_id()
+    return busy
 
 
 def all_reduce(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +165,20 @@ def _leave(world: World, folder: str) -> list[str]:
 
 def test_nobody_leaves_a_finished_run_before_the_last_is_there(tmp_path):
     assert run_ranks(_leave, 2, str(tmp_path)) == [["last", "False"]] * 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+def test_who_leaves_waits_for_threads_that_have_something_to_do(monkeypatch):
+    """Hashing, which needs the interpreter again only when it is done."""
+    done: list[bytes] = []
+    data = bytes(100_000_000)
+    threading.Thread(target=lambda: done.append(hashlib.sha256(data).digest()), daemon=True).start()
+    dist._let_threads_rest(limit=60.0)
+    assert done
+    monkeypatch.setattr(dist, "_busy_threads", lambda: 1)
+    start = time.monotonic()
+    dist._let_threads_rest(limit=0.05)
+    assert 0.05 <= time.monotonic() - start < 30.0, "one that never rests keeps nobody"
 
 
 def test_a_lone_process_needs_no_launcher(monkeypatch):
