@@ -35,7 +35,7 @@ from data_pipelines.filters import PictureRules, TextRules
 from data_pipelines.image_shards import holds_shards
 from data_pipelines.making import BuildError, claim, write_whole
 from data_pipelines.near_duplicates import CopySearch
-from data_pipelines.scanning import REASONS, Scan, Scanner, ScanRules, Scorer, read_besides, scan
+from data_pipelines.scanning import REASONS, SIGNED, Scan, Scanner, ScanRules, Scorer, read_besides, scan
 from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.workers import LimitsConfig
 from mmagent.chat import ChatConfig
@@ -168,7 +168,7 @@ def curate(config: CurateConfig, scorer: Scorer | None = None) -> Curation:
     if besides := read_besides(config.rules):
         settings["read"] = besides
     shards = {"shard": config.shard_samples, "bytes": config.shard_bytes}
-    claim(to / WORK, {"sets": prints, **settings, **shards})
+    claim(to / WORK, {"signed": SIGNED, "sets": prints, **settings, **shards})
     scanner = Scanner([str(path) for path in sets.values()], config.rules)
     found = Scan(to / WORK)
     with _bar("looking at samples", len(scanner)) as report:

@@ -39,6 +39,8 @@ from mmagent.vocab import Vocab
 
 BLOCK = 64
 """Samples noted, and scored, together; a scan that is killed repeats at most one block a process."""
+SIGNED = 2
+"""Raised with what scans note of a sample: one that was begun before is not gone on with."""
 REASONS = (
     "", "unreadable", "resolution", "length", "words", "repetition", "language", "blur", "evaluation", "score",
     "duplicate", "balance",

@@ -33,7 +33,12 @@ def normalise(text: str) -> str:
 
 def words(text: str) -> list[str]:
     """The words and numbers of :func:`normalise` in order, without punctuation; ideographs and kana are one each."""
-    return _WORD.findall(_IDEOGRAPHS.sub(r" \1 ", normalise(text)))
+    return _WORD.findall(parted(text))
+
+
+def parted(text: str) -> str:
+    """:func:`normalise` with space around ideographs and kana."""
+    return _IDEOGRAPHS.sub(r" \1 ", normalise(text))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -47,17 +52,21 @@ def text_hash(text: str) -> int:
 
 
 def shingles(text: str, n: int) -> np.ndarray:
-    """``(S,)`` uint64, ascending: one hash for each different run of ``n`` words. A text of fewer words has one of all
-    of them, one without any word one of its characters; an empty one has none."""
-    found = words(text)
+    """``(S,)`` uint64, ascending: one hash for each different run of ``n`` :func:`words`. A text of fewer words has one
+    of all of them, one without any word one of its characters; an empty one has none."""
+    return runs(words(text), text, n)
+
+
+def runs(found: list[str], text: str, n: int) -> np.ndarray:
+    """:func:`shingles` of a ``text`` in which other things than words are ``found``."""
     if not found:
         return np.array([text_hash(text)] if normalise(text) else [], np.uint64)
     hashes = np.array([_word_hash(word) for word in found], np.uint64)
     n = min(n, len(hashes))
-    runs = np.zeros(len(hashes) - n + 1, np.uint64)
+    signs = np.zeros(len(hashes) - n + 1, np.uint64)
     for place in range(n):  # a polynomial in an odd number, mixed, so that the order of words counts
-        runs = _mix(runs * _GOLDEN + hashes[place : len(hashes) - n + 1 + place])
-    return np.unique(runs)
+        signs = _mix(signs * _GOLDEN + hashes[place : len(hashes) - n + 1 + place])
+    return np.unique(signs)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -73,14 +82,14 @@ def _permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
     return numbers[:count, None] | np.uint64(1), numbers[count:, None]
 
 
-def minhash(runs: np.ndarray, permutations: int = 128) -> np.ndarray:
+def minhash(signs: np.ndarray, permutations: int = 128) -> np.ndarray:
     """``(permutations,)`` uint32 of :func:`shingles`: two of them agree in as large a share of their places as the sets
     overlap (Jaccard), give or take ``sqrt(J (1 - J) / permutations)``. (Broder 1997; permutations by multiply-shift.)
     Of no shingles, all ones."""
     least = np.full(permutations, np.iinfo(np.uint32).max, np.uint32)
     factor, offset = _permutations(permutations)
-    for first in range(0, len(runs), _ROWS):
-        mixed = (runs[None, first : first + _ROWS] * factor + offset) >> np.uint64(32)
+    for first in range(0, len(signs), _ROWS):
+        mixed = (signs[None, first : first + _ROWS] * factor + offset) >> np.uint64(32)
         least = np.minimum(least, mixed.min(axis=1).astype(np.uint32))
     return least
 

@@ -408,3 +408,12 @@ def test_many_torn_shards_are_named_in_part(tmp_path):
     assert (result.torn["a"].count, len(result.torn["a"].named)) == (30, 20)
     assert "  and 25 more, in left_out.jsonl" in result.table()
     assert result.problem(0.99) == ""
+
+
+def test_signatures_of_an_older_kind_are_not_gone_on_with(tmp_path, monkeypatch):
+    write(tmp_path / "raw", [text(n) for n in range(3)])
+    monkeypatch.setattr("data_pipelines.curate.SIGNED", 1)
+    curate(config(tmp_path / "to", tmp_path / "raw"))
+    monkeypatch.undo()
+    with pytest.raises(BuildError, match="signed"):
+        curate(config(tmp_path / "to", tmp_path / "raw"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import json.decoder
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from data_pipelines.near_duplicates import (
     overlap,
     sign_text,
     signed_rows,
+    tokens,
 )
 from mmagent.contamination import Signed
 from mmagent.signatures import minhash
@@ -70,6 +74,42 @@ def test_recall_and_precision_against_the_exact_overlap(tmp_path):
     assert found[exact >= 0.85].mean() >= 0.98
     assert found[exact < 0.7].mean() <= 0.01
     assert (copies >= 0).sum() == found.sum()  # and nothing else is a copy
+
+
+OPERATORS = str.maketrans("+-*/<>", "-+/*><")
+
+
+def test_code_that_differs_in_operators_alone_is_no_copy(tmp_path):
+    """By words alone every two of these overlap by 1.0, and the shorter half of real functions went with them."""
+    body = "def f(a, b):\n    c = a {0} b\n    d = c {1} a\n    return d {0} b {1} c\n"
+    short = [body.format(*pair) for pair in ("+*", "-*", "+/", "- ", "<>")]
+    signs = ["x = a.b(c, d)[1:2]", "x = a.b(c, d)[1, 2]", "x = a.b(c, -d)[1:2]", "x = a.b(c, not d)[1:2]"]
+    signs += ["x = a.b(c, !d)[1:2]", "x = (a.b)(c, d)[1:2]"]
+    for texts in (short, signs):
+        assert (search(texts, tmp_path).run(np.ones(len(texts), bool)) < 0).all()
+    for function in (statistics.correlation, statistics.linear_regression, json.decoder.py_scanstring):
+        code = inspect.getsource(function)
+        assert exact_overlap(code, f"{code.upper()}\n") == 1.0
+        assert exact_overlap(code, code.translate(OPERATORS)) < 0.95
+
+
+def test_prose_is_a_copy_whatever_its_punctuation(tmp_path):
+    """Commas, quotes, ellipses and how dashes are set is what copies of prose differ in."""
+    prose = inspect.getdoc(inspect) + "\n" + statistics.__doc__.partition("Calculating averages")[0]
+    prose = "It's said - and often -- that \"a text\", once copied, isn't the same (or so...). " + prose
+    typeset = prose.replace("'", "\u2019").replace('"', "\u201c").replace("--", "\u2014").replace(" - ", " \u2014 ")
+    bare = prose.replace(", ", " ").replace("; ", " ").replace(". ", " ").replace("...", "\u2026")
+    for other in (typeset, bare, typeset.replace(", ", " ")):
+        assert exact_overlap(prose, other) == 1.0
+    assert exact_overlap("\u4f60\u597d\uff0c\u4e16\u754c\u3002", "\u4f60\u597d \u4e16\u754c") == 1.0
+    assert search([prose, typeset, bare], tmp_path).run(np.ones(3, bool)).tolist() == [-1, 0, 0]
+
+
+def test_tokens_of_prose_and_code():
+    assert tokens("Well, it's 3.5 \u2014 not 3,5!") == ["well", "it", "s", "3", ".", "5", "-", "not", "3", ",", "5"]
+    assert tokens("a+=b--; // !c") == ["a", "+", "=", "b", "-", "/", "/", "!", "c"]
+    assert tokens("=======") == ["="]
+    assert tokens("x \u2264 y \u00d7 2") == ["x", "\u2264", "y", "\u00d7", "2"]
 
 
 def test_copies_are_all_but_the_first_and_chains_are_followed(tmp_path):
