@@ -10,14 +10,14 @@ import difflib
 import hashlib
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards import ShardSet
+from data_pipelines.shards import ShardSet, find_shards
 
 REPEATS = "repeats.npy"
 """Beside the shards of a set: how often each sample is met in an epoch, one uint8 a sample. Without it, once."""
@@ -124,14 +124,27 @@ class Source:
 
 
 def read_repeats(shards: ShardSet) -> np.ndarray | None:
-    """What stands in :data:`REPEATS` beside the shards. Raises ``ValueError`` where it counts other samples."""
-    path = Path(shards.location) / REPEATS
-    if not path.is_file():
+    """``(N,)``: what stands in :data:`REPEATS` beside the shards, whether they were named by their folder or by a glob
+    that takes some of them, of one folder or of several; None where there is none. Raises ``ValueError`` where it
+    counts other samples."""
+    folders = {path.parent for path in shards.paths}
+    stored = {path: repeats for folder in folders for path, repeats in _stored_repeats(folder, shards)}
+    if not stored:
         return None
+    each = zip(shards.paths, shards.counts, strict=True)
+    return np.concatenate([stored.get(path, np.ones(count, np.uint8)) for path, count in each])
+
+
+def _stored_repeats(folder: Path, shards: ShardSet) -> Iterator[tuple[Path, np.ndarray]]:
+    """Every shard of a folder with what is stored of its samples."""
+    path = folder / REPEATS
+    if not path.is_file():
+        return
+    whole = shards if shards.paths == find_shards(str(folder)) else ShardSet(folder)
     repeats = np.load(path, allow_pickle=False)
-    if repeats.shape != (len(shards),) or repeats.min() < 1:
-        raise ValueError(f"{path} is about {len(repeats)} samples and the shards hold {len(shards)}: curate them anew")
-    return repeats
+    if repeats.shape != (len(whole),) or repeats.min() < 1:
+        raise ValueError(f"{path} is about {len(repeats)} samples and the shards hold {len(whole)}: curate them anew")
+    yield from zip(whole.paths, np.split(repeats, np.cumsum(whole.counts)[:-1]), strict=True)
 
 
 class Mixture:

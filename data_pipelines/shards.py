@@ -234,6 +234,11 @@ class ShardSet:
         """Size of all tars on disk."""
         return sum(index.tar_bytes for index in self._indices)
 
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [len(index.entries) for index in self._indices]
+
     def fingerprint(self) -> str:
         """A digest of the shards' names, sizes and sample counts: what an exact resume has to find again."""
         digest = hashlib.blake2b(digest_size=8)

@@ -251,6 +251,35 @@ def test_rare_tasks_are_met_more_often_and_nothing_is_written_twice(tmp_path):
         read_repeats(source.shards)
 
 
+def test_repeats_are_followed_however_the_shards_are_named(tmp_path):
+    """A glob or one tar of a balanced set is balanced as well, and the stream's fingerprint says so."""
+    write(tmp_path / "a", [page(n) for n in range(5)], max_samples=2)
+    write(tmp_path / "b", [page(n) for n in range(3)])
+    np.save(tmp_path / "a/repeats.npy", np.array([1, 2, 3, 4, 5], np.uint8))
+
+    def opened(path: str) -> Source:
+        return open_sources({"raw": SourceConfig(str(tmp_path / path))}, seed=0)[0]
+
+    for path, wanted in {
+        "a": [1, 2, 3, 4, 5],
+        "a/*.tar": [1, 2, 3, 4, 5],
+        "a/shard-0000{0,2}.tar": [1, 2, 5],
+        "a/shard-00001.tar": [3, 4],
+        "?/*.tar": [1, 2, 3, 4, 5, 1, 1, 1],
+    }.items():
+        source = opened(path)
+        assert read_repeats(source.shards).tolist() == wanted
+        assert len(source) == sum(wanted)
+    assert read_repeats(ShardSet(tmp_path / "b/*.tar")) is None
+    assert opened("a").fingerprint() == opened("a/*.tar").fingerprint()
+    before = opened("a/shard-00001.tar").fingerprint()
+    np.save(tmp_path / "a/repeats.npy", np.array([1, 2, 3, 5, 4], np.uint8))
+    assert opened("a/shard-00001.tar").fingerprint() != before
+    np.save(tmp_path / "a/repeats.npy", np.array([3, 4], np.uint8))
+    with pytest.raises(ValueError, match="is about 2 samples and the shards hold 5"):
+        opened("a/shard-00001.tar")
+
+
 def test_factors_fill_up_to_half_the_mean():
     assert factors([100, 100, 10, 40], 10).tolist() == [1.0, 1.0, 3.125, 1.0]
     assert factors([100, 1, 0], 5)[1] == 5.0  # at most so often
