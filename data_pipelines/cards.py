@@ -127,12 +127,14 @@ def write_card_page(
     made: Mapping[str, Any],
     left_out: Mapping[str, int] | None = None,
     examples: Iterable[Mapping[str, str]] = (),
+    counts: Mapping[str, int] | None = None,
 ) -> Path:
     """``FOLDER/card.html`` of a finished set. ``made``: its "source" and the settings it came from; ``left_out``:
-    samples that are not in it, by reason, and ``examples`` of them (``key``, ``reason``, ``problem``)."""
+    samples that are not in it, by reason, and ``examples`` of them (``key``, ``reason``, ``problem``);
+    ``counts``: what else of its samples is worth a figure."""
     shards = ShardSet(folder)
     sections = [
-        Section("At a glance", _glance(shards, summary) + _facts(shards, made)),
+        Section("At a glance", _glance(shards, summary, counts or {}) + _facts(shards, made)),
         Section("What it holds", _tables(summary)),
         Section("How large things are", _histograms(summary), "Samples in each class; sizes by powers of two."),
     ]
@@ -146,11 +148,12 @@ def write_card_page(
     return path
 
 
-def _glance(shards: ShardSet, summary: Summary) -> Markup:
+def _glance(shards: ShardSet, summary: Summary, counts: Mapping[str, int]) -> Markup:
     figures = {"samples": f"{len(shards):,}"}
     if summary.samples < len(shards):
         figures["of them counted, drawn evenly"] = f"{summary.samples:,}"
     figures["pictures"] = f"{summary.images:,}"
+    figures |= {name: f"{count:,}" for name, count in counts.items()}
     figures |= {"shards": f"{len(shards.paths):,}", "on disk": _bytes(shards.bytes)}
     if summary.total:
         figures |= {

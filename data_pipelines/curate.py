@@ -10,7 +10,7 @@ where it was and ends with the same bytes; the same settings and samples give th
 processes.
 
 Presets: ``safe`` leaves out copies and what cannot be read, ``pairs`` and ``text`` ask what is usual of captioned
-pictures and of long texts. Signatures take 533 bytes a sample and its bands 168 at least, 608 a picture on disk, and 60
+pictures and of long texts. Signatures take 534 bytes a sample and its bands 168 at least, 608 a picture on disk, and 60
 bytes a sample in memory, whatever the samples weigh.
 """
 
@@ -45,6 +45,7 @@ from mmagent.geometry import GeometryConfig
 from mmagent.records import from_sample
 from mmagent.vocab import Vocab
 
+_UNSCORED = "not scored"
 LOG, REPORT, WORK = "left_out.jsonl", "curation.json", ".curation"
 _TOLD, _NAMED = 5, 20  # torn shards of a set that are named: on the terminal, and in the report
 _DUPLICATE, _BALANCE = REASONS.index("duplicate"), REASONS.index("balance")
@@ -102,7 +103,8 @@ class TornShards:
 class Curation:
     """What came of it: samples ``seen`` and ``kept``, counts of ``left_out`` by reason, and by set and reason; the
     samples that were ``split`` into finer groups when copies were looked for, and ``torn`` shards by set, where there
-    are any: their lost samples are not among those seen."""
+    are any: their lost samples are not among those seen; those ``unscored`` that are kept though a score was asked for
+    (:class:`~data_pipelines.scanning.ScanRules`), which stand as "not scored" beside the reasons of a set."""
 
     seen: int
     kept: int
@@ -110,6 +112,7 @@ class Curation:
     sets: dict[str, dict[str, int]]
     split: int
     torn: dict[str, TornShards]
+    unscored: int = 0
 
     def problem(self, most: float) -> str:
         """What to end with where more than the share ``most`` of a set's shards is torn, "" where none is."""
@@ -121,6 +124,7 @@ class Curation:
     def table(self) -> str:
         """For people."""
         reasons = [reason for reason in REASONS[1:] if self.left_out.get(reason)]
+        reasons += [_UNSCORED] if self.unscored else []
         width = max([len(name) for name in self.sets] + [8]) + 2
         head = f"{'set':<{width}}{'seen':>9}{'kept':>9}" + "".join(f"{reason:>12}" for reason in reasons)
         rows = [
@@ -165,6 +169,8 @@ def curate(config: CurateConfig, scorer: Scorer | None = None) -> Curation:
         raise ConfigError(f"to: {to} holds what is to be cleaned; choose another folder")
     prints = {name: ShardSet(path).fingerprint() for name, path in sets.items()}
     settings: dict[str, Any] = {"rules": asdict(config.rules), "balance": asdict(config.balance)}
+    if scorer is not None:
+        settings["scored_by"] = scorer.fingerprint
     if besides := read_besides(config.rules):
         settings["read"] = besides
     shards = {"shard": config.shard_samples, "bytes": config.shard_bytes}
@@ -176,7 +182,7 @@ def curate(config: CurateConfig, scorer: Scorer | None = None) -> Curation:
     reasons, copy_of, split = _copies(found, scanner, config)
     weights = balanced(scanner, reasons == 0, config.balance)
     reasons[(reasons == 0) & ~weights.kept] = _BALANCE
-    result = _result(scanner, sets, reasons, split)
+    result = _result(scanner, sets, reasons, split, found.samples()["unscored"])
     _write_log(to / LOG, found, scanner, list(sets), reasons, copy_of)
     for at, (name, path) in enumerate(sets.items()):
         chosen = _of(scanner, at, reasons) == 0
@@ -187,7 +193,8 @@ def curate(config: CurateConfig, scorer: Scorer | None = None) -> Curation:
         if chosen.any():
             summary = summarise(ShardSet(to / name), _builder(config))
             left_out = {reason: n for reason, n in result.sets[name].items() if reason in REASONS}
-            write_card_page(to / name, summary, made, left_out, _examples(to / LOG, name))
+            unscored = {"samples not scored": result.sets[name][_UNSCORED]} if scorer is not None else {}
+            write_card_page(to / name, summary, made, left_out, _examples(to / LOG, name), unscored)
     weights.save_sources(to, list(sets))
     write_whole(to / REPORT, {**asdict(result), **settings, "sets_by_fingerprint": prints})
     return result
@@ -210,16 +217,20 @@ def _of(scanner: Scanner, at: int, values: np.ndarray) -> np.ndarray:
     return values[scanner.starts[at] : scanner.starts[at + 1]]
 
 
-def _result(scanner: Scanner, sets: dict[str, Path], reasons: np.ndarray, split: int) -> Curation:
+def _result(scanner: Scanner, sets: dict[str, Path], reasons: np.ndarray, split: int, unscored: np.ndarray) -> Curation:
     by_set = {}
     for at, name in enumerate(sets):
         counts = np.bincount(_of(scanner, at, reasons), minlength=len(REASONS))
         left_out = {reason: int(n) for reason, n in zip(REASONS[1:], counts[1:], strict=True) if n}
         by_set[name] = {"seen": int(counts.sum()), "kept": int(counts[0]), **left_out}
+        if scanner.rules.least_score is not None:
+            kept = _of(scanner, at, reasons) == 0
+            by_set[name][_UNSCORED] = int(_of(scanner, at, unscored)[kept].sum())
     total = Counter({reason: int((reasons == n).sum()) for n, reason in enumerate(REASONS) if n})
     torn = {name: _torn(shards) for name, shards in zip(sets, scanner.sets, strict=True) if shards.torn}
     left_out = {reason: count for reason, count in total.items() if count}
-    return Curation(len(reasons), int((reasons == 0).sum()), left_out, by_set, split, torn)
+    kept = reasons == 0
+    return Curation(len(reasons), int(kept.sum()), left_out, by_set, split, torn, int(unscored[kept].sum()))
 
 
 def _torn(shards: ShardSet) -> TornShards:

@@ -37,12 +37,14 @@ SAMPLE = np.dtype(
         ("reason", "u1"),
         ("key", "<u8"),
         ("text", "<u8"),
+        ("unscored", "u1"),
         ("pictures", "<u4"),
         ("first", "<u8"),
         ("minhash", "<u4", (_PERMUTATIONS,)),
     ]
 )
-"""Of one sample: why it is left out, hashes of its key and text, its pictures' place, and its text's signature."""
+"""Of one sample: why it is left out, whether it lacks a score that was asked for, hashes of its key and text, its
+pictures' place, and its text's signature."""
 PICTURE = np.dtype([("bits", "<u8", (SIDE * SIDE // 64,)), ("thumb", "u1", (THUMB * THUMB,))])
 """Of one picture."""
 

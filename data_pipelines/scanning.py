@@ -49,7 +49,10 @@ REASONS = (
 
 
 class Scorer(Protocol):
-    """How well texts say what pictures show; greater is better, and only the order matters to us."""
+    """How well texts say what pictures show; greater is better, and only the order matters to us. ``fingerprint``
+    tells it from every scorer that would give other scores."""
+
+    fingerprint: str
 
     def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> Sequence[float]:
         """``images``: ``(h, w, 3)`` uint8 of any sizes, as many as ``texts``."""
@@ -60,7 +63,13 @@ class Scorer(Protocol):
 class ScanRules:
     """What a sample is asked. ``evaluations`` are files of ``python -m evals fingerprint`` and folders of held-out
     shards: what is in them must not be trained on. ``least_score``: what a scorer must give to a picture and its
-    text, of samples with one picture; it needs a scorer."""
+    text, of samples with one picture; it needs a scorer.
+
+    Samples with several pictures, or of which nothing is said, have no score; they stay, and are counted as not scored.
+    A whole conversation about pictures is no caption of any of them, and its cosine says little beside those of pairs:
+    what is done for interleaved documents is to compare each picture with every sentence, and drop pictures with a line
+    of their own (MMC4, arXiv 2304.06939, section 2), or not to score them at all (OBELICS, arXiv 2306.16527).
+    """
 
     pictures: PictureRules = field(default_factory=PictureRules)
     texts: TextRules = field(default_factory=TextRules)
@@ -171,6 +180,7 @@ class Scanner:
             row["pictures"] = len(signed)
         said = answer_of(record)
         scored = rules.least_score is not None and len(pixels) == 1 and said
+        row["unscored"] = rules.least_score is not None and bool(pixels) and not scored
         return Look(row, key, pictures=signed_rows(signed), pair=(pixels[0], said) if scored else None)
 
     def _counter(self) -> Callable[[str], int] | None:

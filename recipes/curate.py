@@ -12,6 +12,7 @@ it on pairs of yours.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -49,12 +50,28 @@ class Config(CurateConfig):
 class TowerScorer:
     """The cosine of an image-text model between each picture and its text, in [-1, 1]."""
 
-    def __init__(self, model: ImageTextModel):
-        self.model = model
+    def __init__(self, model: ImageTextModel, fingerprint: str = ""):
+        self.model, self.fingerprint = model, fingerprint
 
     def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
         """One for each pair."""
         return (self.model.embed_images(images) * self.model.embed_texts(texts)).sum(dim=1).tolist()
+
+
+def digest_of(source: str, model: ImageTextModel) -> str:
+    """Of everything in the folder that a ``model`` was loaded from, or of its weights where ``source`` is a hub id:
+    another model of the same name would score otherwise."""
+    digest, folder = hashlib.blake2b(digest_size=8), Path(source)
+    if folder.is_dir():
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with path.open("rb") as file:
+                told = hashlib.file_digest(file, "blake2b").hexdigest()
+            digest.update(f"{path.relative_to(folder)}:{told}\n".encode())
+        return digest.hexdigest()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def clean(config: Config) -> Curation:
@@ -71,7 +88,9 @@ def clean(config: Config) -> Curation:
     scorer = None
     if config.image_text:
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        scorer = TowerScorer(load_image_text(config.image_text).to(device))
+        model = load_image_text(config.image_text)
+        known_by = digest_of(config.image_text, model)
+        scorer = TowerScorer(model.to(device), known_by)
     return curate(plain, scorer)
 
 
@@ -88,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (BuildError, ConfigError, ValueError) as error:
         raise SystemExit(f"recipes.curate: {error}") from error
     print(result.table())
-    print(f"{config.to}: {result.kept} of {result.seen} samples kept")
+    unscored = f", {result.unscored} of them not scored" if result.unscored else ""
+    print(f"{config.to}: {result.kept} of {result.seen} samples kept{unscored}")
     if problem := result.problem(config.max_torn):
         raise SystemExit(f"recipes.curate: {problem}")
 

@@ -210,11 +210,14 @@ def test_what_is_judged_is_not_trained_on(mixed, tmp_path):
 
 
 class Scores:
-    """Gives each text the number it ends with."""
+    """Gives each text the number it ends with, and ``more``."""
+
+    def __init__(self, more: float = 0.0):
+        self.more, self.fingerprint = more, f"scores {more}"
 
     def score(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> list[float]:
         assert len(images) == len(texts)
-        return [float(said.split(",")[-1]) for said in texts]
+        return [float(said.split(",")[-1]) + self.more for said in texts]
 
 
 def test_pairs_below_a_score_are_left_out(tmp_path):
@@ -226,6 +229,33 @@ def test_pairs_below_a_score_are_left_out(tmp_path):
     assert result.left_out == {"score": 3}
     with pytest.raises(ValueError, match="need each other"):
         curate(config(tmp_path / "x", tmp_path / "raw", rules=rules))
+
+
+def test_what_has_no_score_is_counted(tmp_path):
+    """Several pictures, or nothing said of one, pass by the scorer: not in silence. Texts show nothing to be scored."""
+    pictures = tuple(encode_image(screen(n, side=(160, 120))) for n in (11, 12))
+    several = Record("several", "pages", (user(Image(), Image(), "Which?"), assistant("1,1")), images=pictures)
+    mute = Record("mute", "pages", (user(Image(), "Look."), assistant("")), images=pictures[:1])
+    write(tmp_path / "raw", [page(1), page(5), several, mute, text(1), replace(several, key="again")])
+    write(tmp_path / "other", [page(7), text(2)])
+    rules = ScanRules(least_score=3.0)
+    result = curate(config(tmp_path / "to", tmp_path / "raw", tmp_path / "other", rules=rules), Scores())
+    assert keys(tmp_path / "to/raw") == ["page-0005", "several", "mute", "text-0001"]
+    assert result.unscored == 2
+    assert result.left_out == {"score": 1, "duplicate": 1}
+    assert {name: counts["not scored"] for name, counts in result.sets.items()} == {"raw": 2, "other": 0}
+    assert "not scored" in result.table()
+    assert json.loads((tmp_path / "to/curation.json").read_text(encoding="utf-8"))["unscored"] == 2
+    assert "samples not scored" in (tmp_path / "to/raw/card.html").read_text(encoding="utf-8")
+
+
+def test_another_scorer_is_another_curation(tmp_path):
+    write(tmp_path / "raw", [page(n) for n in range(4)])
+    wanted = config(tmp_path / "to", tmp_path / "raw", rules=ScanRules(least_score=3.0))
+    result = curate(wanted, Scores())
+    assert curate(wanted, Scores()) == result
+    with pytest.raises(BuildError, match="scored_by"):
+        curate(wanted, Scores(1.0))
 
 
 def test_rare_tasks_are_met_more_often_and_nothing_is_written_twice(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import recipes.curate as recipe
 from data_pipelines.making import BuildError
@@ -26,7 +28,7 @@ from mmagent.objectives.alignment import Alignment, AlignmentConfig
 from mmagent.records import Record, encode_image, from_sample
 from mmagent.vocab import Vocab
 from mmagent.worlds.catalogue import choose_worlds
-from recipes.curate import Config, TowerScorer, clean, main
+from recipes.curate import Config, TowerScorer, clean, digest_of, main
 
 GEOMETRY = GeometryConfig()
 
@@ -98,6 +100,25 @@ def test_pairs_are_scored_by_the_towers(towers, tmp_path):
         "limits.processes=0", "device=cpu",
     ])  # fmt: skip
     assert keys(tmp_path / "to/raw") == [f"p{n}" for n, score in enumerate(scores) if score >= least]
+
+
+def test_another_model_in_the_same_folder_is_not_taken_for_the_one_before(towers, tmp_path):
+    with ShardWriter(tmp_path / "raw") as writer:
+        talk = (user(Image(), "Describe it."), assistant("all red"))
+        writer.write(Record("p", "pairs", talk, images=(encode_image(np.full((56, 56, 3), 90, np.uint8)),)))
+    scorer = tmp_path / "image_text"
+    shutil.copytree(towers, scorer)
+    config = Config(
+        folders=[str(tmp_path / "raw")], to=str(tmp_path / "to"), image_text=str(scorer), device="cpu",
+        rules=ScanRules(least_score=-1.0), limits=LimitsConfig(processes=0),
+    )  # fmt: skip
+    assert clean(config) == clean(config)
+    weights = load_file(scorer / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, scorer / "model.safetensors")
+    with pytest.raises(BuildError, match="scored_by"):
+        clean(config)
+    one, other = load_image_text(towers), load_image_text(scorer)
+    assert digest_of("a/hub-id", one) == digest_of("a/hub-id", one) != digest_of("a/hub-id", other)
 
 
 def test_what_lacks_its_other_half_is_refused(towers):
