@@ -20,7 +20,7 @@ import tarfile
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ _MAGIC = b"MMAIDX01"
 _HEADER = struct.Struct("<8sQQI")  # magic, bytes of the tar, samples, whether the checksums are known
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_HEADER = 1 << 20  # bytes of names and attributes of one member
+_UNKNOWN = "--------"
 MAX_SAMPLE = 1 << 30
 """Bytes that a sample may have to be read: it is held in memory whole."""
 _OCTAL = re.compile(rb"[0-7]+")
@@ -219,6 +220,7 @@ class ShardSet:
         self._indices = [index for index, _ in opened]
         self.torn = tuple(torn for _, torn in opened if torn is not None)
         self._starts = np.cumsum([0, *(len(index.entries) for index in self._indices)])
+        self._contents: dict[str, str] = {}
         self._open_files = open_files
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -245,6 +247,30 @@ class ShardSet:
         for path, index in zip(self.paths, self._indices, strict=True):
             digest.update(f"{path.name}:{index.tar_bytes}:{len(index.entries)}\n".encode())
         return digest.hexdigest()
+
+    def contents(self) -> dict[str, str]:
+        """What tells another content of the same :meth:`fingerprint`, eight digits a shard in their order: "layout",
+        of where its samples lie, and "checksums", of theirs; dashes where those are not known, as nobody but our writer
+        notes them. From the indices, so nothing is read."""
+        if not self._contents:
+            layouts, sums = [], []
+            for index in self._indices:
+                places = zlib.crc32(index.entries["size"].tobytes(), zlib.crc32(index.entries["offset"].tobytes()))
+                layouts.append(f"{places:08x}")
+                sums.append(f"{zlib.crc32(index.entries['crc'].tobytes()):08x}" if index.checksums else _UNKNOWN)
+            self._contents = {"layout": "".join(layouts), "checksums": "".join(sums)}
+        return self._contents
+
+    def changed(self, contents: Mapping[str, str]) -> list[str]:
+        """Names of the shards that held something else when their ``contents`` were these, of a set with this
+        :meth:`fingerprint`. A checksum that is not known now, or was not then, is equal to any."""
+        mine, found = self.contents(), []
+        for n, path in enumerate(self.paths):
+            place = slice(8 * n, 8 * n + 8)
+            sums = {mine["checksums"][place], contents["checksums"][place]} - {_UNKNOWN}
+            if mine["layout"][place] != contents["layout"][place] or len(sums) > 1:
+                found.append(path.name)
+        return found
 
     def where(self, index: int) -> str:
         """``shard@offset`` of sample ``index``, for messages."""

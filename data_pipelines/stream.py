@@ -308,6 +308,7 @@ class PackStream(Iterator[list[PackedBatch]]):
             "streams": self.config.streams,
             "seed": self.config.seed,
             "sources": {s.name: [len(s), s.fingerprint()] for s in self.sources},
+            "contents": {s.name: s.shards.contents() for s in self.sources},
             "steps": self.steps,
             "logical": logical,
         }
@@ -327,11 +328,26 @@ class PackStream(Iterator[list[PackedBatch]]):
                     f"sources.{name}: the checkpoint has {_samples(saved.get(name))}, "
                     f"this run {_samples(have.get(name))}; data would repeat or be lost"
                 )
+        self._compare_contents(state.get("contents"))
         for n, packer in self._packers.items():
             packer.load_state_dict(state["logical"][str(n)])
         self.steps = self._planned = int(state["steps"])
         self._delivered = self._packer_states()
         self._error = None
+
+    def _compare_contents(self, then: Mapping[str, Mapping[str, str]] | None) -> None:
+        if then is None:
+            logger.warning(
+                "the checkpoint is older than the note of what is in its shards: their names, sizes and numbers of "
+                "samples are as they were, and whether they were written anew since is not known"
+            )
+            return
+        for source in self.sources:
+            if changed := source.shards.changed(then[source.name]):
+                raise ValueError(
+                    f"sources.{source.name}: {changed[0]} holds other samples than the checkpoint was made with, in as "
+                    f"many bytes ({len(changed)} of {len(source.shards.paths)} shards do); data would repeat or be lost"
+                )
 
     def _drain(self) -> None:
         for ahead in self._ahead:

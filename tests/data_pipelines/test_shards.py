@@ -30,7 +30,7 @@ from data_pipelines.shards import (
     scan,
     split_name,
 )
-from mmagent.chat import user
+from mmagent.chat import Text, user
 from mmagent.records import Record, RecordError, from_sample
 
 
@@ -321,6 +321,30 @@ def test_reading_is_safe_from_threads_with_few_open_files(tmp_path):
     assert not failures
     held = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
     assert len(held) <= 2
+
+
+def test_contents_tell_shards_of_equal_size_apart(tmp_path):
+    """One letter in one sample, or samples in another order; an index that was lost and made anew says less."""
+
+    def said(*texts: str) -> list[Record]:
+        return [Record(text, "text", parts=(Text(text),)) for text in texts]
+
+    of = {"a": said("one", "two"), "again": said("one", "two"), "b": said("ore", "tvo"), "turned": said("two", "one")}
+    for name, records in of.items():
+        with ShardWriter(tmp_path / name, max_samples=1) as writer:
+            for one in records:
+                writer.write(one)
+    a, again, b, turned = (ShardSet(tmp_path / name) for name in ("a", "again", "b", "turned"))
+    assert a.fingerprint() == b.fingerprint() == turned.fingerprint()
+    assert a.changed(again.contents()) == []
+    assert a.changed(b.contents()) == ["shard-00000.tar", "shard-00001.tar"]
+    assert a.changed(turned.contents()) == ["shard-00000.tar", "shard-00001.tar"]
+    assert len(a.contents()["layout"]) == len(a.contents()["checksums"]) == 16
+    (tmp_path / "again/shard-00000.idx").unlink()
+    indexed = ShardSet(tmp_path / "again")
+    assert indexed.contents()["checksums"].startswith("--------")
+    assert a.changed(indexed.contents()) == indexed.changed(a.contents()) == []
+    assert indexed.changed(b.contents()) == ["shard-00001.tar"]
 
 
 def test_fingerprint_knows_its_shards(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +281,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_values(shards, tmp_
     sources = config(shards).sources | {"text": SourceConfig(str(tmp_path))}
     with pytest.raises(ValueError, match=r"sources\.text: the checkpoint has 70 samples .* this run 69 samples"):
         stream(shards, sources=sources).load_state_dict(state)
+
+
+def test_shards_that_were_written_anew_at_equal_size_are_refused(tmp_path, caplog):
+    def write(said: str) -> None:
+        with ShardWriter(tmp_path / "text", max_samples=8) as writer:
+            for n in range(20):
+                writer.write(Record(f"text-{n}", "text", parts=(Text(f"{said if n == 9 else 'where'} is {n}?"),)))
+
+    write("where")
+    Vocab.train(["where is at 0 1 2 3 4 5 6 7 8 9?"], 300).save(tmp_path)
+    sources = {"text": SourceConfig(str(tmp_path / "text"))}
+    first = stream(tmp_path, sources=sources)
+    take(first, 2)
+    state = json.loads(json.dumps(first.state_dict()))
+    stream(tmp_path, sources=sources).load_state_dict(state)
+    shutil.rmtree(tmp_path / "text")
+    write("there")
+    with pytest.raises(ValueError, match=r"sources\.text: shard-00001.tar holds other samples .* in as many bytes .1 of 3 shards"):
+        stream(tmp_path, sources=sources).load_state_dict(state)
+    assert not caplog.records
+    del state["contents"]  # as they were written before
+    stream(tmp_path, sources=sources).load_state_dict(state)
+    assert "is not known" in caplog.text
 
 
 def test_a_fixed_number_of_logical_streams_allows_larger_steps(shards):
