@@ -298,7 +298,9 @@ def test_shards_that_were_written_anew_at_equal_size_are_refused(tmp_path, caplo
     stream(tmp_path, sources=sources).load_state_dict(state)
     shutil.rmtree(tmp_path / "text")
     write("there")
-    with pytest.raises(ValueError, match=r"sources\.text: shard-00001.tar holds other samples .* in as many bytes .1 of 3 shards"):
+    with pytest.raises(
+        ValueError, match=r"sources\.text: shard-00001.tar holds other samples .* in as many bytes .1 of 3 shards"
+    ):
         stream(tmp_path, sources=sources).load_state_dict(state)
     assert not caplog.records
     del state["contents"]  # as they were written before
