@@ -150,10 +150,6 @@ class Fingerprint:
         # Of a video that frames say little of, most of them must be there: its empty beginning may be that of another.
         return {o: weak for o, weak in out.items() if not weak or met[self._owners == o].mean() >= COVERED}
 
-    def origins(self) -> set[str]:
-        """What stands before the first slash of the items' names: the suites, each with its seed."""
-        return {name.partition("/")[0] for name in self.names}
-
     # ------------------------------------------------------------------------------------------ on disk
 
     def save(self, path: Path) -> None:

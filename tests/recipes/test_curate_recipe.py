@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from data_pipelines.scanning import ScanRules
 from data_pipelines.shards import ShardSet, ShardWriter
 from data_pipelines.workers import LimitsConfig
 from data_pipelines.worlds import record_of
+from evals.fingerprint import fingerprint
+from evals.suite import Suite
 from evals.suites.worlds import worlds
 from mmagent.chat import Image, assistant, user
 from mmagent.geometry import GeometryConfig
@@ -82,6 +86,28 @@ def test_another_choice_of_suites_is_not_taken_for_the_one_before(tmp_path, monk
     with pytest.raises(BuildError, match="was begun with read="):
         clean(replace(config, suites=["a", "b"]))
     assert clean(replace(config, suites=["a", "b"], to=str(tmp_path / "anew"))).left_out == {"evaluation": 1}
+
+
+def test_more_items_of_the_same_suite_are_signed_anew(tmp_path, monkeypatch):
+    world = choose_worlds(("counting",))[0]
+    suite = worlds((world.name,), per_task=2)
+    monkeypatch.setattr(recipe, "SUITES", {"worlds": lambda: suite})
+    with ShardWriter(tmp_path / "raw") as writer:
+        for split, n in (("train", 0), ("test", 4)):
+            writer.write(record_of(world, world.example(split, n), "leaks"))
+    here = LimitsConfig(processes=0)
+    config = Config(folders=[str(tmp_path / "raw")], to=str(tmp_path / "to"), suites=["worlds"], limits=here)
+    assert clean(config).left_out == {}
+    signed: list[Sequence[Suite]] = []
+    monkeypatch.setattr(recipe, "fingerprint", lambda suites: signed.append(suites) or fingerprint(suites))
+    changes = ({"per_task": 5}, {"version": suite.version + 1})
+    for n, change in enumerate(changes):
+        monkeypatch.setattr(recipe, "SUITES", {"worlds": lambda change=change: replace(suite, **change)})
+        with contextlib.suppress(BuildError):  # other items are another curation
+            clean(config)
+        assert len(signed) == n + 1
+    monkeypatch.setattr(recipe, "SUITES", {"worlds": lambda: replace(suite, per_task=5)})
+    assert clean(replace(config, to=str(tmp_path / "anew"))).left_out == {"evaluation": 1}
 
 
 def test_pairs_are_scored_by_the_towers(towers, tmp_path):
