@@ -21,6 +21,7 @@ from typing import Any
 from data_pipelines.image_folder import delimiter_of, lines
 from data_pipelines.ingest.files import MAX_FILE, RefusedError, Root, key_of
 from data_pipelines.ingest.pdf import MAX_PAGES, PdfPage, read_pages
+from data_pipelines.ingest.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data_pipelines.shards import MAX_SAMPLE, parse_sample
 from mmagent.records import IMAGE_EXTENSIONS, RecordError
 from mmagent.retries import TRANSIENT
@@ -236,14 +237,19 @@ class SamplesTask:
                 if "\0image" in body:
                     raise RefusedError("images", "two images of different kinds in one sample")
                 body["\0image"] = data
+            elif name in VIDEO_EXTENSIONS:
+                if "\0video" in body:
+                    raise RefusedError("video", "two videos of different kinds in one sample")
+                body["\0video"] = data
             elif name not in ("__key__", "json", *numbered):
                 body[name] = data
-        if "\0image" in body:
-            body["image"] = body.pop("\0image")
+        for name in ("image", "video"):
+            if f"\0{name}" in body:  # the file itself, whatever its name is said to be
+                body[name] = body.pop(f"\0{name}")
         if isinstance(body.get("txt"), bytes):
             try:
                 text = body.pop("txt").decode("utf-8-sig")
-                body |= {"texts": lines(text)} if "image" in body or "images" in body else {"text": text}
+                body |= {"texts": lines(text)} if {"image", "images", "video"} & body.keys() else {"text": text}
             except UnicodeDecodeError as error:
                 raise RefusedError("text", f"txt is no UTF-8 (byte {error.start})") from error
         return body

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data_pipelines.ingest.files import Pictures, RefusedError
+from data_pipelines.ingest.files import MAX_RECORD, Pictures, RefusedError
 from data_pipelines.ingest.inputs import RECORD, Row, parse_json
 from data_pipelines.ingest.video import EXTENSIONS as VIDEO_EXTENSIONS
 from data_pipelines.ingest.video import Clip, VideoConfig, sample_video
@@ -252,11 +252,15 @@ class _Reader:
 
     def _clip(self, value: Any, rate: float | None = None) -> Clip:
         if isinstance(value, Mapping):
-            value = next((value[name] for name in ("path", "url") if value.get(name)), None)
-        if not isinstance(value, str):
-            raise RefusedError("video", f"a video must be the path of a file, got {type(value).__name__}")
+            value = next((value[name] for name in ("bytes", "path", "url") if value.get(name)), None)
+        if not isinstance(value, str | bytes):
+            raise RefusedError("video", f"a video must be the path of a file or its bytes, got {type(value).__name__}")
+        if isinstance(value, bytes) and len(value) > MAX_RECORD:
+            raise RefusedError(
+                "video", f"{len(value)} bytes within a row, the limit is {MAX_RECORD}; name it as a file"
+            )
         video = self.config.video if rate is None else replace(self.config.video, rate=rate)
-        return sample_video(self.row.root.open(value), video)
+        return sample_video(value if isinstance(value, bytes) else self.row.root.open(value), video)
 
     # ------------------------------------------------------------------------------------------ conversations
 

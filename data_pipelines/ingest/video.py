@@ -1,4 +1,4 @@
-"""Frames of a video file, sampled by the clock and held within a budget of visual tokens.
+"""Frames of a video, a file or its bytes, sampled by the clock and held within a budget of visual tokens.
 
 Nothing that the file says of its length is believed. All packets are read once without decoding, which tells the time
 of every frame and from where it can be decoded; then only what is needed for the chosen frames is.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image as PILImage
@@ -52,10 +52,11 @@ class Clip:
     frames: tuple[EncodedImage, ...]
 
 
-def sample_video(descriptor: int, config: VideoConfig) -> Clip:
-    """The clip of an open video file, which is closed. Raises :class:`RefusedError`."""
+def sample_video(source: int | bytes, config: VideoConfig) -> Clip:
+    """The clip of a video: of an open file, which is closed, or of its bytes, which are not copied. Raises
+    :class:`RefusedError`."""
     av = _library()
-    with open(descriptor, "rb") as file:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         _believe(file)
         try:
             options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
@@ -71,10 +72,10 @@ _HOLDS_OTHERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 _BOXES = 10_000  # of an MP4 that are looked at
 
 
-def _believe(file: io.BufferedReader) -> None:
+def _believe(file: BinaryIO) -> None:
     """Refuse an MP4 whose table of samples, told by one size for all, has more bytes than the file: an index of them
     would be made in memory, of gigabytes from a header of a kilobyte (ISO 14496-12, 8.7.3)."""
-    whole = os.fstat(file.fileno()).st_size
+    whole = file.seek(0, os.SEEK_END)
     at = 0
     for _ in range(_BOXES):
         file.seek(at)

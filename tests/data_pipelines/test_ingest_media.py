@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ingest_kit import at, pdf, records, run, write_video
+from ingest_kit import at, members, pdf, records, run, write_video
 
 from data_pipelines.ingest.files import RefusedError
 from data_pipelines.ingest.pdf import MAX_PAGE_PIXELS, Line, PdfPage, read_pages, reading_order
 from data_pipelines.ingest.video import Clip, VideoConfig, _chosen, sample_video
+from data_pipelines.workers import LimitsConfig
 from mmagent.chat import Image, Text, Video, assistant, user
 from mmagent.records import decode_image
 
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("av")
 pytest.importorskip("pypdfium2")
 
@@ -242,6 +245,40 @@ def test_videos_that_are_none_are_refused(tmp_path, video, name):
             out.mux(stream.encode(None))
     with pytest.raises(RefusedError, match=r"^video: "):
         clip(path)
+
+
+def test_videos_within_tars_and_tables_are_read_as_files_are(tmp_path, video, monkeypatch):
+    """In a process with limits, frame for frame what the file gives; what cannot be decoded is refused alone."""
+    data, talk = video.read_bytes(), [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "Grey."}]
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/a.mp4").write_bytes(data)
+    (tmp_path / "dir/a.txt").write_text("It gets lighter.")
+    run([tmp_path / "dir"], tmp_path / "file")
+    (wanted,) = records(tmp_path / "file")
+    files = {"a.mp4": data, "a.txt": b"It gets lighter.", "b.mp4": data[: len(data) // 8], "b.txt": b"Torn."}
+    members(tmp_path / "in.tar", files)
+    report = run([tmp_path / "in.tar"], tmp_path / "tar", limits=LimitsConfig(processes=1))
+    assert (report["records"], report["refused"]) == (1, 1)
+    assert "cannot be decoded" in (tmp_path / "tar/refused.jsonl").read_text()
+    table = {"video": [data, None], "caption": ["It gets lighter."] * 2}
+    parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    inside = {"video": [{"bytes": data, "path": "elsewhere.mp4"}], "caption": ["It gets lighter."]}
+    parquet.write_table(pyarrow.table(inside), tmp_path / "d.parquet")
+    for name in ("tar", "t", "d"):
+        if name != "tar":
+            run([tmp_path / f"{name}.parquet"], tmp_path / name)
+        (record,) = records(tmp_path / name)
+        assert (record.parts, record.images) == (wanted.parts, wanted.images)
+    rows = {"a.mp4": data, "a.json": json.dumps({"conversations": talk, "video": "gone.mp4"}).encode()}
+    members(tmp_path / "talk.tar", rows)
+    run([tmp_path / "talk.tar"], tmp_path / "talk")
+    (record,) = records(tmp_path / "talk")
+    assert record.images == wanted.images
+    monkeypatch.setattr("data_pipelines.ingest.styles.MAX_RECORD", len(data) - 1)
+    report = run([tmp_path / "talk.tar"], tmp_path / "large")
+    assert "the limit is" in (tmp_path / "large/refused.jsonl").read_text()
+    members(tmp_path / "two.tar", {"a.mp4": data, "a.webm": data, "a.txt": b"Two."})
+    assert run([tmp_path / "two.tar"], tmp_path / "two")["refused"] == 1
 
 
 def test_a_video_of_too_many_frames_is_refused_before_it_is_decoded(video, monkeypatch):
