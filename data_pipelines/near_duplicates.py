@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from mmagent.signatures import SIDE, THUMB, minhash, parted, runs, text_hash
 
 _PERMUTATIONS = 126
 _FOUND = 0.99  # of the pairs that overlap just enough, those that agree in a band at least
-_PICTURE_BANDS = 16  # of 16 bits each: pictures that differ in fewer than 16 bits agree in one for certain
+_BITS = SIDE * SIDE
+_NARROWEST = 6  # bits of a band: in fewer, too many pictures agree by chance
 _GROUP = 256  # more samples that agree in a band are parted by their other bands, or their pairs would be too many
 _CHUNK = 1 << 16
 _DASHES = re.compile("[‐-―−]")
@@ -58,7 +61,8 @@ class DuplicateRules:
     Samples with pictures are copies where all pictures are, within ``most_bits`` and ``most_local``
     (:data:`mmagent.contamination.BITS`), and their texts are equal but for case and space: the same screen with another
     question is another sample, and so are two pages that differ in a word. ``pictures_alone`` lets pictures decide
-    whatever the texts, for captions of the same picture.
+    whatever the texts, for captions of the same picture. Bands get narrower, and more, as ``most_bits`` grows
+    (:func:`band_bits`), and what no band would find is refused.
     """
 
     remove: bool = True
@@ -73,6 +77,7 @@ class DuplicateRules:
             raise ValueError(f"shingle {self.shingle} must be positive, least_overlap {self.least_overlap} in (0, 1]")
         if self.most_bits < 0 or self.most_local < 0:
             raise ValueError(f"most_bits {self.most_bits} and most_local {self.most_local} must not be negative")
+        band_bits(self.most_bits)
 
 
 def tokens(text: str) -> list[str]:
@@ -100,6 +105,22 @@ def text_rows(least_overlap: float) -> int:
     return next(rows, 1)
 
 
+@cache
+def band_bits(most_bits: int) -> int:
+    """Bits of a picture in a band: the most, up to 16, with which two pictures that differ in ``most_bits`` of 256,
+    wherever they are, agree in one of the bands with :data:`_FOUND`. Of 24 bits that differ, 16 bands of 16 are spared
+    once at least with 0.991; of 48, with 0.43, and 32 bands of 8 with 0.9999. Raises ``ValueError`` where no band
+    would do."""
+    for width in range(16, _NARROWEST - 1, -1):
+        bands = _BITS // width
+        spared = (  # by inclusion and exclusion over the bands that none of them falls in
+            (-1) ** (n + 1) * comb(bands, n) * comb(_BITS - n * width, most_bits) for n in range(1, bands + 1)
+        )
+        if sum(spared) >= _FOUND * comb(_BITS, most_bits) > 0:
+            return width
+    raise ValueError(f"most_bits {most_bits}: pictures that differ in so many of {_BITS} bits share no part to find by")
+
+
 def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Estimated Jaccard overlap of signatures ``(..., permutations)``."""
     return (a == b).mean(axis=-1)
@@ -117,6 +138,8 @@ class CopySearch:
         self.split = 0
         self._rows = text_rows(rules.least_overlap)
         self._text_bands = _PERMUTATIONS // self._rows
+        self._width = band_bits(rules.most_bits)
+        self._picture_bands = _BITS // self._width
 
     def run(self, alive: np.ndarray, report: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
         """``(N,)`` int64: of every sample that is ``alive`` the one it copies, -1 for those that copy none. A copy of a
@@ -125,9 +148,9 @@ class CopySearch:
         shows = np.asarray(self.samples["pictures"]) > 0
         kinds = (
             (np.flatnonzero(alive & ~shows), self._text_bands, self._text_keys, self._same_text),
-            (np.flatnonzero(alive & shows), _PICTURE_BANDS, self._picture_keys, self._same_pictures),
+            (np.flatnonzero(alive & shows), self._picture_bands, self._picture_keys, self._same_pictures),
         )
-        total, done = self._text_bands + _PICTURE_BANDS, 0
+        total, done = self._text_bands + self._picture_bands, 0
         for members, bands, keys_of, same in kinds:
             keys = self._keys(members, bands, keys_of)
             for band in range(bands):
@@ -157,7 +180,9 @@ class CopySearch:
         chosen = self.samples[rows]
         packed = np.ascontiguousarray(self.pictures[chosen["first"]]["bits"]).view(np.uint8)
         bits = np.unpackbits(packed.reshape(len(rows), -1), axis=1, bitorder="little")
-        strided = bits.reshape(len(rows), -1, _PICTURE_BANDS).swapaxes(1, 2)
+        used = bits[:, : self._width * self._picture_bands].reshape(len(rows), self._width, self._picture_bands)
+        strided = np.zeros((len(rows), self._picture_bands, 16), np.uint8)
+        strided[..., : self._width] = used.swapaxes(1, 2)
         bands = np.packbits(strided, axis=2, bitorder="little").reshape(len(rows), -1).view("<u2").astype(np.uint64)
         told = np.zeros(len(rows), np.uint64) if self.rules.pictures_alone else chosen["text"]
         return bands + (told ^ chosen["pictures"].astype(np.uint64))[:, None] * np.uint64(0x9E3779B97F4A7C15)
