@@ -34,6 +34,7 @@ from data_pipelines.documents import DocumentBuilder
 from data_pipelines.filters import PictureRules, TextRules
 from data_pipelines.image_shards import holds_shards
 from data_pipelines.making import BuildError, claim, write_whole
+from data_pipelines.mixture import digest
 from data_pipelines.near_duplicates import CopySearch
 from data_pipelines.scanning import REASONS, SIGNED, Scan, Scanner, ScanRules, Scorer, read_besides, scan
 from data_pipelines.shards import ShardSet, ShardWriter
@@ -293,15 +294,24 @@ def _write_set(
     claim(folder, {**made, "samples": len(numbers)})
     keys = _of(scanner, at, found.samples()["key"])[numbers]
     first = np.zeros(len(numbers), bool)
-    first[np.unique(keys, return_index=True)[1]] = True
+    taken, places = np.unique(keys, return_index=True)
+    first[places] = True
     with (
         _bar(f"writing {folder.name}", len(numbers)) as report,
         ShardWriter(folder, max_bytes=config.shard_bytes, max_samples=config.shard_samples) as writer,
     ):
         for n in range(writer.samples, len(numbers)):
             record = from_sample(scanner.sets[at].read(int(numbers[n])))
-            writer.write(record if first[n] else replace(record, key=f"{record.key}~{numbers[n]}"))
+            key = record.key if first[n] else _free(f"{record.key}~{numbers[n]}", taken)
+            writer.write(replace(record, key=key))
             report(writer.samples)
+
+
+def _free(key: str, taken: np.ndarray) -> str:
+    """``key``, or what is nearest to it that no sample has; ``taken`` are the digests of theirs, ascending."""
+    while taken[min(np.searchsorted(taken, np.uint64(digest(key))), len(taken) - 1)] == digest(key):
+        key += "~"
+    return key
 
 
 def _builder(config: CurateConfig) -> DocumentBuilder | None:

@@ -342,6 +342,10 @@ def test_keys_that_would_merge_in_one_shard_are_told_apart(tmp_path):
     write(tmp_path / "raw", [text(1, key="same"), text(2, key="same"), text(3)], max_samples=1)
     curate(config(tmp_path / "to", tmp_path / "raw"))
     assert keys(tmp_path / "to/raw") == ["same", "same~1", "text-0003"]
+    records = [text(1, key="same"), text(2, key="same"), text(3, key="same~1"), text(4, key="same~1")]
+    write(tmp_path / "more", records, max_samples=1)
+    curate(config(tmp_path / "to2", tmp_path / "more"))
+    assert keys(tmp_path / "to2/more") == ["same", "same~1~", "same~1", "same~1~3"]  # the new ones hit no other
 
 
 def test_what_cannot_be_is_said(mixed, tmp_path):
