@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -467,23 +468,33 @@ def element_spans(path: Path) -> Iterator[tuple[int, int, int]]:
 
 def csv_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], int]]:
     """Rows of a CSV or TSV file with a header, and about how many bytes each has. Invalid UTF-8 and what the parser
-    refuses come as a row with a problem."""
+    refuses come as a row with a problem: a quote that is not closed swallows lines, which are told."""
     csv.field_size_limit(_MAX_CELL)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         parts = _bounded(file)
-        header = next(parts, "")
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter_of(header)
-        reader = csv.DictReader(chain([header], parts), delimiter=delimiter)
+        try:
+            header = next(parts, "")
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter_of(header)
+            reader = csv.DictReader(chain([header], parts), delimiter=delimiter, strict=True)
+            names = Counter(reader.fieldnames or ())
+        except csv.Error as error:
+            yield {"\0problem": f"the header does not parse, so no row is read: {error}"}, 0
+            return
+        twice = [name for name, count in names.items() if count > 1]
         while True:
+            line = reader.reader.line_num + 1
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                yield {"\0problem": f"does not parse: {error}"}, 0
+                last = reader.reader.line_num
+                yield {"\0problem": f"does not parse: {error}{f', lines {line} to {last}' if last > line else ''}"}, 0
                 continue
             if row is None:
                 return
             size = sum(len(text) for text in row.values() if isinstance(text, str))
-            if None in row or None in row.values():
+            if twice:
+                yield {"\0problem": f"the header names the column {ascii(twice[0])[1:-1]!r} more than once"}, size
+            elif None in row or None in row.values():
                 yield {"\0problem": f"{'more' if None in row else 'fewer'} cells than the header has"}, size
             elif not all(_is_text(text) for text in row.values()):
                 yield {"\0problem": "is no UTF-8"}, size

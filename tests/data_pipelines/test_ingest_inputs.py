@@ -14,7 +14,7 @@ from ingest_kit import INLINE, data_uri, encoded, members, records, run
 from shard_samples import record
 
 from data_pipelines.ingest.files import key_of
-from data_pipelines.ingest.inputs import element_spans, line_spans
+from data_pipelines.ingest.inputs import csv_rows, element_spans, line_spans
 from data_pipelines.ingest.report import REFUSED
 from data_pipelines.ingest.run import IngestConfig, SourceError, ingest
 from data_pipelines.shards import ShardWriter
@@ -140,6 +140,26 @@ def test_rows_of_csv_that_are_none(tmp_path):
     assert set(report["kinds"]) == {
         "csv: is no UTF-8", "csv: more cells than the header has", "csv: fewer cells than the header has"
     }  # fmt: skip
+
+
+def test_what_would_merge_rows_or_columns_of_csv_is_told(tmp_path):
+    """A quote that is not closed swallows lines; of two columns of one name the last would hide the others."""
+
+    def problems(data: bytes) -> list[str]:
+        (tmp_path / "x.csv").write_bytes(data)
+        return [row.get("\0problem") or row["text"] for row, _ in csv_rows(tmp_path / "x.csv")]
+
+    assert problems(b'text,more\na,b\nc,"d\ne,f\n\ng,h\n') == [
+        "a", "does not parse: unexpected end of data, lines 3 to 6"
+    ]  # fmt: skip
+    torn, last = problems(b'text,more\nc,"d\ne,"f"\ng,h\n')
+    assert torn.startswith("does not parse: ',' expected after '\"'")
+    assert torn.endswith(", lines 2 to 3")
+    assert last == "g"
+    assert problems(b"text,text\na,b\nc,d\n") == ["the header names the column 'text' more than once"] * 2
+    assert problems(b'"text,more\na,b\n') == ["the header does not parse, so no row is read: unexpected end of data"]
+    report = run([tmp_path / "x.csv"], tmp_path / "to", style="text")
+    assert (report["records"], report["refused"]) == (0, 1)
 
 
 def test_json_lines_that_are_none(tmp_path):
