@@ -154,7 +154,7 @@ def _identifier() -> Callable[[str], tuple[str, float]]:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise ValueError("text.languages: telling languages needs py3langid; pip install 'mmagent[quality]'") from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True).classify
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def language(text: str) -> tuple[str, float]:
@@ -163,8 +163,15 @@ def language(text: str) -> tuple[str, float]:
     letters = "".join(c if c.isalpha() else " " for c in text)
     if sum(4 if ord(c) >= 0x2E80 else 1 for c in letters if c != " ") < _SURE_LETTERS:
         return "", 0.0
-    code, sure = _identifier()(" ".join(letters.split()))
+    code, sure = _identifier().classify(" ".join(letters.split()))
     return str(code), float(sure)
+
+
+def check_languages(rules: TextRules) -> None:
+    """Raise ``ValueError`` for a language that no text would ever be told to be in."""
+    known = sorted(set(_identifier().labels)) if rules.languages else []
+    if unknown := [code for code in rules.languages if code not in known]:
+        raise ValueError(f"texts.languages: {unknown[0]!r} is not known; there are {', '.join(known)}")
 
 
 def language_problem(text: str, rules: TextRules) -> str:

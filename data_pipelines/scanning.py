@@ -22,6 +22,7 @@ from data_pipelines.filters import (
     TextRules,
     blocked_problem,
     blur_problem,
+    check_languages,
     language_problem,
     length_problem,
     repetition_problem,
@@ -191,7 +192,7 @@ class Scanner:
 
     def _ask_once(self) -> None:
         """Find now, and not at some sample, what a rule lacks."""
-        language_problem("a sentence that is long enough for its language to be told", self.rules.texts)
+        check_languages(self.rules.texts)
         blocked_problem("", self.rules.texts)
 
 

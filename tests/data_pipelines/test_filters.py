@@ -13,6 +13,7 @@ from data_pipelines.filters import (
     blocked_problem,
     blocklist,
     blur_problem,
+    check_languages,
     language,
     language_problem,
     length_problem,
@@ -99,6 +100,10 @@ def test_languages_are_told_where_they_can_be():
     assert language_problem(PROSE, rules) == language_problem("OK 12", rules) == ""
     assert language_problem(german, rules).startswith("language de")
     assert language_problem(german, TextRules()) == ""
+    check_languages(rules)
+    for unknown in ("english", "EN", "en-US"):
+        with pytest.raises(ValueError, match=rf"{unknown}' is not known; there are .* de, .* zh"):
+            check_languages(TextRules(languages=["en", unknown]))
 
 
 def test_blocklists_match_whole_words_and_say_none_of_them(tmp_path):
