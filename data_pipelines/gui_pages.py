@@ -16,20 +16,20 @@ from typing import Any
 from data_pipelines.making import BuildError, draws, settings_of
 from data_pipelines.screens import conversation, regions
 from data_pipelines.web_pages import SIDES
-from mmagent.actions import Action, Click, Drag, Finished, Scroll, format_action
+from mmagent.actions import Drag, Finished, Scroll, format_action
 from mmagent.browser import Page
 from mmagent.chat import Image, Message, assistant, user
 from mmagent.geometry import ImageView
 from mmagent.prompts import gui_follow_up, gui_prompt, html_prompt, step_prompt, turn
 from mmagent.records import EncodedImage, Record, encode_image
 from mmagent.worlds.changes import changes
-from mmagent.worlds.critic import balanced, claims, describe_hit, next_step
-from mmagent.worlds.elements import Box
+from mmagent.worlds.critic import balanced, claims, next_step
 from mmagent.worlds.lessons import LESSONS, frame_box, lessons
+from mmagent.worlds.missteps import missteps
 from mmagent.worlds.pages import LEVELS, PageSource, Scene, generate, render
 from mmagent.worlds.pages.app_kinds import generate_app
 from mmagent.worlds.pages.broken import Broken, break_page, repair_request
-from mmagent.worlds.questions import Question, targets
+from mmagent.worlds.questions import Question
 from mmagent.worlds.seeds import seed_for
 from mmagent.worlds.traces import Trace, TraceError, play
 
@@ -252,43 +252,34 @@ class AppSteps(Factory):
         trace = await self._trace(page, random, elements=True)
         if trace is None:
             return None
-        at = random.randrange(len(trace.actions))
-        scene, action = trace.scenes[at], trace.actions[at]
-        talk: tuple[Message, ...] = (
-            user(*step_prompt(trace.app.goal, trace.actions[:at])),
-            assistant(format_action(action)),
-        )
         if index % 3 == 2:
-            right = index % 2 == 0
-            claim = _judged(trace, at, random, right)
+            at = random.randrange(len(trace.actions) + 1)  # to finish is right once the goal is reached
+            claim = _judged(trace, at, random, right=index % 2 == 0)
             if claim is None:
                 self.passed_over["screen without a wrong step"] += 1
                 return None
             talk = conversation([claim])
-        images = await _encoded(scene)
+        else:
+            at = random.randrange(len(trace.actions))
+            talk = (
+                user(*step_prompt(trace.app.goal, trace.actions[:at])),
+                assistant(format_action(trace.actions[at])),
+            )
+        images = await _encoded(trace.scenes[at])
         return Record(f"step-{index:06d}", self.name, talk, images=images, task=f"apps/{trace.app.kind}")
 
 
 def _judged(trace: Trace, at: int, random: Random, right: bool) -> Question | None:
-    """The expert's action, or a click on something that it never touches."""
-    done, expert, scene = trace.actions[:at], trace.actions[at], trace.scenes[at]
+    """The expert's action, or one that is provably not the next; None where none is."""
+    done = trace.actions[:at]
+    expert = trace.actions[at] if at < len(trace.actions) else Finished()
     if right:
         return next_step(trace.app.goal, done, expert, expert, "")
-    used = [box for box in trace.boxes if box is not None]
-    # what the goal names may be as good a way to it: a field's label, or an entry that a scroll brings into sight
-    idle = [
-        e for _, e in targets(scene.elements)
-        if not any(_meet(e.box, box) for box in used) and not (e.text and f'"{e.text}"' in trace.app.goal)
-    ]  # fmt: skip
-    if not idle:
+    wrong = missteps(trace, at, random)
+    if not wrong:
         return None
-    element = random.choice(idle)
-    proposed: Action = Click(*ImageView(scene.size, scene.size).to_frame(*element.point))
-    return next_step(trace.app.goal, done, proposed, expert, f"hits {describe_hit(element)}")
-
-
-def _meet(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+    chosen = random.choice(wrong)
+    return next_step(trace.app.goal, done, chosen.action, expert, chosen.says)
 
 
 class AppChanges(Factory):

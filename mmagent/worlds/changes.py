@@ -30,6 +30,22 @@ def changes(before: Scene, after: Scene) -> list[str]:
     return said
 
 
+def states(before: Scene, after: Scene) -> list[str]:
+    """What holds in ``after`` and did not in ``before`` of fields and of what can be chosen, a phrase each."""
+    old = _named(before)
+    said: list[str] = []
+    for key, element in _named(after).items():
+        was = old.get(key)
+        if was is None:
+            continue
+        if was.checked is not element.checked and None not in (was.checked, element.checked):
+            word = "checked" if element.role in _STATEFUL else "selected"
+            said.append(f"{_phrase(key)} is {'' if element.checked else 'not '}{word}")
+        if was.value != element.value and element.role == "textbox":
+            said.append(f'{_phrase(key)} contains "{element.value}"' if element.value else f"{_phrase(key)} is empty")
+    return said
+
+
 Key = tuple[str, str]
 
 

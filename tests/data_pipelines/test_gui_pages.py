@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-import numpy as np
 import pytest
 
 from data_pipelines import build as build_module
@@ -32,16 +31,15 @@ from data_pipelines.gui_pages import (
 )
 from data_pipelines.making import PASSED_OVER, BuildError, build_source, read_passed_over, write_card
 from data_pipelines.record_texts import texts_of
-from mmagent.actions import Click, Finished, parse_action
+from mmagent.actions import Finished, parse_action
 from mmagent.browser import BrowserPool, perform, run_sync
 from mmagent.geometry import GeometryConfig, ImageView
 from mmagent.records import Record, from_sample, image_size, to_sample
 from mmagent.vocab import Vocab
 from mmagent.worlds import traces
 from mmagent.worlds.critic import RIGHT
-from mmagent.worlds.pages import Scene, generate
+from mmagent.worlds.pages import generate
 from mmagent.worlds.pages.app_kinds import generate_app
-from tests.worlds.test_questions import element
 
 pytestmark = pytest.mark.browser
 LANGUAGES = ("en", "de", "ru")
@@ -152,23 +150,9 @@ def test_steps_ask_for_one_action_and_judge_others(browser_pool):
             parse_action(answer)
             assert request.endswith("What is the next action?")
         elif answer != RIGHT:
-            proposed = re.search(r"The next action is (click\(.*?\))\.", request)[1]
-            assert isinstance(parse_action(proposed), Click)
-            assert proposed not in answer
-
-
-def test_what_the_goal_names_is_no_wrong_step():
-    """A click on a field's label is as good as one on the field, and an entry that shows already need not be scrolled
-    to."""
-    app = replace(generate_app(3, *APP_SIDES[0], kind="sign_up"), goal='Fill in "Email" = "x".')
-    named = element("label", "Email", (10, 10, 60, 24))
-    scene = Scene(np.zeros((240, 320, 3), np.uint8), "", (named, element("textbox", "Email", (10, 30, 90, 50))), ())
-    trace = traces.Trace(app, (scene, scene), (Click(100, 160),), ((10, 30, 90, 50),))
-    assert gui_pages._judged(trace, 0, Random(0), right=False) is None
-    other = replace(scene, elements=(*scene.elements, element("label", "City", (10, 60, 60, 74))))
-    claim = gui_pages._judged(replace(trace, scenes=(other, other)), 0, Random(0), right=False)
-    assert claim is not None
-    assert claim.answer.startswith('Wrong: that hits the label "City"')
+            proposed = re.search(r"The next action is (.*)\. Is that right\?$", request)[1]
+            parse_action(proposed)
+            assert not answer.endswith(f"it is {proposed}.")
 
 
 @pytest.mark.slow
