@@ -28,7 +28,7 @@ from mmagent.worlds.lessons import LESSONS, frame_box, lessons
 from mmagent.worlds.missteps import missteps
 from mmagent.worlds.pages import LEVELS, PageSource, Scene, generate, render
 from mmagent.worlds.pages.app_kinds import generate_app
-from mmagent.worlds.pages.broken import Broken, break_page, repair_request
+from mmagent.worlds.pages.broken import FLAWS, Broken, break_page, own_flaws, repair_request
 from mmagent.worlds.questions import Question
 from mmagent.worlds.seeds import seed_for
 from mmagent.worlds.traces import Trace, TraceError, play
@@ -163,7 +163,8 @@ class PageClaims(Factory):
 
 class PageFlaws(Factory):
     """Pages with one flaw, in turn: what it is and where (a quarter of these are sound); which of two pages has it;
-    the repaired HTML, of pages of at most ``longest`` characters."""
+    the repaired HTML, of pages of at most ``longest`` characters. Kinds of flaws come equally often, and pages that
+    have one by themselves are passed over."""
 
     name = "polish"
 
@@ -177,13 +178,18 @@ class PageFlaws(Factory):
         if kind == "repair" and len(source.html) > self.longest:
             self.passed_over["page whose HTML is too long"] += 1
             return None
+        scene = await render(page, source.html, source.width, source.height, trusted=True)
+        flaws = await own_flaws(page, scene)
+        if flaws:  # it would be called sound, or have two flaws where one is told
+            self.passed_over[f"page with a flaw of its own: {', '.join(flaws)}"] += 1
+            return None
         if kind == "name" and index % 4 == 0:
-            scene = await render(page, source.html, source.width, source.height, trusted=True)
             talk: tuple[Message, ...] = (user(*turn(FLAW_REQUEST, images=1)), assistant(SOUND))
             return self._of(index, talk, await _encoded(scene))
-        broken = await break_page(page, source, random)
+        flaw = FLAWS[index // 3 % len(FLAWS)]  # dealt, as some have a place on fewer pages than others
+        broken = await break_page(page, source, random, flaw, scene)
         if broken is None:
-            self.passed_over["page without a place for a flaw"] += 1
+            self.passed_over[f"page without a place for a flaw: {flaw}"] += 1
             return None
         if kind == "name":
             where = frame_box(ImageView(broken.scene.size, broken.scene.size), broken.box)

@@ -40,6 +40,7 @@ from mmagent.worlds import traces
 from mmagent.worlds.critic import RIGHT
 from mmagent.worlds.pages import generate
 from mmagent.worlds.pages.app_kinds import generate_app
+from mmagent.worlds.pages.broken import FLAWS, break_page
 
 pytestmark = pytest.mark.browser
 LANGUAGES = ("en", "de", "ru")
@@ -103,6 +104,28 @@ def test_flaws_are_named_paired_and_repaired(browser_pool):
             assert re.match(r"The (first|second)\. .+\.", answer)
     sound = [record for record in records if list(texts_of(record))[1] == gui_pages.SOUND]
     assert len(sound) == 1
+
+
+@pytest.mark.slow
+def test_flaws_of_all_kinds_come_equally_often_and_only_sound_pages_are_used(browser_pool, monkeypatch):
+    kinds: list[str] = []
+
+    async def noted(*args):
+        broken = await break_page(*args)
+        kinds.extend([] if broken is None else [broken.flaw])
+        return broken
+
+    async def unsound(page, scene):
+        return ["contrast"]
+
+    monkeypatch.setattr(gui_pages, "break_page", noted)
+    maker = PageFlaws(5, block=3 * len(FLAWS))
+    make(browser_pool, maker, 0)
+    dealt = Counter(FLAWS[n // 3] for n in range(3 * len(FLAWS)) if n % 3 or n % 4)
+    assert Counter(kinds) == dealt
+    monkeypatch.setattr(gui_pages, "own_flaws", unsound)
+    with pytest.raises(BuildError, match="page with a flaw of its own: contrast': 20"):
+        make(browser_pool, PageFlaws(5, block=1), 0)
 
 
 @pytest.mark.slow

@@ -20,7 +20,10 @@ from mmagent.worlds.questions import Target, noun, targets
 FLAWS = ("overlap", "contrast", "alignment", "cut", "spacing", "size", "edge")
 """What can be wrong with a page."""
 _OWN_TEXT = ("button", "link", "text", "heading", "label", "tab", "cell", "columnheader", "menuitem")
-_TRIES = 6  # places of a page that are tried for one flaw
+_TRIES = 6  # places of a page that invite a flaw and are tried for it
+_LEAST_CONTRAST = 1.6
+_LEAST_SHOWN = 0.25  # of a text that is looked at: half of it may lie beyond the edge
+_SHIFTS = {"column": (9, 18), "edge": (9, 18), "row": (6, 10)}  # pixels, by what the place is in line with
 
 
 @dataclass(frozen=True)
@@ -76,42 +79,76 @@ def styled(html: str, number: int, style: str) -> str:
 
 def _script() -> str:
     source = Path(__file__).with_name("broken.js").read_text(encoding="utf-8")
-    return source[source.index("\n(x, y, tag)") :].strip()
+    return source[source.index("\nplaces =>") :].strip()
 
 
-async def break_page(page: Page, source: PageSource, random: Random, flaw: str | None = None) -> Broken | None:
+async def own_flaws(page: Page, scene: Scene) -> list[str]:
+    """Flaws that a page has by itself, by the measures that prove a made one: kinds of :data:`FLAWS`, each once.
+
+    ``page`` shows ``scene``. Texts that lie over one another, have next to no contrast, are cut off other than by the
+    screen's lower border, or reach beyond its right one. What is out of line, out of size or too close is so only
+    against a page that is sound, and no template makes it.
+    """
+    texts = [e for e in scene.elements if e.role in _OWN_TEXT and e.text and e.shown >= _LEAST_SHOWN]
+    places = (await page.evaluate(_script(), [[*e.point, e.tag] for e in texts], isolated=True))["places"]
+    seen = {facts["number"] for facts in places if facts is not None}
+    height = scene.size[0]
+    found = set()
+    for element, facts in zip(texts, places, strict=True):
+        if contrast(element.color, element.background) < _LEAST_CONTRAST:
+            found.add("contrast")
+        if element.cut and element.box[3] < height - 1:
+            found.add("cut")
+        if facts is not None and facts["room"] < -8:
+            found.add("edge")
+        if facts is not None and seen & set(facts["under"]):
+            found.add("overlap")
+    return sorted(found)
+
+
+async def break_page(
+    page: Page, source: PageSource, random: Random, flaw: str | None = None, sound: Scene | None = None
+) -> Broken | None:
     """``source`` with a flaw (drawn from the seeded generator when None), or None where it offers no place for one.
 
-    Raises ``ValueError`` for an unknown flaw, and what the page raises.
+    Every place that can be named is asked what it offers first, and only those that invite the flaw are tried.
+    ``sound``: the scene of ``source``, where ``page`` shows it already. Raises ``ValueError`` for an unknown flaw, and
+    what the page raises.
     """
     if flaw is not None and flaw not in FLAWS:
         raise ValueError(f"flaw {flaw!r} is none of {', '.join(FLAWS)}")
-    sound = await render(page, source.html, source.width, source.height, trusted=True)
+    if sound is None:
+        sound = await render(page, source.html, source.width, source.height, trusted=True)
     named = [t for t in targets(sound.elements, 0.9) if t.element.role in _OWN_TEXT and t.element.text]
     random.shuffle(named)
+    found = await page.evaluate(_script(), [[*t.element.point, t.element.tag] for t in named], isolated=True)
+    if found["tags"] != [tag for tag, _ in _Tags(source.html).found]:
+        return None
     kinds = random.sample(FLAWS, len(FLAWS)) if flaw is None else [flaw]
     for kind in kinds:
-        for target in named[:_TRIES]:
-            broken = await _tried(page, source, sound, target, kind, random)
+        tries = 0
+        for target, facts in zip(named, found["places"], strict=True):
+            style = None if facts is None else _style(kind, facts, target.element, random)
+            if style is None:
+                continue
+            broken = await _tried(page, source, sound, target, kind, facts, style)
+            tries += 1
             if broken is not None:
                 return broken
+            if tries == _TRIES:
+                break
     return None
 
 
 async def _tried(
-    page: Page, source: PageSource, sound: Scene, target: Target, flaw: str, random: Random
+    page: Page, source: PageSource, sound: Scene, target: Target, flaw: str, facts: dict, style: str
 ) -> Broken | None:
-    await page.set_content(source.html, fresh=False)
-    await page.frame()
-    facts = await page.evaluate(_script(), *target.element.point, target.element.tag, isolated=True)
-    if facts is None or facts["tags"] != [tag for tag, _ in _Tags(source.html).found]:
-        return None
-    style = _style(flaw, facts, target.element, random)
-    if style is None:
-        return None
-    html = styled(source.html, facts["parent"] if flaw == "spacing" else facts["number"], style)
+    """``source`` with ``style`` where ``flaw`` wants it, None where that does not show the flaw."""
+    number = facts["holder"] if flaw == "spacing" else facts["number"]
+    gap = flaw == "spacing" and facts["spacer"] >= 0
+    html = styled(source.html, facts["spacer"] if gap else number, style)
     scene = await render(page, html, source.width, source.height, trusted=True)
-    after = await page.evaluate(_script(), -1, facts["number"], target.element.tag, isolated=True)
+    after = (await page.evaluate(_script(), [[-1, number]], isolated=True))["places"][0]
     says = _shown(flaw, facts, after, target, sound, scene)
     if says is None or (scene.image == sound.image).all():
         return None
@@ -119,7 +156,8 @@ async def _tried(
     box = (max(0, x1), max(0, y1), min(source.width, x2), min(source.height, y2))
     if box[2] - box[0] < 4 or box[3] - box[1] < 4:
         return None
-    there = slice(box[1], box[3]), slice(box[0], box[2])
+    right = facts["box"][2] if flaw == "cut" else box[2]  # what is cut off stood beside the letters that are left
+    there = slice(box[1], box[3]), slice(box[0], max(box[2], right))
     if flaw != "spacing" and (scene.image[there] == sound.image[there]).all():
         return None  # what was moved is hidden by a box around it; where a gap closes, only its neighbours move
     return Broken(source, sound, html, scene, flaw, says, box)
@@ -133,26 +171,38 @@ def _style(flaw: str, facts: dict, element: Element, random: Random) -> str | No
             other = facts["above"]
             lift = None if other is None else element.box[1] - other["box"][1] - random.randint(0, 3)
             return f"position:relative;top:{-lift}px" if lift and lift > 6 else None
-        case "contrast":
-            return (
-                f"color:{_near(element.background, random)}"
-                if contrast(element.color, element.background) > 3
-                else None
-            )
-        case "alignment" if facts["inline"] >= 2:
-            return f"position:relative;left:{random.randint(9, 18)}px"
-        case "cut" if wide > 40:
+        case "contrast" if contrast(element.color, element.background) > 3:
+            return f"color:{_near(element.background, random)}"
+        case "alignment":
+            way = _neighbours(facts)
+            if way is None:
+                return None
+            return f"position:relative;{'top' if way == 'row' else 'left'}:{random.randint(*_SHIFTS[way])}px"
+        case "cut" if wide > 24 and _one_line(facts):
             kept = round(wide * random.uniform(0.4, 0.6)) + (facts["ink"][0] - facts["box"][0])
             rules = f"display:inline-block;box-sizing:border-box;width:{kept}px;min-width:0;overflow:hidden"
             return f"{rules};white-space:nowrap;text-overflow:clip;flex:none"
-        case "spacing" if facts["gap"] >= 5:
+        case "spacing" if facts["spacer"] >= 0:
             return "gap:0"
+        case "spacing" if facts["holder"] >= 0:
+            return f"margin-top:{-facts['above_margin']:g}px"
         case "size" if facts["alike"] >= 2:
             return f"font-size:{round(facts['size'] * random.choice((0.55, 1.8)))}px"
         case "edge" if facts["room"] < 400 and wide > 24:
             return f"position:relative;left:{facts['room'] + round(wide * random.uniform(0.3, 0.6))}px"
         case _:
             return None
+
+
+def _neighbours(facts: dict) -> str | None:
+    """What a place is in line with: two or more of its kind in a column or a row, three or more texts of any kind at
+    their left edge."""
+    known = (("column", 2), ("row", 2), ("edge", 3))
+    return next((way for way, least in known if facts[way] >= least), None)
+
+
+def _one_line(facts: dict) -> bool:
+    return facts["ink"][3] - facts["ink"][1] < 2.2 * facts["size"]
 
 
 def _near(color: str, random: Random) -> str:
@@ -174,14 +224,16 @@ def _shown(flaw: str, before: dict, after: dict, target: Target, sound: Scene, s
             if _common(after["ink"], other["box"]) < 0.3 or _common(before["ink"], other["box"]) > 0:
                 return None
             return f'{name} overlaps the text "{other["text"]}".'
-        case "contrast" if len(now) == 1 and contrast(now[0].color, now[0].background) < 1.6:
+        case "contrast" if len(now) == 1 and contrast(now[0].color, now[0].background) < _LEAST_CONTRAST:
             return f"The text of {phrase} has too little contrast to its ground."
-        case "alignment" if after["inline"] == 0 and before["inline"] >= 2:
+        case "alignment" if after[_neighbours(before)] == 0:
             return f"{name} is not in line with its neighbours."
         case "cut" if _written(element, sound) and not _written(element, scene):
             return f"The text of {phrase} is cut off."
-        case "spacing" if after["gap"] <= 1 < before["gap"]:
-            return f"There is no space between {phrase} and its neighbours."
+        case "spacing" if after["gap" if before["spacer"] >= 0 else "lift"] in (-1, 0, 1):
+            held = phrase if before["holder"] == before["number"] else f"what holds {phrase}"
+            other = "its neighbours" if before["spacer"] >= 0 else "what stands above"
+            return f"There is no space between {held} and {other}."
         case "size" if after["alike"] == 0 and abs(after["size"] / before["size"] - 1) > 0.3:
             return (
                 f"{name} is much {'larger' if after['size'] > before['size'] else 'smaller'} than others of its kind."
