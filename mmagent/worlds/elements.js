@@ -42,6 +42,50 @@
     return hex(layers.reverse().reduce((under, [r, g, b, a]) =>
       [r * a + under[0] * (1 - a), g * a + under[1] * (1 - a), b * a + under[2] * (1 - a)], [255, 255, 255]));
   };
+  const FAINT = 0.1;  // opacity below which nothing is seen
+  const hides = el => {  // whether nothing can be seen through it
+    if (['img', 'canvas', 'video', 'iframe', 'input', 'select', 'textarea'].includes(el.localName)) return true;
+    const style = getComputedStyle(el);
+    if (el instanceof SVGElement && el.localName !== 'svg' ? rgba(style.fill)[3] < 1 : rgba(style.backgroundColor)[3] < 1)
+      return false;
+    for (let at = el; at instanceof Element; at = at.parentElement) if (+getComputedStyle(at).opacity < 1) return false;
+    return true;
+  };
+  const unseen = (style, el, rect) => {  // whether text at that place has no colour, or that of what it stands on
+    const fill = el instanceof SVGElement ? style.fill : style.webkitTextFillColor;
+    const lined = el instanceof SVGElement ? style.stroke !== 'none' : parseFloat(style.webkitTextStrokeWidth) > 0;
+    if (lined || style.textShadow !== 'none' || fill.startsWith('url')) return false;
+    const ink = fill === 'none' ? [0, 0, 0, 0] : rgba(fill);
+    const lies = rgba(background(el)), apart = Math.max(...[0, 1, 2].map(n => Math.abs(ink[n] - lies[n]) * ink[3]));
+    if (ink[3] >= FAINT && apart > 2) return false;
+    for (let at = el; at instanceof Element; at = at.parentElement)  // letters cut out of a picture
+      if (getComputedStyle(at).webkitBackgroundClip === 'text') return false;
+    if (ink[3] < FAINT) return true;
+    for (const hit of document.elementsFromPoint((rect.left + rect.right) / 2, (rect.top + rect.bottom) / 2)) {
+      if (getComputedStyle(hit).backgroundImage !== 'none') return false;  // what it stands on is not known
+      if (hides(hit)) return hit === el || hit.contains(el);
+    }
+    return true;
+  };
+  const reader = document.createRange(), hushed = new Map();
+  const silent = el => {  // whether its own text cannot be seen
+    if (!hushed.has(el)) {
+      const style = getComputedStyle(el);
+      hushed.set(el, [...el.childNodes].some(node => {
+        if (node.nodeType !== 3 || !node.data.trim()) return false;
+        reader.selectNodeContents(node);
+        return unseen(style, el, reader.getClientRects()[0] || el.getBoundingClientRect());
+      }));
+    }
+    return hushed.get(el);
+  };
+  const read = el => {  // its name, without what cannot be seen of it; null where nothing is left
+    if (['input', 'select', 'textarea', 'img'].includes(el.localName)) return name(el);
+    const nodes = [], walker = document.createTreeWalker(el, NodeFilter.SHOW_TEXT);
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) if (node.data.trim()) nodes.push(node);
+    if (!nodes.some(node => silent(node.parentElement))) return name(el);
+    return clean(nodes.filter(node => !silent(node.parentElement)).map(node => node.data).join(' ')) || null;
+  };
   const ownText = el => [...el.childNodes].some(node => node.nodeType === 3 && node.data.trim());
   const role = (el, style) => {
     const tag = el.localName, given = el.getAttribute('role');
@@ -72,7 +116,6 @@
   const written = el => el.type === 'password' ? '\u2022'.repeat(el.value.length) : String(el.value);  // as it is seen
   const clip = rect => [Math.max(0, Math.floor(rect.left)), Math.max(0, Math.floor(rect.top)),
     Math.min(width, Math.ceil(rect.right)), Math.min(height, Math.ceil(rect.bottom))];
-  const FAINT = 0.1;  // opacity below which nothing is seen
   const COLUMNS = [0.5, 0.3, 0.7, 0.12, 0.88], ROWS = [0.5, 0.2, 0.8];
 
   // Paint order (CSS 2.2, appendix E): every element gets a key of (layer, order) pairs that compare like the drawing.
@@ -169,6 +212,8 @@
   const look = (el, style, key) => {
     const kind = role(el, style);
     if (!kind) return;
+    const said = read(el);
+    if (said === null && ['text', 'label', 'heading', 'link'].includes(kind)) return;
     const rect = el.getBoundingClientRect(), box = clip(rect);
     const part = Math.min(1, (box[2] - box[0]) * (box[3] - box[1]) / (rect.width * rect.height));  // on the screen
     if (box[2] - box[0] < 2 || box[3] - box[1] < 2) return;
@@ -186,9 +231,9 @@
     const svg = el instanceof SVGElement, form = 'disabled' in el;
     const aria = el.getAttribute('aria-checked') || el.getAttribute('aria-selected');
     elements.push({
-      box, text: name(el).slice(0, 200), role: kind, tag: el.localName, color: hex(rgba(svg ? style.fill : style.color)),
+      box, text: (said || '').slice(0, 200), role: kind, tag: el.localName, color: hex(rgba(svg ? style.fill : style.color)),
       background: background(svg ? el.parentElement : el), visible: part * seen / (ROWS.length * COLUMNS.length), point,
-      value: 'value' in el && kind !== 'button' && kind !== 'listitem' ? written(el).slice(0, 200) : '',
+      value: 'value' in el && kind !== 'button' && kind !== 'listitem' && !unseen(style, el, rect) ? written(el).slice(0, 200) : '',
       checked: kind === 'checkbox' || kind === 'radio' ? !!el.checked || aria === 'true' : aria ? aria === 'true' : null,
       enabled: !(form && el.disabled), focused: document.activeElement === el, z: 0, shown: 0,
       cut: cut(el, style),
@@ -200,14 +245,6 @@
   walk(root, {sc: [], base: []}, null);
   keys.map((key, n) => [key, n]).sort((a, b) => before(a[0], b[0])).forEach(([, n], rank) => { elements[n].z = rank; });
 
-  const hides = el => {  // whether nothing can be seen through it
-    if (['img', 'canvas', 'video', 'iframe', 'input', 'select', 'textarea'].includes(el.localName)) return true;
-    const style = getComputedStyle(el);
-    if (el instanceof SVGElement && el.localName !== 'svg' ? rgba(style.fill)[3] < 1 : rgba(style.backgroundColor)[3] < 1)
-      return false;
-    for (let at = el; at instanceof Element; at = at.parentElement) if (+getComputedStyle(at).opacity < 1) return false;
-    return true;
-  };
   const everything = new CSSStyleSheet();
   if (unreached) {  // eyes see what the mouse passes through
     everything.replaceSync('* { pointer-events: auto !important }');
@@ -239,7 +276,7 @@
   };
   const drawn = (words, rect, parent, style, accept) => {
     const [x1, y1, x2, y2] = clip(rect);
-    if (x2 - x1 <= 1 || y2 - y1 <= 1) return;
+    if (x2 - x1 <= 1 || y2 - y1 <= 1 || unseen(style, parent, rect)) return;
     const whole = rect.left >= -0.5 && rect.top >= -0.5 && rect.right <= width + 0.5 && rect.bottom <= height + 0.5;
     const clear = whole && !clipped(rect, parent) && [0.05, 0.5, 0.95].every(part => {
       const hit = document.elementFromPoint(x1 + (x2 - x1) * part, (y1 + y2) / 2);
@@ -294,7 +331,7 @@
       const rects = range.getClientRects();
       if (rects.length !== 1) {  // not drawn, or broken inside a word
         finish();
-        for (const rect of rects) missed(rect);
+        for (const rect of rects) if (!unseen(style, parent, rect)) missed(rect);
         continue;
       }
       const rect = rects[0];

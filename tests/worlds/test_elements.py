@@ -237,3 +237,51 @@ def test_fields_written_from_the_right_are_not_guessed(browser_pool):
     scene = shown(browser_pool, html)
     assert scene.lines == ()
     assert len(scene.unread) == 1
+
+
+UNSEEN = {
+    "no colour": "<p style='color:transparent'>ghost</p>",
+    "next to none": "<p style='color:rgba(0,0,0,.02)'>ghost</p>",
+    "no fill": "<p style='-webkit-text-fill-color:transparent'>ghost</p>",
+    "the ground's colour": "<p style='color:#fff'>ghost</p>",
+    "the colour of its box": "<p style='background:#246;color:#224466'>ghost</p>",
+    "the colour of what holds it": "<div style='background:#246'><p style='color:#246'>ghost</p></div>",
+    "a figure's": "<svg width=90 height=30><text y=20 fill=none>ghost</text></svg>",
+    "a link's": "<a href=# style='color:#fff'>ghost</a>",
+}
+SEEN = {
+    "on a picture of one's own": "<p style='color:#fff;background-image:linear-gradient(#000,#222)'>plain</p>",
+    "on another box": "<div style='position:absolute;width:99px;height:40px;background:#000'></div>"
+    "<p style='position:absolute;left:4px;top:0;color:#fff'>plain</p>",
+    "by its shadow": "<p style='color:#fff;text-shadow:0 0 3px #000'>plain</p>",
+    "by its outline": "<p style='color:transparent;-webkit-text-stroke:1px #000'>plain</p>",
+    "cut out of a picture": "<p style='color:transparent;background:linear-gradient(#000,#222);"
+    "-webkit-background-clip:text'>plain</p>",
+    "half through": "<p style='color:rgba(0,0,0,.5)'>plain</p>",
+}
+
+
+@pytest.mark.parametrize("how", UNSEEN)
+def test_text_that_nobody_sees_is_not_on_the_page(browser_pool, how):
+    scene = shown(browser_pool, f"<!DOCTYPE html><body style='margin:0'>{UNSEEN[how]}<i>rest</i>")
+    assert [line.text for line in scene.lines] == ["rest"]
+    assert [element.text for element in scene.elements] == ["rest"]
+    assert scene.unread == ()
+
+
+@pytest.mark.parametrize("how", SEEN)
+def test_text_that_is_seen_all_the_same_is_on_the_page(browser_pool, how):
+    scene = shown(browser_pool, f"<!DOCTYPE html><body style='margin:0'>{SEEN[how]}")
+    assert np.ptp(scene.image.astype(int)) > 40
+    assert "plain" in [line.text for line in scene.lines]
+    assert "plain" in [element.text for element in scene.elements]
+
+
+def test_controls_whose_text_nobody_sees_are_there_without_it(browser_pool):
+    body = """<button style="color:#fff;background:#fff">ghost</button><button>See <b style="color:transparent">not</b>
+    </button><input value="ghost" aria-label="Name" style="color:transparent">"""
+    scene = shown(browser_pool, f"<!DOCTYPE html><body>{body}")
+    assert [(e.role, e.text, e.value) for e in scene.elements if e.role != "text"] == [
+        ("button", "", ""), ("button", "See", ""), ("textbox", "Name", "")
+    ]  # fmt: skip
+    assert [line.text for line in scene.lines] == ["See"]
