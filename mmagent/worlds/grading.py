@@ -18,13 +18,15 @@ from mmagent.geometry import FRAME
 from mmagent.trajectories import Score
 from mmagent.worlds.examples import Example
 
-_NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d{1,18})?(?:\.(\d{1,18}))?", re.ASCII)
+_NUMBER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3}){1,6}|\d{1,3}(?: \d{3}){1,6}|\d{1,18})?(?:\.(\d{1,18}))?", re.ASCII)
+_EQUATION = re.compile(r"([A-Za-z])\s?=\s?(\S.*)", re.DOTALL)
 _FRACTION = re.compile(r"([+-]?\d{1,9})\s?/\s?(\d{1,9})", re.ASCII)
 _INTEGER = re.compile(r"-?\d{1,6}", re.ASCII)
 _DECIMAL = re.compile(r"-?\d{1,6}(?:\.\d{1,6})?", re.ASCII)
 _BETWEEN = re.compile(r"\s?\b(?:to|seconds?)\b|(?<=\d)\s?s\b|(?<=[\ds])\s*[-–—−]\s*(?=\d)")
 _UNITS = ("%", "°", "degrees", "cm²", "cm2", "cm", "m²", "m2", "m", "seconds", "s")
 _WRAPPING = (("$", "$"), ("**", "**"), ("`", "`"), ('"', '"'), ("\\boxed{", "}"))
+_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20}
 Judge = Callable[[Example, str], Score]
 
 
@@ -39,9 +41,9 @@ def right(value: bool) -> Score:
 
 def plain(answer: str) -> str:
     """An answer without what people write around a word or a number: quotes, stars, a full stop, doubled spaces."""
-    answer = " ".join(composed(answer).split()) if len(answer) < 2000 else answer
+    answer = " ".join(narrow(composed(answer)).split()) if len(answer) < 2000 else answer
     for _ in range(3):
-        answer = answer.removesuffix(".").strip()
+        answer = answer.removesuffix(".").removesuffix("。").strip()
         for opening, closing in _WRAPPING:
             if len(answer) > len(opening) + len(closing) and answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[len(opening) : -len(closing)].strip()
@@ -53,9 +55,15 @@ def composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def narrow(text: str) -> str:
+    """Full-width letters, digits and signs, as Chinese and Japanese keyboards write them, as the plain ones that they
+    stand for. Not all that Unicode calls compatible: a raised two is no two."""
+    return text.translate(_NARROW)
+
+
 def read_number(text: str) -> Fraction | None:
-    """A number as people write it, exactly: ``-1,250.5``, ``3/4``, ``12 %``, ``$7``. None for anything else, powers of
-    ten, infinities and digits of other scripts among it."""
+    """A number as people write it, exactly: ``-1,250.5``, ``1 250``, ``3/4``, ``12 %``, ``$7``, full-width digits. None
+    for anything else, powers of ten, infinities and digits of other scripts among it."""
     if len(text) > 60:
         return None
     text = plain(text).replace("−", "-").removeprefix("$").removeprefix("€").strip()
@@ -69,16 +77,24 @@ def read_number(text: str) -> Fraction | None:
     found = _NUMBER.fullmatch(text)
     if found is None or (found[2] is None and found[3] is None):
         return None
-    return Fraction(f"{found[1]}{(found[2] or '0').replace(',', '')}.{found[3] or '0'}")
+    return Fraction(f"{found[1]}{re.sub('[, ]', '', found[2] or '0')}.{found[3] or '0'}")
 
 
 def number(example: Example, answer: str) -> Score:
-    """A number, off by at most the example's tolerance."""
-    truth, said = read_number(example.answer), read_number(answer)
+    """A number, off by at most the example's tolerance; "x = 5" says it, too, where x is what the question asks for."""
+    truth, said = read_number(example.answer), read_number(_value(example.question, answer))
     assert truth is not None, f"{example.key}: {example.answer!r} is no number"
     if said is None:
         return wrong("malformed")
     return right(abs(said - truth) <= Fraction(example.tolerance) + Fraction(1, 10**9))
+
+
+def _value(question: str, answer: str) -> str:
+    """What stands behind the name of the unknown that ``question`` ends a sentence with, as in "Solve for x."."""
+    said = _EQUATION.fullmatch(plain(answer)) if len(answer) <= 60 else None
+    if said and re.search(rf"\b(?:for|find|is|of)\s+{said[1]}\s*[.?]", question, re.IGNORECASE):
+        return said[2]
+    return answer
 
 
 def word(example: Example, answer: str) -> Score:
@@ -109,7 +125,7 @@ def members(example: Example, answer: str) -> Score:
 
 
 def _list(answer: str) -> list[str]:
-    return [plain(item).casefold() for item in re.split(r"[,\n;]", answer.strip().strip("[]()")[:4000])]
+    return [plain(item).casefold() for item in re.split(r"[,\n;、]", narrow(answer).strip().strip("[]()")[:4000])]
 
 
 def read_box(text: str) -> tuple[int, ...] | None:
@@ -122,7 +138,7 @@ def read_box(text: str) -> tuple[int, ...] | None:
 
 def read_integers(text: str, wanted: int) -> tuple[int, ...] | None:
     """So many integers with commas or spaces between them, in any brackets."""
-    bare = re.sub(r"[\[\]()<>{}]", " ", text[:200]).replace(",", " ").split() if len(text) <= 200 else []
+    bare = re.sub(r"[\[\]()<>{}]", " ", narrow(text[:200])).replace(",", " ").split() if len(text) <= 200 else []
     if len(bare) != wanted or not all(_INTEGER.fullmatch(word) for word in bare):
         return None
     return tuple(int(word) for word in bare)
@@ -132,7 +148,7 @@ def read_decimals(text: str, wanted: int) -> tuple[float, ...] | None:
     """So many numbers with commas or spaces between them, in any brackets."""
     if len(text) > 200:
         return None
-    bare = re.sub(r"[\[\]()<>{},]", " ", text).split()
+    bare = re.sub(r"[\[\]()<>{},]", " ", narrow(text)).split()
     if len(bare) != wanted or not all(_DECIMAL.fullmatch(word) for word in bare):
         return None
     return tuple(float(word) for word in bare)

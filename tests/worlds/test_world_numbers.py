@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmagent.chat import Text
 from mmagent.worlds import grading
 from mmagent.worlds.boxes3d import Box, draw_view, paint_view
 from mmagent.worlds.catalogue import all_worlds
 from mmagent.worlds.drawing import COLOURS, generator
+from mmagent.worlds.examples import Example
 from mmagent.worlds.figures import _ANGLES, _AREAS, _LENGTHS, _angle_at
 from mmagent.worlds.formulas import set_formula, tokens
 from mmagent.worlds.plots import draw_plot, paint_plot
@@ -188,6 +190,9 @@ def test_likeness_of_tables():
     [
         ("42", 42), ("-1,250.5", Fraction(-2501, 2)), ("3/4", Fraction(3, 4)), ("$7", 7), ("12 %", 12), (" 90° ", 90),
         ("**5**", 5), ("\\boxed{8}", 8), (".5", Fraction(1, 2)), ("1e5", None), ("1/0", None), ("٤٢", None),
+        ("1 250", 1250), ("1\u202f250 000.5", Fraction(2500001, 2)), ("１，２５０．５", Fraction(2501, 2)),
+        ("－５％", -5), ("5。", 5), ("5²", None), ("½", None), ("1 25", None), ("12 50", None), ("1 250,000", None),
+        ("1,250 000", None),
         ("4 2", None), ("12,34", None), ("", None), ("-", None), ("nan", None), ("9" * 40, None),
     ],
 )  # fmt: skip
@@ -552,3 +557,22 @@ def test_tiles_are_where_the_camera_sees_them():
         assert idea.answer == f"{'ABCDEF'[int(x)]}{int(y) + 1}"
         checked += 1
     assert checked >= 4
+
+
+def test_an_equation_for_the_unknown_is_its_value():
+    def grade(answer: str, question: str = "x - 2 = 3\nSolve for x. Answer with a number.") -> float:
+        return grading.number(Example("key", (Text(question),), (), "5", 0), answer).value
+
+    for said in ("5", "x = 5", "x=5.", "$x = 5$", "ｘ＝５", "x = 10/2", "**x = 5**"):
+        assert grade(said) == 1.0, said
+    for said in ("x = 6", "y = 5", "2x = 5", "x = 3 + 2", "x = y = 5", "x =", "= 5", "x = 5 or 6", "x - 5"):
+        assert grade(said) == 0.0, said
+    assert grade("a = 5", "How many apples are there? Is a 5 right? Answer with a number.") == 0.0
+
+
+def test_lists_and_boxes_are_read_from_full_width_signs():
+    one = Example("key", (), (), "red, blue", 0)
+    assert grading.items(one, "red，blue").value == grading.items(one, "red、blue").value == 1.0
+    assert grading.items(one, "blue，red").value == 0.0
+    assert grading.read_box("（１，２，３，４）") == (1, 2, 3, 4)
+    assert grading.read_decimals("１．５，２", 2) == (1.5, 2.0)
