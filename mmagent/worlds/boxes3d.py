@@ -97,12 +97,13 @@ def worlds() -> tuple[Seeded, ...]:
     )
 
 
-def draw_view(random: np.random.Generator, level: int) -> View | None:
+def draw_view(random: np.random.Generator, level: int, tiled: bool | None = None) -> View | None:
     """A floor with boxes that all show, or None where one hides most of another. Sizes are multiples of half a metre;
-    from level 1 on places are, too, before that each box keeps to one tile."""
+    from level 1 on places are, too, before that (or where they shall be ``tiled``) each box keeps to one tile."""
     boxes: list[Box] = []
+    tiled = level == 0 if tiled is None else tiled
     for colour in palette(random, _COUNTS[level]):
-        tries = (_one(random, level, colour) for _ in range(30))
+        tries = (_one(random, tiled, colour) for _ in range(30))
         free = next((one for one in tries if not any(_meet(one, other) for other in boxes)), None)
         if free is None:
             return None
@@ -116,10 +117,10 @@ def draw_view(random: np.random.Generator, level: int) -> View | None:
     return view if min(_visible(view)) >= 0.6 else None
 
 
-def _one(random: np.random.Generator, level: int, colour: str) -> Box:
-    w, d = (float(v) / 2 for v in random.integers(1, 3 if level == 0 else 5, 2))
+def _one(random: np.random.Generator, tiled: bool, colour: str) -> Box:
+    w, d = (float(v) / 2 for v in random.integers(1, 3 if tiled else 5, 2))
     h = float(random.integers(1, 6)) / 2
-    if level == 0:  # in the middle of a tile
+    if tiled:  # in the middle of a tile
         x, y = (float(v) + (1 - side) / 2 for v, side in zip(random.integers(0, TILES, 2), (w, d), strict=True))
     else:
         x, y = (float(random.integers(0, 2 * (TILES - side) + 1)) / 2 for side in (w, d))
@@ -263,38 +264,44 @@ _MEASURES: tuple[tuple[str, Callable[[Box], float]], ...] = (
 
 
 def _tile(random: np.random.Generator, level: int) -> Idea | None:
-    """Boxes of one tile each; the letters run along the near edge, the numbers away from it."""
-    view = draw_view(random, 0)
+    """Boxes of one tile each, two, three or four; the letters run along the near edge, the numbers away from it. Level
+    0 names the box whose tile is asked for, 1 tells it by its height, 2 asks for the way from one to another."""
+    view = draw_view(random, level, tiled=True)
     if view is None:
         return None
-    box = view.boxes[int(random.integers(len(view.boxes)))]
-    name = f"{'ABCDEF'[int(box.x)]}{int(box.y) + 1}"
-    if level == 0:
-        question = f"On which tile does the {box.colour} box stand? Answer with letter and number, like B3."
-        return _asked(view, question, name, lettered=True)
-    other = next(one for one in view.boxes if one is not box)
-    dx, dy = int(other.x) - int(box.x), int(other.y) - int(box.y)
+    if level == 2:
+        box, other = (view.boxes[int(n)] for n in random.permutation(len(view.boxes))[:2])
+        dx, dy = int(other.x) - int(box.x), int(other.y) - int(box.y)
+        steps = abs(dx) + abs(dy)
+        question = (
+            f"How many steps from tile to tile, never across a corner, lead from the {box.colour} box's tile to the "
+            f"{other.colour} box's? Answer with a number."
+        )
+        told = f"{_tile_name(box)} to {_tile_name(other)}: {abs(dx)} across and {abs(dy)} along: {steps}."
+        return _asked(view, question, str(steps), lettered=True, reasoning=told)
     if level == 1:
-        question = f"On which tile stands the box that is not {other.colour}? Answer with letter and number, like B3."
-        return _asked(view, question, name, lettered=True)
-    steps = abs(dx) + abs(dy)
-    question = (
-        f"How many steps from tile to tile, never across a corner, lead from the {box.colour} box's tile to the "
-        f"{other.colour} box's? Answer with a number."
-    )
-    return _asked(
-        view, question, str(steps), lettered=True, reasoning=f"{abs(dx)} across and {abs(dy)} along: {steps}."
-    )
+        ranked = sorted(view.boxes, key=lambda box: box.h)
+        highest = bool(random.integers(2))
+        box, next_one = (ranked[-1], ranked[-2]) if highest else (ranked[0], ranked[1])
+        if max(box.h, next_one.h) < 1.4 * min(box.h, next_one.h):
+            return None
+        words = "highest" if highest else "lowest"
+    else:
+        box = view.boxes[int(random.integers(len(view.boxes)))]
+        words = box.colour
+    question = f"On which tile does the {words} box stand? Answer with letter and number, like B3."
+    return _asked(view, question, _tile_name(box), lettered=True)
+
+
+def _tile_name(box: Box) -> str:
+    return f"{'ABCDEF'[int(box.x)]}{int(box.y) + 1}"
 
 
 def _box(random: np.random.Generator, level: int) -> Idea | None:
-    view = draw_view(random, level)
-    if view is None:
+    found = _uncovered(random, level)
+    if found is None:
         return None
-    whole = [box for box, share in zip(view.boxes, _visible(view), strict=True) if share >= 0.9]
-    if not whole:
-        return None
-    box = whole[int(random.integers(len(whole)))]
+    view, box = found
     truth = frame_box(view.frame(box), (HEIGHT, WIDTH))
     question = (
         f"Give the box around the {box.colour} box as x1,y1,x2,y2, in thousandths of the picture's width and height "
@@ -303,14 +310,20 @@ def _box(random: np.random.Generator, level: int) -> Idea | None:
     return _asked(view, question, box_text(truth))
 
 
-def _cuboid(random: np.random.Generator, level: int) -> Idea | None:
+def _uncovered(random: np.random.Generator, level: int) -> tuple[View, Box] | None:
+    """A view, and one of its boxes that hardly anything covers."""
     view = draw_view(random, level)
     if view is None:
         return None
     whole = [box for box, share in zip(view.boxes, _visible(view), strict=True) if share >= 0.9]
-    if not whole:
+    return (view, whole[int(random.integers(len(whole)))]) if whole else None
+
+
+def _cuboid(random: np.random.Generator, level: int) -> Idea | None:
+    found = _uncovered(random, level)
+    if found is None:
         return None
-    box = whole[int(random.integers(len(whole)))]
+    view, box = found
     numbers = {"x": box.x, "y": box.y, "width": box.w, "depth": box.d, "height": box.h}
     answer = ", ".join(f"{value:g}" for value in numbers.values())
     question = (

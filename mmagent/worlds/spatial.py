@@ -20,6 +20,9 @@ from mmagent.worlds.things import Thing, box_text, draw_things, finished, frame_
 
 _SIZES = ((168, 168), (224, 224), (252, 308))
 _COUNTS = (3, 5, 8)
+_DISC, _STEP = 36, 40  # of the chains of discs: their radius, and the way from one to the next
+_ARROW = 30  # pixels from tail to tip
+_CLEAR = (40, 22, 10)  # degrees that an arrow of each level points past everything else
 Cell = tuple[int, int]
 _MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
@@ -101,41 +104,69 @@ def _order(random: np.random.Generator, level: int) -> Idea | None:
 
 
 def _depth(random: np.random.Generator, level: int) -> Idea | None:
-    """Discs and squares that overlap: which of two lies on top, and which is the lowest of all."""
+    """Discs or squares in a chain, each over or under the next: which of two lies on top and, from level 1 on, which is
+    the lowest or the highest of all, where the overlaps tell: from there the chain goes only up, or only down. Level 0
+    asks of two, 1 of three, 2 of five, and of all of them."""
     count = (2, 3, 5)[level]
     colours, size = palette(random, count), 224
-    radius, step = 36, 40
-    turn, x, y = float(random.uniform(0, 2 * math.pi)), 0.0, 0.0
-    spots = [(x, y)]
-    for _ in range(count - 1):
-        turn += float(random.uniform(-0.9, 0.9))
-        x, y = x + step * math.cos(turn), y + step * math.sin(turn)
-        spots.append((x, y))
-    low, high = np.min(spots, axis=0) - radius, np.max(spots, axis=0) + radius
+    spots = _chain(random, count)
+    low, high = np.min(spots, axis=0) - _DISC, np.max(spots, axis=0) + _DISC
     if (high - low).max() > size - 8:
         return None
     shift = (size - (high + low)) / 2
     near = [math.dist(a, b) for n, a in enumerate(spots) for b in spots[: max(n - 1, 0)]]
-    if any(distance < 2.1 * radius for distance in near):  # only neighbours overlap
+    if any(distance < 2.1 * _DISC for distance in near):  # only neighbours overlap
         return None
-    order = [int(n) for n in random.permutation(count)]  # who is painted first
     shape = ("circle", "square")[int(random.integers(2))]
     things = [
-        Thing(shape, colour, round(float(a + shift[0])), round(float(b + shift[1])), radius)
+        Thing(shape, colour, round(float(a + shift[0])), round(float(b + shift[1])), _DISC)
         for colour, (a, b) in zip(colours, spots, strict=True)
     ]
-    n = int(random.integers(count - 1))
-    top = n if order.index(n) > order.index(n + 1) else n + 1
-    pair = sorted((things[n].colour, things[n + 1].colour))
-    question = f"Of the {pair[0]} and the {pair[1]} {shape}, which lies on top? Answer with its colour."
-    painted = [things[k] for k in order]
+    if level == 2 or (level == 1 and random.random() < 0.5):
+        way = ("lowest", "highest")[int(random.integers(2))]
+        end = int(random.integers(count))
+        order = _outwards(random, end, count)
+        painted = [things[k] for k in (order if way == "lowest" else order[::-1])]
+        answer = things[end].colour
+        question = (
+            f"Each {shape} lies over or under its neighbours. Which lies {way} in the pile? Answer with its colour."
+        )
+        reasoning = (
+            f"From the {answer} one on, each next {shape} lies {'over' if way == 'lowest' else 'under'} the last."
+        )
+    else:
+        painted = [things[int(n)] for n in random.permutation(count)]
+        n = int(random.integers(count - 1))
+        answer = max(things[n : n + 2], key=painted.index).colour
+        pair = sorted((things[n].colour, things[n + 1].colour))
+        question = f"Of the {pair[0]} and the {pair[1]} {shape}, which lies on top? Answer with its colour."
+        reasoning = f"The outline of the {answer} {shape} is whole where the two meet."
 
     def paint(looks: np.random.Generator) -> Sequence[np.ndarray]:
         ground, ink = grounds(looks, dark=0.0)
         return finished(draw_things(painted, (size, size), ground, ink), looks)
 
-    reasoning = f"The outline of the {things[top].colour} {shape} is whole where the two meet."
-    return Idea(question, things[top].colour, tuple(painted), paint, reasoning=reasoning)
+    return Idea(question, answer, tuple(painted), paint, reasoning=reasoning)
+
+
+def _chain(random: np.random.Generator, count: int) -> list[tuple[float, float]]:
+    """Places of a winding row in which each overlaps the next."""
+    turn, x, y = float(random.uniform(0, 2 * math.pi)), 0.0, 0.0
+    spots = [(x, y)]
+    for _ in range(count - 1):
+        turn += float(random.uniform(-0.9, 0.9))
+        x, y = x + _STEP * math.cos(turn), y + _STEP * math.sin(turn)
+        spots.append((x, y))
+    return spots
+
+
+def _outwards(random: np.random.Generator, first: int, count: int) -> list[int]:
+    """All numbers below ``count``, from ``first`` on outwards to both sides."""
+    left, right, order = list(range(first)), list(range(first + 1, count))[::-1], [first]
+    while left or right:
+        side = left if not right or (left and random.random() < 0.5) else right
+        order.append(side.pop())
+    return order
 
 
 def _described(random: np.random.Generator, things: Sequence[Thing], level: int) -> tuple[str, Thing] | None:
@@ -294,10 +325,13 @@ def judge_path(example: Example, answer: str) -> Score:
 
 
 def _direction(random: np.random.Generator, level: int) -> Idea | None:
-    """An arrow, and what it points at; or where something lies as on a map, with north up."""
+    """An arrow, and what it points at; or where something lies as on a map, with north up. There are more things with
+    every level, and what the arrow does not point at lies closer beside its way."""
     things = scene(random, level)
     if things is None:
         return None
+    if random.random() < 0.5:
+        return _pointed(random, things, level)
     one, other = (things[int(n)] for n in random.permutation(len(things))[:2])
     turn = math.degrees(math.atan2(one.y - other.y, other.x - one.x)) % 360
     nearest = round(turn / 45)
@@ -309,3 +343,41 @@ def _direction(random: np.random.Generator, level: int) -> Idea | None:
         f"{', '.join(names)}."
     )
     return _asked(things, level, question, names[nearest % 8])
+
+
+def _pointed(random: np.random.Generator, things: Sequence[Thing], level: int) -> Idea | None:
+    """An arrow in a free place that points at the middle of one thing, and past all others."""
+    height, width = _SIZES[level]
+    target = things[int(random.integers(len(things)))]
+    x, y = float(random.integers(10, width - 10)), float(random.integers(10, height - 10))
+    far = math.hypot(target.x - x, target.y - y)
+    if far < _ARROW + target.radius + 12:
+        return None
+    ahead = ((target.x - x) / far, (target.y - y) / far)
+    tip = (x + _ARROW * ahead[0], y + _ARROW * ahead[1])
+    middle = (x + _ARROW / 2 * ahead[0], y + _ARROW / 2 * ahead[1])
+    for thing in things:
+        if math.dist(middle, (thing.x, thing.y)) < _ARROW / 2 + thing.radius + 6:
+            return None
+        away = math.dist(tip, (thing.x, thing.y))
+        beside = math.acos(max(-1.0, min(1.0, ((thing.x - tip[0]) * ahead[0] + (thing.y - tip[1]) * ahead[1]) / away)))
+        if thing is not target and math.degrees(beside - math.asin(min(1.0, thing.radius / away))) < _CLEAR[level]:
+            return None
+
+    def paint(looks: np.random.Generator) -> Sequence[np.ndarray]:
+        ground, ink = grounds(looks, dark=0.0)
+        canvas = draw_things(things, (height, width), ground, ink)
+        draw_arrow(canvas, (x, y), tip, ink)
+        return finished(canvas, looks)
+
+    question = "Which shape does the arrow point at? Answer with its colour and shape, like red circle."
+    return Idea(question, target.name, (*things, (x, y), tip), paint, boxes=regions(things))
+
+
+def draw_arrow(canvas: Canvas, tail: tuple[float, float], tip: tuple[float, float], ink: Sequence[int]) -> None:
+    """A shaft with a filled head."""
+    length = math.dist(tail, tip)
+    dx, dy = (tip[0] - tail[0]) / length, (tip[1] - tail[1]) / length
+    neck = (tip[0] - 10 * dx, tip[1] - 10 * dy)
+    canvas.line([tail, neck], 3, ink)
+    canvas.polygon([tip, (neck[0] - 6 * dy, neck[1] + 6 * dx), (neck[0] + 6 * dy, neck[1] - 6 * dx)], ink)

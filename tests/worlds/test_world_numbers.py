@@ -576,3 +576,79 @@ def test_lists_and_boxes_are_read_from_full_width_signs():
     assert grading.items(one, "blue，red").value == 0.0
     assert grading.read_box("（１，２，３，４）") == (1, 2, 3, 4)
     assert grading.read_decimals("１．５，２", 2) == (1.5, 2.0)
+
+
+def test_the_lowest_of_a_chain_is_told_by_its_overlaps():
+    """From the pixels alone: where two neighbours meet, the colour of the upper one; no other has all of its meetings
+    lost (or won)."""
+    world, asked = all_worlds()["spatial/depth"], set()
+    for level in (1, 2):
+        for index in range(16):
+            one = world.example("test", index, level)
+            found = re.search(r"Which lies (lowest|highest) in the pile", one.question)
+            if found is None:
+                assert level == 1
+                continue
+            asked.add((level, found[1]))
+            things = world_facts(world, "test", index, level)
+            won = {thing.colour: [] for thing in things}
+            for a, b in ((a, b) for a, b in permutations(things, 2) if a.colour < b.colour):
+                if np.hypot(a.x - b.x, a.y - b.y) < 60:
+                    x, y = round((a.x + b.x) / 2), round((a.y + b.y) / 2)
+                    near = {t.colour: np.abs(one.images[0][y, x].astype(int) - COLOURS[t.colour]).sum() for t in (a, b)}
+                    upper = min(near, key=near.get)
+                    for colour in near:
+                        won[colour].append(colour == upper)
+            wanted = found[1] == "highest"
+            ends = [colour for colour, meetings in won.items() if all(above is wanted for above in meetings)]
+            assert ends == [one.answer]
+            assert len(things) == (3, 5)[level - 1]
+    assert len(asked) == 4
+
+
+def world_facts(world, split: str, index: int, level: int) -> tuple:
+    """The facts of an example, thought again as it was."""
+    ideas = (world.think(generator(f"{world.name}/{level}/{n}", index, split), level) for n in range(2000))
+    return next(idea.facts for idea in ideas if idea is not None and idea.split == split)
+
+
+def test_an_arrow_points_at_one_thing_and_past_all_others():
+    """The way of the arrow, followed pixel by pixel from its tip, meets the answer first; every level is closer."""
+    world, beside = all_worlds()["spatial/direction"], []
+    for level in range(3):
+        angles = []
+        for index in range(40):
+            one = world.example("test", index, level)
+            if "the arrow" not in one.question:
+                continue
+            *things, tail, tip = world_facts(world, "test", index, level)
+            ahead = np.subtract(tip, tail) / np.linalg.norm(np.subtract(tip, tail))
+            steps = [np.add(tip, ahead * n) for n in range(4, 400)]
+            met = [t.name for x, y in steps for t in things if np.hypot(x - t.x, y - t.y) <= t.radius]
+            assert met[0] == one.answer
+            assert set(met) == {one.answer}
+            red, green, blue = one.images[0][round(tip[1] - 4 * ahead[1]), round(tip[0] - 4 * ahead[0])].astype(int)
+            assert max(red, green, blue) < 110, "the head is drawn in ink"
+            for thing in things:
+                if thing.name != one.answer:
+                    way = np.subtract((thing.x, thing.y), tip)
+                    angles.append(np.degrees(np.arccos(np.clip(way @ ahead / np.linalg.norm(way), -1, 1))))
+        assert angles
+        beside.append(min(angles))
+    assert beside[0] > beside[1] > beside[2]
+
+
+def test_tiles_hold_more_boxes_with_every_level():
+    world = all_worlds()["boxes3d/tile"]
+    for level in range(3):
+        ideas = [world.think(generator("tile", n, "test"), level) for n in range(12)]
+        for idea in filter(None, ideas):
+            boxes = idea.facts.boxes
+            assert len(boxes) == level + 2
+            assert all(int(box.x) == int(box.x + box.w - 0.01) for box in boxes)  # each keeps to its tile
+            if level == 1:
+                way = max if "highest" in idea.question else min
+                box = way(boxes, key=lambda box: box.h)
+                assert idea.answer == f"{'ABCDEF'[int(box.x)]}{int(box.y) + 1}"
+                assert sum(one.h == box.h for one in boxes) == 1
+        assert any(ideas)
