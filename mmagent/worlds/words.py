@@ -40,6 +40,14 @@ class Words:
             text = source() if callable(source) else self.rng.choice(source)
             if text.casefold() not in self._used:
                 break
+        else:
+            left = [] if callable(source) else [word for word in source if word.casefold() not in self._used]
+            text = self.rng.choice(left) if left else text
+        self._used.add(text.casefold())
+        return text
+
+    def keep(self, text: str) -> str:
+        """``text``, which this page holds: nothing fresh is the same."""
         self._used.add(text.casefold())
         return text
 
@@ -56,9 +64,7 @@ class Words:
 
     def say(self, phrase: str) -> str:
         """A phrase of the templates, and no other text of the page is the same."""
-        text = self.language.say(phrase)
-        self._used.add(text.casefold())
-        return text
+        return self.keep(self.language.say(phrase))
 
     def _fill(self, pattern: str) -> str:
         kinds = {"a": "adjectives", "n": "nouns", "v": "verbs", "city": "cities", "first": "first_names",

@@ -54,6 +54,17 @@ def test_wrong_requests_are_refused():
         generate_app(1, 100, 90)
 
 
+@pytest.mark.parametrize("spoken", NAMES)
+def test_no_menu_holds_a_word_twice(spoken):
+    """On a large screen there was room for more entries than the language has words: "Choose X" meant either."""
+    for size in ((1280, 720), (768, 1024), SIZE):
+        for seed in range(12):
+            app = generate_app(seed, *size, LEVELS, "menu_bar", spoken)
+            items = re.findall(r'role="menuitem">([^<]+)<', app.html)
+            named = [html.unescape(item).removesuffix(" ›").casefold() for item in items]
+            assert len(set(named)) == len(named), [item for item in named if named.count(item) > 1]
+
+
 QUICK = ("sign_up", "board", "painting", "long_list")
 """Kinds of apps in the default suite: fields, a drag, a canvas, a wheel."""
 

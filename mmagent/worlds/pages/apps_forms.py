@@ -75,7 +75,7 @@ def sign_up(k: Kit) -> Plan:
 def menu_bar(k: Kit) -> Plan:
     """Menus that open at a click, some with menus of their own."""
     t, u = k.theme, k.unit
-    names = list(k.words.of("menus")[: max(2, min(k.count(3, 6), k.width // (6 * k.size)))])
+    names = [k.words.keep(n) for n in k.words.of("menus")[: max(2, min(k.count(3, 6), k.width // (6 * k.size)))]]
     k.rule("nav", f"display:flex;background:{t.surface};border-bottom:1px solid {t.border}")
     k.rule("nav>div", f"padding:{u // 2}px {u}px;position:relative;white-space:nowrap")
     k.rule("nav ul", f"display:none;position:absolute;margin:0;padding:{u // 2}px 0;list-style:none;z-index:9",
@@ -84,7 +84,8 @@ def menu_bar(k: Kit) -> Plan:
     k.rule("nav li", f"padding:{u // 3}px {u}px;position:relative")
     k.rule("nav .on>ul", "display:block")
     k.rule("nav li ul", "left:70%;top:60%")
-    rows = k.rows(3, 1.7, 3, 7)
+    words = len({word.casefold() for word in k.words.of("actions")} - {name.casefold() for name in names})
+    rows = min(k.rows(3, 1.7, 3, 7), words // len(names))  # a tall screen has room for more than there are words
     deep = k.difficulty >= 3
     tree: list[list[tuple[str, list[str]]]] = []
     for _ in names:
