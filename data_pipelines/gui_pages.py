@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -35,6 +36,11 @@ from mmagent.worlds.traces import Trace, TraceError, play
 
 LARGE = ((480, 360), (360, 640), (640, 400), (768, 1024), (1024, 640), (1280, 720))
 """Screens in pixels that tablets, phones and desks have, 221 to 1196 visual tokens of 28 pixels."""
+SCALES = (1.25, 1.5, 2.0)
+"""Pixels of the image to one of CSS on the screens of phones and of many laptops."""
+DENSE = 0.25
+"""Share of the pages asked about that are drawn at one of :data:`SCALES`, where enough room is left."""
+_LEAST_SIDES = (200, 150)  # pixels of CSS, width first, that a dense screen must leave
 APP_SIDES = ((320, 240), (320, 240), (280, 280), (392, 252), (336, 308))
 """Screens that an app can be worked on, small ones."""
 FLAW_REQUEST = "What is wrong with the look of this page?"
@@ -99,8 +105,14 @@ class Factory:
         return generate(seed, *side, difficulty=level, spoken=spoken)
 
     async def _shown(self, page: Page, random: Random) -> tuple[PageSource, Scene]:
-        source = self._source(random)
-        return source, await render(page, source.html, source.width, source.height, trusted=True)
+        """A page, now and then on a dense screen: its picture is as large, and what is on it larger."""
+        side, level = random.choice(self.sides), random.randint(1, LEVELS)
+        fitting = [s for s in SCALES if all(round(a / s) >= least for a, least in zip(side, _LEAST_SIDES, strict=True))]
+        scale = random.choice(fitting) if random.random() < DENSE and fitting else 1.0
+        width, height = (round(pixels / scale) for pixels in side)
+        seed, spoken = seed_for(self.split, random.getrandbits(40)), random.choice(self.languages)
+        source = replace(generate(seed, width, height, difficulty=level, spoken=spoken), scale=scale)
+        return source, await render(page, source.html, width, height, scale=scale, trusted=True)
 
     async def _trace(self, page: Page, random: Random, elements: bool) -> Trace | None:
         """A trace that reached its goal, None (and counted) where one did not."""
@@ -131,7 +143,7 @@ class PageLessons(Factory):
 
     def __init__(self, seed: int, questions: int = 8, weights: Mapping[str, float] = LESSONS, **more: Any):
         self.questions, self.weights = questions, dict(weights)
-        super().__init__(seed, questions=questions, weights=self.weights, **more)
+        super().__init__(seed, questions=questions, weights=self.weights, dense=DENSE, **more)
 
     async def _record(self, page: Page, index: int, random: Random) -> Record | None:
         source, scene = await self._shown(page, random)
@@ -150,7 +162,7 @@ class PageClaims(Factory):
 
     def __init__(self, seed: int, questions: int = 4, **more: Any):
         self.questions = questions
-        super().__init__(seed, questions=questions, **more)
+        super().__init__(seed, questions=questions, dense=DENSE, **more)
 
     async def _record(self, page: Page, index: int, random: Random) -> Record | None:
         _, scene = await self._shown(page, random)

@@ -56,7 +56,8 @@ class PageOptions:
 
 
 class Page:
-    """Made by :meth:`BrowserPool.page`. ``width, height``: the viewport in CSS pixels, which are image pixels.
+    """Made by :meth:`BrowserPool.page`. ``width, height``: the viewport in CSS pixels, which are image pixels unless
+    :meth:`resize` was given another ``scale``; input is in CSS pixels at any.
 
     Every method raises :class:`BrowserTimeout` when the page does not answer within ``time_limit`` seconds
     and :class:`BrowserCrashed` when its process dies; the page is then of no further use. ``dialogs`` holds
@@ -68,6 +69,7 @@ class Page:
         self, browser: Chromium, context: str, target: str, session: str, size: tuple[int, int], options: PageOptions
     ):
         self.width, self.height = size
+        self.scale = 1.0
         self.time_limit = options.time_limit
         self.dialogs: deque[tuple[str, str]] = deque(maxlen=100)
         self.refused: deque[str] = deque(maxlen=100)
@@ -167,17 +169,22 @@ class Page:
             await self._send("Page.setDocumentContent", frameId=self._target, html=html)
             await self._evaluate_isolated(_LOADED)
 
-    async def resize(self, width: int, height: int) -> None:
-        """Change the viewport."""
-        _check_size(self._browser, width, height)
+    async def resize(self, width: int, height: int, scale: float = 1.0) -> None:
+        """Change the viewport; ``scale``: pixels of the image to one of CSS, 1 to 4."""
+        if not 1 <= scale <= 4:
+            raise ValueError(f"scale {scale} is not in 1..4 pixels to one of CSS")
+        _check_size(self._browser, width, height, scale)
         async with self._limited("resizing"):
-            await self._resize(width, height)
-        self.width, self.height = width, height
+            await self._resize(width, height, scale)
+            if self._browser.begin_frame and (scale, self.scale) != (1, 1):
+                await self._enlarge(round(width * scale), round(height * scale))
+        self.width, self.height, self.scale = width, height, scale
 
     # ---------------------------------------------------------------- pixels
 
     async def screenshot(self, *, full_page: bool = False, max_height: int = 16384) -> np.ndarray:
-        """``(height, width, 3)`` uint8: the viewport, or the whole document down to ``max_height``."""
+        """``(height, width, 3)`` uint8, ``scale`` times the viewport or, at ``full_page``, the whole document down to
+        ``max_height`` pixels of CSS."""
         async with self._limited("a screenshot"):
             if not full_page:
                 return await self._capture()
@@ -185,11 +192,12 @@ class Page:
             height = min(max(math.ceil(metrics["cssContentSize"]["height"]), self.height), max_height)
             if height == self.height:
                 return await self._capture()
-            await self._resize(self.width, height)
+            width, before, scale = self.width, self.height, self.scale
+            await self.resize(width, height, scale)
             try:
                 return await self._capture()
             finally:
-                await self._resize(self.width, self.height)
+                await self.resize(width, before, scale)
 
     async def frame(self) -> None:
         """Let the page draw once: animation callbacks run, scheduled input arrives."""
@@ -245,7 +253,7 @@ class Page:
 
     async def scroll(self, x: float, y: float, dx: float, dy: float) -> None:
         """Turn the wheel over ``(x, y)``: positive ``dy`` shows what is below, ``dx`` what is to the right."""
-        wheel = {"type": "mouseWheel", "x": x, "y": y, "deltaX": dx, "deltaY": dy}
+        wheel = {"type": "mouseWheel", **self._place(x, y), "deltaX": dx, "deltaY": dy}
         await self._input("scrolling", [("Input.dispatchMouseEvent", wheel)])
         await self.frame()
 
@@ -294,10 +302,23 @@ class Page:
     async def _send(self, method: str, **params: Any) -> dict[str, Any]:
         return await self._post(method, **params)
 
-    def _resize(self, width: int, height: int) -> asyncio.Future[dict[str, Any]]:
+    def _resize(self, width: int, height: int, scale: float = 1.0) -> asyncio.Future[dict[str, Any]]:
+        drawn = {"scale": scale} if self._browser.begin_frame else {}  # such frames know no density of their own
         return self._post(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=scale,
+            mobile=False,
+            **drawn,
         )
+
+    async def _enlarge(self, width: int, height: int) -> None:
+        """Give the window so many pixels: a frame that is asked for shows what fits into it, at any scale."""
+        window = await self._browser.send("Browser.getWindowForTarget", targetId=self._target)
+        for more in (1, 0):  # a window that has this size already would stay as the emulated screen left it
+            bounds = {"width": width + more, "height": height + more}
+            await self._browser.send("Browser.setWindowBounds", windowId=window["windowId"], bounds=bounds)
 
     async def _navigate(self, url: str) -> None:
         answer = await self._send("Page.navigate", url=url)
@@ -391,11 +412,17 @@ class Page:
             await asyncio.sleep(0.002)
         raise BrowserError(f"no pixels after {FRAME_ATTEMPTS} frames") from problem
 
-    @staticmethod
-    def _mouse(kind: str, x: float, y: float, button: Button | None = None, count: int = 0) -> tuple[str, dict]:
+    def _mouse(
+        self, kind: str, x: float, y: float, button: Button | None = None, count: int = 0
+    ) -> tuple[str, dict[str, Any]]:
         held = _BUTTON_BITS[button] if button and kind != "mouseReleased" else 0
-        event = {"type": kind, "x": x, "y": y, "button": button or "none", "buttons": held, "clickCount": count}
+        event = {"type": kind, **self._place(x, y), "button": button or "none", "buttons": held, "clickCount": count}
         return "Input.dispatchMouseEvent", event
+
+    def _place(self, x: float, y: float) -> dict[str, float]:
+        """A point of the viewport as the browser takes it: where frames are asked for, in pixels of the image."""
+        scale = self.scale if self._browser.begin_frame else 1
+        return {"x": x * scale, "y": y * scale}
 
     async def _input(self, what: str, events: Sequence[tuple[str, dict[str, Any]]]) -> None:
         async with self._limited(what):
@@ -455,8 +482,8 @@ class Page:
             self._browser.connection.detach(self._session, "the page's renderer is gone")
 
 
-def _check_size(browser: Chromium, width: int, height: int) -> None:
-    if min(width, height) < browser.least or width * height > MAX_PIXELS:
+def _check_size(browser: Chromium, width: int, height: int, scale: float = 1.0) -> None:
+    if min(width, height) < browser.least or width * height * scale**2 > MAX_PIXELS:
         raise ValueError(
             f"page of {width}x{height} pixels: this browser draws sides from {browser.least} pixels and up to "
             f"{MAX_PIXELS} pixels in all"

@@ -116,6 +116,9 @@
   const written = el => el.type === 'password' ? '\u2022'.repeat(el.value.length) : String(el.value);  // as it is seen
   const clip = rect => [Math.max(0, Math.floor(rect.left)), Math.max(0, Math.floor(rect.top)),
     Math.min(width, Math.ceil(rect.right)), Math.min(height, Math.ceil(rect.bottom))];
+  const dense = devicePixelRatio, across = Math.round(width * dense), down = Math.round(height * dense);
+  const pixels = rect => [Math.max(0, Math.floor(rect.left * dense)), Math.max(0, Math.floor(rect.top * dense)),
+    Math.min(across, Math.ceil(rect.right * dense)), Math.min(down, Math.ceil(rect.bottom * dense))];  // of the picture
   const COLUMNS = [0.5, 0.3, 0.7, 0.12, 0.88], ROWS = [0.5, 0.2, 0.8];
 
   // Paint order (CSS 2.2, appendix E): every element gets a key of (layer, order) pairs that compare like the drawing.
@@ -152,7 +155,7 @@
     if (!kind) return null;
     const title = el.querySelector('h1, h2, h3, h4, legend, caption, b, td, th');
     const label = kind === 'row' ? title || el.querySelector('a, span') : title;
-    return {role: kind, name: label && label.innerText ? clean(label.innerText) : '', box: clip(el.getBoundingClientRect()),
+    return {role: kind, name: label && label.innerText ? clean(label.innerText) : '', box: pixels(el.getBoundingClientRect()),
       members: []};
   };
 
@@ -225,13 +228,13 @@
       const hit = document.elementFromPoint(x, y);
       if (!hit || !(hit === el || el.contains(hit))) continue;
       seen += 1;
-      point = point || [x, y];
+      point = point || [x * dense, y * dense];
     }
     if (!seen) return;
     const svg = el instanceof SVGElement, form = 'disabled' in el;
     const aria = el.getAttribute('aria-checked') || el.getAttribute('aria-selected');
     elements.push({
-      box, text: (said || '').slice(0, 200), role: kind, tag: el.localName, color: hex(rgba(svg ? style.fill : style.color)),
+      box: pixels(rect), text: (said || '').slice(0, 200), role: kind, tag: el.localName, color: hex(rgba(svg ? style.fill : style.color)),
       background: background(svg ? el.parentElement : el), visible: part * seen / (ROWS.length * COLUMNS.length), point,
       value: 'value' in el && kind !== 'button' && kind !== 'listitem' && !unseen(style, el, rect) ? written(el).slice(0, 200) : '',
       checked: kind === 'checkbox' || kind === 'radio' ? !!el.checked || aria === 'true' : aria ? aria === 'true' : null,
@@ -267,7 +270,7 @@
   const unread = [], lines = [];
   const missed = rect => {
     const box = clip(rect);
-    if (box[2] - box[0] > 1 && box[3] - box[1] > 1) unread.push(box);
+    if (box[2] - box[0] > 1 && box[3] - box[1] > 1) unread.push(pixels(rect));
   };
   const faded = el => {  // whether nobody would see it
     let left = 1;
@@ -283,9 +286,9 @@
       return hit && accept(hit);
     });
     if (clear && lines.length < most)
-      lines.push({box: [x1, y1, x2, y2], text: words, background: background(parent), size: parseFloat(style.fontSize),
+      lines.push({box: pixels(rect), text: words, background: background(parent), size: parseFloat(style.fontSize) * dense,
         color: hex(rgba(parent instanceof SVGElement ? style.fill : style.color))});
-    else unread.push([x1, y1, x2, y2]);
+    else unread.push(pixels(rect));
   };
   const field = el => {  // what is written in a text field or shown of a choice, which is in no text node
     const style = getComputedStyle(el);

@@ -62,7 +62,7 @@ async def play(page: Page, app: App, *, elements: bool = True) -> Trace:
 
     Raises :class:`TraceError`, and what the page raises.
     """
-    if (page.width, page.height) != (app.width, app.height):
+    if (page.width, page.height, page.scale) != (app.width, app.height, 1.0):
         await page.resize(app.width, app.height)
     await page.move(0, 0)
     await page.set_content(app.html)

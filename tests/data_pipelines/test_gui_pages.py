@@ -20,6 +20,7 @@ from data_pipelines.gui_pages import (
     APP_SIDES,
     LARGE,
     READING,
+    SCALES,
     AppChanges,
     AppSteps,
     AppTraces,
@@ -31,6 +32,7 @@ from data_pipelines.gui_pages import (
 )
 from data_pipelines.making import PASSED_OVER, BuildError, build_source, read_passed_over, write_card
 from data_pipelines.record_texts import texts_of
+from data_pipelines.web_pages import SIDES
 from mmagent.actions import Finished, parse_action
 from mmagent.browser import BrowserPool, perform, run_sync
 from mmagent.geometry import GeometryConfig, ImageView
@@ -38,7 +40,7 @@ from mmagent.records import Record, from_sample, image_size, to_sample
 from mmagent.vocab import Vocab
 from mmagent.worlds import traces
 from mmagent.worlds.critic import RIGHT
-from mmagent.worlds.pages import generate
+from mmagent.worlds.pages import generate, render
 from mmagent.worlds.pages.app_kinds import generate_app
 from mmagent.worlds.pages.broken import FLAWS, break_page
 
@@ -78,6 +80,23 @@ def test_lessons_are_asked_on_large_screens_too(browser_pool):
     sizes = {image_size(image, record.key) for record in records for image in record.images}
     assert sizes & {(height, width) for width, height in LARGE}
     assert PageLessons(3).settings["sides"] != PageLessons(3, large=True).settings["sides"]
+
+
+def test_dense_screens_are_as_large_and_show_larger_things(browser_pool, monkeypatch):
+    shown: list[tuple[float, tuple[int, int]]] = []
+
+    async def noted(page, html, width, height, *, scale, trusted):
+        scene = await render(page, html, width, height, scale=scale, trusted=trusted)
+        shown.append((scale, scene.size))
+        return scene
+
+    monkeypatch.setattr(gui_pages, "DENSE", 1.0)
+    monkeypatch.setattr(gui_pages, "render", noted)
+    records = make(browser_pool, PageLessons(3, block=16), 0)
+    assert {1.0, 1.25} < {scale for scale, _ in shown} <= {1.0, *SCALES}  # the smallest have no room for it
+    for _, (height, width) in shown:
+        assert any(abs(width - a) <= 1 and abs(height - b) <= 1 for a, b in SIDES)
+    assert all(0 <= r.coordinates[0] < r.coordinates[2] <= 392 for record in records for r in record.boxes)
 
 
 def test_half_of_all_claims_are_right(browser_pool):

@@ -97,6 +97,35 @@ def test_full_page_and_resize(browser_pool):
 
 
 @needs_browser
+def test_a_page_is_drawn_at_the_density_that_it_is_given(browser_pool):
+    async def work(page):
+        with pytest.raises(ValueError, match=r"scale 0.5 is not in 1..4"):
+            await page.resize(240, 120, 0.5)
+        await page.set_content("<body style='margin:0'><div style='height:700px;background:#00f'></div>")
+        shapes = []
+        await page.resize(160, 80, 1.5)  # as many pixels of the image as before
+        assert (await page.screenshot()).shape == (120, 240, 3)
+        for scale in (2, 1.25, 1):
+            await page.resize(240, 120, scale)
+            seen = await page.evaluate("[innerWidth, innerHeight, devicePixelRatio]")
+            full = await page.screenshot(full_page=True, max_height=300)
+            shapes.append((seen, (await page.screenshot()).shape[:2], full.shape[:2]))
+            await page.evaluate("addEventListener('mousedown', e => { globalThis.hit = [e.clientX, e.clientY]; })")
+            await page.click(200, 100)  # input is in CSS pixels at any
+            assert await page.evaluate("hit") == [200, 100]
+            await page.scroll(200, 100, 0, 60)
+            assert await page.evaluate("scrollY") == 60
+            await page.scroll(200, 100, 0, -60)
+        return shapes
+
+    assert on_page(browser_pool, work, hide_scrollbars=True) == [
+        ([240, 120, 2], (240, 480), (600, 480)),
+        ([240, 120, 1.25], (150, 300), (375, 300)),
+        ([240, 120, 1], (120, 240), (300, 240)),
+    ]
+
+
+@needs_browser
 def test_evaluate_gives_json_values_and_names_errors(browser_pool):
     async def work(page):
         await page.set_content("<p id=p>text</p>")

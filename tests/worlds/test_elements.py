@@ -285,3 +285,39 @@ def test_controls_whose_text_nobody_sees_are_there_without_it(browser_pool):
         ("button", "", ""), ("button", "See", ""), ("textbox", "Name", "")
     ]  # fmt: skip
     assert [line.text for line in scene.lines] == ["See"]
+
+
+SWATCHES = """<!DOCTYPE html><body style="margin:0;background:#fff"><style>div{position:absolute}</style>
+<div style="left:10px;top:20px;width:36px;height:24px;background:#ff0000"></div>
+<div style="left:101px;top:63px;width:29px;height:31px;background:#0000ff"></div>
+<div style="left:180px;top:200px;width:200px;height:99px;background:#00c000"></div>
+<p style="position:absolute;left:10px;top:120px;margin:0;font:20px sans-serif;color:#c000c0">Mill</p>"""
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.25, 1.5, 2.0])
+def test_boxes_are_in_the_pixels_of_the_picture_at_any_density(browser_pool, scale):
+    """Every colour's pixels are found in the picture, and where they are is the element's box."""
+
+    async def run() -> list[Scene]:
+        async with browser_pool.page(*SIZE, hide_scrollbars=True) as page:
+            dense = await render(page, SWATCHES, *SIZE, scale=scale)
+            assert (page.width, page.height, page.scale) == (*SIZE, scale)
+            return [dense, await render(page, SWATCHES, *SIZE)]
+
+    scene, plain = run_sync(run())
+    assert scene.size == (round(SIZE[1] * scale), round(SIZE[0] * scale))
+    assert plain.size == SIZE[::-1]  # the scale is not left behind
+    for element in scene.elements:
+        if element.role == "box":
+            colour = [int(element.background[n : n + 2], 16) for n in (1, 3, 5)]
+            ys, xs = np.nonzero((scene.image == colour).all(-1))
+            found = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            assert np.abs(np.subtract(element.box, found)).max() <= 1  # a pixel that is covered in part is of neither
+            assert (scene.image[int(element.point[1]), int(element.point[0])] == colour).all()
+    (text,) = scene.lines
+    x1, y1, x2, y2 = text.box
+    ys, xs = np.nonzero((np.abs(scene.image.astype(int) - (0xC0, 0, 0xC0)) < 30).all(-1))
+    assert x1 <= xs.min() <= xs.max() < x2
+    assert y1 <= ys.min() <= ys.max() < y2
+    assert xs.max() - xs.min() > 0.8 * (x2 - x1)
+    assert text.size == 20 * scale

@@ -25,6 +25,7 @@ class PageSource:
     difficulty: int
     seed: int
     spoken: str = "en"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,15 @@ def generate(
     return PageSource(html, width, height, name, difficulty, seed, spoken)
 
 
-async def render(page: Page, html: str, width: int, height: int, *, trusted: bool = False) -> Scene:
-    """Show ``html`` at ``width`` x ``height`` pixels and read what is on it.
+async def render(page: Page, html: str, width: int, height: int, *, scale: float = 1.0, trusted: bool = False) -> Scene:
+    """Show ``html`` at ``width`` x ``height`` pixels of CSS and read what is on it, in pixels of the image: ``scale``
+    to one of CSS, as on the screens of phones and of many laptops.
 
     The reading happens in a script world of its own, which scripts of the page cannot tamper with. ``trusted``
     pages (our own, without scripts) are replaced in place, which is faster. Raises what the page raises.
     """
-    if (page.width, page.height) != (width, height):
-        await page.resize(width, height)
+    if (page.width, page.height, page.scale) != (width, height, scale):
+        await page.resize(width, height, scale)
     await page.set_content(html, fresh=not trusted)
     return await look(page, html)
 
