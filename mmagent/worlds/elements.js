@@ -32,7 +32,12 @@
     return known.get(color);
   };
   const hex = ([r, g, b]) => '#' + [r, g, b].map(v => Math.round(v).toString(16).padStart(2, '0')).join('');
-  const background = el => {  // what lies under the element's text: translucent layers blended, white at the bottom
+  const grounds = new Map();
+  const background = el => {
+    if (!grounds.has(el)) grounds.set(el, blended(el));
+    return grounds.get(el);
+  };
+  const blended = el => {  // what lies under the element's text: translucent layers blended, white at the bottom
     const layers = [];
     for (let at = el; at instanceof Element; at = at.parentElement) {
       const layer = rgba(getComputedStyle(at).backgroundColor);
