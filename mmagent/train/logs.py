@@ -24,9 +24,10 @@ MACHINE = ("time/", "memory/", "data/retries")
 
 
 class Progress:
-    """One line with the step, ``figures`` of the record, tokens a second and the time left, by the steps after a
-    process's first, which warms up. On a terminal it is redrawn; elsewhere a plain line is written every ``interval``
-    seconds, and for the first, the second and the last step."""
+    """One line with the step, ``figures`` of the record, tokens a second, seconds a step and the time left. These three
+    are of one window: the last 32 steps with all that happened between them (validation, saving), without a process's
+    first, which warms up. On a terminal it is redrawn; elsewhere a plain line is written every ``interval`` seconds,
+    and for the first, the second and the last step."""
 
     segment = "logging"
 
@@ -43,7 +44,7 @@ class Progress:
         self.out = out or sys.stderr
         self.live = self.out.isatty()
         self._last_step_at: float | None = None
-        self._recent: deque[float] = deque(maxlen=32)  # seconds between two calls, so that hooks are included
+        self._recent: deque[tuple[float, float]] = deque(maxlen=32)  # seconds from call to call, and tokens of the step
         self._written_at = -float("inf")
 
     def __call__(self, step: int, record: Record) -> None:
@@ -51,7 +52,7 @@ class Progress:
             return
         now = time.monotonic()
         if self._last_step_at is not None:  # the first step would mislead
-            self._recent.append(now - self._last_step_at)
+            self._recent.append((now - self._last_step_at, _tokens(record)))
         self._last_step_at = now
         last = step >= self.steps
         if self.live:
@@ -64,16 +65,22 @@ class Progress:
 
     def line(self, step: int, record: Record) -> str:
         """The line for ``step`` of a run."""
-        seconds = sum(self._recent) / len(self._recent) if self._recent else record["time/step"]
+        window = self._recent or [(record["time/step"], _tokens(record))]
+        whole = sum(seconds for seconds, _ in window)
+        seconds, rate = whole / len(window), sum(tokens for _, tokens in window) / whole if whole else 0.0
         left = f"{_clock(seconds * (self.steps - step))} left" if self._recent else "warming up"
         left = "done" if step >= self.steps else left
         filled = int(20 * step / max(self.steps, 1))
-        rate = record["time/tokens_per_second"]
         figures = "  ".join(f"{name} {record[name]:.4g}" for name in self.figures if name in record)
         return (
             f"{self.title} [{'=' * filled:<20}] {step}/{self.steps}  {figures}  "
             f"{_short(rate)} tok/s  {seconds:.2f} s/step  {left}"
         )
+
+
+def _tokens(record: Record) -> float:
+    """Of a step of all ranks."""
+    return record["time/tokens_per_second"] * record["time/step"]
 
 
 def _clock(seconds: float) -> str:
