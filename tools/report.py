@@ -87,11 +87,11 @@ def _glance(run: TrainingRun, peak: float, titled: bool) -> Markup:
         return paragraph(f"{run.name}: no step was logged yet. Not there: {'; '.join(run.missing)}.")
     last = run.rows[-1]
     shown = {"steps": number(last["step"])}
-    tail = run.rows[-max(len(run.rows) // 10, 1) :]
-    for key, title in (("loss", "loss, last tenth"), ("reward", "reward, last tenth")):
-        values = [row[key] for row in tail if key in row and math.isfinite(row[key])]
-        shown |= {title: number(sum(values) / len(values))} if values else {}
-    shown |= {f"validation {k}": number(v) for k, v in _last(run, "validation/loss").items()}
+    for key in ("loss", "reward"):
+        value = training.last_tenth(run.rows, key)
+        shown |= {f"{key}, last tenth": number(value)} if math.isfinite(value) else {}
+    held_out = [row["validation/loss"] for row in run.rows if "validation/loss" in row]
+    shown |= {"validation loss": number(held_out[-1])} if held_out else {}
     for key, title in ((f"time/{run.unit}_per_second", f"{run.unit} a second"), ("time/step", "seconds a step")):
         value = run.median(key if key in run.keys else "time/tokens_per_second")
         shown |= {title: number(value)} if math.isfinite(value) else {}
@@ -110,18 +110,14 @@ def _glance(run: TrainingRun, peak: float, titled: bool) -> Markup:
     return (Markup("<h3>{}</h3>").format(run.name) if titled else Markup("")) + tiles(shown) + join(told)
 
 
-def _last(run: TrainingRun, key: str) -> dict[str, float]:
-    found = [row[key] for row in run.rows if key in row]
-    return {"loss": found[-1]} if found else {}
-
-
 def _compared(runs: Sequence[TrainingRun]) -> Section:
     keys = ("loss", "reward", "validation/loss", "grad_norm", "time/tokens_per_second", "time/step")
     shared = [key for key in keys if any(key in run.keys for run in runs)]
+    figures, told = training.side_by_side(runs, shared)
     terms = list(dict.fromkeys(key for run in runs for key in run.under("loss/")))
     charts = training.compare(runs, lambda run: [k for k in (*shared, *terms) if k in run.keys], smooth=0.8)
-    rows = [{"run": run.name, "steps": len(run.rows), **{key: run.median(key) for key in shared}} for run in runs]
-    return Section("Compared", table(rows, caption="medians over steps") + charts)
+    rows = [{"run": run.name, "steps": len(run.rows), **own} for run, own in zip(runs, figures, strict=True)]
+    return Section("Compared", table(rows, caption=told) + charts)
 
 
 def _router(run: TrainingRun) -> Section | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup
 
-from mmagent.html.charts import COLOURS, Axis
+from mmagent.html.charts import COLOURS, Axis, phase_marks
 from mmagent.html.pieces import join, number, percent
 
 COLUMNS = 120
@@ -105,10 +105,15 @@ def _binned(rows: Mapping[str, Sequence[float]], steps: Sequence[float]) -> tupl
 
 
 def stacked_area(
-    series: Mapping[str, Sequence[float]], steps: Sequence[float], title: str, *, y_label: str = ""
+    series: Mapping[str, Sequence[float]],
+    steps: Sequence[float],
+    title: str,
+    *,
+    y_label: str = "",
+    phases: Mapping[str, float] | None = None,
 ) -> Markup:
     """``series`` of equal length one upon the other, over ``steps``; the legend tells each one's mean and share. More
-    than there are colours: the smallest are added up."""
+    than there are colours: the smallest are added up. ``phases`` names vertical lines."""
     names = [name for name, values in series.items() if any(values)]
     if len(names) > COLOURS:
         small = sorted(names, key=lambda name: sum(series[name]))[: len(names) - COLOURS + 1]
@@ -133,9 +138,7 @@ def stacked_area(
         above = [low + value for low, value in zip(below, columns[name], strict=True)]
         up = "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in zip(ends, above, strict=True))
         down = "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in zip(ends[::-1], below[::-1], strict=True))
-        parts.append(
-            Markup('<path class="f{}" d="M{}L{}Z" opacity=".85"><title>{}</title></path>').format(n, up, down, name)
-        )
+        parts.append(Markup('<path class="f{}" d="M{}L{}Z"><title>{}</title></path>').format(n, up, down, name))
         below = above
     mean = {name: sum(series[name]) / len(series[name]) for name in names}
     whole = sum(mean.values())
@@ -145,10 +148,21 @@ def stacked_area(
         )
         for n, name in enumerate(names)
     )
+    marks, above = phase_marks(phases or {}, x_axis, top, bottom)
     return Markup(
         '<figure class="chart wide"><figcaption>{}</figcaption><div class="legend">{}</div>'
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg></figure>'
-    ).format(title, legend, _WIDTH, bottom + 40, title, join(parts), _axes(x_axis, y_axis, y_label))
+        '<svg viewBox="0 {} {} {}" role="img" aria-label="{}">{}{}{}</svg></figure>'
+    ).format(
+        title,
+        legend,
+        -above,
+        _WIDTH,
+        bottom + 40 + above,
+        title,
+        _axes(x_axis, y_axis, y_label),  # below the areas, which it would cross
+        join(parts),
+        marks,
+    )
 
 
 def _axes(x_axis: Axis, y_axis: Axis, y_label: str) -> Markup:

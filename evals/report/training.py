@@ -14,7 +14,7 @@ from markupsafe import Markup
 from omegaconf import OmegaConf
 
 from evals.report.maps import heat_map, stacked_area
-from mmagent.html.charts import line_chart, series_of
+from mmagent.html.charts import line_chart, middle, series_of
 from mmagent.html.pieces import Section, code, details, facts, grid, heading, join, number, paragraph, percent, table
 from mmagent.models.peaks import peak_of
 from mmagent.train.incidents import read_incidents
@@ -85,9 +85,8 @@ class TrainingRun:
         return list(dict.fromkeys(key for row in self.rows for key in row if key != "step"))
 
     def median(self, key: str) -> float:
-        """Over all steps but the first, which warms up; NaN where nothing is known."""
-        found = [row[key] for row in self.rows[1:] or self.rows if isinstance(row.get(key), int | float)]
-        return statistics.median(found) if found else math.nan
+        """:func:`median` over all steps."""
+        return median(self.rows, key)
 
     def under(self, prefix: str) -> list[str]:
         return [key for key in self.keys if key.startswith(prefix)]
@@ -109,7 +108,7 @@ class TrainingRun:
 
 
 def compare(runs: Sequence[TrainingRun], pick: Callable[[TrainingRun], Iterable[str]], **how: Any) -> Markup:
-    """One chart for each figure that any run has, a line a run."""
+    """One chart for each figure that any run has, a line a run. Validations are few, so that each is drawn as it is."""
     keys = list(dict.fromkeys(key for run in runs for key in pick(run)))
     charts = []
     for key in keys:
@@ -117,34 +116,74 @@ def compare(runs: Sequence[TrainingRun], pick: Callable[[TrainingRun], Iterable[
         for run in runs:
             lines |= series_of(run.rows, {key: run.name})
         if lines:
-            charts.append(line_chart(lines, key, **how))
+            charts.append(line_chart(lines, key, **how, exact=lines if key.startswith("validation/") else ()))
     return grid(charts)
 
 
+def last_tenth(rows: Rows, key: str) -> float:
+    """The mean of ``key`` over the last tenth of ``rows``, where it is finite; NaN where it nowhere is."""
+    values = [row[key] for row in rows[-max(len(rows) // 10, 1) :] if math.isfinite(row.get(key, math.nan))]
+    return sum(values) / len(values) if values else math.nan
+
+
+def side_by_side(runs: Sequence[TrainingRun], keys: Iterable[str]) -> tuple[list[dict[str, float]], str]:
+    """``keys`` of each of ``runs`` over the steps that all of them have, and in words what is told: of losses and
+    rewards the mean over the last tenth of these steps, of validations that of the last step at which all made one, of
+    all else medians without the first of these steps. Empty where there is nothing to tell."""
+    began = [run for run in runs if run.rows]
+    common = set.intersection(*({row["step"] for row in run.rows} for run in began)) if began else set()
+    if not common:
+        return [{} for _ in runs], "no step that all runs have: nothing to set side by side"
+    rows = [[row for row in run.rows if row["step"] in common] for run in runs]
+    told = f"over steps {min(common)} to {max(common)}, which all runs have: loss and reward, mean of the last tenth"
+    figures: list[dict[str, float]] = [{} for _ in runs]
+    for key in keys:
+        if key.startswith("validation/"):
+            steps = [{row["step"] for row in own if key in row} for own in rows]
+            judged = set.intersection(*([own for own in steps if own] or [set()]))
+            own_rows = [[row for row in own if row["step"] == max(judged, default=None)] for own in rows]
+            told += f"; {key} at step {max(judged)}" if judged else f"; {key}: never at the same step"
+        else:
+            own_rows = rows
+        for found, own in zip(figures, own_rows, strict=True):
+            found[key] = last_tenth(own, key) if key in ("loss", "reward") or own_rows is not rows else median(own, key)
+    return figures, told + "; all else medians"
+
+
+def median(rows: Rows, key: str) -> float:
+    """Over all ``rows`` but the first, which warms up; NaN where nothing is known."""
+    found = [row[key] for row in rows[1:] or rows if isinstance(row.get(key), int | float)]
+    return statistics.median(found) if found else math.nan
+
+
 def chart_of(run: TrainingRun, keys: Iterable[str], title: str, cut: str = "", **how: Any) -> Markup:
-    """``keys`` of one run as lines of one chart, named without ``cut``; nothing where none has a value."""
+    """``keys`` of one run as lines of one chart, named without ``cut``, with the run's phases and starts; nothing where
+    none has a value."""
     lines = series_of(run.rows, {key: key.removeprefix(cut) or title.lower() for key in keys})
-    return line_chart(lines, title, **how) if lines else Markup("")
+    return line_chart(lines, title, **how, phases=run.phases) if lines else Markup("")
+
+
+REGULARISERS = ("balance", "kl", "entropy")
+"""Loss terms that hold a model in place rather than tell what it learned."""
 
 
 def by_scale(lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[list[str]]:
-    """Names of lines that can share one chart: together they span no more than four times what one of them does, so
-    that none is drawn flat for the sake of another. The longest chart first."""
-    spans = {}
-    for name, points in lines.items():
-        values = [y for _, y in points if math.isfinite(y)]
-        if values:
-            spans[name] = (min(values), max(values))
+    """Names of lines that can share one chart: once settled they span together no more than six times what each of them
+    does, so that none is drawn flat for the sake of another. Regularisers share none with what is learned: their units
+    are others. The fullest chart first, regularisers last."""
+    spans = {name: middle(points) for name, points in lines.items() if any(math.isfinite(y) for _, y in points)}
     groups: list[list[str]] = []
-    for name in sorted(spans, key=lambda name: spans[name]):
+    for name in sorted(spans, key=lambda name: (name in REGULARISERS, spans[name])):
         together = [*(groups[-1] if groups else []), name]
         whole = max(spans[one][1] for one in together) - min(spans[one][0] for one in together)
-        if groups and whole <= 4 * max(spans[one][1] - spans[one][0] for one in together):
+        alike = (together[0] in REGULARISERS) == (name in REGULARISERS)
+        if groups and alike and whole <= 6 * min(spans[one][1] - spans[one][0] for one in together):
             groups[-1].append(name)
         else:
             groups.append([name])
     order = list(lines)
-    return sorted((sorted(group, key=order.index) for group in groups), key=lambda group: -len(group))
+    groups = [sorted(group, key=order.index) for group in groups]
+    return sorted(groups, key=lambda group: (group[0] in REGULARISERS, -len(group), order.index(group[0])))
 
 
 def scale_of(value: float) -> tuple[float, str]:
@@ -164,19 +203,18 @@ def losses(run: TrainingRun) -> Section:
     charts = []
     for group in by_scale(lines):
         own = {name: lines[name] for name in group}
-        own |= {name: points for name, points in exact.items() if name.removesuffix(", held out") in group}
+        like = {name: name.removesuffix(", held out") for name in exact if name.removesuffix(", held out") in group}
+        own |= {name: exact[name] for name in like}
         title = "Loss by term" if not charts else f"Loss: {', '.join(group)}"
-        charts.append(line_chart(own, title, smooth=0.8, exact=exact, phases=run.phases))
+        charts.append(line_chart(own, title, smooth=0.8, exact=exact, like=like, phases=run.phases, settled=True))
     by_source = chart_of(
-        run, run.under("loss_by_source/"), "Loss by source", "loss_by_source/", smooth=0.8, phases=run.phases
+        run, run.under("loss_by_source/"), "Loss by source", "loss_by_source/", smooth=0.8, settled=True
     )
     norms = chart_of(
         run, ["grad_norm", *run.under("grad_norm/")], "Gradient norm by role", "grad_norm/", log_y=True, smooth=0.5,
-        phases=run.phases,
     )  # fmt: skip
     rates = chart_of(
         run, ["lr_scale", *run.under("lr_scale/")], "Learning rate over its setting", "lr_scale/", from_zero=True,
-        phases=run.phases,
     )  # fmt: skip
     accept = [key for key in run.keys if "/accept" in key and not key.startswith("validation/")]
     drafts = chart_of(run, accept, "Share of MTP drafts accepted", smooth=0.8, from_zero=True)
@@ -214,7 +252,7 @@ def packing(run: TrainingRun) -> Section | None:
     if not fill:
         return None
     lines = series_of(run.rows, fill)
-    charts = [line_chart(lines, "Fill of packs", smooth=0.6, from_zero=True)]
+    charts = [line_chart(lines, "Fill of packs", smooth=0.6, from_zero=True, phases=run.phases)]
     charts.append(chart_of(run, ["documents", "data/images"], "Documents a step", smooth=0.6, from_zero=True))
     charts.append(chart_of(run, ["tokens", "patches"], "Tokens and patches a step", smooth=0.6, from_zero=True))
     charts.append(chart_of(run, run.under("data/epoch/"), "Epochs of each source", "data/epoch/", from_zero=True))
@@ -241,7 +279,7 @@ def throughput(run: TrainingRun, peak: float) -> Section | None:
     steps = [row["step"] for row in run.rows]
     names = [key for key in run.under("time/segment/") if DEVICE not in key]
     titled = {key.removeprefix("time/segment/"): [row.get(key, 0.0) for row in run.rows] for key in names}
-    area = stacked_area(titled, steps, "Seconds by segment, main rank", y_label="seconds a step")
+    area = stacked_area(titled, steps, "Seconds by segment, main rank", y_label="seconds a step", phases=run.phases)
     rates = [key for key in run.under("time/") if key.endswith("_per_second") and key != "time/flops_per_second"]
     charts = [
         chart_of(run, [key], f"{key[5:-11].capitalize()} a second", key, smooth=0.6, from_zero=True) for key in rates
@@ -252,10 +290,11 @@ def throughput(run: TrainingRun, peak: float) -> Section | None:
     if useful := mfu(run):
         size, unit = scale_of(max(rate for _, rate in useful))
         lines = {f"{unit}FLOP/s": [(step, rate / size) for step, rate in useful]}
-        charts.append(line_chart(lines, f"Useful {unit}FLOP/s of all ranks", smooth=0.6, from_zero=True))
+        how = {"smooth": 0.6, "from_zero": True, "phases": run.phases}
+        charts.append(line_chart(lines, f"Useful {unit}FLOP/s of all ranks", **how))
         if peak:
             share = {"MFU": [(step, 100 * rate / peak) for step, rate in useful]}
-            charts.append(line_chart(share, "MFU, per cent", smooth=0.6, from_zero=True))
+            charts.append(line_chart(share, "MFU, per cent", **how))
         else:
             told.append("No MFU: the peak of this device is not known. --peak FLOPS says it, --peak measure finds it.")
     body = grid(c for c in charts if c) + join(paragraph(text, quiet=True) for text in told)
@@ -353,8 +392,8 @@ def memory(run: TrainingRun) -> Section | None:
     kinds = [kind for kind in ("parameters", "gradients", "optimizer") if any(kind in one for one in last)]
     roles = list(dict.fromkeys(role for one in last for kind in kinds for role in one.get(kind, {})))
     most = {k: {r: max(one.get(k, {}).get(r, 0) for one in last) / 1e6 for r in roles} for k in kinds}
-    body = [{"role": role, **{f"{kind}, MB": most[kind][role] for kind in kinds}} for role in roles]
-    total = {"role": "all", **{f"{kind}, MB": sum(most[kind].values()) for kind in kinds}}
+    body = [{"role": role, **{kind: most[kind][role] for kind in kinds}} for role in roles]
+    total = {"role": "all", **{kind: sum(most[kind].values()) for kind in kinds}}
     names = {
         "rss": "resident",
         "peak": "resident at most",
@@ -366,10 +405,10 @@ def memory(run: TrainingRun) -> Section | None:
         for key, name in names.items()
         if all(key in one for row in rows for one in row["memory"])
     }
-    chart = line_chart(lines, "Gigabytes of the rank that holds most", from_zero=True)
+    chart = line_chart(lines, "Gigabytes of the rank that holds most", from_zero=True, phases=run.phases)
     parts = [table(body, totals=[total])] if body else []
     intro = "Megabytes of the rank that holds most, by role; activations are what the device's peak has beyond these."
-    return Section("Memory", join([*parts, grid([chart])]), intro)
+    return Section("Memory", grid([*parts, chart]), intro)
 
 
 def checkpoints(run: TrainingRun) -> Section | None:
@@ -382,14 +421,20 @@ def checkpoints(run: TrainingRun) -> Section | None:
     if not keys:
         return None
     lines = series_of(run.rows, {key: key.removeprefix("time/").replace("_", " ") for key in keys})
+    seconds = {name: [s for _, s in points] for name, points in lines.items()}
+    rows = [
+        {"what": name, "times": len(own), "median, s": statistics.median(own), "all, s": sum(own)}
+        for name, own in seconds.items()
+    ]
     stalled = sum(row.get("time/checkpoint", 0.0) + row.get("time/checkpoint_wait", 0.0) for row in run.rows)
     whole = sum(sum(v for k, v in row.items() if k.startswith("time/segment/") and DEVICE not in k) for row in run.rows)
     told = {
         "training waited for saving": f"{stalled:.3g} s" + (f", {percent(stalled / whole)} of the run" if whole else "")
     }
+    chart = line_chart(lines, "Seconds each", exact=lines, from_zero=True, phases=run.phases)
     return Section(
         "Checkpoints and validation",
-        facts(told) + grid([line_chart(lines, "Seconds each", exact=lines, from_zero=True)]),
+        grid([Markup("<div>{}{}</div>").format(table(rows), facts(told)), chart]),
     )
 
 

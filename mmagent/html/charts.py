@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -84,13 +84,17 @@ def line_chart(
     log_y: bool = False,
     smooth: float = 0.0,
     exact: Collection[str] = (),
+    like: Mapping[str, str] | None = None,
     phases: Mapping[str, float] | None = None,
     from_zero: bool = False,
+    settled: bool = False,
 ) -> Markup:
     """Several series of ``(x, y)`` in one chart, with a legend that tells each last value.
 
     ``smooth`` in [0, 1) draws an exponential moving average over the faint raw line; series named in ``exact`` are
-    drawn point by point instead. ``phases`` names vertical lines.
+    drawn point by point instead. ``like`` names the series whose colour another one takes, dashed. ``phases`` names
+    vertical lines, above the plot. ``settled`` fits the axis to what follows the first tenth where that is much less
+    than all, and says so; the rest is cut off.
     Points that are not finite (or not positive on a log axis) are left out, and the legend counts them.
     """
     if not 0 <= smooth < 1:
@@ -102,16 +106,19 @@ def line_chart(
         return Markup('<figure class="chart"><figcaption>{}</figcaption><p class="quiet">no data</p></figure>').format(
             title
         )
-    low, high = _padded(min(ys), max(ys), log_y, from_zero)
+    smooths = {name: 0.0 if name in exact else smooth for name in kept}
+    fitted = _settled(kept, smooths) if settled else None
+    low, high = _padded(*(fitted or (min(ys), max(ys))), log_y, from_zero)
     y_axis = Axis(low, high, _HEIGHT - _BOTTOM, _TOP, log_y)
     y_ticks = y_axis.ticks()
     left = 16 + 7 * max(len(number(t)) for t in y_ticks) + (18 if y_label else 0)
     x_axis = Axis(*_widened(min(xs), max(xs), log_x), left, _WIDTH - _RIGHT, log_x)
-    smooths = {name: 0.0 if name in exact else smooth for name in kept}
+    colours = colours_of(kept, like or {})
     lines = join(
-        _line(n, thin(points), x_axis, y_axis, smooths[name], name in exact)
-        for n, (name, points) in enumerate(kept.items())
+        _line(colours[name], thin(points), x_axis, y_axis, smooths[name], name in exact, name in (like or {}))
+        for name, points in kept.items()
     )
+    marks, above = phase_marks(phases or {}, x_axis, _TOP, _HEIGHT - _BOTTOM)
     shown = {name: thin(_smoothed(points, smooths[name])) for name, points in kept.items()}
     hover = {
         "series": [{"name": n, "points": [[_short(x), _short(y)] for x, y in p]} for n, p in shown.items()],
@@ -124,20 +131,63 @@ def line_chart(
     }
     return Markup(
         '<figure class="chart" data-points="{}"><figcaption>{}</figcaption>{}'
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}{}<line class="cursor" visibility="hidden" '
+        '<svg viewBox="0 {} {} {}" role="img" aria-label="{}">{}{}{}<line class="cursor" visibility="hidden" '
         'x1="0" x2="0" y1="{}" y2="{}"/></svg><div class="readout"></div></figure>'
     ).format(
         json.dumps(hover, separators=(",", ":")),
         title,
-        _legend(series, shown),
+        _legend(series, shown, colours, like or {}, _told_cut(ys, y_axis) if fitted else ""),
+        -above,
         _WIDTH,
-        _HEIGHT,
+        _HEIGHT + above,
         title,
         _frame(x_axis, y_axis, y_ticks, x_label, y_label),
-        _phases(phases or {}, x_axis),
-        lines,
+        marks,
+        _clipped(lines, x_axis, y_axis) if fitted else lines,
         _TOP,
         _HEIGHT - _BOTTOM,
+    )
+
+
+def colours_of(names: Iterable[str], like: Mapping[str, str]) -> dict[str, int]:
+    """A number for each of ``names``, in order; the same for one that is ``like`` another."""
+    own = [name for name in names if name not in like]
+    return {name: own.index(like.get(name, name)) for name in names}
+
+
+def middle(points: Points, smooth: float = 0.8) -> tuple[float, float]:
+    """The lowest and highest smoothed value after the first tenth, in which a run settles; of all that is finite where
+    there are fewer than ten points. Raises ``ValueError`` where none is finite."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    late = [y for _, y in _smoothed(finite, smooth if len(finite) >= 10 else 0.0)[len(finite) // 10 :]]
+    return min(late), max(late)
+
+
+def _settled(kept: Mapping[str, Points], smooths: Mapping[str, float]) -> tuple[float, float] | None:
+    """The range of an axis that leaves the first tenth and single spikes out (of a hundred values of a line the two
+    lowest and the two highest), where that of all would be over half as much again."""
+    ys, lows, highs = [y for points in kept.values() for _, y in points], [], []
+    for name, points in kept.items():
+        if points:
+            late = sorted(y for _, y in points[len(points) // 10 :])
+            low, high = middle(points, smooths[name])
+            lows.append(min(low, late[len(late) // 50]))
+            highs.append(max(high, late[-1 - len(late) // 50]))
+    low, high = min(lows), max(highs)
+    return (low, high) if high > low and max(ys) - min(ys) > 1.5 * (high - low) else None
+
+
+def _told_cut(ys: Sequence[float], axis: Axis) -> str:
+    beyond = {y: max(axis.low - y, y - axis.high) for y in ys if not axis.low <= y <= axis.high}
+    return f"cut off at the edge: values to {number(max(beyond, key=beyond.__getitem__))}" if beyond else ""
+
+
+def _clipped(lines: Markup, x_axis: Axis, y_axis: Axis) -> Markup:
+    """``lines`` within the plot alone; circles at its sides stay whole."""
+    box = (x_axis.start - 4, _TOP, x_axis.end - x_axis.start + 8, y_axis.start - _TOP)
+    x, y, width, height = (f"{side:.1f}" for side in box)
+    return Markup('<svg x="{x}" y="{y}" width="{w}" height="{h}" viewBox="{x} {y} {w} {h}">{}</svg>').format(
+        lines, x=x, y=y, w=width, h=height
     )
 
 
@@ -189,7 +239,9 @@ def _widened(low: float, high: float, log: bool) -> tuple[float, float]:
     return (low / 2, high * 2) if log else (low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2)
 
 
-def _line(n: int, points: Points, x_axis: Axis, y_axis: Axis, smooth: float, dots: bool = False) -> Markup:
+def _line(
+    n: int, points: Points, x_axis: Axis, y_axis: Axis, smooth: float, dots: bool = False, dashed: bool = False
+) -> Markup:
     def path(some: Points) -> str:
         return "M" + "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in some)
 
@@ -203,24 +255,32 @@ def _line(n: int, points: Points, x_axis: Axis, y_axis: Axis, smooth: float, dot
     )
     if len(points) == 1:
         return marks
-    dash = Markup(' stroke-dasharray="7 4"') if n >= COLOURS else ""
+    dash = Markup(' stroke-dasharray="7 4"') if n >= COLOURS or dashed else ""
     raw = Markup('<path class="raw c{}" d="{}"/>').format(colour, path(points)) if smooth else ""
     line = Markup('<path class="series c{}" d="{}"{}/>').format(colour, path(_smoothed(points, smooth)), dash)
     return join((raw, line, marks))
 
 
-def _legend(series: Mapping[str, Points], shown: Mapping[str, Points]) -> Markup:
+def _legend(
+    series: Mapping[str, Points],
+    shown: Mapping[str, Points],
+    colours: Mapping[str, int],
+    like: Mapping[str, str],
+    note: str,
+) -> Markup:
     entries = []
-    for n, (name, points) in enumerate(shown.items()):
+    for name, points in shown.items():
         lost = sum(1 for _, y in series[name] if not math.isfinite(y))
         entries.append(
-            Markup('<span><i class="c{}"></i>{} <b>{}</b>{}</span>').format(
-                n % COLOURS,
+            Markup('<span><i class="c{}{}"></i>{} <b>{}</b>{}</span>').format(
+                colours[name] % COLOURS,
+                " dashed" if name in like else "",
                 name,
                 number(points[-1][1]) if points else "–",
                 f" ({lost} not finite)" if lost else "",
             )
         )
+    entries += [Markup("<span>{}</span>").format(note)] if note else []
     return Markup('<div class="legend">{}</div>').format(join(entries))
 
 
@@ -253,14 +313,29 @@ def _frame(x_axis: Axis, y_axis: Axis, y_ticks: Sequence[float], x_label: str, y
     return rows + columns + base + names
 
 
-def _phases(phases: Mapping[str, float], x_axis: Axis) -> Markup:
-    inside = {name: x for name, x in phases.items() if x_axis.low <= x <= x_axis.high}
-    return join(
-        Markup(
-            '<line class="phase" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/><text x="{:.1f}" y="{}">{}</text>'
-        ).format(_TOP, _HEIGHT - _BOTTOM, x_axis(x) + 4, _TOP + 10, name, x=x_axis(x))
-        for name, x in inside.items()
-    )
+def phase_marks(phases: Mapping[str, float], x_axis: Axis, top: float, bottom: float) -> tuple[Markup, int]:
+    """Vertical lines from ``top`` to ``bottom`` with their names above the plot, in as many rows as let none lie on
+    another; a name that its neighbour has already is not told again. And the height that the names need above 0."""
+    rows: list[tuple[float, str]] = []  # where the last name of each ends, and that name
+    parts, above = [], 0
+    for name, x in sorted(phases.items(), key=lambda item: item[1]):
+        if not x_axis.low <= x <= x_axis.high:
+            continue
+        name, wide = name.strip(), 7.0 * len(name.strip())
+        at = max(min(x_axis(x), x_axis.end - wide), 0.0)
+        row = next((n for n, (end, _) in enumerate(rows) if at >= end + 6), len(rows))
+        told = all(end + 6 <= at or last != name for end, last in rows)
+        y = top - 6 - 14 * row
+        parts.append(
+            Markup('<line class="phase" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"><title>{}</title></line>').format(
+                top, bottom, name, x=x_axis(x)
+            )
+        )
+        if told:
+            rows[row:] = [(at + wide, name), *rows[row + 1 :]]
+            parts.append(Markup('<text x="{:.1f}" y="{:.0f}">{}</text>').format(at, y, name))
+            above = max(above, round(12 - y))
+    return join(parts), above
 
 
 def _short(value: float) -> float:

@@ -195,6 +195,39 @@ def test_charts_of_odd_data():
         line_chart({}, "t", smooth=1.0)
 
 
+def test_an_axis_fits_what_follows_the_first_steps():
+    falls = [(n, 7.0 + 30 / n**3 + n % 2 / 10) for n in range(1, 101)]
+    chart = line_chart({"lm": falls}, "t", smooth=0.8, settled=True)
+    ticks = [float(text) for text in re.findall(r'text-anchor="end">([\d.]+)<', chart)]
+    assert max(ticks) <= 8, "37 at the first step"
+    assert "cut off at the edge: values to 37.1" in chart
+    assert chart.count("<svg") == 2, "drawn within the plot alone"
+    spikes = [(n, 9.0 if n == 50 else 4.0 + n % 3 / 10) for n in range(1, 101)]
+    assert "values to 9" in line_chart({"lm": spikes}, "t", smooth=0.8, settled=True)
+    calm = line_chart({"lm": [(n, 4.0 + n % 3 / 10) for n in range(1, 101)]}, "t", smooth=0.8, settled=True)
+    assert "cut off" not in calm
+    assert calm.count("<svg") == 1
+
+
+def test_names_of_phases_stand_above_the_plot_beside_each_other():
+    line = {"a": [(n, float(n)) for n in range(100)]}
+    chart = line_chart(line, "t", phases={"phase all": 50, "started again": 52, "started again ": 54, "end": 98})
+    top = 12
+    texts = re.findall(r'<text x="([\d.]+)" y="(-?\d+)">(.*?)</text>', chart)
+    assert [name for _, _, name in texts] == ["phase all", "started again", "end"], "twice at one place is told once"
+    assert all(int(y) < top for _, y, _ in texts)
+    assert [int(y) for _, y, _ in texts] == [6, -8, 6]
+    assert chart.count('class="phase"') == 4
+    assert 'viewBox="0 -20 ' in chart
+
+
+def test_a_line_like_another_has_its_colour():
+    line = [(1, 2.0), (2, 1.0)]
+    chart = line_chart({"a": line, "a, held out": line, "b": line}, "t", like={"a, held out": "a"})
+    assert re.findall(r'class="series c(\d)"', chart) == ["0", "0", "1"]
+    assert re.findall(r'<i class="(.*?)">', chart) == ["c0", "c0 dashed", "c1"]
+
+
 def test_series_of_a_log():
     rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2, "grad": 0.5}, {"step": 3, "loss": None}]
     assert series_of(rows, ["loss", "absent"]) == {"loss": [(1.0, 3.0), (2.0, 2.0)]}

@@ -11,7 +11,7 @@ import pytest
 from markupsafe import Markup
 
 from evals.report.maps import heat_map, stacked_area
-from evals.report.training import TrainingRun, by_scale, mfu, scale_of
+from evals.report.training import TrainingRun, by_scale, last_tenth, mfu, scale_of, side_by_side
 from mmagent.train.hooks import RunConfig, WatchConfig, usual_hooks
 from mmagent.train.incidents import Finding, Incident, append_incident
 from mmagent.train.loop import fit
@@ -72,11 +72,27 @@ def test_useful_operations_are_those_of_the_step_over_all_the_time_it_took(train
 
 def test_lines_share_a_chart_where_none_is_drawn_flat():
     falls = [(1, 9.9), (2, 3.0)]
-    assert by_scale({"lm": falls, "balance": [(1, 4.6), (2, 4.7)], "mtp": falls}) == [["lm", "balance", "mtp"]]
+    assert by_scale({"lm": falls, "router": [(1, 4.6), (2, 4.7)], "mtp": falls}) == [["lm", "mtp"], ["router"]]
+    assert by_scale({"balance": [(1, 3.0), (2, 9.0)], "lm": falls}) == [["lm"], ["balance"]], "another unit"
+    steep = [(n, 7.0 + 2 / n**2) for n in range(1, 101)]  # the first steps would make room for all
+    assert by_scale({"lm": steep, "z": [(n, 4.0 + n % 2 / 10) for n in range(1, 101)]}) == [["lm"], ["z"]]
     late = {"lm": [(1, 7.6), (2, 7.5)], "balance": [(1, 4.6), (2, 4.7)], "mtp": [(1, 7.61), (2, 7.52)]}
     assert by_scale(late) == [["lm", "mtp"], ["balance"]]
     assert by_scale({"a": [(1, math.nan)], "b": [(1, 2.0)]}) == [["b"]]
     assert [scale_of(value) for value in (989e12, -4.7e9, 12.0)] == [(1e12, "T"), (1e9, "G"), (1.0, "")]
+
+
+def test_every_chart_over_steps_marks_where_the_run_was_started_again(trained, tmp_path):
+    for path in trained.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    start = json.loads((tmp_path / "environment.jsonl").read_text().splitlines()[0])
+    with (tmp_path / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(start | {"step": 7}) + "\n")
+    figures = re.findall(r"<figcaption>(.*?)</figcaption>(.*?)</figure>", report([TrainingRun(tmp_path)]), flags=re.S)
+    unmarked = [title for title, body in figures if ">started again</text>" not in body]
+    assert len(figures) > 8
+    assert unmarked == []
 
 
 def test_phases_restarts_and_gaps_are_told(tmp_path):
@@ -108,6 +124,35 @@ def test_two_runs_are_compared(trained, tmp_path):
     assert titles(page)[:2] == ["At a glance", "Compared"]
     assert "toy: Learning" in titles(page)
     assert "other: Learning" in titles(page)
+
+
+def test_runs_are_compared_over_the_steps_that_all_have(tmp_path):
+    """40 steps beside 20: the longer one's later, lower losses count for nothing; losses as in the tiles."""
+    for name, steps in (("long", 40), ("short", 20)):
+        (tmp_path / name).mkdir()
+        rows = [
+            {"step": n, "loss": 100.0 - n, "grad_norm": float(n)} | ({} if n % 8 else {"validation/loss": 50.0 - n})
+            for n in range(1, steps + 1)
+        ]  # fmt: skip
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [TrainingRun(tmp_path / name) for name in ("long", "short")]
+    figures, told = side_by_side(runs, ("loss", "validation/loss", "grad_norm"))
+    assert figures == [{"loss": 80.5, "validation/loss": 34.0, "grad_norm": 11.0}] * 2
+    assert told.startswith("over steps 1 to 20, which all runs have: ")
+    assert "validation/loss at step 16" in told
+    assert last_tenth(runs[1].rows, "loss") == 80.5, "that of the tile"
+    page = report(runs)
+    assert told in page
+    curve = re.search(r"<figcaption>validation/loss</figcaption>(.*?)</figure>", page, flags=re.S)[1]
+    assert "long <b>10</b>" in curve
+    assert "short <b>34</b>" in curve
+    assert 'class="raw' not in curve, "validations are few: none is smoothed"
+    (tmp_path / "short" / "log.jsonl").write_text('{"step": 17, "loss": 1.0}\n')
+    apart, told = side_by_side([runs[0], TrainingRun(tmp_path / "short")], ("loss", "validation/loss"))
+    assert [own["loss"] for own in apart] == [83.0, 1.0]
+    assert "never at the same step" in told
+    (tmp_path / "short" / "log.jsonl").write_text('{"step": 90, "loss": 1.0}\n')
+    assert side_by_side([runs[0], TrainingRun(tmp_path / "short")], ("loss",))[0] == [{}, {}]
 
 
 def test_an_empty_folder_and_a_run_cut_short(tmp_path, capsys):
@@ -190,6 +235,22 @@ def test_areas_stand_on_each_other():
     assert "s1, s2, s3, s4" in many
     assert isinstance(stacked_area({"a": [1.0]}, [1], "t"), Markup)
     assert "no data" in stacked_area({}, [], "t")
+
+
+def test_no_grid_line_crosses_an_area():
+    chart = stacked_area({"a": [1.0, 1.0], "b": [3.0, 3.0]}, [1, 2], "t", phases={"again": 1.5})
+    assert chart.rindex('class="grid"') < chart.index("<path")
+    assert "opacity" not in chart
+    assert ">again</text>" in chart
+
+
+def test_memory_and_saving_fill_their_rows(trained):
+    page = report([TrainingRun(trained)])
+    for title in ("memory", "checkpoints-and-validation"):
+        block = re.search(rf'<section id="{title}">(.*?)</section>', page, flags=re.S)[1]
+        assert re.search(r'<div class="charts"><div.*?<table.*?<figure', block, flags=re.S)
+        assert re.search(r'(</p>|</h2>)<div class="charts">', block), "nothing but the grid"
+    assert "auto-fill" in page
 
 
 def test_a_peak_can_be_measured():
