@@ -180,7 +180,7 @@ def _tables(summary: Summary) -> Markup:
         rest = len(counts) - len(rows)
         more = paragraph(f"and {rest:,} more", quiet=True) if rest > 0 else Markup("")
         if rows:
-            parts.append(table(rows) + more)
+            parts.append(table(rows, even=True) + more)
     return join(parts)
 
 

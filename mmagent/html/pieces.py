@@ -130,11 +130,13 @@ def table(
     *,
     caption: str = "",
     totals: Sequence[Mapping[str, object]] = (),
+    even: bool = False,
 ) -> Markup:
     """A table whose headings sort it.
 
     Cells may be text, numbers, :class:`Interval` (drawn with its interval), Markup or None.
     Without ``columns`` the keys of the first row are used. ``totals`` are rows that stay at the bottom.
+    ``even``: columns of numbers are equally wide, so that those of tables below each other stand in line.
     """
     if columns is None:
         columns = [Column(key, key.replace("_", " ")) for key in (rows[0] if rows else {})]
@@ -160,8 +162,11 @@ def table(
         ),
         "\n",
     )
-    return Markup('<div class="scroll"><table>{}<thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table></div>').format(
-        Markup("<caption>{}</caption>").format(caption) if caption else "", head, body
+    return Markup('<div class="scroll"><table{}>{}<thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table></div>').format(
+        Markup(' class="even"') if even else "",
+        Markup("<caption>{}</caption>").format(caption) if caption else "",
+        head,
+        body,
     )
 
 

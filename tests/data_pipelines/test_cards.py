@@ -126,6 +126,32 @@ def test_samples_stand_close_in_columns(tmp_path, browser_pool, width, columns):
         assert 15 <= below[1] - above[2] <= 21  # the gap of 16, up to the next row of 4
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 420])
+def test_numbers_of_the_tables_stand_in_line(tmp_path, browser_pool, width):
+    """Those of sources, tasks and formats, however long the names beside them are."""
+    with ShardWriter(tmp_path) as writer:
+        for n in range(3):
+            image = encode_image(screen(n, side=(120, 90)))
+            talk = (user(Image(), Text("What?")), assistant("That."))
+            writer.write(Record(f"n{n}", "a source with a long name " * 4, talk, (), (image,), "t"))
+    path = write_card_page(tmp_path, summarise(ShardSet(tmp_path)), {"source": "text"})
+
+    async def look() -> list[list[float]]:
+        async with browser_pool.page(width, 900) as page:
+            await page.goto(path)
+            await page.wait(0.2)
+            return await page.evaluate(
+                "[...document.querySelectorAll('#what-it-holds table')].map(t => [...t.tBodies[0].rows[0].cells]"
+                ".slice(1).map(c => Math.round(c.getBoundingClientRect().right)))"
+            )
+
+    edges = run_sync(look())
+    assert len(edges) == 3
+    assert edges[0] == edges[1] == edges[2]
+    assert max(edges[0]) <= width
+
+
 def test_a_record_shows_what_is_trained(shards):
     view = record_view(hostile(0), inline_shots(hostile(0)), "here")
     assert view.count('<div class="turn trained">') == 1
