@@ -43,6 +43,15 @@ class Draft:
     size: Size
 
 
+class TooLargeError(RecordError):
+    """A document that no pack can hold. With ``geometry.max_tokens=max_tokens`` one could; 0: with no size of its
+    pictures."""
+
+    def __init__(self, key: str, field: str, problem: str, max_tokens: int):
+        super().__init__(key, field, problem)
+        self.max_tokens = max_tokens
+
+
 class DocumentBuilder:
     """How records become documents: one vocabulary, one geometry, one chat format, one size limit."""
 
@@ -74,14 +83,15 @@ class DocumentBuilder:
             raise RecordError(record.key, field, "nothing to train on: no assistant turn, or none that is trainable")
         problem = self._exceeds(draft)
         if problem and not self.split_long:
-            raise RecordError(record.key, *problem)
+            raise TooLargeError(record.key, *problem, self._most_visual(draft))
         if not problem:
             return [draft]
         pieces = split(record, lambda piece: not self._exceeds(self._rendered(piece)))
         drafts = [draft for piece in pieces if (draft := self._rendered(piece)).trainable.any()]
         for draft in drafts:
             if problem := self._exceeds(draft):
-                raise RecordError(record.key, problem[0], f"{problem[1]}, by {draft.record.key} alone")
+                told = f"{problem[1]}, by {draft.record.key} alone"
+                raise TooLargeError(record.key, problem[0], told, self._most_visual(draft))
         if not drafts:
             raise RecordError(record.key, "messages", "nothing to train on in any of its pieces")
         return drafts
@@ -112,6 +122,18 @@ class DocumentBuilder:
             if need > have:
                 return name, f"{need} exceed the limit of {have}"
         return None
+
+    def _most_visual(self, draft: Draft) -> int:
+        """The largest ``max_tokens`` of the geometry with which the document fits, 0 where none does."""
+        assert self.limit is not None
+        counts = [visual_tokens(grid, self.geometry.merge_size) for grid in draft.grids]
+        text, patches = draft.size.tokens - sum(counts), self.limit.patches
+        room = min(self.limit.tokens - text, patches // self.geometry.merge_size**2)
+        for place, count in enumerate(ordered := sorted(counts)):  # the smaller ones stay as they are
+            most = (room - sum(ordered[:place])) // (len(ordered) - place)
+            if most < count:
+                return most if most >= self.geometry.min_tokens else 0
+        return 0
 
     def finish(self, draft: Draft, into: Tensor | None = None) -> Document:
         """Decode the images, their patches one behind the other ``into (p, C)`` where that is given. Raises
@@ -179,6 +201,7 @@ class Quarantine:
         self.bad: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._known: set[tuple[str, str]] = set()
+        self._smaller: dict[str, int] = {}  # by source: with pictures of at most so many tokens more would fit
         self._path: Path | None = None
         if config.folder:
             self._path = Path(config.folder) / f"quarantine-{rank}.jsonl"
@@ -205,16 +228,25 @@ class Quarantine:
         self.seen[source] += not counted
         self.bad[source] += 1
         self._log(source, shard, error.key, reason, error.problem)
+        if isinstance(error, TooLargeError) and error.max_tokens:
+            self._smaller[source] = min(error.max_tokens, self._smaller.get(source, error.max_tokens))
         seen, bad, allowed = self.seen[source], self.bad[source], self.config.max_share
         if seen >= self.config.min_seen and bad > allowed * seen:
             different = sum(known == source for known, _ in self._known)
-            hint = "; raise the budget of a pack, or leave the source out" if reason in Size._fields else ""
+            hint = self._hint(source) if reason in Size._fields else ""
             log = f"; see {self._path}" if self._path else ""
             reasons = ", ".join(f"{name}: {count}" for name, count in self.reasons.most_common())
             raise QuarantineError(
                 f"source {source!r}: {bad} of {seen} samples are unusable, {different} different ones, more than the "
                 f"allowed {allowed:.2%} ({reasons}); the last is {error}{hint}{log}"
             )
+
+    def _hint(self, source: str) -> str:
+        """What to do about documents that no pack can hold."""
+        smaller = ""
+        if most := self._smaller.get(source):
+            smaller = f"see pictures smaller by geometry.max_tokens={most} (or draw pages with a lower --dpi), "
+        return f"; {smaller}raise the budget of a pack, or leave the source out"
 
     def torn(self, source: str, shard: str, offset: int, problem: str) -> None:
         """Count and log the tail of a shard that was cut short."""

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     looks.add_argument(
         "--dpi", type=int, default=144, metavar="N",
-        help="at which pages are drawn (default: 144, about 2,500 visual tokens a page; 90 gives 1,000)",
+        help="at which pages are drawn (default: 144, about 2,500 visual tokens an A4 page; 88 gives 962)",
     )  # fmt: skip
     limits = out.add_argument_group("limits")
     limits.add_argument(

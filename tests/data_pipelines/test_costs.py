@@ -14,7 +14,7 @@ from shard_samples import record
 
 from data_pipelines.costs import PACKS, TEXT_BYTES, Costs, Pack, cost_lines, picture_tokens
 from data_pipelines.documents import DocumentBuilder
-from data_pipelines.ingest.__main__ import main
+from data_pipelines.ingest.__main__ import main, parser
 from data_pipelines.packing import Size
 from data_pipelines.shards import ShardWriter
 from data_pipelines.validate import examine
@@ -87,6 +87,15 @@ def test_pages_that_no_pack_holds_are_told_and_the_advice_holds(tmp_path, capsys
     assert run([tmp_path / "book.pdf"], tmp_path / "smaller", dpi=int(dpi[1]))["costs"]["over"] == {}
     shrunk = DocumentBuilder(VOCAB, GeometryConfig(max_tokens=1024), limit=Size(2048, 4096))
     assert [shrunk.draft(one).size.patches <= 4096 for one in records(tmp_path / "to")] == [True, True]
+
+
+def test_the_dpi_of_the_readme_fits_a_pack_of_the_laptop(tmp_path):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    dpi, told = map(int, re.search(r"book\.pdf .*--dpi (\d+) +# (\d+) visual tokens an A4 page", readme).groups())
+    (tmp_path / "book.pdf").write_bytes(pdf([at(72, 700, "One")], 595.276, 841.89))
+    costs = run([tmp_path / "book.pdf"], tmp_path / "to", dpi=dpi)["costs"]
+    assert (costs["over"], costs["picture"]["tokens"]) == ({}, told)
+    assert f"{dpi} gives {told}" in parser().format_help()
 
 
 def test_long_texts_are_told_with_what_cuts_them(tmp_path):

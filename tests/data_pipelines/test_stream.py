@@ -383,6 +383,19 @@ def test_past_the_share_the_stream_stops_and_stays_stopped(shards, tmp_path, how
     packs.close()
 
 
+def test_pictures_that_no_pack_holds_are_told_with_the_size_that_one_does(shards):
+    """A pack of 100 patches holds 25 visual tokens."""
+    limits = {"patches_per_microbatch": 100, "quarantine": QuarantineConfig("", 0.01, 20)}
+    with pytest.raises(QuarantineError, match=r"; see pictures smaller by geometry\.max_tokens=25 \(or"):
+        take(stream(shards, **limits), 50)
+    fits = PackStream(config(shards, **limits), Vocab.load(shards), replace(GEOMETRY, max_tokens=25))
+    take(fits, 10)
+    assert fits.quarantine.total == 0
+    limits = {**limits, "patches_per_microbatch": 4}  # one token, and geometry wants two at least
+    with pytest.raises(QuarantineError, match=r"; raise the budget of a pack, or leave the source out"):
+        take(stream(shards, **limits), 50)
+
+
 def test_a_source_of_nothing_but_bad_samples_stops_the_run(shards, tmp_path):
     with ShardWriter(tmp_path) as writer:
         writer.write(Record("only", "s", (user("no answer"),)))
