@@ -25,9 +25,11 @@ class Waiting(NamedTuple):
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The documents of a pack, chosen but not decoded."""
+    """The documents of a pack, chosen but not decoded. ``short_of_patches``: one more that waits would have fitted by
+    its tokens."""
 
     documents: tuple[Waiting, ...]
+    short_of_patches: bool = False
 
     def cost(self) -> Cost:
         """What :meth:`mmagent.types.PackedBatch.cost` will say of it."""
@@ -69,9 +71,11 @@ class StreamPacker:
         self.mixture.at(step)
         self._refill()
         chosen = select([w.draft.size for w in self.waiting], self.budget)
-        plan = PackPlan(tuple(self.waiting[n] for n in chosen))
         gone = set(chosen)
+        documents = tuple(self.waiting[n] for n in chosen)
         self.waiting = [w for n, w in enumerate(self.waiting) if n not in gone]
+        room = self.budget.tokens - sum(w.draft.size.tokens for w in documents)  # filled exactly, so if by tokens
+        plan = PackPlan(documents, any(w.draft.size.tokens <= room for w in self.waiting))  # one fits, patches are full
         self.packs += 1
         return plan
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +37,8 @@ from mmagent.types import Document, PackedBatch
 from mmagent.vocab import Vocab
 
 logger = logging.getLogger(__name__)
-_JUDGED = 20  # steps after which a stream that is short of patches says so
+_JUDGED = 20  # steps after which a stream whose packs are not full says why
+_ROOM = 1.1  # patches of packs differ: so many times their mean leaves hardly one short
 
 
 @dataclass
@@ -102,11 +104,14 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class _Step:
-    """A prepared step and the state of the packers after it."""
+    """A prepared step and the state of the packers after it. ``short``: the share of its packs that patches kept from
+    being full; ``density``: patches a token, of what was packed and what waits."""
 
     batches: list[PackedBatch]
     packers: dict[str, Any]
     metrics: dict[str, float]
+    short: float
+    density: float
 
 
 class PackStream(Iterator[list[PackedBatch]]):
@@ -178,7 +183,7 @@ class PackStream(Iterator[list[PackedBatch]]):
         self._ahead: deque[Future[_Step]] = deque()
         self._error: BaseException | None = None
         self._pin = world is not None and world.device.type == "cuda"
-        self._fill: list[tuple[float, float]] = []
+        self._judged: list[tuple[float, float, float, float]] = []
 
     def describe(self) -> str:
         """One line for people: how a step is made up."""
@@ -208,20 +213,30 @@ class PackStream(Iterator[list[PackedBatch]]):
         before, self._retries = self._retries, retries.total()
         failed = {"data/retries": float(self._retries - before)}
         self.metrics = {"time/data": time.perf_counter() - started, **failed, **step.metrics}
-        self._judge_budgets()
+        self._judge_budgets(step)
         return step.batches
 
-    def _judge_budgets(self) -> None:
-        """Say once, early, when patches fill up long before tokens do: steps are then smaller than they are called."""
-        if len(self._fill) == _JUDGED:
+    def _judge_budgets(self, step: _Step) -> None:
+        """Say once, early, when packs are far from full, as steps are then smaller than they are called, and why."""
+        if len(self._judged) == _JUDGED:
             return
-        self._fill.append((self.metrics["data/fill"], self.metrics["data/fill_patches"]))
-        tokens, patches = (sum(column) / _JUDGED for column in zip(*self._fill, strict=True))
-        if len(self._fill) == _JUDGED and tokens < 0.9:  # an exact packer leaves tokens for no other reason
-            limit = self.config.patches_per_microbatch
+        self._judged.append((self.metrics["data/fill"], self.metrics["data/documents"], step.short, step.density))
+        if len(self._judged) < _JUDGED:
+            return
+        fill, documents, short, density = (sum(column) / _JUDGED for column in zip(*self._judged, strict=True))
+        if fill >= 0.9:
+            return
+        tokens, patches = self.config.tokens_per_microbatch, self.config.patches_per_microbatch
+        if short >= 0.5:
             logger.warning(
-                "packs hold %.0f%% of tokens_per_microbatch, as patches_per_microbatch %d is full; about %d would do",
-                100 * tokens, limit, round(limit * patches / max(tokens, 0.01)),
+                "packs hold %.0f%% of tokens_per_microbatch, as patches_per_microbatch %d is full in %.0f%% of them; "
+                "about %d would do", 100 * fill, patches, 100 * short, math.ceil(_ROOM * density * tokens),
+            )  # fmt: skip
+        else:
+            logger.warning(
+                "packs hold %.0f%% of tokens_per_microbatch %d, as documents are large for it, %.0f tokens on average, "
+                "and none that waits fits beside them; a larger one, or a larger buffer, gives fuller packs",
+                100 * fill, tokens, fill * tokens * self.accumulation / max(documents, 1),
             )  # fmt: skip
 
     def _from_worker(self) -> _Step:
@@ -247,7 +262,15 @@ class PackStream(Iterator[list[PackedBatch]]):
         }
         quarantined = float(self.quarantine.total - before)  # of this step: a running sum would not survive a kill
         bad = {"data/quarantined": quarantined, "data/torn_shards": float(self.quarantine.tails)}
-        return _Step(batches, self._packer_states(), {**self._measure(batches), **balance, **bad})
+        short = sum(plan.short_of_patches for plan in plans) / len(plans)
+        metrics = {**self._measure(batches), **balance, **bad}
+        return _Step(batches, self._packer_states(), metrics, short, self._density(plans))
+
+    def _density(self, plans: Sequence[PackPlan]) -> float:
+        """Patches a token. Documents of many patches wait where these are short, so that what waits counts, too."""
+        drawn = [w.draft.size for plan in plans for w in plan.documents]
+        drawn += [w.draft.size for packer in self._packers.values() for w in packer.waiting]
+        return sum(size.patches for size in drawn) / max(sum(size.tokens for size in drawn), 1)
 
     def _decode(self, plan: PackPlan) -> PackedBatch:
         run = map if self._decoders is None else self._decoders.map

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +80,10 @@ def take(packs: PackStream, steps: int) -> list[list[PackedBatch]]:
     return [next(packs) for _ in range(steps)]
 
 
+def take_each(packs: PackStream, steps: int) -> Iterator[list[PackedBatch]]:
+    return (next(packs) for _ in range(steps))
+
+
 def same(a: PackedBatch, b: PackedBatch) -> bool:
     tensors = all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "labels", "positions", "visual_slots")
@@ -121,7 +127,26 @@ def test_a_stream_short_of_patches_says_so_once(shards, caplog):
     assert not caplog.records
     take(stream(shards, patches_per_microbatch=200), 25)
     (warning,) = caplog.records
-    assert "patches_per_microbatch 200 is full; about" in warning.getMessage()
+    advice = re.search(r"patches_per_microbatch 200 is full in \d+% of them; about (\d+) would", warning.getMessage())
+    packs = stream(shards, patches_per_microbatch=int(advice[1]))
+    assert np.mean([packs.metrics["data/fill"] for _ in take_each(packs, 25)]) > 0.9
+    assert len(caplog.records) == 1
+
+
+def test_a_stream_of_large_documents_does_not_blame_patches(tmp_path, shards, caplog):
+    """Two of them exceed a pack by their tokens, and their pictures are small."""
+    with ShardWriter(tmp_path / "large") as writer:
+        for n in range(12):
+            picture = encode_image(np.full((16, 16, 3), n, np.uint8))
+            writer.write(Record(f"large-{n}", "large", parts=(Image(), Text(" ".join(["12"] * 70))), images=(picture,)))
+    packs = stream(shards, sources={"large": SourceConfig(str(tmp_path / "large"))})
+    take(packs, 25)
+    assert 0.5 < packs.metrics["data/fill"] < 0.9
+    (warning,) = caplog.records
+    assert "documents are large for it" in warning.getMessage()
+    assert "patches" not in warning.getMessage()
+    tokens = packs.metrics["data/fill"] * 1024 / packs.metrics["data/documents"]
+    assert f"{tokens:.0f} tokens on average" in warning.getMessage()
 
 
 def test_a_folder_of_sources_needs_no_paths(shards):
