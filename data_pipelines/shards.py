@@ -51,11 +51,13 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class TornTail:
-    """What is left of a shard that was cut short: everything from ``offset`` on is unusable."""
+    """What is left of a shard that was cut short: everything from ``offset`` on is unusable. ``lost`` samples, where an
+    index knows of them, else 0."""
 
     shard: str
     offset: int
     problem: str
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def open_index(path: Path) -> tuple[ShardIndex, TornTail | None]:
         whole = int(np.searchsorted(ends, size, side="right"))
         problem = f"{size} of {index.tar_bytes} bytes, {len(ends) - whole} of {len(ends)} samples lost"
         kept = ShardIndex(index.entries[:whole], size, index.checksums)
-        return kept, TornTail(path.name, int(ends[whole - 1]) if whole else 0, problem)
+        return kept, TornTail(path.name, int(ends[whole - 1]) if whole else 0, problem, len(ends) - whole)
     index, torn = retried(lambda: scan(path), path)
     if torn is None and os.access(path.parent, os.W_OK):
         index.save(path.with_suffix(".idx"))

@@ -8,7 +8,11 @@ its images and that boxes and points lie in them, that no image is a ribbon or a
 every pixel; with --tokenizer, that it can be rendered for training, and its tokens, which are estimated without. Over
 all LOCATIONs: that no key is there twice. Nothing is changed, but an index that is missing or damaged is made anew.
 
-Exit status: 0; 1 when more than --max-share of the samples have something wrong; 2 for a location that holds no shard.
+A sample whose key another one before it has is wrong and not sound; samples that a torn shard lost are counted where
+its index knows of them. A location without a shard is one thing wrong.
+
+Exit status: 0; 1 when what is wrong is more than --max-share (0 unless given) of all that is sound or wrong; 2 when no
+location holds a sample.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -123,6 +128,26 @@ def lost(task: Samples, row: int, problem: str, rest: bool) -> Refused:
     return Refused("", _where(task.path, task.first + row), "reading", problem)
 
 
+class _Notes:
+    """What was counted of every sample, in 25 bytes, so that it can be taken back; the digest of the key of one that is
+    wrong is 0."""
+
+    def __init__(self) -> None:
+        self.keys = array("Q")
+        self.images, self.regions, self.tokens = array("I"), array("I"), array("I")
+        self.talks, self.sources = array("B"), array("I")
+        self.names: dict[str, int] = {}  # of sources
+
+    def add(self, sound: Sound | None) -> None:
+        """The next sample."""
+        self.keys.append(sound.key if sound else 0)
+        self.images.append(len(sound.sizes) if sound else 0)
+        self.regions.append(sound.regions if sound else 0)
+        self.tokens.append(sound.tokens if sound else 0)
+        self.talks.append(sound.talk if sound else 0)
+        self.sources.append(self.names.setdefault(sound.source, len(self.names)) if sound else 0)
+
+
 @dataclass
 class Findings:
     """Of all samples: ``tally`` counts what is wrong, ``sources`` how many records each has; ``sound`` and ``bad`` are
@@ -142,7 +167,7 @@ class Findings:
     def refuse(self, refused: Refused, location: str) -> None:
         """Count what is wrong with a sample of the set at ``location``."""
         self.tally.refuse(refused)
-        self.bad[location] += 1
+        self.bad[location] += refused.rows
 
 
 def examine(
@@ -152,45 +177,68 @@ def examine(
     limits: LimitsConfig | None = None,
     progress: bool = False,
 ) -> Findings:
-    """Check everything in ``locations``, which may be folders of shard sets. Raises
-    :class:`~data_pipelines.shards.ShardError` for a location without a sample."""
+    """Check everything in ``locations``, which may be folders of shard sets. A location
+    without a sample is a finding; raises :class:`~data_pipelines.shards.ShardError` where none has one."""
     _opened.cache_clear()  # shards may have changed since somebody asked before
-    locations = [each for location in locations for each in shard_sets(location)]
-    of = {str(path): location for location in locations for path in find_shards(location)}
-    paths = [path for location in locations for path in find_shards(location)]
-    found = Findings(Tally(), Counter())
-    for path in paths:
-        for problem in _index(path):
-            found.refuse(problem, of[str(path)])
-    sets = [ShardSet(location) for location in locations]
+    sets, found = _open_sets(locations)
+    of = {str(path): shards.location for shards in sets for path in shards.paths}
     for shards in sets:
-        found.sound[shards.location] = 0
         for torn in shards.torn:
-            problem = Refused("", f"{torn.shard}@{torn.offset}", "torn shard", torn.problem)
-            found.refuse(problem, shards.location)
-    keys = array("Q")
+            where = f"{torn.shard}@{torn.offset}"
+            found.refuse(Refused("", where, "torn shard", torn.problem, max(torn.lost, 1)), shards.location)
+    notes = _Notes()
     places: list[tuple[Path, int]] = []  # of every tar with samples, and how many there are before it
     before = 0
-    for path in paths:
+    for path in map(Path, of):
         if count := len(open_index(path)[0].entries):
             places.append((path, before))
             before += count
     work = partial(check, decode=decode, tokenizer=tokenizer)
-    total = sum(map(len, sets))
-    bar = tqdm(total=total, desc="validate", unit="sample", file=sys.stderr, disable=not progress, delay=2.0)
-    with bar:
-        for job, _, answer in in_order(work, lost, _tasks(path for path, _ in places), limits or LimitsConfig()):
-            if isinstance(answer, Refused):
-                found.refuse(answer, of[job.path])
-                keys.append(0)
-            else:
-                _count(found, answer)
-                found.sound[of[job.path]] += 1
-                keys.append(answer.key)
-            bar.update()
-    for again in _repeated(np.frombuffer(keys, np.uint64) if keys else np.zeros(0, np.uint64), places):
-        found.refuse(again, of.get(again.where.rpartition("@")[0], ""))
+    answers = in_order(work, lost, _tasks(path for path, _ in places), limits or LimitsConfig())
+    for job, _, answer in _shown(answers, before) if progress else answers:
+        if isinstance(answer, Refused):
+            found.refuse(answer, of[job.path])
+            notes.add(None)
+        else:
+            _count(found, answer)
+            found.sound[of[job.path]] += 1
+            notes.add(answer)
+    for path, samples, again in _repeated(np.array(notes.keys, np.uint64), places):
+        _take_back(found, notes, samples, of[str(path)])
+        found.refuse(again, of[str(path)])
     return found
+
+
+def _open_sets(locations: Sequence[str]) -> tuple[list[ShardSet], Findings]:
+    """The sets that hold samples, with findings of their indices and of every location that holds none. Raises the
+    first one's :class:`~data_pipelines.shards.ShardError` where none does."""
+    found, sets, errors = Findings(Tally(), Counter()), [], []
+    for location in dict.fromkeys(chain.from_iterable(map(shard_sets, locations))):
+        found.sound[location] = 0
+        try:
+            for problem in chain.from_iterable(map(_index, find_shards(location))):  # opening makes them anew
+                found.refuse(problem, location)
+            sets.append(ShardSet(location))
+        except ShardError as error:
+            errors.append(error)
+            told = str(error).removeprefix(f"{location}: ")
+            found.refuse(Refused("", location, "location", told), location)
+    if errors and not sets:
+        raise errors[0]
+    return sets, found
+
+
+T = TypeVar("T")
+
+
+def _shown(answers: Iterator[T], total: int) -> Iterator[T]:
+    """The same with a bar, whose time begins with the first answer: that processes start would count as samples' time,
+    and the time left be told a hundred times too long."""
+    for first in answers:
+        with tqdm(total=total, desc="validate", unit="sample", file=sys.stderr, delay=2.0) as bar:
+            for answer in chain([first], answers):
+                yield answer
+                bar.update()
 
 
 def _count(found: Findings, sound: Sound) -> None:
@@ -204,6 +252,20 @@ def _count(found: Findings, sound: Sound) -> None:
     if sound.tokens:
         text = sound.tokens - sum(picture_tokens(*size) for size in sound.sizes)
     found.tally.costs.add(sound.name, sound.sizes, text)
+
+
+def _take_back(found: Findings, notes: _Notes, samples: Sequence[int], location: str) -> None:
+    """What was counted as sound and is not."""
+    names = list(notes.names)
+    for n in samples:
+        found.tally.records -= 1
+        found.tally.conversations -= notes.talks[n]
+        found.tally.images -= notes.images[n]
+        found.sources[names[notes.sources[n]]] -= 1
+        found.regions -= notes.regions[n]
+        found.tokens -= notes.tokens[n]
+        found.sound[location] -= 1
+    found.sources = +found.sources
 
 
 def _tasks(paths: Iterable[Path]) -> Iterator[tuple[Samples, int]]:
@@ -226,25 +288,29 @@ def _index(path: Path) -> Iterator[Refused]:
             yield Refused("", str(beside), "index", "does not say where the samples of its tar lie")
 
 
-def _repeated(keys: np.ndarray, places: Sequence[tuple[Path, int]]) -> Iterator[Refused]:
-    """Samples whose key another one before them has. Digests of 64 bits find them, the keys themselves decide."""
+def _repeated(keys: np.ndarray, places: Sequence[tuple[Path, int]]) -> Iterator[tuple[Path, list[int], Refused]]:
+    """Samples whose key another one before them has, with their tar. Digests of 64 bits find them, the keys themselves
+    decide, of the first :data:`_NAMED` that are to be told apart."""
     order = np.argsort(keys, kind="stable")
     same = keys[order][1:] == keys[order][:-1]
     suspects = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
     suspects = suspects[keys[suspects] != 0]
     first: dict[str, str] = {}
     starts = [start for _, start in places]
-    for n, sample in enumerate(suspects.tolist()):
-        if n >= _NAMED:
-            left = len(suspects) - n
-            yield Refused("", "", "key", f"{left} more samples share their keys with others", left)
-            return
+    for sample in suspects[:_NAMED].tolist():
         tar = int(np.searchsorted(starts, sample, side="right")) - 1
-        path, number = str(places[tar][0]), sample - starts[tar]
-        where, key = _where(path, number), str(_opened(path).read(number)["__key__"])
+        path, number = places[tar][0], sample - starts[tar]
+        where, key = _where(str(path), number), str(_opened(str(path)).read(number)["__key__"])
         if key in first:
-            yield Refused(key, where, "key", f"is that of {first[key]}, too")
+            yield path, [sample], Refused(key, where, "key", f"is that of {first[key]}, too")
         first.setdefault(key, where)
+    _, places_of_first = np.unique(keys[suspects], return_index=True)
+    again = np.setdiff1d(np.arange(_NAMED, len(suspects)), places_of_first)
+    tars = np.searchsorted(starts, suspects[again], side="right") - 1
+    for tar in np.unique(tars).tolist():
+        samples, path = suspects[again][tars == tar].tolist(), places[tar][0]
+        problem = f"{len(samples)} more samples have keys of others before them"
+        yield path, samples, Refused("", str(path), "key", problem, len(samples))
 
 
 def table(found: Findings, locations: Sequence[str]) -> str:
@@ -262,6 +328,23 @@ def table(found: Findings, locations: Sequence[str]) -> str:
         *kind_lines(tally),
     ]
     return "\n".join(lines)
+
+
+def _as_json(found: Findings) -> dict[str, Any]:
+    tally = found.tally
+    return {
+        "sets": {name: {"sound": sound, "wrong": found.bad[name]} for name, sound in found.sound.items()},
+        "sources": dict(found.sources),
+        "sound": tally.records,
+        "wrong": tally.refused,
+        "share": tally.share,
+        "conversations": tally.conversations,
+        "images": tally.images,
+        "regions": found.regions,
+        "tokens": found.tokens,
+        "kinds": {name: asdict(kind) for name, kind in tally.kinds.items()},
+        "costs": asdict(tally.costs),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,9 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(table(found, args.locations))
     if args.json:
-        by_set = {name: {"sound": sound, "wrong": found.bad[name]} for name, sound in found.sound.items()}
-        counts = {"sources": dict(found.sources), "regions": found.regions, "tokens": found.tokens}
-        body = {"sets": by_set, **counts, **found.tally.state()}
+        body = _as_json(found)
         args.json.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     return int(found.tally.share > args.max_share)
 

@@ -14,7 +14,9 @@ import pytest
 from chat_kit import VOCAB
 from ingest_kit import INLINE, encoded, members
 from shard_samples import record
+from tqdm import tqdm
 
+from data_pipelines import validate, workers
 from data_pipelines.shards import ShardError, ShardIndex, ShardWriter
 from data_pipelines.validate import Findings, examine, main
 from mmagent.chat import assistant, user
@@ -87,6 +89,76 @@ def test_keys_are_told_apart_over_all_shards(tmp_path):
     assert sum(wrong(tmp_path / "c.tar").values()) == 1
 
 
+def test_a_repeated_key_is_wrong_and_not_sound(tmp_path, capsys, monkeypatch):
+    write(tmp_path / "a", range(6))
+    with ShardWriter(tmp_path / "b") as writer:
+        for n in (4, 5, 6):
+            writer.write(record(n, source="other" if n < 6 else "more"))
+    report = tmp_path / "found.json"
+    paths = [str(tmp_path / name) for name in "ab"]
+    command = [*paths, "--processes", "0", "--json", str(report)]
+    assert main([*command, "--max-share", "0.23"]) == 0  # of nine samples two are wrong, 22.2 %
+    out = capsys.readouterr().out
+    assert (
+        "7 sound records (7 conversations, 0 documents, 7 images, 6 boxes and points), 2 things wrong (22.22%)" in out
+    )
+    assert f"{paths[1]}: 1 sound, 2 wrong" in out
+    assert main([*command, "--max-share", "0.2"]) == 1  # 2 of 11, as once was counted, is less
+    found = json.loads(report.read_text())
+    assert (found["sound"], found["wrong"], found["share"]) == (7, 2, 2 / 9)
+    assert found["sources"] == {"test": 6, "more": 1}
+    assert not {"rows", "bytes", "refused", "log_bytes"} & set(found)
+    monkeypatch.setattr("data_pipelines.validate._NAMED", 3)  # of four, the last is only counted
+    assert main([*command, "--max-share", "0.23"]) == 0
+    again = json.loads(report.read_text())
+    assert {name: found[name] for name in ("sets", "sound", "wrong")} == {
+        name: again[name] for name in ("sets", "sound", "wrong")
+    }
+
+
+def test_samples_that_a_torn_shard_lost_are_counted_where_its_index_knows_them(tmp_path):
+    path = write(tmp_path, range(8)) / "shard-00000.tar"
+    index = ShardIndex.load(path.with_suffix(".idx"))
+    os.truncate(path, int(index.entries["offset"][4]) + 100)
+    found = look(tmp_path)
+    assert (found.tally.records, found.wrong, found.bad[str(tmp_path)]) == (4, 4, 4)
+    path.with_suffix(".idx").unlink()
+    assert look(tmp_path).wrong == 1
+
+
+def test_a_location_without_a_shard_is_found_and_the_others_are_checked(tmp_path, capsys):
+    write(tmp_path / "a", range(3))
+    (tmp_path / "empty").mkdir()
+    command = [str(tmp_path / name) for name in ("a", "empty")]
+    assert main([*command, "--processes", "0"]) == 1
+    out = capsys.readouterr().out
+    assert "3 sound records" in out
+    assert f"({tmp_path}/empty): no shard (*.tar) there" in out
+    assert main([*command, "--processes", "0", "--max-share", "0.25"]) == 0
+    assert main([command[1], "--processes", "0"]) == 2
+
+
+def test_the_bar_begins_with_the_first_answer(tmp_path, monkeypatch):
+    """Processes take seconds to start, and the time left was told from that."""
+    began, shown = [], []
+
+    def in_order(*arguments):
+        for answer in workers.in_order(*arguments):
+            began.append(len(shown))
+            yield answer
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            shown.append(self)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(validate, "in_order", in_order)
+    monkeypatch.setattr(validate, "tqdm", Bar)
+    look(write(tmp_path, range(3)), progress=True)
+    assert began == [0, 1, 1]
+    assert (shown[0].n, shown[0].total) == (3, 3)
+
+
 def test_equal_digests_of_different_keys_are_no_repetition(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipelines.validate._digest", lambda key: 7)
     assert wrong(write(tmp_path, range(4))) == {}
@@ -119,7 +191,7 @@ def test_the_command(tmp_path, capsys):
     )
     report = tmp_path / "found.json"
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--json", str(report), "--processes", "0"]) == 1
-    assert json.loads(report.read_text())["refused"] == 1
+    assert json.loads(report.read_text())["wrong"] == 1
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--max-share", "0.5", "--processes", "0"]) == 0
     assert main([str(tmp_path / "none")]) == 2
     assert main([str(tmp_path / "a"), "--processes", "-1"]) == 2
