@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from mmagent.browser import require_chromium
 from mmagent.geometry import FRAME
 from mmagent.protocols import Task
 from mmagent.trajectories import Item, Observation, Trajectory
+
+_GOLDEN = 0.6180339887
 
 
 class Played(NamedTuple):
@@ -118,8 +121,10 @@ class Suite:
         }
 
     def items(self, tasks: Sequence[Task], limit: int | None = None) -> list[tuple[Task, Item]]:
-        """The first items of every task in turn, so that any ``limit`` leaves the tasks balanced."""
-        columns = [[(task, i) for i in islice(task.items("test", self.seed), self.per_task)] for task in tasks]
+        """The first items of every task in turn, so that any ``limit`` leaves the tasks balanced. With one, tasks come
+        in strides: where it does not reach all it takes some from everywhere, and a larger one these and more."""
+        order = tasks if limit is None else _strided(tasks)
+        columns = [[(task, i) for i in islice(task.items("test", self.seed), self.per_task)] for task in order]
         rows: Iterator = (entry for row in zip_longest(*columns) for entry in row if entry is not None)
         chosen = list(islice(rows, limit))
         keys = [item_key(task, item) for task, item in chosen]
@@ -127,6 +132,15 @@ class Suite:
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ValueError(f"suite {self.name}: item {twice} occurs twice")
         return chosen
+
+
+def _strided(tasks: Sequence[Task]) -> list[Task]:
+    """All of them, any first few at nearly even distances: strides of the golden section leave gaps of at most three
+    sizes."""
+    count = len(tasks)
+    coprime = (n for n in range(1, count + 1) if gcd(n, count) == 1)
+    stride = min(coprime, key=lambda n: abs(n - _GOLDEN * count), default=1)
+    return [tasks[n * stride % count] for n in range(count)]
 
 
 def choose_tasks(suite: Suite, wanted: Sequence[str]) -> Suite:

@@ -6,8 +6,9 @@ import asyncio
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
-from evals_kit import GuessEnvironment, RuleAgent, gold, guess_suite, lines
+from evals_kit import Guess, GuessEnvironment, RuleAgent, gold, guess_suite, lines
 
 from evals.runner import EvaluationBroken, Options, evaluate, evaluate_now
 from evals.store import PinsDiffer, Row, RunError, Store, differing, read_run
@@ -72,6 +73,21 @@ def test_limit_keeps_tasks_balanced_and_can_be_raised(tmp_path):
     run = evaluate_now(guess_suite(), agent, tmp_path, options(limit=7))
     assert len(run.rows) == 7
     assert Counter(agent.played).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize("limit", [1, 2, 6, 12, 25, 59])
+def test_a_limit_below_the_number_of_tasks_is_spread_over_them(limit):
+    """And not over the first of them alone; a larger one keeps what a smaller one has judged."""
+    suite = guess_suite()
+    tasks = [Guess(f"{n:02d}") for n in range(60)]
+    names = [task.name for task in tasks]
+    places = sorted(names.index(task.name) for task, _ in suite.items(tasks, limit))
+    gaps = np.diff([*places, places[0] + len(names)])
+    assert len(set(places)) == limit
+    assert max(gaps) <= max(2 * len(names) / limit, 2)
+    fewer, more = ({task.name for task, _ in suite.items(tasks, n)} for n in (limit, limit + 1))
+    assert fewer < more
+    assert [task.name for task, _ in suite.items(tasks, limit)] == [task.name for task, _ in suite.items(tasks, limit)]
 
 
 def test_concurrency_is_bounded(tmp_path):
