@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from data_pipelines.mixture import Source, SourceConfig, instead
+from data_pipelines.mixture import Source, SourceConfig, instead, itself
 from data_pipelines.stream import PackStream
 from mmagent.config import ConfigError
 from mmagent.records import RecordError, from_sample
@@ -64,6 +64,8 @@ class HeldOut:
             raise ValueError(f"validation.paths.{name}: training has no such source; {instead(name, trained)}")
         paths = {name: path for name, path in {**found, **config.paths}.items() if name in trained}
         if not paths:
+            if config.folder and (told := itself(config.folder)):
+                raise ValueError(f"validation.folder: {config.folder} {told}")
             where = f"{config.folder} holds no shards" if config.folder else "is empty, so there are no held-out shards"
             raise ValueError(f"validation.folder: {where} of {', '.join(trained)}, which this run trains on")
         self.left_out = sorted(set(trained) - set(paths))

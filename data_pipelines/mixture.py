@@ -207,6 +207,15 @@ def instead(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known)) or 'none'}"
 
 
+def itself(folder: str) -> str:
+    """What to say of a ``folder`` that should hold shard sets and is one; "" where it is none."""
+    path = Path(folder)
+    if not any(path.glob("*.tar")):
+        return ""
+    parent = path.resolve().parent if path.name in ("", "..") else path.parent
+    return f"is a shard set itself; name the folder that it lies in, {parent}, whose sub-folders are the sources"
+
+
 def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "") -> list[Source]:
     """The sources with a weight at some step: those named, and every sub-folder of ``folder`` that holds shards.
 
@@ -220,7 +229,8 @@ def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "
         if not config.path and not folder:
             raise ValueError(f"sources.{name}.path: is empty, and the stream has no folder")
         if not config.path and name not in found and config.weight > 0:
-            raise ValueError(f"sources.{name}: {folder} holds no shards of that name; {instead(name, found)}")
+            told = itself(folder) or f"holds no shards of that name; {instead(name, found)}"
+            raise ValueError(f"sources.{name}: {folder} {told}")
     opened = {
         name: ShardSet(config.path or Path(folder) / name)
         for name, config in sorted(named.items())
@@ -233,6 +243,8 @@ def open_sources(configs: Mapping[str, SourceConfig], seed: int, folder: str = "
                 f"sources: all have the weight 0 ({', '.join(sorted(named))}), so there is nothing to train on; "
                 f"give one a weight above 0, such as sources.{min(named)}.weight=1"
             )
+        if folder and (told := itself(folder)):
+            raise ValueError(f"sources: {folder} {told}")
         there = f"{folder} holds no shards" if folder else "no folder is given, and no source"
         raise ValueError(f"sources: {there}; name a folder that data_pipelines.build or .ingest filled")
     for step in sorted({0, *(step for source in sources for step in source.config.schedule)}):  # lines between them

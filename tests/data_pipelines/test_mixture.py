@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -162,6 +163,19 @@ def test_weights_of_0_are_not_taken_for_missing_shards(tmp_path):
     with pytest.raises(ValueError, match="all have the weight 0") as raised:
         open_sources({"web": SourceConfig(weight=0.0)}, 0, str(tmp_path))
     assert "holds no shards" not in str(raised.value)
+
+
+def test_a_set_in_the_place_of_its_folder_is_told_so(tmp_path, monkeypatch):
+    photos = tmp_path / "mine/photos"
+    photos.mkdir(parents=True)
+    (photos / "shard-00000.tar").touch()
+    told = re.escape(f"{photos} is a shard set itself; name the folder that it lies in, {tmp_path}/mine, whose")
+    for sources in ({}, {"photos": SourceConfig()}):
+        with pytest.raises(ValueError, match=told):
+            open_sources(sources, 0, str(photos))
+    monkeypatch.chdir(photos)
+    with pytest.raises(ValueError, match=re.escape(f"name the folder that it lies in, {tmp_path}/mine, whose")):
+        open_sources({}, 0, ".")
 
 
 def test_steps_of_a_schedule_that_are_not_in_order_are_refused():
