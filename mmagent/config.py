@@ -109,6 +109,10 @@ def _merge(default: Any, config: DictConfig, overlay: Any, origin: str) -> DictC
         example = f'write it like "{key}={{0: 1, 1000: 3}}", with a blank after every colon'
         raise ConfigError(f"{key}: {error.key!r} is no whole number with a value (in {origin}); {example}") from error
     except OmegaConfBaseException as error:
+        if "is not a ListConfig" in str(error):
+            key = str(error.full_key or error.key)
+            value = OmegaConf.select(overlay, key)
+            raise ConfigError(f"{key}: wants a list; write {key}=[{value}] (in {origin})") from error
         hint = f"; {_SYNTAX}" if "Cannot assign" in str(error) else ""
         raise ConfigError(f"{error.full_key or error.key}: {first_line(error)} (in {origin}){hint}") from error
     except TypeError as error:  # a mapping where a list stands, or the other way round
