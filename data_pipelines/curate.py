@@ -9,6 +9,9 @@ they are more than the share ``max_torn`` of a set's. What is kept is kept uncha
 where it was and ends with the same bytes; the same settings and samples give the same bytes with any number of
 processes.
 
+Sets are compared with each other, so that one more is another curation: it wants another folder, or ``anew=true``,
+which deletes what a curation left in ``to`` and begins anew. A folder that holds anything else is left alone.
+
 Presets: ``safe`` leaves out copies and what cannot be read, ``pairs`` and ``text`` ask what is usual of captioned
 pictures and of long texts. Signatures take 534 bytes a sample and its bands 168 at least, 608 a picture on disk, and 60
 bytes a sample in memory, whatever the samples weigh.
@@ -30,6 +33,7 @@ from tqdm import tqdm
 
 from data_pipelines.balancing import BalanceRules, balanced
 from data_pipelines.cards import summarise, write_card_page
+from data_pipelines.curated import LOG, REPORT, WORK, claim_target
 from data_pipelines.documents import DocumentBuilder
 from data_pipelines.filters import PictureRules, TextRules
 from data_pipelines.image_shards import holds_shards
@@ -47,7 +51,6 @@ from mmagent.records import from_sample
 from mmagent.vocab import Vocab
 
 _UNSCORED = "not scored"
-LOG, REPORT, WORK = "left_out.jsonl", "curation.json", ".curation"
 _TOLD, _NAMED = 5, 20  # torn shards of a set that are named: on the terminal, and in the report
 _DUPLICATE, _BALANCE = REASONS.index("duplicate"), REASONS.index("balance")
 
@@ -56,7 +59,8 @@ _DUPLICATE, _BALANCE = REASONS.index("duplicate"), REASONS.index("balance")
 class CurateConfig:
     """``folders`` to ``to`` by ``rules``; ``balance`` what is left. ``tokenizer`` makes the cards count tokens.
     ``limits`` are those of looking at one sample, and the processes that do. ``max_torn``: the share of a set's shards
-    that may be cut short; what is whole of them is taken in any case."""
+    that may be cut short; what is whole of them is taken in any case. ``anew``: what an earlier curation left in ``to``
+    is deleted first."""
 
     folders: list[str] = field(default_factory=list)
     to: str = ""
@@ -67,6 +71,7 @@ class CurateConfig:
     max_torn: float = 0.0
     shard_samples: int = 10_000
     shard_bytes: int = 1 << 28
+    anew: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_torn <= 1:
@@ -175,7 +180,7 @@ def curate(config: CurateConfig, scorer: Scorer | None = None) -> Curation:
     if besides := read_besides(config.rules):
         settings["read"] = besides
     shards = {"shard": config.shard_samples, "bytes": config.shard_bytes}
-    claim(to / WORK, {"signed": SIGNED, "sets": prints, **settings, **shards})
+    claim_target(to, {"signed": SIGNED, "sets": prints, **settings, **shards}, config.anew)
     scanner = Scanner([str(path) for path in sets.values()], config.rules)
     found = Scan(to / WORK)
     with _bar("looking at samples", len(scanner)) as report:

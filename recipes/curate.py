@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from data_pipelines.curate import CurateConfig, Curation, curate, pairs, safe, text
+from data_pipelines.curated import JUDGED, check_free
 from data_pipelines.making import BuildError
 from evals.fingerprint import SIGNED, fingerprint
 from evals.suite import Suite
@@ -29,8 +30,6 @@ from evals.suites import SUITES
 from mmagent.config import ConfigError, parse_cli
 from mmagent.files import write_text
 from mmagent.interop.image_text import ImageTextModel, load_image_text
-
-JUDGED = "judged.npz"
 
 
 @dataclass
@@ -93,7 +92,8 @@ def clean(config: Config) -> Curation:
     """Sign the suites where that is not done, and curate."""
     plain = CurateConfig(**{f.name: getattr(config, f.name) for f in fields(CurateConfig)})
     if config.suites:
-        known = Path(config.to) / JUDGED
+        check_free(Path(config.to))
+        known = Path(config.to) / JUDGED[0]
         chosen = [SUITES[name]() for name in (SUITES if "all" in config.suites else dict.fromkeys(config.suites))]
         _sign(chosen, known)
         rules = replace(plain.rules, evaluations=[*plain.rules.evaluations, str(known)])

@@ -362,6 +362,48 @@ def test_what_cannot_be_is_said(mixed, tmp_path):
         main([f"folders=[{mixed}]", f"to={tmp_path / 'y'}", "rules.texts.blocklists=[xx]"])
 
 
+def test_a_folder_of_somebody_is_left_alone(tmp_path):
+    write(tmp_path / "raw", [text(1)])
+    (tmp_path / "to").mkdir()
+    for name in ("thesis.txt", "zoo.jpg"):
+        (tmp_path / "to" / name).touch()
+    for anew in (False, True):
+        with pytest.raises(BuildError, match=r"holds what was not written by this command \(thesis.txt and 1 more\)"):
+            curate(config(tmp_path / "to", tmp_path / "raw", anew=anew))
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["thesis.txt", "zoo.jpg"]
+
+
+def test_one_more_set_is_told_by_name_and_begins_anew_when_asked(tmp_path):
+    for n, name in enumerate(("a", "b")):
+        write(tmp_path / "raw" / name, [text(10 * n + k) for k in range(4)], max_samples=2)
+    to = tmp_path / "to"
+    curate(config(to, tmp_path / "raw"))
+    write(tmp_path / "raw" / "c", [text(1), text(30)])
+    (tmp_path / "raw/b").rename(tmp_path / "b")
+    rules = ScanRules(duplicates=DuplicateRules(remove=False))
+    changes = "set b is gone, set c is new, rules.duplicates.remove was true, now it is false; anew=true deletes what"
+    with pytest.raises(BuildError, match=f"to was begun with other sets or settings: {changes}"):
+        curate(config(to, tmp_path / "raw", rules=rules))
+    (to / "notes.txt").touch()
+    (to / "b/notes.txt").touch()
+    anew = curate(config(to, tmp_path / "raw", rules=rules, anew=True))
+    assert {name: counts["kept"] for name, counts in anew.sets.items()} == {"a": 4, "c": 2}
+    assert [path.name for path in (to / "b").iterdir()] == ["notes.txt"]  # which no curation wrote
+    assert (to / "notes.txt").is_file()
+    curate(config(tmp_path / "fresh", tmp_path / "raw", rules=rules))
+    for name in ("a", "c"):
+        assert [p.read_bytes() for p in sorted((to / name).glob("*.tar"))] == [
+            p.read_bytes() for p in sorted((tmp_path / "fresh" / name).glob("*.tar"))
+        ]
+    assert curate(config(to, tmp_path / "raw", rules=rules)) == anew
+
+
+def test_a_single_folder_without_brackets_is_told_how_it_is_written(capsys):
+    with pytest.raises(SystemExit):
+        main(["folders=data/mine", "to=x"])
+    assert "folders: wants a list; write folders=[data/mine] (in the command line)" in capsys.readouterr().err
+
+
 def test_a_set_of_which_nothing_is_left_is_not_written(tmp_path, capsys):
     write(tmp_path / "raw" / "a", [text(1)])
     write(tmp_path / "raw" / "b", [text(1)])
@@ -396,13 +438,13 @@ def test_what_is_judged_by_has_changed_is_said(tmp_path):
     Fingerprint([Judged("suite/a", story(5))]).save(prints)
     assert curate(config(tmp_path / "to", tmp_path / "raw", rules=rules)).kept == 2
     Fingerprint([Judged("suite/a", story(5)), Judged("suite/b", story(2))]).save(prints)
-    with pytest.raises(BuildError, match=r"was begun with read=.*evals\.npz"):
+    with pytest.raises(BuildError, match=r"other sets or settings: read\..*evals\.npz was"):
         curate(config(tmp_path / "to", tmp_path / "raw", rules=rules))
     assert curate(config(tmp_path / "anew", tmp_path / "raw", rules=rules)).left_out == {"evaluation": 1}
     write(held_out, [text(9), text(1)], max_samples=1)
     assert curate(config(tmp_path / "anew2", tmp_path / "raw", rules=rules)).left_out == {"evaluation": 2}
     banned.write_text("yyy\n", encoding="utf-8")
-    with pytest.raises(BuildError, match=r"was begun with read=.*banned\.txt"):
+    with pytest.raises(BuildError, match=r"other sets or settings: read\..*banned\.txt was"):
         curate(config(tmp_path / "anew2", tmp_path / "raw", rules=rules))
 
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_held_out_is_named(root, tmp_path):
         for config, problem in (
             (ValidationConfig(), "validation.folder: is empty, so there are no held-out shards of screens, text"),
             (ValidationConfig(str(tmp_path)), f"{tmp_path} holds no shards of screens, text"),
-            (ValidationConfig(str(root / "text")), f"{root}/text is a shard set itself; name the folder .* {root}, whose"),
+            (ValidationConfig(str(root / "text")), f"{root}/text is a shard set itself; name .* {root}, whose"),
             (ValidationConfig(paths={"txt": "x"}), "validation.paths.txt: .* did you mean 'text'"),
             (ValidationConfig(str(root)), "source 'screens' trains on the shard .*/screens/shard-00000.tar"),
         ):

@@ -23,7 +23,7 @@ from data_pipelines.worlds import record_of
 from evals.fingerprint import fingerprint
 from evals.suite import Suite
 from evals.suites.worlds import worlds
-from mmagent.chat import Image, assistant, user
+from mmagent.chat import Image, Text, assistant, user
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.image_text import load_image_text, save_image_text
 from mmagent.models.cogvit import CogViT, cogvit_debug
@@ -83,9 +83,19 @@ def test_another_choice_of_suites_is_not_taken_for_the_one_before(tmp_path, monk
     here = LimitsConfig(processes=0)
     config = Config(folders=[str(tmp_path / "raw")], to=str(tmp_path / "to"), suites=["a"], limits=here)
     assert clean(config).left_out == {}
-    with pytest.raises(BuildError, match="was begun with read="):
+    with pytest.raises(BuildError, match=r"was begun with other sets or settings: read.*judged\.npz was"):
         clean(replace(config, suites=["a", "b"]))
     assert clean(replace(config, suites=["a", "b"], to=str(tmp_path / "anew"))).left_out == {"evaluation": 1}
+
+
+def test_nothing_is_signed_into_a_folder_of_somebody(tmp_path):
+    with ShardWriter(tmp_path / "raw") as writer:
+        writer.write(Record("a", "s", parts=(Text("x"),)))
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to/thesis.txt").touch()
+    with pytest.raises(BuildError, match=r"holds what was not written by this command \(thesis\.txt\)"):
+        clean(Config(folders=[str(tmp_path / "raw")], to=str(tmp_path / "to"), suites=["worlds"]))
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["thesis.txt"]
 
 
 def test_more_items_of_the_same_suite_are_signed_anew(tmp_path, monkeypatch):
