@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens-per-pack", type=int, default=4096, help="budget of a pack (default: %(default)s)")
     parser.add_argument("--patches-per-pack", type=int, default=16384, help="the same in patches")
     args = parser.parse_args(argv)
-    from tools.inspector.site import InspectConfig, inspect  # seconds, which --help need not take
+    print(f"reading {args.shards}", file=sys.stderr, flush=True)
+    from tools.inspector.site import InspectConfig, inspect  # many seconds, which --help need not take
 
     config = InspectConfig(
         args.shards, args.to, args.tokenizer, args.packs, args.samples, args.tokens_per_pack, args.patches_per_pack

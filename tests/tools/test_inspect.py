@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from data_pipelines.shards import ShardWriter
 from mmagent.browser import run_sync
@@ -16,6 +17,7 @@ from mmagent.records import EncodedImage, Record, Region, encode_image
 from mmagent.vocab import Vocab
 from tests.data_pipelines.test_cards import HOSTILE, hostile
 from tools.inspect import main
+from tools.inspector import site as site_module
 from tools.inspector.tokens import token_view
 
 ROOT = Path(__file__).parents[2]
@@ -195,3 +197,24 @@ def test_a_folder_of_sets_has_pages_for_each_by_its_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "sets"), "--to", str(tmp_path / "out")])
     assert "holds something else" in capsys.readouterr().err
+
+
+def test_one_bar_counts_the_samples_and_packs_of_all_sets(tmp_path, vocab, monkeypatch, capsys):
+    """Many short sets take long together, and none of them alone."""
+    vocab.save(tmp_path / "tokenizer.json")
+    for name in ("a", "b"):
+        with ShardWriter(tmp_path / "sets" / name) as writer:
+            for n in range(5):
+                writer.write(page(n))
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(site_module, "tqdm", bar)
+    packs = ["--packs", "2", "--tokens-per-pack", "600", "--patches-per-pack", "2000"]
+    options = ["--tokenizer", str(tmp_path), "--samples", "4", *packs]
+    assert main([str(tmp_path / "sets"), "--to", str(tmp_path / "out"), *options]) == 0
+    assert [(one.n, one.total) for one in bars] == [(12, 12)]
+    assert f"reading {tmp_path}/sets" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from mmagent.vocab import Vocab
 from tools.inspector.tokens import LEGEND, token_view
 
 
-def pack_page(shards: str, packs: int, budget: Size, vocab: Vocab, geometry: GeometryConfig) -> str:
-    """The page of the first ``packs`` packs of a run that trains on ``shards`` alone.
+def pack_page(
+    shards: str, packs: int, budget: Size, vocab: Vocab, geometry: GeometryConfig, done: Callable[[], object]
+) -> str:
+    """The page of the first ``packs`` packs of a run that trains on ``shards`` alone; ``done`` is called after each.
 
     Raises ``ValueError`` where there is nothing to pack."""
     stream = PackStream(
@@ -53,7 +55,9 @@ def pack_page(shards: str, packs: int, budget: Size, vocab: Vocab, geometry: Geo
             f"{budget.tokens:,} tokens and {budget.patches:,} patches at most.",
         )
     ]
-    sections += [Section(f"Pack {n}", _pack(batch, budget, vocab, geometry)) for n, batch in enumerate(batches, 1)]
+    for n, batch in enumerate(batches, 1):
+        sections.append(Section(f"Pack {n}", _pack(batch, budget, vocab, geometry)))
+        done()
     return page(f"Packs of {Path(shards).name}", sections, subtitle="As a run meets them, in order")
 
 

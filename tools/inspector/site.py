@@ -64,15 +64,16 @@ def inspect(config: InspectConfig) -> Path:
     if config.to.exists() and any(config.to.iterdir()) and not _is_ours(config.to):
         raise ValueError(f"--to {config.to}: holds something else; choose another folder")
     sets = shard_sets(config.shards)
-    with new_folder(config.to) as folder:
+    count = sum(len(_chosen(len(ShardSet(at)), config.samples)) for at in sets)
+    with new_folder(config.to) as folder, _bar(count + config.packs * len(sets)) as bar:  # of all sets: many are short
         if sets == [config.shards]:
-            _write_site(config, folder)
+            _write_site(config, folder, bar)
         else:
             rows = []
             for at in sets:
                 name = Path(at).name
                 (folder / name).mkdir()
-                total = _write_site(replace(config, shards=at), folder / name)
+                total = _write_site(replace(config, shards=at), folder / name, bar)
                 link = Markup('<a href="{}/index.html">{}</a>').format(quote(name), name)
                 rows.append({"set": link, "samples": total})
             told = pieces.page(f"Inspection: {Path(config.shards).name}", [pieces.Section("Sets", pieces.table(rows))])
@@ -91,23 +92,32 @@ def _is_ours(folder: Path) -> bool:
     return {path.name for path in folder.iterdir()} <= {"index.html", _SETS, *sets}
 
 
-def _write_site(config: InspectConfig, folder: Path) -> int:
+def _bar(total: int) -> tqdm:
+    return tqdm(total=total, desc="inspect", unit="sample", delay=2.0, file=sys.stderr)
+
+
+def _chosen(total: int, most: int) -> list[int]:
+    """At most so many samples (0: all), drawn evenly."""
+    return sorted({int(n) for n in np.linspace(0, total - 1, min(most or total, total))})
+
+
+def _write_site(config: InspectConfig, folder: Path, bar: tqdm) -> int:
     """The pages of one set; how many samples it has."""
     shards = ShardSet(config.shards)
     vocab = Vocab.load(config.tokenizer) if config.tokenizer else None
     geometry = GeometryConfig()
     total = len(shards)
-    numbers = sorted({int(n) for n in np.linspace(0, total - 1, min(config.samples or total, total))})
     for name in ("blocks", "images"):
         (folder / name).mkdir()
     writer = _Writer(shards, folder, vocab, geometry)
-    with tqdm(numbers, desc=Path(config.shards).name, unit="sample", delay=2.0, file=sys.stderr) as bar:
-        for n in bar:
-            writer.add(n)
+    bar.set_description(Path(config.shards).name, refresh=False)
+    for n in _chosen(total, config.samples):
+        writer.add(n)
+        bar.update()
     writer.flush()
     if vocab is not None and config.packs:
         budget = Size(config.tokens_per_pack, config.patches_per_pack)
-        told = pack_page(config.shards, config.packs, budget, vocab, geometry)
+        told = pack_page(config.shards, config.packs, budget, vocab, geometry, bar.update)
         (folder / "packs.html").write_text(told, encoding="utf-8")
     (folder / "index.html").write_text(_shell(config, writer.index, total), encoding="utf-8")
     return total
