@@ -197,7 +197,7 @@ def test_the_torn_tail_names_shard_and_offset(tmp_path):
     ends = ShardIndex.load(path.with_suffix(".idx")).entries
     path.write_bytes(path.read_bytes()[: int(ends["offset"][2]) + 10])
     (torn,) = ShardSet(tmp_path).torn
-    assert torn == TornTail(path.name, int(ends["offset"][2]), torn.problem)
+    assert torn == TornTail(path.name, int(ends["offset"][2]), torn.problem, lost=2)
     assert "2 of 4 samples lost" in torn.problem
 
 
