@@ -34,13 +34,16 @@ def picture_sizes(record: Record) -> tuple[tuple[int, int], ...]:
 
 
 def check_said(record: Record) -> None:
-    """Raise :class:`~mmagent.records.RecordError` for a turn to be learnt in which the assistant says nothing, and for
-    a document of blanks."""
+    """Raise :class:`~mmagent.records.RecordError` for a turn to be learnt in which the assistant says nothing, or the
+    last of them if it only thinks, and for a document of blanks."""
     if record.parts and not any(map(_says, record.parts)):
         raise RecordError(record.key, "parts", "nothing but blanks")
     for n, message in enumerate(record.messages):
         if _is_learnt(message) and not any(map(_says, message.parts)):
             raise RecordError(record.key, "messages", f"message {n}: the assistant says nothing")
+    learnt = [n for n, message in enumerate(record.messages) if _is_learnt(message)]
+    if learnt and not any(_says(part) for part in record.messages[learnt[-1]].parts if not isinstance(part, Thinking)):
+        raise RecordError(record.key, "messages", f"message {learnt[-1]}: the assistant thinks, and says nothing")
 
 
 def _is_learnt(message: Message) -> bool:

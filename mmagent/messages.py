@@ -59,22 +59,25 @@ class Conversation:
 
 
 def read_conversation(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    open_thoughts: bool = True,
 ) -> Conversation:
     """Messages, tools and pictures of a conversation of the chat API.
 
     Roles are system (or developer), user, assistant and tool (or observation). Parts are texts (``{"type": "text"}``,
     or a bare string), an assistant's final answer (``box``, with ``text``), images (``image``, ``image_url``) and
     videos (``video``, ``video_url``), which need the ``timestamps`` of their frames in seconds, and may bring a list
-    with a picture for each. Arguments of calls are an object or its JSON. Thoughts left in the assistant's text, up to
-    ``</think>``, are told from it, as the released templates do, where no field holds them. An assistant's
-    ``trainable`` false keeps its turn out of the loss. The chat format has no ids of calls, so answers of tools that
-    name theirs (``tool_call_id``) are put into the order of the calls, and all calls with an id must then be answered
-    before someone else speaks.
+    with a picture for each. Arguments of calls are an object or its JSON. A thought left in the assistant's text, where
+    no field holds one, is told from it (:func:`told_apart`); a text that may as well only name the mark ``</think>`` is
+    read as if its thought had been open before it, as servers send one, or refused without ``open_thoughts``. An
+    assistant's ``trainable`` false keeps its turn out of the loss. The chat format has no ids of calls, so answers of
+    tools that name theirs (``tool_call_id``) are put into the order of the calls, and all calls with an id must then be
+    answered before someone else speaks.
 
     Raises ``ValueError`` naming message and field.
     """
-    reader = _Reader()
+    reader = _Reader(open_thoughts)
     for n, message in enumerate(messages):
         reader.read(n, message)
     if not reader.turns:
@@ -82,6 +85,29 @@ def read_conversation(
     reader.sort_answers()
     pictures = tuple(picture for turn in reader.turns for picture in turn.pictures)
     return Conversation(tuple(turn.message for turn in reader.turns), read_tools(tools), pictures)
+
+
+def told_apart(text: str, open_thoughts: bool = True) -> tuple[str, str] | None:
+    """The thought and the answer of an assistant's text; None where all of it is the answer.
+
+    A thought begins with the text, by ``<think>`` (after blanks), and ends with the first ``</think>``. Without
+    ``<think>`` anywhere it may have been open before the text, as the newer template begins an answer and servers send
+    it: then ``</think>`` stands once, or first. With more of it before, the marks are only talked about, and stay.
+    Raises ``ValueError`` for the open one without ``open_thoughts``.
+    """
+    begun = text.lstrip()
+    if begun.startswith("<think>"):
+        thought, end, answer = begun.removeprefix("<think>").partition("</think>")
+        return (thought, answer) if end else None
+    if "<think>" in text or not (text.count("</think>") == 1 or begun.startswith("</think>")):
+        return None
+    if not open_thoughts:
+        raise ValueError(
+            "</think> without <think>: what is before it may be a thought, or talk of the mark; begin a thought with "
+            "<think>, or put it into reasoning_content (empty: there is none, and the mark is text)"
+        )
+    thought, _, answer = text.partition("</think>")
+    return thought, answer
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[Tool, ...]:
@@ -142,7 +168,8 @@ class _Turn:
 class _Reader:
     """Reads messages one after the other: answers of tools must follow calls, pictures are collected."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_thoughts: bool) -> None:
+        self._open_thoughts = open_thoughts
         self.turns: list[_Turn] = []
         self.pictures: list[Any] = []  # of the message that is read
         self._called = False  # whether the turn before is a call, or an answer to one
@@ -222,17 +249,23 @@ class _Reader:
         if not isinstance(said.get("trainable", True), bool):
             raise ValueError(f"{where}: trainable: must be true or false, got {said['trainable']!r}")
         thought = thoughts[0] if thoughts else ""
-        if not thoughts and any("</think>" in part.text for part in parts):
-            if any(isinstance(part, Box) for part in parts):
-                raise ValueError(f"{where}: content: a box beside a thought in the text; name reasoning_content")
-            thought, _, text = "\n".join(part.text for part in parts).partition("</think>")
-            thought, parts = thought.split("<think>")[-1], [Text(text)]
+        if not thoughts and (told := self._told_apart(where, parts)):
+            thought, parts = told[0], [Text(told[1])]
         require_text(f"{where}: reasoning_content", thought)
         self._called = bool(calls)
         spoken: list[Part] = [Thinking(thought)] if thought else []
         spoken += parts
         spoken += [self._call(f"{where}: tool_calls[{n}]", call) for n, call in enumerate(calls)]
         return Message("assistant", tuple(spoken), said.get("trainable", True))
+
+    def _told_apart(self, where: str, parts: Sequence[Any]) -> tuple[str, str] | None:
+        try:
+            told = told_apart("\n".join(part.text for part in parts), self._open_thoughts)
+        except ValueError as error:
+            raise ValueError(f"{where}: content: {error}") from error
+        if told and any(isinstance(part, Box) for part in parts):
+            raise ValueError(f"{where}: content: a box beside a thought in the text; name reasoning_content")
+        return told
 
     def _call(self, where: str, call: Any) -> ToolCall:
         if not isinstance(call, Mapping):

@@ -280,7 +280,7 @@ class _Reader:
         declared = parse_json(tools) if isinstance(tools, str) else tools
         if declared is not None and not isinstance(declared, list):
             raise RefusedError("tools", f"must be a list, got {type(declared).__name__}")
-        read = read_conversation(messages, declared)
+        read = read_conversation(messages, declared, open_thoughts=False)
         places = sum(picture is None for picture in read.pictures)
         if places != len(seen):
             raise RefusedError("images", f"{len(seen)} images for {places} places")

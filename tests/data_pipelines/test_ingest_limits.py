@@ -54,8 +54,10 @@ def test_an_answer_says_something():
     for parts in ((), (Text(""),), (Text(" \n\t"), Box("")), (Thinking("\n"),)):
         with pytest.raises(RecordError, match="message 1: the assistant says nothing"):
             check_said(said(*parts))
-    for parts in ((Text("a"),), (Text(""), ToolCall("look", {})), (Thinking("so"), Text("")), (Box("3"),)):
+    for parts in ((Text("a"),), (Text(""), ToolCall("look", {})), (Thinking("so"), ToolCall("look", {})), (Box("3"),)):
         check_said(said(*parts))
+    with pytest.raises(RecordError, match="message 1: the assistant thinks, and says nothing"):
+        check_said(said(Thinking("so"), Text(" ")))
     check_said(said(Text(""), trainable=False))  # context only
     with pytest.raises(RecordError, match="nothing but blanks"):
         check_said(Record("k", "s", parts=(Text(" \n"),)))

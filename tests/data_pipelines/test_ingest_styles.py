@@ -17,7 +17,7 @@ from data_pipelines.ingest.inputs import Row
 from data_pipelines.ingest.styles import recognise
 from mmagent.chat import Image, Message, Text, Thinking, Tool, ToolCall, assistant, observation, user
 from mmagent.messages import read_conversation, write_message
-from mmagent.records import RecordError, Region
+from mmagent.records import Record, RecordError, Region
 
 PNG = encoded()
 WIDE = encoded(500, 2000, "JPEG")
@@ -148,6 +148,17 @@ def test_llava(folder):
         assistant(Thinking("Hm."), "So."),
     )
     assert got.aside == ("id",)
+
+
+def test_an_answer_that_talks_of_thoughts_loses_nothing():
+    def answered(text: str) -> Record:
+        return only("sharegpt", {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": text}]})
+
+    text = "Before. <think>x</think> After."
+    assert answered(text).messages[1] == assistant(text)
+    assert answered("<think>x</think>y").messages[1] == assistant(Thinking("x"), "y")
+    with pytest.raises(ValueError, match="message 1: content: </think> without <think>"):
+        answered("Write </think> to close.")
 
 
 def test_sharegpt_with_system_and_tools():

@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mmagent.chat import ChatConfig, Generation, render
+from mmagent.chat import ChatConfig, Generation, Text, Thinking, render
 from mmagent.interop.chat_template import chat_template
 from mmagent.messages import read_conversation
 from mmagent.vocab import Vocab
@@ -83,6 +83,23 @@ def test_thoughts_that_a_client_left_in_the_text_are_told_from_it():
         for made in TOKENIZERS.values():
             ask = {"role": "user", "content": "q"}
             assert made.apply_chat_template([ask, *together]) == made.apply_chat_template([ask, *apart])
+
+
+MARKS = st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n"]), max_size=7).map("".join)
+
+
+@given(MARKS, st.sampled_from(Generation))
+@settings(max_examples=150, deadline=None)
+def test_texts_with_marks_of_thoughts_are_told_apart_as_the_reader_does(text, generation):
+    ask, talk = {"role": "user", "content": "q"}, {"role": "assistant", "content": text}
+    _, message = read_conversation([ask, talk]).messages
+    thought = "".join(part.text for part in message.parts if isinstance(part, Thinking))
+    answer = "".join(part.text for part in message.parts if isinstance(part, Text))
+    apart = {"role": "assistant", "content": answer, "reasoning_content": thought}
+    made = TOKENIZERS[generation]
+    assert made.apply_chat_template([ask, talk], tokenize=False) == made.apply_chat_template(
+        [ask, apart], tokenize=False
+    )
 
 
 @pytest.mark.parametrize(

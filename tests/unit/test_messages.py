@@ -206,8 +206,45 @@ def test_a_mark_in_an_answer_is_written_back_as_a_mark_in_an_answer():
     for message in (assistant("a</think>b"), assistant("</think></think>"), assistant(Thinking("t"), "a</think>b")):
         written = write_message(message)
         assert read_conversation([ASK, written]).messages[1] == message
-    both = {"role": "assistant", "content": "</think></think>b"}
+    both = {"role": "assistant", "content": "</think></think>b"}  # no thought, and an answer
     assert read_conversation([ASK, both]).messages[1] == assistant("</think>b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Before text. <think>x</think>",
+        "Before. <think>x</think> After.",
+        "In HTML write `</think>` twice </think> ok",
+        "The tag <think> opens and </think> closes a thought.",
+        "<think> opens a thought",
+        "a </think> closes <think>",
+        "",
+    ],
+)
+def test_a_text_that_only_talks_of_the_marks_stays_what_it_is(text):
+    for open_thoughts in (True, False):
+        read = read_conversation([ASK, {"role": "assistant", "content": text}], open_thoughts=open_thoughts)
+        assert read.messages[1] == assistant(text)
+    boxed = {"role": "assistant", "content": [f"x{text}", {"type": "box", "text": "1"}]}
+    assert len(read_conversation([ASK, boxed], open_thoughts=False).messages[1].parts) == 2
+
+
+def test_a_thought_keeps_all_of_its_text():
+    for text in ("<think>a <think> b</think>c</think>d", " \n<think>a <think> b</think>c</think>d"):
+        read = read_conversation([ASK, {"role": "assistant", "content": text}], open_thoughts=False)
+        assert read.messages[1] == assistant(Thinking("a <think> b"), "c</think>d")
+
+
+@pytest.mark.parametrize("text", ["Write </think> to close.", "hm</think>yes", "</think> closes a thought."])
+def test_a_mark_that_may_be_talked_about_is_refused_where_nobody_opened_a_thought(text):
+    said = {"role": "assistant", "content": text}
+    with pytest.raises(ValueError, match=r"message 1: content: </think> without <think>: .* reasoning_content"):
+        read_conversation([ASK, said], open_thoughts=False)
+    told = read_conversation([ASK, said | {"reasoning_content": ""}], open_thoughts=False)
+    assert told.messages[1] == assistant(text)
+    thought, _, answer = text.partition("</think>")
+    assert read_conversation([ASK, said]).messages[1] == assistant(*([Thinking(thought)] if thought else []), answer)
 
 
 @given(conversations(spiced), tools(spiced))
