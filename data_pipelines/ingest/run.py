@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipelines.cards import summarise, write_card_page
+from data_pipelines.hub_images import PREFIX
 from data_pipelines.ingest.claim import claim
 from data_pipelines.ingest.files import key_of
 from data_pipelines.ingest.recognition import recognised
@@ -98,6 +99,7 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     at all, or a folder that holds something else."""
     folder = Path(config.to)
     _one_name(config)
+    _apart(config)
     inputs, aside = _inputs(config)
     for one in aside:
         say(one.told())
@@ -145,6 +147,25 @@ def _one_name(config: IngestConfig) -> None:
             f"command of its own, --to {Path(config.to) / names[0]} and so on, or give all of them one name with "
             "--source NAME"
         )
+
+
+def _apart(config: IngestConfig) -> None:
+    """Refuse a FOLDER that is no folder, or that shares files with a SOURCE: what is written would be read."""
+    to = Path(config.to).resolve()
+    there = next(path for path in (to, *to.parents) if path.exists())
+    if not there.is_dir():
+        raise SourceError(f"{config.to}: {there} is a file; --to wants a folder, which is new or empty")
+    for source in config.sources:
+        path = Path(source.removeprefix(PREFIX)).resolve()
+        if not path.exists():  # of the hub; or find_inputs says that there is none
+            continue
+        if to == path or path in to.parents:
+            told = f"--to {config.to} lies in the source {source}: the next run would read the shards as input"
+        elif to in path.parents:
+            told = f"the source {source} lies in --to {config.to}, which --anew may clear"
+        else:
+            continue
+        raise SourceError(f"{told}; name a folder beside it")
 
 
 def _component(source: str) -> str:

@@ -214,13 +214,15 @@ def test_a_damaged_parquet_file_says_what_is_lost(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    parquet.write_table(pyarrow.table({"text": [f"{n} " + "x" * 200 for n in range(100)]}), tmp_path / "a.parquet",
+    folder = tmp_path / "data"
+    folder.mkdir()
+    parquet.write_table(pyarrow.table({"text": [f"{n} " + "x" * 200 for n in range(100)]}), folder / "a.parquet",
                         row_group_size=50, compression="snappy", use_dictionary=False)  # fmt: skip
-    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data = bytearray((folder / "a.parquet").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
-    (tmp_path / "a.parquet").write_bytes(data)
-    (tmp_path / "b.parquet").write_bytes(b"PAR1nonsense")
-    report = run([tmp_path], tmp_path / "to", style="text")
+    (folder / "a.parquet").write_bytes(data)
+    (folder / "b.parquet").write_bytes(b"PAR1nonsense")
+    report = run([folder], tmp_path / "to", style="text")
     assert report["refused"] >= 2
     assert any("cannot be opened" in name for name in report["kinds"])
     assert report["records"] + report["refused"] >= 50

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,34 @@ def test_a_folder_is_for_one_ingestion(tmp_path):
     (tmp_path / "to/ingest.json").unlink()
     with pytest.raises(SourceError, match="holds what was not written by this command"):
         run([tmp_path / "a.jsonl"], tmp_path / "to")
+
+
+def test_what_is_written_lies_apart_from_what_is_read(tmp_path, capsys):
+    """Else shards would be read as input: resuming stops, and --anew deletes the data."""
+    raw = tmp_path / "raw"
+    (raw / "deep").mkdir(parents=True)
+    (raw / "a.jsonl").write_text('{"text": "x"}\n')
+    (raw / "deep/b.jsonl").write_text('{"text": "y"}\n')
+    (tmp_path / "link").symlink_to(raw)
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for source, to, told in [
+        (raw, raw / "out", "lies in the source"),
+        (raw, raw / "deep/out", "lies in the source"),
+        (raw, tmp_path / "link/out", "lies in the source"),
+        (tmp_path / "link", raw / "out", "lies in the source"),
+        (raw, raw, "lies in the source"),
+        (raw / "a.jsonl", raw, "the source .* lies in --to"),
+        (raw / "deep", raw, "the source .* lies in --to"),
+        (raw, tmp_path / "file", "is a file; --to wants a folder"),
+        (raw, tmp_path / "file/out", "file is a file; --to wants a folder"),
+    ]:
+        assert main([str(source), "--to", str(to), "--anew"]) == 2
+        said = capsys.readouterr().err
+        assert re.search(told, said), said
+        assert "the same command goes on" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+    run([raw / "a.jsonl"], raw / "out")  # a file is read alone
 
 
 def test_what_is_wrong_on_the_command_line_is_said(tmp_path, capsys):
