@@ -7,6 +7,7 @@ at any moment: a torn last line is cut off on opening, and the item it stood for
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import fcntl
 import hashlib
@@ -32,6 +33,9 @@ class PinsDiffer(ValueError):
         self.names = tuple(names)
         lines = [f"  {n}: {_shown(there, n)} against {_shown(here, n)}" for n in self.names]
         super().__init__("\n".join([f"{what}: not made alike", *lines]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 def _shown(pins: Mapping[str, str], name: str) -> str:

@@ -74,6 +74,9 @@ class RecordError(ValueError):
         super().__init__(f"{key}: {field}: {problem}")
         self.key, self.field, self.problem = key, field, problem
 
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str]]:
+        return type(self), (self.key, self.field, self.problem)
+
 
 @dataclass(frozen=True)
 class EncodedImage:

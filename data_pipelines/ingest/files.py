@@ -32,6 +32,9 @@ class RefusedError(ValueError):
         super().__init__(f"{reason}: {problem}")
         self.reason, self.problem = reason, problem
 
+    def __reduce__(self) -> tuple[type[RefusedError], tuple[str, str]]:
+        return type(self), (self.reason, self.problem)
+
 
 def key_of(name: str, extension: bool = True) -> str:
     """The path of a file as a part of keys, which have no dots in their last part: ``a/b.c.jpg`` is ``a/b%2Ec-jpg``.

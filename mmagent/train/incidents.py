@@ -7,6 +7,7 @@ recovery repeats it. To have a batch trained after all, delete its line and the 
 
 from __future__ import annotations
 
+import copyreg
 import json
 import os
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ class Refused(FloatingPointError):
         more = [f"and {len(findings) - most} more micro-batches"] if len(findings) > most else []
         super().__init__("\n".join([reason, *map(str, findings[:most]), *more, *filter(None, [advice])]))
         self.kind, self.reason, self.findings = kind, reason, tuple(findings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from data_pipelines.ingest.run import SourceError
 from data_pipelines.ingest.styles import STYLES, StyleConfig
 from data_pipelines.ingest.work import Job, lost
 from data_pipelines.shards import ShardWriter
+from data_pipelines.workers import LimitsConfig
 from mmagent.browser import run_sync
 
 PYTHON = [sys.executable, "-m", "data_pipelines.ingest"]
@@ -129,6 +130,23 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     assert main([str(source), "--to", str(tmp_path / "to"), "--max-share", "0.5"]) == 0
     assert "finished already" in capsys.readouterr().out
     assert [record.source for record in records(tmp_path / "to")] == ["rows"] * 46
+
+
+@pytest.mark.parametrize("end", ["parquet", "tar"])
+def test_a_file_that_is_cut_in_half_is_told_from_another_process(tmp_path, capfd, end):
+    import pyarrow
+    from pyarrow import parquet
+
+    whole = tmp_path / f"a.{end}"
+    if end == "tar":
+        members(whole, {f"{n}.{kind}": b"x" * 600 for n in range(4) for kind in ("txt",)})
+    else:
+        parquet.write_table(pyarrow.table({"text": ["x" * n for n in range(1, 50)]}), whole)
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2 if end == "parquet" else 2 * 1536 + 700])
+    report = run([whole], tmp_path / "to", limits=LimitsConfig(processes=1), style="text")
+    (kind,) = report["kinds"]
+    assert kind.startswith({"parquet": "parquet: cannot be opened: ", "tar": "torn shard: cut short at byte "}[end])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_folder_is_for_one_ingestion(tmp_path):
