@@ -9,11 +9,12 @@ from itertools import islice
 
 from data_pipelines.ingest.inputs import ParquetTask
 from data_pipelines.ingest.sources import Input, SourceError
-from data_pipelines.ingest.styles import STYLES
+from data_pipelines.ingest.styles import OPTIONAL, STYLES
 from data_pipelines.ingest.work import Peek, Seen, look, unseen
 from data_pipelines.workers import LimitsConfig, in_order
 
 _TABLES = (".csv", ".tsv")
+_SHOWN = 30  # columns
 _TASKS, _ROWS = 3, 64  # of an input that are looked at, at most
 
 
@@ -38,16 +39,24 @@ class _Look:
 
 
 def recognised(
-    inputs: Sequence[Input], columns: dict[str, str], limits: LimitsConfig, say: Callable[[str], None]
+    inputs: Sequence[Input],
+    columns: dict[str, str],
+    limits: LimitsConfig,
+    wanted: bool,
+    say: Callable[[str], None],
 ) -> list[str]:
-    """The style of every input; "" for one whose columns are of none, if others are of some. Says what it found.
+    """The style of every input; "" for one whose columns are of none, if others are of some. Says what it found. Not
+    ``wanted``, styles are not looked for, only whether there are the ``columns`` that are called by other names.
 
     PDFs are captioned pictures, and drawing their pages to find out would take time. Raises :class:`SourceError` where
-    nothing is recognised.
+    nothing is recognised, or a column that is named is in none of the first rows.
     """
     looks = [_Look() for _ in inputs]
     for peek, _, seen in in_order(look, unseen, _peeks(inputs, columns), limits):
         looks[peek.input].add(seen)
+    _check_columns(looks, columns, say)
+    if not wanted:
+        return []
     styles = [_style(found, one, say) for found, one in zip(inputs, looks, strict=True)]
     unknown = [(found, one) for found, one, style in zip(inputs, looks, styles, strict=True) if not style]
     unknown.sort(key=lambda pair: not pair[1].rows)  # an empty file is the last to complain of
@@ -58,6 +67,21 @@ def recognised(
             say(f"{_told_unknown(found, one)}; its rows are refused")
     _say_styles(inputs, looks, say)
     return styles
+
+
+def _check_columns(looks: Sequence[_Look], columns: dict[str, str], say: Callable[[str], None]) -> None:
+    """Tell of columns that no row has, and refuse those without which there is no record."""
+    seen = list(dict.fromkeys(name for one in looks for name in one.columns))
+    rows = sum(one.rows for one in looks)
+    for name, column in columns.items():
+        if not seen or column in seen:
+            continue
+        shown = ", ".join(ascii(one)[1:-1] for one in seen[:_SHOWN]) + (", ..." if len(seen) > _SHOWN else "")
+        first = f"the first {rows} rows" if rows > 1 else "the first row"
+        told = f"--column {name}={column}: {first} have no column {column!r} with anything in it, but {shown}"
+        if name not in OPTIONAL:
+            raise SourceError(told)
+        say(told)
 
 
 def _style(found: Input, one: _Look, say: Callable[[str], None]) -> str:

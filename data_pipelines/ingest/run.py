@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 from data_pipelines.cards import summarise, write_card_page
 from data_pipelines.hub_images import PREFIX
-from data_pipelines.ingest.claim import claim
+from data_pipelines.ingest.claim import PLAN, claim
 from data_pipelines.ingest.files import key_of
 from data_pipelines.ingest.recognition import recognised
 from data_pipelines.ingest.report import NAMED, REFUSED, REPORT, Lines, Log, Tally, write_report
 from data_pipelines.ingest.sources import Aside, Input, SourceError, find_inputs
-from data_pipelines.ingest.styles import STYLES, StyleConfig
+from data_pipelines.ingest.styles import NAMES, STYLES, StyleConfig
 from data_pipelines.ingest.video import VideoConfig
 from data_pipelines.ingest.work import Answer, Job, Made, Refused, convert, lost
 from data_pipelines.shards import ShardSet, ShardWriter
@@ -64,6 +64,8 @@ class IngestConfig:
             raise ValueError(f"style {self.style!r} is none of auto, {', '.join(STYLES)}")
         if self.coordinates not in ("", "thousandths", "pixels"):
             raise ValueError(f"coordinates {self.coordinates!r} are neither thousandths nor pixels")
+        if strange := [name for name in self.columns if name not in NAMES]:
+            raise ValueError(f"--column {strange[0]}={self.columns[strange[0]]}: NAME is one of {', '.join(NAMES)}")
         if not 36 <= self.dpi <= 600:
             raise ValueError(f"dpi {self.dpi} must lie in [36, 600]")
 
@@ -111,9 +113,7 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     if (folder / REPORT).is_file():
         say(f"{config.to}: finished already, of files that have not changed since (--anew makes it again)")
         return json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    styles = [config.style] * len(inputs)
-    if config.style == "auto":
-        styles = recognised(inputs, config.columns, replace(config.limits), say)
+    styles = _styles(config, inputs, say)
     body = {
         "source": config.component,
         "dpi": config.dpi if any(found.kind == "pdf" for found in inputs) else 0,
@@ -135,6 +135,20 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
     for note in folder.glob(".progress-*.json"):
         note.unlink()
     return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def _styles(config: IngestConfig, inputs: list[Input], say: Callable[[str], None]) -> list[str]:
+    """How every input is read."""
+    given = [config.style] * len(inputs)
+    if config.style != "auto" and not config.columns:
+        return given
+    try:
+        found = recognised(inputs, config.columns, replace(config.limits), config.style == "auto", say)
+    except SourceError:
+        if not (Path(config.to) / REFUSED).exists():  # nothing is written yet: with other settings it may go
+            (Path(config.to) / PLAN).unlink()
+        raise
+    return found if config.style == "auto" else given
 
 
 def _one_name(config: IngestConfig) -> None:

@@ -33,6 +33,10 @@ _TEXT = ("texts", "captions", "text", "caption", "content", "alt_text")
 _QUESTION = ("question", "prompt", "instruction", "query", "problem")
 _ANSWER = ("answer", "answers", "response", "completion", "output", "solution")
 _TURNS = ("messages", "conversations", "conversation")
+OPTIONAL = ("id", "input", "system", "system_prompt", "tools", "functions", "boxes")
+"""Names of columns that a row may do without."""
+NAMES = (*_TURNS, *_QUESTION, *_ANSWER, *_IMAGE, *_VIDEO, *_TEXT, *OPTIONAL)
+"""What columns are called, and other ones can be (:attr:`StyleConfig.columns`)."""
 _TAG = re.compile(r"(\n?<(?:image|video)>\n?)")
 _IMG = re.compile(r"<img>(.*?)</img>", re.S)
 _MARKS = re.compile(r"<(?:ref|box|quad|img)>|<\|(?:object_ref|box|quad)_start\|>")

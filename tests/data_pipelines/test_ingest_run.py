@@ -159,6 +159,21 @@ def test_a_folder_is_for_one_ingestion(tmp_path):
         run([tmp_path / "a.jsonl"], tmp_path / "to")
 
 
+def test_a_column_that_is_named_wrong_is_told(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"alt": "x", "url": "y"}\n' * 3)
+    command = [str(tmp_path / "a.jsonl"), "--processes", "0", "--to", str(tmp_path / "to")]
+    for style in ("auto", "text"):
+        assert main([*command, "--style", style, "--column", "text=nope"]) == 2
+        said = capsys.readouterr().err
+        assert "--column text=nope: the first 3 rows have no column 'nope' with anything in it, but alt, url" in said
+    with pytest.raises(SystemExit):
+        main([*command, "--column", "foo=alt"])
+    assert re.search("--column foo=alt: NAME is one of messages, .*texts, captions", capsys.readouterr().err)
+    assert main([*command, "--column", "text=alt", "--column", "id=key"]) == 0
+    assert "--column id=key: the first 3 rows have no column 'key'" in capsys.readouterr().out
+    assert len(records(tmp_path / "to")) == 3
+
+
 def test_what_is_written_lies_apart_from_what_is_read(tmp_path, capsys):
     """Else shards would be read as input: resuming stops, and --anew deletes the data."""
     raw = tmp_path / "raw"
