@@ -44,8 +44,12 @@ class LimitsConfig:
     megabytes: int = 4096
 
     def __post_init__(self) -> None:
-        if self.processes < 0 or self.seconds <= 0 or self.megabytes < 1:
-            raise ValueError(f"limits must be positive, got {self}")
+        if self.processes < 0:
+            raise ValueError(f"processes {self.processes} must be 0 (none beside this one) or more")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds {self.seconds:g} must be positive")
+        if self.megabytes < 1:
+            raise ValueError(f"megabytes {self.megabytes} must be positive")
 
 
 class Task(Protocol):

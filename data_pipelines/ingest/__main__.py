@@ -40,7 +40,10 @@ def _column(text: str) -> tuple[str, str]:
 def parser() -> argparse.ArgumentParser:
     """The command line; its help is meant to be read."""
     out = argparse.ArgumentParser(
-        "python -m data_pipelines.ingest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m data_pipelines.ingest",
+        "%(prog)s SOURCE... --to FOLDER [options] (--help tells of them)",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("sources", nargs="+", metavar="SOURCE", help="files and folders, as many as there are")
     out.add_argument("--to", required=True, metavar="FOLDER", help="where the shards go")

@@ -110,6 +110,11 @@ class Root:
         try:
             # the last link was followed by now, and a pipe must not make us wait
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            told = f"{_short(name)} cannot be opened: {error.strerror}"
+            if not os.path.isabs(name):
+                told += f" in {_short(self.folder)} (--images names the folder that paths are relative to)"
+            raise RefusedError("path", told) from error
         except OSError as error:
             raise refused_file(error, name) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -141,12 +141,16 @@ def _span(size: tuple[int, int] | None, coordinates: str) -> tuple[int, int]:
         return FRAME, FRAME
     if coordinates != "pixels":
         raise RefusedError("boxes", "bbox_2d may be thousandths (Qwen3-VL) or pixels (Qwen2.5-VL): --coordinates says")
-    if size is None or min(size) < _RESIZED.unit:
-        raise RefusedError("boxes", "pixels of a video, or of an image so small that its resized size is not agreed on")
+    if size is None:
+        raise RefusedError("boxes", "pixels of a video, whose resized size is not agreed on")
     try:
-        return fit(*size, _RESIZED)
+        resized = fit(*size, _RESIZED)
     except ValueError as error:
         raise RefusedError("boxes", str(error)) from error
+    if min(size) < _RESIZED.unit:
+        told = f"pixels of an image of {size[1]}x{size[0]}: the resized size of a side below {_RESIZED.unit} is not"
+        raise RefusedError("boxes", f"{told} agreed on")
+    return resized
 
 
 def _plain(mark: str, end: bool) -> str:

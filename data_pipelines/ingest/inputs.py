@@ -79,6 +79,8 @@ def parse_json(data: bytes | str) -> Any:
         raise RefusedError("json", f"is no UTF-8 (byte {error.start})") from error
     except RecursionError as error:
         raise RefusedError("json", "lists and objects stand too deep in one another") from error
+    except json.JSONDecodeError as error:
+        raise RefusedError("json", f"does not parse: {error.msg} at character {error.pos + 1} of it") from error
     except ValueError as error:
         raise RefusedError("json", f"does not parse: {error}") from error
 
@@ -106,7 +108,9 @@ class JsonTask:
         return sum(size for _, size, _ in self.spans)
 
     def name(self, row: int) -> tuple[str, str]:
-        number = self.spans[row][2]
+        offset, _, number = self.spans[row]
+        if self.place.path.lower().endswith(".json"):  # a list, whose rows are no lines
+            return self.place.key(number), f"{self.place.name} row {number}, from byte {offset}"
         return self.place.key(number), f"{self.place.name}:{number}"
 
     def read(self, start: int) -> Iterator[Raw]:
@@ -137,7 +141,7 @@ class CellsTask:
         return len(self.cells)
 
     def name(self, row: int) -> tuple[str, str]:
-        return self.place.key(self.first + row), f"{self.place.name}:{self.first + row}"
+        return self.place.key(self.first + row), f"{self.place.name} row {self.first + row}"
 
     def read(self, start: int) -> Iterator[Raw]:
         for row in range(start, len(self.cells)):
@@ -289,7 +293,7 @@ class ParquetTask:
                     for n in range(batch.num_rows):
                         if row >= start:
                             cells = {name: batch.column(i)[n].as_py() for i, name in enumerate(batch.schema.names)}
-                            yield Row(*self.name(row), _without_nulls(cells), self.place.root)
+                            yield Row(*self.name(row), _cells(cells), self.place.root)
                         row += 1
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno in TRANSIENT:
@@ -321,7 +325,7 @@ class TableTask:
             except (OSError, ValueError, IndexError) as error:
                 yield Bad(*self.name(row), RefusedError("dataset", _first_line(error)))
             else:
-                yield Row(*self.name(row), _without_nulls(cells), self.place.root)
+                yield Row(*self.name(row), _cells(cells), self.place.root)
 
 
 @cache
@@ -384,6 +388,11 @@ InputTask = JsonTask | CellsTask | FilesTask | SamplesTask | ParquetTask | Table
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table, with all columns of the table."""
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
@@ -499,7 +508,7 @@ def csv_rows(path: Path) -> Iterator[tuple[Mapping[str, Any], int]]:
             elif not all(_is_text(text) for text in row.values()):
                 yield {"\0problem": "is no UTF-8"}, size
             else:
-                yield {name: text for name, text in row.items() if text != ""}, size
+                yield {name: text or None for name, text in row.items()}, size
 
 
 def _bounded(file: Iterable[str]) -> Iterator[str]:

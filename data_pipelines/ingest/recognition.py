@@ -77,8 +77,8 @@ def _check_columns(looks: Sequence[_Look], columns: dict[str, str], say: Callabl
         if not seen or column in seen:
             continue
         shown = ", ".join(ascii(one)[1:-1] for one in seen[:_SHOWN]) + (", ..." if len(seen) > _SHOWN else "")
-        first = f"the first {rows} rows" if rows > 1 else "the first row"
-        told = f"--column {name}={column}: {first} have no column {column!r} with anything in it, but {shown}"
+        first = f"the first {rows} rows have" if rows > 1 else "the first row has"
+        told = f"--column {name}={column}: {first} no column {column!r}, but {shown}"
         if name not in OPTIONAL:
             raise SourceError(told)
         say(told)
@@ -89,8 +89,12 @@ def _style(found: Input, one: _Look, say: Callable[[str], None]) -> str:
         return "captions"
     if one.style or one.columns or not one.problem:
         return one.style
-    say(f"{found.place.name}: none of the first {one.rows} rows can be read: {one.problem}")
+    say(f"{found.place.name}: {_unread(one.rows)} can be read: {one.problem}")
     return "captions" if found.kind in ("images", "videos") else "messages"  # the report will say what
+
+
+def _unread(rows: int) -> str:
+    return f"none of the first {rows} rows" if rows > 1 else "not even the first row"
 
 
 def _peeks(inputs: Sequence[Input], columns: dict[str, str]) -> Iterator[tuple[Peek, int]]:
@@ -115,6 +119,13 @@ def _told_unknown(found: Input, one: _Look) -> str:
     )
 
 
+def _rows(votes: int, rows: int) -> str:
+    """Of the first rows, those that look alike."""
+    if rows == 1:
+        return "the only row looked at does"
+    return f"{votes} of the first {rows} rows look"
+
+
 def _say_styles(inputs: Sequence[Input], looks: Sequence[_Look], say: Callable[[str], None]) -> None:
     """A line a style."""
     of: dict[str, list[int]] = {}
@@ -125,4 +136,4 @@ def _say_styles(inputs: Sequence[Input], looks: Sequence[_Look], say: Callable[[
         others = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
         votes, rows = sum(looks[n].votes[style] for n in numbers), sum(looks[n].rows for n in numbers)
         first = inputs[numbers[0]].place.name
-        say(f"{first}{others}: read as {style}, as {votes} of the first {rows} rows look (--style overrides)")
+        say(f"{first}{others}: read as {style}, as {_rows(votes, rows)} (--style overrides)")

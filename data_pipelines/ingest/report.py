@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ NAMED = ".named.jsonl"
 """``[path, bytes, time of change in ns]`` of every file that a row named, -1 bytes where there was none."""
 _EXAMPLES = 3
 _KINDS = 100  # of refusals that are told apart
-_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|(?<![\w-])\d[\d.,x@]*|(?<= )/\S+")
+_VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|(?<![\w.-])\d(?:[\d.,x@]*[\dx@])?|(?<= )/\S+|\*")
+_LONGEST = 200  # characters of a kind
 
 
 @dataclass
@@ -64,14 +66,21 @@ class Tally:
 
     def refuse(self, refused: Refused) -> None:
         self.refused += refused.rows
-        name = f"{refused.reason}: {_VARYING.sub('*', refused.problem)}"[:200]
-        if name not in self.kinds and len(self.kinds) >= _KINDS:
-            name = "others"
-        kind = self.kinds.setdefault(name, Kind())
+        kind = self._kind(f"{refused.reason}: {refused.problem}")
         kind.count += refused.rows
         if len(kind.examples) < _EXAMPLES:
             told = {"key": refused.key, "where": refused.where, "problem": refused.problem}
             kind.examples.append({name: _short(text) for name, text in told.items()})
+
+    def _kind(self, told: str) -> Kind:
+        """The one that differs from ``told`` in names and numbers only; its name keeps those that all of it share."""
+        name = next((name for name in self.kinds if _shape(name) == _shape(told)), "")
+        if not name:
+            name = "others" if len(self.kinds) >= _KINDS else told if len(told) <= _LONGEST else _shape(told)
+        elif (shared := _shared(name, told)) != name:
+            self.kinds = {shared if one == name else one: kind for one, kind in self.kinds.items()}
+            name = shared
+        return self.kinds.setdefault(name, Kind())
 
     def row(self, answer: Answer) -> None:
         """Count a row whose outcomes are all counted."""
@@ -89,6 +98,26 @@ class Tally:
         state = {one.name: state[one.name] for one in fields(Tally) if one.name in state}
         kinds = {name: Kind(**kind) for name, kind in state["kinds"].items()}
         return Tally(**{**state, "kinds": kinds, "costs": costs_of(state.get("costs", {}))})
+
+
+@lru_cache(maxsize=4 * _KINDS)
+def _shape(told: str) -> str:
+    """A problem without its names and numbers."""
+    return _VARYING.sub("*", told)[:_LONGEST]
+
+
+def _shared(name: str, told: str) -> str:
+    """``name`` with ``*`` for whatever differs in ``told``, a text of the same shape."""
+    old, new = _VARYING.findall(name), _VARYING.findall(told)
+    if len(old) != len(new):  # the end of one is cut off
+        return _shape(name)
+    words = iter(zip(old, new, strict=True))
+
+    def starred(match: re.Match[str]) -> str:
+        was, now = next(words)
+        return was if was == now else "*"
+
+    return _VARYING.sub(starred, name)
 
 
 class Lines:
@@ -131,6 +160,11 @@ def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def counted(count: int, what: str) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _most(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: -item[1])
 
@@ -141,8 +175,9 @@ def table(report: Mapping[str, Any], folder: str) -> str:
     documents = tally.records - tally.conversations
     lines = [
         *(f"  {_short(item['name'])}: {item['kind']}, {_read_as(item)}" for item in report["inputs"]),
-        f"{tally.rows} rows read: {tally.records} records written to {folder} ({tally.conversations} conversations, "
-        f"{documents} documents, {tally.images} images, {tally.bytes / 1e6:.1f} MB), "
+        f"{counted(tally.rows, 'row')} read: {counted(tally.records, 'record')} written to {folder} "
+        f"({counted(tally.conversations, 'conversation')}, {counted(documents, 'document')}, "
+        f"{counted(tally.images, 'image')}, {tally.bytes / 1e6:.1f} MB), "
         f"{tally.refused} refused ({tally.share:.2%})",
     ]
     if tally.aside:
@@ -163,8 +198,14 @@ def kind_lines(tally: Tally) -> list[str]:
     lines = []
     for name, kind in sorted(tally.kinds.items(), key=lambda item: -item[1].count):
         lines.append(f"{kind.count:>9}  {_short(name)}")
-        lines += [f"{'':>11}{_short(e['key'])} ({_short(e['where'])}): {e['problem']}" for e in kind.examples[:1]]
+        lines += [f"{'':>11}{_place(e)}: {e['problem']}" for e in kind.examples[:1]]
     return lines
+
+
+def _place(example: Mapping[str, str]) -> str:
+    """Key and place of an example; what is about a whole file may have no key."""
+    key, where = _short(example["key"]), _short(example["where"])
+    return f"{key} ({where})" if key.strip() else where
 
 
 def write_report(folder: Path, body: Mapping[str, Any], tally: Tally) -> None:
@@ -204,5 +245,5 @@ def _page(body: Mapping[str, Any], tally: Tally) -> str:
 
 
 def _examples(kind: Kind) -> Markup:
-    told = (Markup("<li>{}</li>").format(f"{e['key']} ({e['where']}): {e['problem']}") for e in kind.examples)
+    told = (Markup("<li>{}</li>").format(f"{_place(e)}: {e['problem']}") for e in kind.examples)
     return Markup('<ul class="examples">{}</ul>').format(pieces.join(told))

@@ -22,7 +22,7 @@ from data_pipelines.hub_images import PREFIX
 from data_pipelines.ingest.claim import PLAN, claim
 from data_pipelines.ingest.files import key_of
 from data_pipelines.ingest.recognition import recognised
-from data_pipelines.ingest.report import NAMED, REFUSED, REPORT, Lines, Log, Tally, write_report
+from data_pipelines.ingest.report import NAMED, REFUSED, REPORT, Lines, Log, Tally, counted, write_report
 from data_pipelines.ingest.sources import Aside, Input, SourceError, find_inputs
 from data_pipelines.ingest.styles import NAMES, STYLES, StyleConfig
 from data_pipelines.ingest.video import VideoConfig
@@ -120,7 +120,7 @@ def ingest(config: IngestConfig, say: Callable[[str], None] = print, progress: b
         "inputs": [{**p, "style": s} for p, s in zip(plan["inputs"], styles, strict=True)],
         "left_aside": [kind for one in aside for kind in one.kinds()],
     }
-    run = _Run(config, inputs, [config.style_config(style) for style in styles])
+    run = _Run(config, inputs, [config.style_config(style) for style in styles], say)
     with tqdm(
         total=sum(found.size for found in inputs), desc="ingest", unit="B", unit_scale=True, smoothing=0.05,
         file=sys.stderr, disable=not progress, delay=2.0, dynamic_ncols=True,
@@ -206,8 +206,10 @@ def _inputs(config: IngestConfig) -> tuple[list[Input], list[Aside]]:
 class _Run:
     """Writes what its jobs give, and knows where it stands."""
 
-    def __init__(self, config: IngestConfig, inputs: list[Input], styles: list[StyleConfig]):
-        self._config, self._inputs, self._styles = config, inputs, styles
+    def __init__(
+        self, config: IngestConfig, inputs: list[Input], styles: list[StyleConfig], say: Callable[[str], None]
+    ):
+        self._config, self._inputs, self._styles, self._say = config, inputs, styles, say
         self._folder = Path(config.to)
         self._tally, self._cursor = Tally(), Cursor()
 
@@ -280,3 +282,5 @@ class _Run:
             raise SourceError(f"{self._folder}: shard {shard} has no note of how far it goes; delete the folder")
         note = json.loads(path.read_text(encoding="utf-8"))
         self._cursor, self._tally = Cursor(**note["cursor"]), Tally.of(note["tally"])
+        done = f"{counted(self._tally.rows, 'row')} read, {counted(self._tally.records, 'record')} written"
+        self._say(f"{self._folder}: goes on after shard {shard}, with {done} before")

@@ -101,7 +101,11 @@ class Aside:
             some = ", ".join(ascii(name)[1:-1] for name in self.names[kind][:_SAID])
             more = ", ..." if count > _SAID else ""
             kinds.append(f"{count} {kind}" if seen else f"{count} {kind} files ({some}{more})")
-        hint = "; rows may name them" if self.chosen and {"images", "videos"} & {*self.counts} else ""
+        hint = (
+            "; rows may name them, by paths relative to --images FOLDER"
+            if self.chosen and {"images", "videos"} & {*self.counts}
+            else ""
+        )
         if self.chosen and {*KINDS} & {*self.counts} - {"images", "videos"}:
             hint += f"; a folder is read by its {self.chosen} files if it has any: ingest others by themselves"
         return f"{self.folder}: left aside: {', '.join(kinds)}{hint}"

@@ -84,7 +84,7 @@ def recognise(row: Row, columns: Mapping[str, str]) -> str:
     cells = _renamed(row.cells, columns)
     if RECORD in cells:
         return "record"
-    turns = next((_list(cells[name]) for name in _TURNS if name in cells), None)
+    turns = next((_list(cells[name]) for name in _TURNS if cells.get(name) is not None), None)
     if turns and isinstance(turns[0], Mapping):
         marked = any(
             _MARKS.search(text) or _JSON.search(text)
@@ -124,7 +124,11 @@ def read_row(row: Row, config: StyleConfig) -> Read:
 
 
 def _renamed(cells: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    return cells if not columns else {**cells, **{to: cells[name] for to, name in columns.items() if name in cells}}
+    return (
+        cells
+        if not columns
+        else {**cells, **{to: cells[name] for to, name in columns.items() if cells.get(name) is not None}}
+    )
 
 
 def _has(cells: Mapping[str, Any], names: Sequence[str]) -> bool:
@@ -151,7 +155,7 @@ class _Reader:
         self._sized = False  # an image by the row itself
 
     def is_aside(self, name: str) -> bool:
-        return not name.startswith("\0") and name not in self._used
+        return not name.startswith("\0") and name not in self._used and self.row.cells[name] is not None
 
     def take(self, *names: str, reason: str = "") -> Any:
         """The first of these columns that has something in it; None, or a refusal for ``reason``, without."""
@@ -204,6 +208,8 @@ class _Reader:
             return "the page has no text layer (a scan?): run OCR first, as ocrmypdf; --prompt only adds a question"
         if self.row.where in [ascii(file)[1:-1] for file in self.cells.values()]:  # of a folder, nothing beside it
             return "no caption: put one into NAME.txt or NAME.json beside it, or a table; --prompt only adds a question"
+        if {*_TEXT, self.config.columns.get("text")} & self.row.cells.keys():
+            return "is empty"
         return f"no caption in {', '.join(_TEXT)}: call its column text with --column text=COLUMN"
 
     def _about(

@@ -289,7 +289,7 @@ def test_a_line_longer_than_memory_should_hold_is_not_held(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = run([tmp_path / "x.jsonl"], tmp_path / "to", style="text")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
-    assert (report["records"], list(report["kinds"])) == (2, ["json: a row of * bytes, the limit is *"])
+    assert (report["records"], list(report["kinds"])) == (2, ["json: a row of 293601262 bytes, the limit is 268435456"])
 
 
 def test_a_list_of_a_million_brackets_is_one_bad_row(tmp_path):
@@ -344,7 +344,7 @@ def test_a_name_of_a_gigabyte_is_not_read_into_memory(tmp_path):
         file.truncate((1 << 30) + (1 << 12))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = run([tmp_path / "x.tar"], tmp_path / "to", style="record")
-    assert list(report["kinds"]) == ["torn shard: cut short at byte *: a header of * bytes"]
+    assert list(report["kinds"]) == ["torn shard: cut short at byte 0: a header of 1073741824 bytes"]
     with pytest.raises(ShardError, match=r"not one whole sample; x\.tar: a header of 1073741824 bytes"):
         ShardSet(tmp_path / "x.tar")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
@@ -368,7 +368,7 @@ def test_base64_of_a_bomb_is_refused_like_its_file(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(png(60_000, 60_000)).decode()
     (tmp_path / "x.jsonl").write_text(json.dumps({"image": uri, "text": "x"}))
     (kind,) = run([tmp_path / "x.jsonl"], tmp_path / "to")["kinds"]
-    assert kind == "images: too many pixels to be opened exceed the limit of *"
+    assert kind == "images: too many pixels to be opened exceed the limit of 64000000"
 
 
 def test_nothing_is_unpickled_whatever_a_member_is_called(tmp_path):

@@ -176,7 +176,7 @@ def test_a_row_too_long_for_memory_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipelines.ingest.inputs.MAX_FILE", 1000)
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "x" * 5000}) + '\n{"text": "y"}\n')
     report = run([tmp_path / "x.jsonl"], tmp_path / "to")
-    assert (report["records"], list(report["kinds"])) == (1, ["json: a row of * bytes, the limit is *"])
+    assert (report["records"], list(report["kinds"])) == (1, ["json: a row of 5012 bytes, the limit is 1000"])
 
 
 def test_a_list_that_breaks_off_loses_no_element_before_and_says_so(tmp_path):

@@ -82,9 +82,9 @@ def test_ingestion_refuses_them_and_counts_by_reason(tmp_path):
     report = run([rows(tmp_path)], tmp_path / "to")
     assert (report["records"], report["refused"]) == (2, 4)
     assert {name: kind["count"] for name, kind in report["kinds"].items()} == {
-        "images: * pixels: its sides are as * to * more than * to *": 1,
-        "images: * pixels: a side of less than * shows nothing": 1,
-        "messages: message *: the assistant says nothing": 2,
+        "images: 3000x8 pixels: its sides are as 375 to 1, more than 200 to 1": 1,
+        "images: 1x1 pixels: a side of less than 8 shows nothing": 1,
+        "messages: message 1: the assistant says nothing": 2,
     }
     lines = [json.loads(line) for line in (tmp_path / "to" / REFUSED).read_text().splitlines()]
     assert [line["shard"] for line in lines] == [f"rows.jsonl:{n}" for n in (2, 3, 4, 5)]

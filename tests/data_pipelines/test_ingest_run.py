@@ -20,10 +20,10 @@ from data_pipelines.documents import read_quarantine
 from data_pipelines.ingest.__main__ import main
 from data_pipelines.ingest.files import Root
 from data_pipelines.ingest.inputs import PagesTask, ParquetTask, Place
-from data_pipelines.ingest.report import REFUSED
+from data_pipelines.ingest.report import REFUSED, Tally, kind_lines
 from data_pipelines.ingest.run import SourceError
 from data_pipelines.ingest.styles import STYLES, StyleConfig
-from data_pipelines.ingest.work import Job, lost
+from data_pipelines.ingest.work import Job, Refused, lost
 from data_pipelines.shards import ShardWriter
 from data_pipelines.workers import LimitsConfig
 from mmagent.browser import run_sync
@@ -112,7 +112,8 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     assert "rows.jsonl: read as llava, as" in out
     assert "60 rows read: 46 records written" in out
     assert "columns that no record holds" not in out  # the id is in the keys
-    assert "path: * cannot be opened: No such file or directory" in out
+    assert "path: 'images/none.jpg' cannot be opened: No such file or directory in '" in out
+    assert "(--images names the folder that paths are relative to)" in out
     assert "23.33% refused, more than --max-share 1.00%" in err
     lines = read_quarantine(tmp_path / "to" / REFUSED)
     assert len(lines) == 14
@@ -159,13 +160,86 @@ def test_a_folder_is_for_one_ingestion(tmp_path):
         run([tmp_path / "a.jsonl"], tmp_path / "to")
 
 
+def test_kinds_of_refusals_keep_the_numbers_that_they_share():
+    tally = Tally()
+    for told in (
+        "3000x8 pixels: its sides are as 375 to 1, more than 200 to 1, so Qwen2.5-VL refuses it",
+        "4000x8 pixels: its sides are as 500 to 1, more than 200 to 1, so Qwen2.5-VL refuses it",
+        "5000x9 pixels: its sides are as 500 to 1, more than 200 to 1, so Qwen2.5-VL refuses it",
+        "'a.png' is no *",
+        "'a.png' is no 3",
+        "'b.png' is no 3",
+    ):
+        tally = Tally.of(json.loads(json.dumps(tally.state())))  # as one that goes on
+        tally.refuse(Refused("k", "w", "images", told))
+    assert {name: kind.count for name, kind in tally.kinds.items()} == {
+        "images: * pixels: its sides are as * to 1, more than 200 to 1, so Qwen2.5-VL refuses it": 3,
+        "images: * is no *": 3,
+    }
+    for n in range(3):
+        tally.refuse(Refused("k", "w", "images", f"{'x' * 300} {n}"))
+    assert len(tally.kinds) == 3
+
+
+def test_what_is_about_a_whole_file_needs_no_key():
+    tally = Tally()
+    tally.refuse(Refused("", "a.tar", "torn shard", "cut short"))
+    assert kind_lines(tally)[1].strip() == "a.tar: cut short"
+
+
+def test_one_is_no_plural_and_going_on_is_said(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n' * 3)
+    assert main([str(tmp_path / "a.jsonl"), "--to", str(tmp_path / "to"), "--processes", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "1 row read: 1 record written" in out
+    assert "(0 conversations, 1 document, 0 images" in out
+    assert "read as text, as the only row looked at does" in out
+    stopped_after(2, monkeypatch, tmp_path / "b.jsonl", tmp_path / "b", shard_samples=1)
+    assert main([str(tmp_path / "b.jsonl"), "--to", f"{tmp_path}/b", "--processes", "0", "--shard-samples", "1"]) == 0
+    assert f"{tmp_path}/b: goes on after shard 0, with 1 row read, 1 record written before" in capsys.readouterr().out
+
+
+def test_a_wrong_option_costs_two_lines(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--to", str(tmp_path / "to"), "--processes", "-1"])
+    usage, problem = capsys.readouterr().err.strip().splitlines()
+    assert "SOURCE... --to FOLDER [options] (--help" in usage
+    assert problem.endswith("error: processes -1 must be 0 (none beside this one) or more")
+
+
+def test_rows_are_told_apart_from_lines(tmp_path):
+    (tmp_path / "a.csv").write_text('image,text\nx.png,"a\nb"\nx.png,\n')
+    (tmp_path / "x.png").write_bytes(encoded())
+    run([tmp_path / "a.csv"], tmp_path / "csv")
+    (line,) = read_quarantine(tmp_path / "csv" / REFUSED)
+    assert (line["shard"], line["problem"]) == ("a.csv row 2", "is empty")
+    (tmp_path / "a.json").write_text('[{"text": "x"},\n {"text": "y", "z": nope}]')
+    run([tmp_path / "a.json"], tmp_path / "json")
+    (line,) = read_quarantine(tmp_path / "json" / REFUSED)
+    assert line["shard"] == "a.json row 2, from byte 15"
+    assert line["problem"] == "does not parse: Expecting value at character 22 of it"
+
+
+def test_an_empty_caption_of_a_table_is_told_as_that(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    image = {"bytes": encoded(), "path": None}
+    table = pyarrow.Table.from_pylist([{"image": image, "caption": text} for text in ("a", "", None)])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    report = run([tmp_path / "a.parquet"], tmp_path / "to")
+    assert {name: kind["count"] for name, kind in report["kinds"].items()} == {"text: is empty": 2}
+    assert report["aside"] == {}
+
+
 def test_a_column_that_is_named_wrong_is_told(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"alt": "x", "url": "y"}\n' * 3)
     command = [str(tmp_path / "a.jsonl"), "--processes", "0", "--to", str(tmp_path / "to")]
     for style in ("auto", "text"):
         assert main([*command, "--style", style, "--column", "text=nope"]) == 2
         said = capsys.readouterr().err
-        assert "--column text=nope: the first 3 rows have no column 'nope' with anything in it, but alt, url" in said
+        assert "--column text=nope: the first 3 rows have no column 'nope', but alt, url" in said
     with pytest.raises(SystemExit):
         main([*command, "--column", "foo=alt"])
     assert re.search("--column foo=alt: NAME is one of messages, .*texts, captions", capsys.readouterr().err)
@@ -397,7 +471,7 @@ def test_records_and_refusals_name_the_ids_that_rows_have(tmp_path):
     (line,) = (tmp_path / "to" / REFUSED).read_text().splitlines()
     assert json.loads(line)["key"] == "mine-jsonl/00000002-a%2Fb%2Ec"
     assert json.loads(line)["shard"] == "mine.jsonl:2"
-    assert report["aside"] == {"id": 2, "_id": 1, "name": 1}  # a flag and two empty ones, and what nobody called an id
+    assert report["aside"] == {"id": 1, "_id": 1, "name": 1}  # a flag and an empty one, and what nobody called an id
     run([tmp_path / "mine.jsonl"], tmp_path / "named", columns={"id": "name"})
     assert records(tmp_path / "named")[-1].key == "mine-jsonl/00000008-mine"
 

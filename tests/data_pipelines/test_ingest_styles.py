@@ -370,6 +370,19 @@ def test_images_are_resized_as_qwen_does(height, width):
     assert _span((height, width), "pixels") == tuple(sides)
 
 
+@pytest.mark.parametrize(
+    "size, told",
+    [
+        ((8, 3000), "3000x8 pixels: aspect ratio 375 exceeds 200"),
+        ((20, 90), "an image of 90x20: the resized size of a side below 28 is not agreed on"),
+        (None, "pixels of a video, whose resized size"),
+    ],
+)
+def test_an_image_whose_resized_size_nobody_knows_is_called_what_it_is(size, told):
+    with pytest.raises(RefusedError, match=told):
+        _span(size, "pixels")
+
+
 def test_captions_become_documents_or_answers(folder):
     row = {"file_name": "images/0.png", "texts": ["a dog", " ", "two dogs"], "width": 60}
     assert style_of(row) == "captions"
@@ -379,7 +392,11 @@ def test_captions_become_documents_or_answers(folder):
     assert got.aside == ("width",)
     record = only("captions", row | {"texts": "a dog"}, folder, prompt="What is it?")
     assert record.messages == (user(Image(), "What is it?"), assistant("a dog"))
-    for cells in ({"image": PNG}, {"image": PNG, "text": ""}):
+    with pytest.raises(RefusedError, match="text: is empty"):
+        read("captions", {"image": PNG, "text": ""}, folder)
+    with pytest.raises(RefusedError, match="text: is empty"):
+        read("captions", {"image": PNG, "alt": None}, folder, columns={"text": "alt"})
+    for cells in ({"image": PNG}, {"image": PNG, "height": 3}):
         with pytest.raises(RefusedError, match=r"text: no caption in texts, .*--column text=COLUMN"):
             only("captions", cells)
     with pytest.raises(RefusedError, match="text: is empty"):

@@ -171,7 +171,7 @@ def test_what_cannot_be_rendered_is_found_with_a_tokenizer(tmp_path):
     VOCAB.save(tmp_path)
     assert wrong(tmp_path / "shards") == {}
     found = look(tmp_path / "shards", tokenizer=str(tmp_path / "tokenizer.json"))
-    assert list(found.tally.kinds) == ["messages: message *: an assistant turn must follow a user or an observation"]
+    assert list(found.tally.kinds) == ["messages: message 2: an assistant turn must follow a user or an observation"]
     assert found.tokens > 16
 
 

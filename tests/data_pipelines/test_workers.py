@@ -201,6 +201,10 @@ def test_without_processes_everything_is_read_here():
 
 
 def test_limits_are_checked():
-    for wrong in ({"processes": -1}, {"seconds": 0}, {"megabytes": 0}):
-        with pytest.raises(ValueError, match="limits must be positive"):
+    for wrong, told in (
+        ({"processes": -1}, "processes -1 must be 0 .* or more"),
+        ({"seconds": 0}, "seconds 0 must be positive"),
+        ({"megabytes": 0}, "megabytes 0 must be positive"),
+    ):
+        with pytest.raises(ValueError, match=told):
             LimitsConfig(**wrong)
