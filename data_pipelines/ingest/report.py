@@ -227,13 +227,7 @@ def _page(body: Mapping[str, Any], tally: Tally) -> str:
         pieces.Section("Inputs", pieces.table(inputs, [*columns, pieces.Column("style", "style")])),
     ]
     if body["left_aside"]:
-        aside = [
-            {**one, "folder": _short(one["folder"]), "names": ", ".join(one["names"])} for one in body["left_aside"]
-        ]
-        columns = [("folder", "folder"), ("kind", "kind"), ("count", "files"), ("names", "some of them")]
-        sections.append(
-            pieces.Section("Left aside", pieces.table(aside, [pieces.Column(key, title) for key, title in columns]))
-        )
+        sections.append(pieces.Section("Left aside", _left_aside(body["left_aside"])))
     if tally.kinds:
         kinds = sorted(tally.kinds.items(), key=lambda item: -item[1].count)
         refused = [{"why": _short(name), "rows": kind.count, "examples": _examples(kind)} for name, kind in kinds]
@@ -242,6 +236,25 @@ def _page(body: Mapping[str, Any], tally: Tally) -> str:
         aside = [{"column": _short(name), "rows": count} for name, count in _most(tally.aside)]
         sections.append(pieces.Section("Columns that no record holds", pieces.table(aside)))
     return pieces.page(f"Ingestion: {body['source']}", sections)
+
+
+def _left_aside(kinds: Sequence[Mapping[str, Any]]) -> Markup:
+    """A table a folder, whose name stands above the names within it."""
+    columns = [pieces.Column(*column) for column in (("kind", "kind"), ("count", "files"), ("names", "some of them"))]
+    tables = []
+    for folder in dict.fromkeys(one["folder"] for one in kinds):
+        rows = [
+            {**one, "kind": _names([one["kind"]]), "names": _names(one["names"])}
+            for one in kinds
+            if one["folder"] == folder
+        ]
+        tables.append(pieces.table(rows, columns, caption=_short(folder)))
+    return pieces.join(tables)
+
+
+def _names(names: Sequence[str]) -> Markup:
+    """Names that break only where they are longer than a line."""
+    return pieces.join([Markup('<span class="name">{}</span>').format(_short(name)) for name in names], ", ")
 
 
 def _examples(kind: Kind) -> Markup:

@@ -233,6 +233,37 @@ def test_an_empty_caption_of_a_table_is_told_as_that(tmp_path):
     assert report["aside"] == {}
 
 
+def aside(folder: Path) -> str:
+    """The page of an ingestion that leaves pictures aside, from the heading of these on."""
+    source = rows(folder / "data", 5).parent
+    run([source], folder / "to")
+    return (folder / "to/report.html").read_text().rpartition(">Left aside<")[2].partition("</section>")[0]
+
+
+def test_what_is_left_aside_is_named_below_its_folder_which_is_told_once(tmp_path):
+    told = aside(tmp_path)
+    assert told.count(str(tmp_path)) == 1
+    assert f"<caption>{tmp_path}/data</caption>" in told
+    assert '<span class="name">images/0.jpg</span>, <span class="name">images/1.jpg</span>' in told
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 600])
+def test_no_short_word_of_what_is_left_aside_is_broken(tmp_path, browser_pool, width):
+    aside(tmp_path)
+
+    async def look() -> list[int]:
+        async with browser_pool.page(width, 900) as page:
+            await page.goto(tmp_path / "to/report.html")
+            heights = "[...document.querySelectorAll('caption')].flatMap(c => "
+            heights += "[...c.parentNode.querySelectorAll('.name')].map(e => e.offsetHeight))"
+            return await page.evaluate(heights)
+
+    heights = run_sync(look())
+    assert len(heights) == 6
+    assert max(heights) < 40, heights
+
+
 def test_a_column_that_is_named_wrong_is_told(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"alt": "x", "url": "y"}\n' * 3)
     command = [str(tmp_path / "a.jsonl"), "--processes", "0", "--to", str(tmp_path / "to")]
