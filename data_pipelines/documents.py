@@ -51,6 +51,9 @@ class TooLargeError(RecordError):
         super().__init__(key, field, problem)
         self.max_tokens = max_tokens
 
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str | int, ...]]:
+        return type(self), (self.key, self.field, self.problem, self.max_tokens)
+
 
 class DocumentBuilder:
     """How records become documents: one vocabulary, one geometry, one chat format, one size limit."""

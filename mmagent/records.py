@@ -74,7 +74,7 @@ class RecordError(ValueError):
         super().__init__(f"{key}: {field}: {problem}")
         self.key, self.field, self.problem = key, field, problem
 
-    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str | int, ...]]:
         return type(self), (self.key, self.field, self.problem)
 
 

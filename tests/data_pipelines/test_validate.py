@@ -133,7 +133,7 @@ def test_a_location_without_a_shard_is_found_and_the_others_are_checked(tmp_path
     assert main([*command, "--processes", "0"]) == 1
     out = capsys.readouterr().out
     assert "3 sound records" in out
-    assert f"({tmp_path}/empty): no shard (*.tar) there" in out
+    assert f"{tmp_path}/empty: no shard (*.tar) there" in out
     assert main([*command, "--processes", "0", "--max-share", "0.25"]) == 0
     assert main([command[1], "--processes", "0"]) == 2
 
