@@ -113,7 +113,7 @@ class Root:
         except FileNotFoundError as error:
             told = f"{_short(name)} cannot be opened: {error.strerror}"
             if not os.path.isabs(name):
-                told += f" in {_short(self.folder)} (--images names the folder that paths are relative to)"
+                told += f" (--images names the folder that paths are relative to, now {_short(self.folder)})"
             raise RefusedError("path", told) from error
         except OSError as error:
             raise refused_file(error, name) from error

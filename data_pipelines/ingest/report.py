@@ -24,7 +24,7 @@ NAMED = ".named.jsonl"
 _EXAMPLES = 3
 _KINDS = 100  # of refusals that are told apart
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|(?<![\w.-])\d(?:[\d.,x@]*[\dx@])?|(?<= )/\S+|\*")
-_LONGEST = 200  # characters of a kind
+_LONGEST = 400  # characters of a kind: whole paths, as a rule
 
 
 @dataclass

@@ -112,8 +112,8 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
     assert "rows.jsonl: read as llava, as" in out
     assert "60 rows read: 46 records written" in out
     assert "columns that no record holds" not in out  # the id is in the keys
-    assert "path: 'images/none.jpg' cannot be opened: No such file or directory in '" in out
-    assert "(--images names the folder that paths are relative to)" in out
+    assert "path: 'images/none.jpg' cannot be opened: No such file or directory (--images names the folder" in out
+    assert "that paths are relative to, now '" in out
     assert "23.33% refused, more than --max-share 1.00%" in err
     lines = read_quarantine(tmp_path / "to" / REFUSED)
     assert len(lines) == 14

@@ -210,6 +210,7 @@ def test_few_held_out_screens_show_every_task(browser_pool):
     assert {blocks[f"sft/{name}"] for name in ("episodes", "clicks", "html")} == {20}
 
 
+@pytest.mark.slow
 def test_a_whole_build_with_screens(browser_pool, tmp_path):
     """``browser_pool`` skips where there is no Chromium; the build brings its own."""
     config = debug()

@@ -90,6 +90,7 @@ def test_a_recipe_says_in_one_line_what_is_missing(tmp_path, recipe, arguments, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_that_fail_alike_say_it_once(tmp_path):
     """Before there is a process group and after it; the rest is the launcher's own block."""
     for arguments in (["recipes.align_encoder", "init="], ["recipes.pretrain", "tokenizer=nope.json"]):
@@ -111,6 +112,7 @@ def test_the_error_of_another_rank_is_said(tmp_path):
     assert said == ["error", "error on rank 1"], done.stderr
 
 
+@pytest.mark.slow
 def test_an_error_is_said_though_rank_0_dies_while_another_waits_for_it(tmp_path):
     (tmp_path / "fail.py").write_text(FAIL)
     done = call([*TORCHRUN, "fail.py", "late death"], tmp_path)

@@ -53,6 +53,7 @@ def test_pretraining_is_validated_on_what_the_data_stage_holds_out(tmp_path):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_with_a_browser_the_data_of_a_call_without_is_made_afresh(tmp_path, monkeypatch):
     monkeypatch.setitem(SAMPLES, "debug", FEW)
     for browser in (False, True):

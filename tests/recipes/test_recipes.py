@@ -93,8 +93,8 @@ def test_every_recipe_leaves_what_the_next_one_opens(lineage):
     ("recipe", "parallel"),
     [
         *(("distill", "fsdp2"), ("align", "ddp"), ("pretrain", "fsdp2")),
-        ("pretrain", "ddp engine.expert_parallel=2"),
-        ("pretrain", "fsdp2 engine.context_parallel=2"),
+        pytest.param("pretrain", "ddp engine.expert_parallel=2", marks=pytest.mark.slow),
+        pytest.param("pretrain", "fsdp2 engine.context_parallel=2", marks=pytest.mark.slow),
         *(pytest.param(recipe, "ddp", marks=pytest.mark.slow) for recipe in RECIPES if recipe != "align"),
         *(pytest.param(recipe, "fsdp2", marks=pytest.mark.slow) for recipe in ("align", "sft")),
     ],
@@ -190,6 +190,7 @@ def test_the_last_step_is_validated(lineage, tmp_path):
     assert [row["step"] for row in rows if "validation/loss/lm" in row] == [2, 3]
 
 
+@pytest.mark.slow
 def test_two_ranks_validate_as_one(lineage, validated, tmp_path):
     """With sharded weights, which are saved after a validation and frozen anew after another."""
     root, rows = lineage[0], validated[1]

@@ -87,6 +87,7 @@ def test_it_logs_what_matters_and_leaves_an_agent(agent, tmp_path):
     load_agent(tmp_path / "run" / "agent")
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(agent, tmp_path):
     whole, killed = (config(agent, tmp_path / name, steps=8) for name in ("whole", "killed"))
     # in a process like the killed one's: another number of threads sums in another order

@@ -177,7 +177,8 @@ def _state_bytes(world: dist.World, parallel: str, expert: int, muon: bool) -> d
     return size
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_state_is_what_engines_hold(size):
     """Bytes of rank 0, and no rank has more: not one byte off, though 257 words do not divide by the ranks."""
     ranks = dist.run_ranks(_all_state_bytes, size)
