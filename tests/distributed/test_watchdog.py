@@ -55,6 +55,7 @@ def dump(folder: Path, process: subprocess.Popen[str]) -> str:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_rank_that_naps_is_named_with_its_segment_and_all_end(tmp_path):
     process = start(tmp_path, "nap", 1)
     _, told = process.communicate(timeout=BOUND)

@@ -92,10 +92,10 @@ def test_every_recipe_leaves_what_the_next_one_opens(lineage):
 @pytest.mark.parametrize(
     ("recipe", "parallel"),
     [
-        *(("distill", "fsdp2"), ("align", "ddp"), ("pretrain", "fsdp2")),
+        *(("distill", "fsdp2"), ("pretrain", "fsdp2")),
         pytest.param("pretrain", "ddp engine.expert_parallel=2", marks=pytest.mark.slow),
         pytest.param("pretrain", "fsdp2 engine.context_parallel=2", marks=pytest.mark.slow),
-        *(pytest.param(recipe, "ddp", marks=pytest.mark.slow) for recipe in RECIPES if recipe != "align"),
+        *(pytest.param(recipe, "ddp", marks=pytest.mark.slow) for recipe in RECIPES),
         *(pytest.param(recipe, "fsdp2", marks=pytest.mark.slow) for recipe in ("align", "sft")),
     ],
 )

@@ -117,6 +117,7 @@ def test_recorded_rollouts_train_the_same_weights(agent, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_ranks_play_what_one_plays(agent, tmp_path):
     alone, two = (config(agent, tmp_path / name, steps=2) for name in ("one", "two"))
     expected = run(alone)
