@@ -14,6 +14,7 @@ from typing import Any
 from data_pipelines.balancing import REPEATS
 from data_pipelines.cards import PAGE
 from data_pipelines.making import PLAN, BuildError, write_whole
+from mmagent.files import content_told
 
 LOG, REPORT, WORK = "left_out.jsonl", "curation.json", ".curation"
 JUDGED = ("judged.npz", "judged.json")
@@ -27,10 +28,8 @@ def check_free(to: Path) -> None:
     """Raises :class:`BuildError` where ``to`` holds what no curation wrote."""
     if (to / WORK / PLAN).is_file() or not to.exists():
         return
-    there = sorted(path.name for path in to.iterdir() if not path.name.startswith(".") and path.name not in JUDGED)
-    if there:
-        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise BuildError(f"{to} holds what was not written by this command ({there[0]}{more}); choose an empty folder")
+    if there := content_told(to, JUDGED):
+        raise BuildError(f"{to} holds what was not written by this command ({there}); choose an empty folder")
 
 
 def claim_target(to: Path, plan: Mapping[str, Any], anew: bool) -> None:

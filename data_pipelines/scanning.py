@@ -68,8 +68,8 @@ class ScanRules:
 
     Samples with several pictures, or of which nothing is said, have no score; they stay, and are counted as not scored.
     A whole conversation about pictures is no caption of any of them, and its cosine says little beside those of pairs:
-    what is done for interleaved documents is to compare each picture with every sentence, and drop pictures with a line
-    of their own (MMC4, arXiv 2304.06939, section 2), or not to score them at all (OBELICS, arXiv 2306.16527).
+    interleaved documents want each picture compared with every sentence, and a line of their own (as MMC4 did, arXiv
+    2304.06939).
     """
 
     pictures: PictureRules = field(default_factory=PictureRules)

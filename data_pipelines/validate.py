@@ -177,8 +177,8 @@ def examine(
     limits: LimitsConfig | None = None,
     progress: bool = False,
 ) -> Findings:
-    """Check everything in ``locations``, which may be folders of shard sets. A location
-    without a sample is a finding; raises :class:`~data_pipelines.shards.ShardError` where none has one."""
+    """Check everything in ``locations``, which may be folders of shard sets. A location without a sample is a finding;
+    raises :class:`~data_pipelines.shards.ShardError` where none has one."""
     _opened.cache_clear()  # shards may have changed since somebody asked before
     sets, found = _open_sets(locations)
     of = {str(path): shards.location for shards in sets for path in shards.paths}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,13 @@ def new_file(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def content_told(folder: Path, ours: Container[str] = ()) -> str:
+    """What lies in a folder for a message, as in "a.txt and 3 more"; "" for nothing but hidden files and ``ours``."""
+    names = sorted(name for path in folder.iterdir() if not (name := path.name).startswith(".") and name not in ours)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}" if names else ""
 
 
 def write_text(path: Path, text: str) -> None:

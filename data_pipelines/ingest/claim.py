@@ -17,7 +17,7 @@ from data_pipelines.cards import PAGE as CARD
 from data_pipelines.ingest.files import stamp_of
 from data_pipelines.ingest.report import NAMED, PAGE, REFUSED, REPORT
 from data_pipelines.ingest.sources import SourceError
-from mmagent.files import write_text
+from mmagent.files import content_told, write_text
 
 PLAN = "ingest.json"
 _ANEW = "; --anew deletes what {} holds and begins anew, or choose another folder"
@@ -34,16 +34,13 @@ def claim(folder: Path, plan: dict[str, Any], anew: bool, say: Callable[[str], N
     wanted = json.loads(json.dumps(plan))
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        if there := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-            raise SourceError(
-                f"{folder} holds what was not written by this command ({there[0]}{more}); choose an empty folder"
-            )
+        if there := content_told(folder):
+            raise SourceError(f"{folder} holds what was not written by this command ({there}); choose an empty folder")
         write_text(path, json.dumps(wanted, indent=1) + "\n")
         return
     found = json.loads(path.read_text(encoding="utf-8"))
-    half = found.pop(_CLEARING, False)
-    if not (anew or half):
+    anew |= found.pop(_CLEARING, False)
+    if not anew:
         _same_settings(folder, found, wanted)
         _same_inputs(folder, found["inputs"], wanted["inputs"])
         come, changed = _named(folder)
@@ -51,8 +48,8 @@ def claim(folder: Path, plan: dict[str, Any], anew: bool, say: Callable[[str], N
             raise SourceError(f"{folder} was made of other files: {_some(changed, 'changed')}{_ANEW.format(folder)}")
         if come:
             say(f"{folder}: made anew, for {_some(come, 'missing before and there now')}")
-        half = bool(come)
-    if anew or half:
+        anew = bool(come)
+    if anew:
         _begin_anew(folder, wanted)
 
 
