@@ -131,23 +131,39 @@ class PolicyBatch:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long and how a completion is sampled. ``temperature`` 0 is greedy; ``stop_ids`` end it, included."""
+    """How long and how a completion is sampled. ``temperature`` 0 is greedy; ``stop_ids`` end it, included, and so does
+    the token with which its text comes to hold one of ``stop_strings``.
+
+    ``top_p`` keeps the smallest set of likeliest tokens that holds so much probability, ``top_k`` so many of the
+    likeliest (0: all), ``min_p`` those with at least this share of the likeliest one's probability.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a policy sampled: ``ids`` (stop token included), one log-prob an id, and whether it stopped by itself."""
+    """What a policy sampled: ``ids`` (stop token included), one log-prob an id, and whether it stopped by itself.
+
+    ``reason`` it ended for: "stop" (an id or a string), "length", "cancelled", or "sick" (a watchdog gave it up); empty
+    where nobody knows. ``versions`` of the policy that sampled it, in order: more than one where the weights changed on
+    the way. ``cached_tokens`` of the prompt were found in the generator's cache.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     stopped: bool
     routed_experts: tuple[Tensor, ...] = ()
+    reason: str = ""
+    versions: tuple[int, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
