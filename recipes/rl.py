@@ -97,7 +97,7 @@ def small() -> Config:
         pages=32,
         browsers=4,
         collector=CollectorConfig(prompts=64, rollout=rollout),
-        generator=GeneratorConfig(max_sequences=512, dtype="bfloat16", parked_tokens=1 << 22),
+        generator=GeneratorConfig(max_sequences=512, dtype="bfloat16", cache_tokens=1 << 22),
         optim=OptimConfig(lr=2e-6, weight_decay=0.0),
         engine=EngineConfig(dtype="bfloat16"),
         tensorboard=True,

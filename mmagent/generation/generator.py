@@ -1,71 +1,70 @@
-"""Decoding in the trainer's own process: continuous batching over one key-value cache.
+"""Decoding in the trainer's own process: continuous batching over one paged key-value cache.
 
-Prompts are trajectories, taken as they are: their ids, their pixels. Equal prompts (a group of rollouts) are run
-through the model once and share what it computed; an image is encoded once while the weights stand. A trajectory
-that comes back longer (a later turn of an episode) goes on from the cache it left.
+Prompts are trajectories, taken as they are: their ids, their pixels. What was computed for one sequence serves every
+other that begins alike, by content: the prompt of a group of rollouts, the turns of an episode, a system text with its
+pictures. Long prompts are fed in pieces, so that those who decode wait for a piece only; where the cache is too small
+for all, who came last or matters least steps back and goes on later.
 
-A change of the model's weights is noticed by itself: everything computed before is then forgotten.
+A change of the model's weights is noticed by itself: nothing computed before is found any more, and sequences that
+decode on are marked with both versions.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sequence_
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmagent.generation.cache import (
-    ExtendAttention,
-    KVCache,
-    LeadingRows,
-    PromptAttention,
-    StepAttention,
-    round_up,
-)
-from mmagent.generation.rows import Request, Rows
+from mmagent.generation.blocks import BlockPool, ChainKeys
+from mmagent.generation.features import ImageFeatures
+from mmagent.generation.paged import PagedKV
+from mmagent.generation.runner import Fed, Piece, Runner
+from mmagent.generation.running import Running
 from mmagent.generation.sampling import sample, uniforms
-from mmagent.geometry import document_positions
-from mmagent.models.agent_model import AgentModel, logits
+from mmagent.generation.sequences import Sequence, image_spans, prompt_positions
+from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
-from mmagent.types import PackedVision, PatchedImage, Segments
 from mmagent.vocab import Vocab
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HEADROOM = 64
-"""Places for sampled tokens that a cache starts with; it grows by half when they are used up."""
 BURST = 8
 """Tokens a sequence that one step decodes: under autocast every step casts the weights anew."""
-COMPACT_BELOW = 0.75
-"""Finished sequences are carved out of the batch when fewer than this share is left."""
-STEADY_ROWS = 32
-"""Decoded rows come in multiples of this where they are to be steady: CPUs compute fewer than 4, and what is left over
-by their vectors, by other instructions. So it is at the end of what each thread gets, wherever that falls: they are
-computed by one (compared bit for bit in float32 and bfloat16 with AVX-512 and oneMKL)."""
 STEADY_EXPERTS = 32
 """With more, products of experts run in a kernel that knows no least number of rows."""
+BLOCK_TOKENS = {"cpu": 32, "cuda": 256}
+"""Places of a block; what the kernel that reads block tables wants on CUDA."""
+FIRST_BLOCKS = 64
+"""A cache begins with so many and grows by half where more are wanted."""
 
 
 @dataclass
 class GeneratorConfig:
-    """``max_sequences`` are decoded at a time; others wait. ``prefill_tokens`` bounds one forward over prompts,
-    ``parked_tokens`` the places kept for trajectories that may go on (0: none). ``record_routing`` returns the
-    experts that served every sampled token but the last, which is not fed (-1 there).
+    """``max_sequences`` are decoded at a time; others wait. ``prefill_tokens`` bounds the new tokens of prompts in one
+    forward: a longer prompt is fed in pieces. ``cache_tokens``: places of the key-value cache, which grows up to them;
+    ``reuse``: what it holds of ended sequences is found by those that begin alike. ``feature_tokens``: visual tokens
+    of images that are kept likewise. ``record_routing`` returns the experts that served every sampled token but the
+    last, which is not fed (-1 there).
 
     ``steady``: what a sequence gets depends on itself alone, to the last bit, and not on who else is decoded or in
-    which order they came. Prompts and images are run one at a time, and nothing is parked: a later turn runs its whole
-    trajectory anew, all on one thread. It is what CPUs are known to keep; elsewhere it is refused."""
+    which order they came. Prompts and images are run one at a time, and nothing is found again: a later turn runs its
+    whole trajectory anew, all on one thread. It is what CPUs are known to keep; elsewhere it is refused."""
 
     max_sequences: int = 256
     prefill_tokens: int = 16384
-    parked_tokens: int = 1 << 19
+    cache_tokens: int = 1 << 18
+    reuse: bool = True
+    feature_tokens: int = 1 << 16
     dtype: str = "float32"
     record_routing: bool = False
     steady: bool = False
@@ -73,36 +72,19 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"generator dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        if min(self.max_sequences, self.prefill_tokens) < 1 or self.parked_tokens < 0:
+        if min(self.max_sequences, self.prefill_tokens, self.cache_tokens) < 1 or self.feature_tokens < 0:
             raise ValueError(f"generator: sizes must be positive, got {self}")
 
 
-@dataclass(frozen=True)
-class _Parked:
-    """Where a trajectory's first ``ids`` lie: row ``row`` of ``cache``."""
-
-    cache: KVCache
-    row: int
-    ids: list[int]
-    images: int
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """New tokens of one row: ``ids (n,)``, ``positions (3, n)``, their images, and the position that comes next."""
-
-    ids: Tensor
-    positions: Tensor
-    images: tuple[PatchedImage, ...]
-    following: int
-
-
 class Generator:
-    """``generate`` completes prompts and returns; ``submit`` and ``step`` do the same piece by piece.
+    """``generate`` completes prompts and returns; ``submit`` and ``step`` do the same piece by piece. One thread at a
+    time may use it.
 
-    Log-probabilities are those of the distribution that is sampled from, before ``top_p``: at the request's
-    temperature (1 for greedy), with ``barred`` ids impossible. A trainer that passes the same temperature and
-    barred ids to :func:`~mmagent.ops.selected_logprobs` recomputes them.
+    Log-probabilities are those of the distribution that is sampled from, before ``top_p``, ``top_k`` and ``min_p``: at
+    the request's temperature (1 for greedy), with ``barred`` ids impossible. A trainer that passes the same temperature
+    and barred ids to :func:`~mmagent.ops.selected_logprobs` recomputes them.
+
+    ``version`` is what completions are stamped with; whoever changes the weights sets it.
     """
 
     def __init__(self, model: AgentModel, vocab: Vocab, config: GeneratorConfig | None = None):
@@ -112,20 +94,28 @@ class Generator:
         self._barred = torch.tensor(self.barred, device=self.device)
         if self.config.steady:
             self._require_steady()
+        self.version = 0
         self.tokens_sampled = 0
-        self._routing = (model.config.decoder.moe_layers, model.config.decoder.moe.top_k)
-        self._routing = self._routing if self.config.record_routing and self._routing[0] else (0, 0)
-        self._waiting: list[Request] = []
-        self._rows: Rows | None = None
+        self.counts: Counter[str] = Counter()
+        """What happened since it was made: prompts' ``prefilled`` and ``cached`` tokens, sequences ``preempted``, ..."""
+        self.interrupt: Callable[[], bool] = lambda: False
+        """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in."""
+        moe = model.config.decoder.moe_layers
+        self._records = self.config.record_routing and moe > 0
+        size = BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS["cuda"])
+        self._most_blocks = max(-(-self.config.cache_tokens // size), 1)
+        self.pool = BlockPool(min(FIRST_BLOCKS, self._most_blocks), size)
+        self.kv = PagedKV(len(self.pool), size, self.device)
+        at_once = 1 if self.config.steady else self.config.prefill_tokens
+        self.features = ImageFeatures(model, at_once, self.config.feature_tokens)
+        self._runner = Runner(model, self.kv, self.features, self.config.steady)
         self._tickets = 0
         self._weights: tuple[int, ...] = ()
-        self._features: dict[int, tuple[weakref.ref[PatchedImage], Tensor]] = {}
-        self._parked: weakref.WeakKeyDictionary[Trajectory, _Parked] = weakref.WeakKeyDictionary()
-
-    @property
-    def _at_once(self) -> int:
-        """Tokens that one forward over prompts may have; one thing alone always may."""
-        return 1 if self.config.steady else self.config.prefill_tokens
+        self._requests: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._filling: list[Sequence] = []
+        self._running = Running(self.device)
+        self._cancelled: list[int] = []
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +123,7 @@ class Generator:
 
     # ------------------------------------------------------------ interface
 
-    def generate(self, requests: Sequence[tuple[Trajectory, Limits]]) -> list[Completion]:
+    def generate(self, requests: Sequence_[tuple[Trajectory, Limits]]) -> list[Completion]:
         """Complete every prompt; answers in the order of ``requests``.
 
         Raises ``ValueError`` naming a prompt that is empty, has ended, or whose images and visual slots disagree.
@@ -144,46 +134,85 @@ class Generator:
             done.update(self.step())
         return [done[ticket] for ticket in order]
 
-    def submit(self, prompt: Trajectory, limits: Limits) -> int:
-        """Queue one prompt; its ticket comes back from :meth:`step` with the completion."""
+    def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
+        """Queue one prompt; its ticket comes back from :meth:`step` with the completion. Higher ``priority`` goes
+        first, and may push out what is lower. Raises ``ValueError`` naming what cannot be completed."""
         if not prompt.input_ids or prompt.status is not Status.RUNNING:
             raise ValueError(f"{prompt.key}: cannot complete a trajectory that is empty or {prompt.status.value}")
         if limits.max_tokens < 1 or limits.temperature < 0 or not 0 < limits.top_p <= 1:
             raise ValueError(f"{prompt.key}: {limits} cannot be sampled")
+        if len(prompt) + limits.max_tokens > self._most_blocks * self.pool.block_tokens:
+            raise ValueError(
+                f"{prompt.key}: {len(prompt)} tokens and {limits.max_tokens} more do not fit the generator's cache of "
+                f"{self._most_blocks * self.pool.block_tokens}; raise cache_tokens"
+            )
+        ids = torch.tensor(prompt.input_ids)
+        positions, following = prompt_positions(prompt, self.image_id, self.merge_size)
+        images = tuple(prompt.images)
+        keys = [self.features.key(image) for image in images]
         self._tickets += 1
-        self._waiting.append(Request(self._tickets, prompt, limits, len(prompt)))
+        sequence = Sequence(
+            self._tickets, prompt, limits, priority, list(prompt.input_ids), len(prompt), images,
+            image_spans(ids, self.image_id, images, self.merge_size**2, keys), positions, following,
+            ChainKeys(self.pool.block_tokens, self.image_id),
+        )  # fmt: skip
+        self._requests[self._tickets] = sequence
+        insort(self._waiting, sequence, key=lambda s: s.rank)
         return self._tickets
+
+    def cancel(self, ticket: int) -> None:
+        """Give up one request; what it sampled so far comes with the next :meth:`step`. Nothing where it has ended."""
+        if ticket in self._requests:
+            self._cancelled.append(ticket)
+
+    def sampled(self, ticket: int) -> tuple[list[int], list[float]]:
+        """Ids and log-probs that a request in flight has so far."""
+        sequence = self._requests[ticket]
+        return sequence.ids[sequence.begun :], list(sequence.logprobs)
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting) or self._rows is not None
+        return bool(self._requests)
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many requests wait, are being read, and decode; blocks of the cache that are owned, known and there."""
+        filling = len(self._filling) + sum(len(s.followers) for s in self._filling)
+        owned = len(self.pool) - self.pool.free
+        return {"waiting": len(self._waiting), "filling": filling, "running": len(self._running), "blocks": owned,
+                "blocks_known": self.pool.known, "blocks_there": len(self.pool)}  # fmt: skip
 
     def abandon(self) -> None:
         """Give up everything queued and in flight."""
-        self._waiting, self._rows = [], None
+        for sequence in self._requests.values():
+            self._drop(sequence)
+        self._requests.clear()
+        self._waiting, self._filling, self._cancelled = [], [], []
+        self._running.change([])
         self.forget()
 
     def forget(self) -> None:
-        """Drop cached features and parked sequences. A change of weights does this by itself."""
-        self._features.clear()
-        self._parked.clear()
+        """Find nothing again of what was computed. A change of weights does this by itself."""
+        self.features.forget()
+        self.pool.forget()
+        for sequence in self._requests.values():
+            sequence.stale = sequence.fed > 0
 
     def step(self) -> dict[int, Completion]:
-        """Admit waiting prompts if there is room, then decode a few tokens a sequence. Returns what has ended."""
+        """Admit waiting prompts if there is room, feed some of what prompts have, then decode a few tokens a sequence.
+        Returns what has ended."""
         with self._inference():
-            active = len(self._rows) if self._rows is not None else 0
-            if self._waiting and (room := self.config.max_sequences - active) > 0:
-                admitted, self._waiting = self._waiting[:room], self._waiting[room:]
-                rows = self._admit(admitted)
-                self._rows = rows if self._rows is None else Rows.join(self._rows, rows)
-            done = self._collect()
+            done = self._give_up()
+            self._admit()
+            done |= self._fill()
             for _ in range(BURST):
-                if self._rows is not None:
-                    self._decode(self._rows)
-                    done.update(self._collect())
+                if not len(self._running) or self.interrupt():
+                    break
+                self._decode()
+                done |= self._collect()
             return done
 
-    # ------------------------------------------------------------ internals
+    # ------------------------------------------------------------ weights
 
     def _require_steady(self) -> None:
         experts = self.model.config.decoder.moe.experts
@@ -193,17 +222,11 @@ class Generator:
                 f"{experts}; leave it false"
             )
 
-    def _full(self, x: Tensor, value: float = 0.0) -> Tensor:
-        """``(S, ...)`` with rows added that nobody reads, where sequences are to be steady."""
-        missing = -x.shape[0] % STEADY_ROWS if self.config.steady else 0
-        return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing), value=value) if missing else x
-
     @contextmanager
     def _inference(self) -> Iterator[None]:
         weights = tuple(x._version for x in (*self.model.parameters(), *self.model.buffers()))
         if weights != self._weights:
             self._require_whole_weights()
-            assert self._rows is None, "the weights changed while sequences were being decoded"
             self.forget()
             self._weights = weights
         dtype = DTYPES[self.config.dtype]
@@ -229,195 +252,270 @@ class Generator:
                 f"{shared[0]} (and {len(shared) - 1} more) is shared by ranks: generate from a whole copy of the model"
             )
 
-    def _admit(self, requests: Sequence[Request]) -> Rows:
-        """Run prompts through the model and sample the first token of each."""
-        again = [request for request in requests if self._resumable(request.prompt)]
-        fresh = [request for request in requests if not self._resumable(request.prompt)]
-        parts = []
-        if fresh:
-            parts.append(self._start(fresh))
-        if again:
-            parts += [self._resume(again[at : at + 256]) for at in range(0, len(again), 256)]
-        rows = parts[0][0]
-        for part, _ in parts[1:]:
-            rows = Rows.join(rows, part)
-        self._sample(rows, torch.cat([hidden for _, hidden in parts]))
-        return rows
+    # ------------------------------------------------------------ room
 
-    def _resumable(self, prompt: Trajectory) -> bool:
-        parked = self._parked.get(prompt)
-        known = parked is not None and len(prompt) > len(parked.ids)
-        return known and prompt.input_ids[: len(parked.ids)] == parked.ids
+    def _have(self, blocks: int) -> bool:
+        """Whether so many blocks can be had; the cache grows for it before it forgets anything."""
+        missing = blocks - self.pool.unknown
+        if missing > 0 and len(self.pool) < self._most_blocks:
+            wanted = max(len(self.pool) + missing, len(self.pool) * 3 // 2)
+            self.pool.grow(min(wanted, self._most_blocks))
+            self.kv.grow(len(self.pool))
+        return self.pool.free >= blocks
 
-    def _start(self, requests: Sequence[Request]) -> tuple[Rows, Tensor]:
-        """Prompts without history: equal ones run once, many in one packed forward."""
-        number: dict[tuple[object, ...], int] = {}
-        distinct: list[_Prompt] = []
-        index = []
-        for request in requests:
-            prompt = request.prompt
-            key = (*prompt.input_ids, *map(id, prompt.images))
-            if key not in number:
-                number[key] = len(distinct)
-                distinct.append(self._prompt(prompt, 0, 0))
-            index.append(number[key])
-        longest = max(prompt.ids.shape[0] for prompt in distinct)
-        caches, hidden = [], []
-        for prompts in _chunks(distinct, lambda prompt: prompt.ids.shape[0], self._at_once):
-            segments = Segments([prompt.ids.shape[0] for prompt in prompts], self.device)
-            cache = KVCache(torch.zeros(len(prompts), dtype=torch.int64, device=self.device), longest)
-            hidden.append(self._prefill(prompts, segments, PromptAttention(cache, segments)))
-            cache.advance(torch.tensor(segments.lengths, device=self.device), segments.longest)
-            caches.append(cache)
-        rows = torch.tensor(index, device=self.device)
-        cache = KVCache.join(caches).select(rows, self._capacity(longest, requests))
-        following = torch.tensor([distinct[n].following for n in index], device=self.device)
-        return Rows.start(requests, cache, following, self._routing), torch.cat(hidden)[rows]
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.pool.block_tokens)
 
-    def _resume(self, requests: Sequence[Request]) -> tuple[Rows, Tensor]:
-        """Prompts that continue what lies in parked rows."""
-        parked = [self._parked.pop(request.prompt) for request in requests]
-        order = sorted(range(len(parked)), key=lambda n: id(parked[n].cache))
-        requests, parked = [requests[n] for n in order], [parked[n] for n in order]
-        longest = max(len(request.prompt) for request in requests)
-        capacity = self._capacity(longest, requests)
-        caches = []
-        for owner in dict.fromkeys(entry.cache for entry in parked):
-            members = [entry for entry in parked if entry.cache is owner]
-            part = owner.select(torch.tensor([entry.row for entry in members], device=self.device), capacity)
-            part.lengths = torch.tensor([len(entry.ids) for entry in members], device=self.device)
-            caches.append(part)
-        cache = KVCache.join(caches)
-        cache.longest = max(len(entry.ids) for entry in parked)
-        prompts = [self._prompt(r.prompt, len(p.ids), p.images) for r, p in zip(requests, parked, strict=True)]
-        segments = Segments([prompt.ids.shape[0] for prompt in prompts], self.device)
-        attend = ExtendAttention(cache, segments)
-        hidden = self._prefill(prompts, segments, attend)
-        cache.advance(attend.counts, attend.reach)
-        following = torch.tensor([prompt.following for prompt in prompts], device=self.device)
-        return Rows.start(requests, cache, following, self._routing), hidden
+    def _drop(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.fed, sequence.known = [], 0, 0
 
-    def _capacity(self, longest: int, requests: Sequence[Request]) -> int:
-        return round_up(longest + min(max(request.limits.max_tokens for request in requests), HEADROOM))
+    def _push_out(self, sequence: Sequence) -> None:
+        """Back to those that wait; what it has is kept, and goes in again as a whole."""
+        self._drop(sequence)
+        sequence.resumed, sequence.stale = sequence.produced > 0, False
+        insort(self._waiting, sequence, key=lambda s: s.rank)
+        self.counts["preempted"] += 1
 
-    def _prompt(self, prompt: Trajectory, tokens: int, images: int) -> _Prompt:
-        """What of ``prompt`` lies behind its first ``tokens`` tokens and ``images`` images."""
-        ids = torch.tensor(prompt.input_ids)
-        try:
-            positions = document_positions(
-                ids == self.image_id, [image.grid for image in prompt.images], self.merge_size
-            )
-        except ValueError as error:
-            raise ValueError(f"{prompt.key}: {error}") from error
-        new = tuple(prompt.images[images:])
-        return _Prompt(ids[tokens:], positions[:, tokens:], new, int(positions.max()) + 1)
+    def _tell(self, sequence: Sequence) -> None:
+        """Blocks that have become full can be found from now on."""
+        full = sequence.fed // self.pool.block_tokens
+        if full == sequence.known or sequence.stale or self.config.steady or not self.config.reuse:
+            return
+        keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], sequence.spans())
+        for n in range(sequence.known, full):
+            self.pool.tell(sequence.blocks[n], keys[n])
+        sequence.known = full
 
-    def _prefill(
-        self, prompts: Sequence[_Prompt], segments: Segments, attend: PromptAttention | ExtendAttention
-    ) -> Tensor:
-        """``(S, D)``: hidden state of the last token of every prompt."""
-        ids = torch.cat([prompt.ids for prompt in prompts]).to(self.device)
-        positions = torch.cat([prompt.positions for prompt in prompts], dim=1).to(self.device)
-        embeddings = self.model.embed_tokens(ids)
-        visual = self._encode([image for prompt in prompts for image in prompt.images])
-        if visual is not None:
-            slots = (ids == self.image_id).nonzero().squeeze(1)
-            embeddings = embeddings.index_copy(0, slots, visual.to(embeddings.dtype))
-        hidden = self.model.hidden(embeddings, positions, attend)
-        return hidden[segments.cu_seqlens[1:].long() - 1]
+    # ------------------------------------------------------------ prompts
 
-    def _encode(self, images: Sequence[PatchedImage]) -> Tensor | None:
-        """Merged visual tokens of all images in order; each distinct image is encoded once."""
-        if not images:
-            return None
-        missing = list({id(image): image for image in images if id(image) not in self._features}.values())
-        unit = self.merge_size**2
-        for part in _chunks(missing, lambda image: image.patches.shape[0], self._at_once * unit):
-            visual = self.model.encode(PackedVision.pack(part).to(self.device))
-            sizes = [image.patches.shape[0] // unit for image in part]
-            for image, tokens in zip(part, visual.split(sizes), strict=True):
-                self._features[id(image)] = (weakref.ref(image, self._forgetter(id(image))), tokens)
-        return torch.cat([self._features[id(image)][1] for image in images])
+    def _admit(self) -> None:
+        """Let those in that wait, in their order, while there is room."""
+        prompts = {self._content(s): s for s in self._filling}
+        while self._waiting:
+            sequence = self._waiting[0]
+            inside = len(self._running) + sum(1 + len(s.followers) for s in self._filling)
+            leader = None if sequence.resumed else prompts.get(self._content(sequence))
+            if inside >= self.config.max_sequences or not (leader or self._begin(sequence)):
+                if not self._make_room(sequence):
+                    return
+                continue
+            self._waiting.remove(sequence)
+            if leader is not None:
+                leader.followers.append(sequence)
+            else:
+                self._filling.append(sequence)
+                if not sequence.resumed:
+                    prompts[self._content(sequence)] = sequence
 
-    def _forgetter(self, key: int) -> object:
-        features = weakref.ref(self)
+    def _content(self, sequence: Sequence) -> tuple[object, ...]:
+        return (*sequence.ids, *(key for _, _, key in sequence.image_spans))
 
-        def forget(_: object) -> None:
-            generator = features()
-            if generator is not None:
-                generator._features.pop(key, None)
+    def _begin(self, sequence: Sequence) -> bool:
+        """Blocks for all it has to be fed; false where there are none."""
+        keys: Sequence_[bytes] = ()
+        if self.config.reuse and not self.config.steady:
+            keys = sequence.keys.extend(sequence.ids, sequence.spans())
+            keys = keys[: (sequence.target - 1) // self.pool.block_tokens]  # a token is left, to say what comes next
+        found = self.pool.match(keys)
+        wanted = self._blocks_for(sequence.most if self.config.steady else sequence.target + 1) - len(found)
+        if not self._have(wanted + (0 if self.config.steady else len(self._running))):
+            alone = not (self._running.sequences or self._filling)
+            if not (alone and self._have(wanted)):
+                self.pool.release(found)
+                return False
+        sequence.blocks = found + self.pool.take(wanted)
+        sequence.known = len(found)
+        sequence.fed = len(found) * self.pool.block_tokens
+        sequence.cached_tokens = max(sequence.cached_tokens, min(sequence.fed, sequence.begun))
+        self.counts["cached"] += sequence.fed
+        return True
 
-        return forget
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Push out somebody who matters less than ``sequence``."""
+        lower = [s for s in self._running.sequences if s.priority < sequence.priority]
+        if not lower:
+            return False
+        victim = max(lower, key=lambda s: s.rank)
+        self._running.change(s for s in self._running.sequences if s is not victim)
+        self._push_out(victim)
+        return True
 
-    def _decode(self, rows: Rows) -> None:
+    def _fill(self) -> dict[int, Completion]:
+        """Feed prompts: as much as one forward may have of those that came first; each whole and alone where sequences
+        are to be steady."""
+        if not self._filling:
+            return {}
+        if self.config.steady:
+            for sequence in self._filling[:]:
+                self._fed([Piece(sequence, 0, sequence.target)])
+            return self._collect()
+        room, pieces = self.config.prefill_tokens, []
+        for sequence in self._filling:
+            if room <= 0:
+                break
+            stop = min(sequence.target, sequence.fed + room)
+            pieces.append(Piece(sequence, sequence.fed, stop))
+            room -= stop - sequence.fed
+        self._fed(pieces)
+        return self._collect()
+
+    def _fed(self, pieces: list[Piece]) -> None:
+        """Run the pieces; whoever is fed whole samples its first token and decodes from then on."""
+        fed = self._runner.feed(pieces)
+        ends = np.cumsum(fed.counts) - 1
+        self.counts["prefilled"] += int(fed.counts.sum())
+        whole, at = [], []
+        for piece, end in zip(pieces, ends.tolist(), strict=True):
+            piece.sequence.fed = piece.stop
+            self._tell(piece.sequence)
+            if piece.stop == piece.sequence.target:
+                whole.append(piece.sequence)
+                at.append(end)
+        if not whole:
+            return
+        self._filling = [s for s in self._filling if s not in whole]
+        first, rows = [], []
+        for sequence, end in zip(whole, at, strict=True):
+            for member in (sequence, *self._forked(sequence)):
+                if not member.resumed:
+                    first.append(member)
+                    rows.append(end)
+        if first:
+            self._first(first, fed.hidden[torch.tensor(rows, device=self.device)])
+        joined = [*whole, *(s for s in first if s not in whole)]
+        for sequence in joined:
+            sequence.resumed = False
+        self._running.change([*self._running.sequences, *joined])
+
+    def _forked(self, leader: Sequence) -> list[Sequence]:
+        """Those with the very same prompt: they share its full blocks and get a copy of the one that is not."""
+        size, members = self.pool.block_tokens, []
+        full = leader.fed // size
+        sources, targets = [], []
+        for member in leader.followers:
+            wanted = self._blocks_for(member.most if self.config.steady else member.target + 1) - full
+            if not self._have(wanted):
+                insort(self._waiting, member, key=lambda s: s.rank)
+                continue
+            self.pool.share(leader.blocks[:full])
+            own = self.pool.take(wanted)
+            member.blocks, member.fed, member.known = leader.blocks[:full] + own, leader.fed, full
+            member.keys.keys = list(leader.keys.keys[:full])
+            member.cached_tokens = leader.fed
+            self.counts["cached"] += leader.fed
+            if leader.fed % size:
+                sources.append(leader.blocks[full])
+                targets.append(own[0])
+            members.append(member)
+        leader.followers = []
+        self.kv.copy(sources, targets)
+        return members
+
+    def _first(self, sequences: list[Sequence], hidden_SD: Tensor) -> None:
+        """The first token of each."""
+        column = Running(self.device)
+        column.change(sequences)
+        column.fed -= 1  # all they have is fed, and no token waits
+        ids, logprobs = self._sample(column, hidden_SD)
+        for sequence, token, logprob in zip(sequences, ids.tolist(), logprobs.tolist(), strict=True):
+            self._take(sequence, [token], [logprob])
+
+    # ------------------------------------------------------------ decoding
+
+    def _decode(self) -> None:
         """One token for every sequence."""
-        cache = rows.cache
-        if cache.longest + 1 > cache.capacity:
-            everything = torch.arange(len(rows), device=self.device)
-            cache = rows.cache = cache.select(everything, round_up(cache.capacity * 3 // 2))
-        attend = LeadingRows(StepAttention(cache, self.config.steady), len(rows))
-        positions = self._full(rows.positions).expand(3, -1)
-        out = self.model.decoder(self.model.embed_tokens(self._full(rows.last)), positions, attend)
-        if self._routing[0]:
-            rows.record_experts(out.routed()[: len(rows)])
-        living = torch.from_numpy(rows.alive).to(self.device)
-        cache.advance(living, cache.longest + 1)
-        rows.positions = rows.positions + living
-        self._sample(rows, out.hidden[: len(rows)])
+        self._extend(1)
+        run = self._running
+        ones = np.ones(len(run), dtype=np.int64)
+        fed = self._runner.decode(run.last, run.positions, run.table, run.fed, ones)
+        ids, logprobs = self._sample(run, fed.hidden)
+        self._record(fed)
+        run.advance(np.arange(len(run)), 1, ids)
+        full = np.flatnonzero(run.fed % self.pool.block_tokens == 0)
+        for row, (sequence, token, logprob) in enumerate(
+            zip(run.sequences, ids.tolist(), logprobs.tolist(), strict=True)
+        ):
+            sequence.fed += 1
+            self._take(sequence, [token], [logprob])
+        for row in full.tolist():
+            self._tell(run.sequences[row])
 
-    def _sample(self, rows: Rows, hidden_SD: Tensor) -> None:
-        scores = logits(self.model, self._full(hidden_SD))
-        scores.index_fill_(1, self._barred, float("-inf"))
-        uniform = torch.from_numpy(uniforms(rows.seeds, rows.counters())).to(self.device)
-        narrowed = any(request.limits.top_p < 1 for request in rows.requests)
-        top_p = self._full(rows.top_p, 1.0) if narrowed else None
-        ids, logprobs = sample(scores, self._full(rows.temperature, 1.0), top_p, self._full(uniform))
-        self.tokens_sampled += int(rows.alive.sum())
-        rows.record(ids[: len(rows)], logprobs[: len(rows)])
+    def _extend(self, tokens: int) -> None:
+        """Room for so many more tokens of every running sequence; who came last or matters least steps back if there
+        is none."""
+        run = self._running
+        while True:
+            room = np.array([len(s.blocks) for s in run.sequences]) * self.pool.block_tokens
+            short = np.flatnonzero(run.fed + tokens > room)
+            need = {
+                int(row): self._blocks_for(int(run.fed[row]) + tokens) - len(run.sequences[row].blocks) for row in short
+            }
+            if self._have(sum(need.values())):
+                for row, count in need.items():
+                    run.give(row, self.pool.take(count))
+                return
+            victim = max(run.sequences, key=lambda s: s.rank)
+            assert len(run) > 1, "a sequence alone fits, or submit refuses it"
+            run.change(s for s in run.sequences if s is not victim)
+            self._push_out(victim)
+
+    def _sample(self, run: Running, hidden_SD: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """A token and its log-prob for each row."""
+        scores = self._runner.scores(hidden_SD, self._barred)
+        rows = scores.shape[0] - len(run)
+        pad = (0, rows)
+        uniform = torch.from_numpy(uniforms(run.seeds, run.counters)).to(self.device)
+        temperature = torch.nn.functional.pad(run.temperature.float(), pad, value=1.0)
+        top_p = torch.nn.functional.pad(run.top_p.float(), pad, value=1.0) if run.narrowed else None
+        ids, logprobs = sample(scores, temperature, top_p, torch.nn.functional.pad(uniform, pad))
+        self.tokens_sampled += len(run)
+        return ids[: len(run)].cpu().numpy(), logprobs[: len(run)].cpu().numpy()
+
+    def _record(self, fed: Fed) -> None:
+        if self._records:
+            routed = fed.routed.cpu().numpy().astype(np.int16)
+            for row, sequence in enumerate(self._running.sequences):
+                sequence.experts.append(routed[row])
+
+    def _take(self, sequence: Sequence, ids: list[int], logprobs: list[float]) -> int:
+        return sequence.take(ids, logprobs, self.version)
+
+    # ------------------------------------------------------------ ends
+
+    def _give_up(self) -> dict[int, Completion]:
+        """End what was cancelled."""
+        for ticket in self._cancelled:
+            sequence = self._requests.get(ticket)
+            if sequence is None:
+                continue
+            sequence.reason = "cancelled"
+            for leader in self._filling:
+                if sequence in leader.followers:
+                    leader.followers.remove(sequence)
+            for follower in sequence.followers:
+                insort(self._waiting, follower, key=lambda s: s.rank)
+            sequence.followers = []
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+            if sequence in self._filling:
+                self._filling.remove(sequence)
+        ended = [self._requests[ticket] for ticket in dict.fromkeys(self._cancelled) if ticket in self._requests]
+        self._cancelled = []
+        if any(s in self._running.sequences for s in ended):
+            self._running.change(s for s in self._running.sequences if not s.reason)
+        return {s.ticket: self._end(s) for s in ended}
 
     def _collect(self) -> dict[int, Completion]:
-        """Completions of the rows that have just ended; the rest moves together when enough have left."""
-        rows = self._rows
-        if rows is None or rows.alive.all():
+        """Completions of those that have just ended."""
+        ended = [s for s in self._running.sequences if s.reason]
+        if not ended:
             return {}
-        done: dict[int, Completion] = {}
-        for row in np.flatnonzero(~rows.alive & ~rows.told):
-            request, completion = rows.requests[row], rows.completion(row)
-            done[request.ticket] = completion
-            if self.config.parked_tokens and not self.config.steady:
-                ids = [*request.prompt.input_ids[: request.length], *completion.ids[:-1]]
-                self._parked[request.prompt] = _Parked(rows.cache, int(row), ids, len(request.prompt.images))
-        rows.told = ~rows.alive
-        living = np.flatnonzero(rows.alive)
-        if not living.size:
-            self._rows = None
-            self._evict()
-        elif living.size < COMPACT_BELOW * len(rows):
-            self._rows = rows.select(living, rows.cache.capacity)
-        return done
+        self._running.change(s for s in self._running.sequences if not s.reason)
+        return {s.ticket: self._end(s) for s in ended}
 
-    def _evict(self) -> None:
-        """Keep the newest parked trajectories that fit the budget; those that have ended go first."""
-        for prompt in [p for p in self._parked if p.status is not Status.RUNNING]:
-            del self._parked[prompt]
-        owners = dict.fromkeys(entry.cache for entry in reversed(list(self._parked.values())))
-        room = self.config.parked_tokens
-        for cache in owners:
-            room -= cache.rows * cache.capacity
-            if room < 0:
-                for prompt in [p for p, entry in self._parked.items() if entry.cache is cache]:
-                    del self._parked[prompt]
-
-
-def _chunks(things: Sequence[T], size: Callable[[T], int], budget: int) -> Iterator[list[T]]:
-    """Consecutive runs of things whose sizes add up to at most ``budget``, at least one thing each."""
-    run: list[T] = []
-    total = 0
-    for thing in things:
-        if run and total + size(thing) > budget:
-            yield run
-            run, total = [], 0
-        run.append(thing)
-        total += size(thing)
-    if run:
-        yield run
+    def _end(self, sequence: Sequence) -> Completion:
+        self._drop(sequence)
+        del self._requests[sequence.ticket]
+        self.counts[sequence.reason] += 1
+        return sequence.completion()

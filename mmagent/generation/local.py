@@ -3,28 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from mmagent.generation.generator import Generator
 from mmagent.models.feature_cache import content_key
 from mmagent.trajectories import Completion, Limits, Trajectory
 
 
+@dataclass(frozen=True)
+class Delta:
+    """What came of a request since the last one; ``completion`` is all of it, once it has ended."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    completion: Completion | None = None
+
+
+@dataclass(eq=False)
+class _Request:
+    """Somebody waits for it. ``told``: tokens that the queue of a stream has been given."""
+
+    prompt: Trajectory
+    limits: Limits
+    priority: int
+    future: asyncio.Future[Completion]
+    queue: asyncio.Queue[Delta | Exception] | None = None
+    ticket: int = 0
+    told: int = 0
+
+
 class LocalPolicy:
     """``complete`` for many callers of one event loop; implements :class:`~mmagent.protocols.Policy`.
 
     Requests made before the loop comes round again form one batch, in the order they were made. Later ones join
-    between two decoding steps. While the model computes, in a thread of its own, the loop goes on serving
-    browsers. ``version`` is what trajectories are stamped with; set it after every optimizer step.
+    between two tokens. While the model computes, in a thread of its own, the loop goes on serving browsers. A caller
+    that is cancelled takes its request with it. ``version`` is what trajectories are stamped with; set it after every
+    optimizer step.
     """
 
     def __init__(self, generator: Generator, version: int = 0):
-        self.generator, self.version = generator, version
-        self._futures: dict[int, asyncio.Future[Completion]] = {}
-        self._waiting: list[tuple[Trajectory, Limits, asyncio.Future[Completion]]] = []
+        self.generator = generator
+        generator.version = version
+        generator.interrupt = lambda: bool(self._waiting or self._left)
+        self._requests: dict[int, _Request] = {}
+        self._waiting: list[_Request] = []
+        self._left: list[_Request] = []  # whose callers have gone
         self._worker: asyncio.Task[None] | None = None
         # one thread for ever: each thread that computes keeps a pool of its own workers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmagent-generator")
+
+    @property
+    def version(self) -> int:
+        return self.generator.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self.generator.version = version
 
     @property
     def steady(self) -> bool:
@@ -36,39 +72,102 @@ class LocalPolicy:
         tensors = sorted(self.generator.model.state_dict().items())
         return content_key(repr(self.generator.config), *(part for pair in tensors for part in pair))
 
-    async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
+    async def complete(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> Completion:
         """Raises what :meth:`Generator.submit` raises; a failure while decoding reaches every caller in flight."""
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append((prompt, limits, future))
+        request = self._ask(prompt, limits, priority)
+        try:
+            return await request.future
+        except asyncio.CancelledError:
+            self._leave(request)
+            raise
+
+    async def stream(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> AsyncIterator[Delta]:
+        """The same piece by piece; the last one has the completion. Who stops asking takes the request with them."""
+        request = self._ask(prompt, limits, priority, asyncio.Queue())
+        assert request.queue is not None
+        try:
+            while True:
+                delta = await request.queue.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                yield delta
+                if delta.completion is not None:
+                    return
+        finally:
+            self._leave(request)
+
+    def _ask(
+        self,
+        prompt: Trajectory,
+        limits: Limits,
+        priority: int,
+        queue: asyncio.Queue[Delta | Exception] | None = None,
+    ) -> _Request:
+        request = _Request(prompt, limits, priority, asyncio.get_running_loop().create_future(), queue)
+        self._waiting.append(request)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._serve())
-        return await future
+        return request
+
+    def _leave(self, request: _Request) -> None:
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif request.ticket in self._requests:
+            self._left.append(request)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             await asyncio.sleep(0)  # whoever is ready to ask does so first
             while self._waiting or self.generator.busy:
-                self._submit()
-                for ticket, completion in (await loop.run_in_executor(self._thread, self.generator.step)).items():
-                    future = self._futures.pop(ticket)
-                    if not future.done():  # its caller may have given up
-                        future.set_result(completion)
+                self._hand_over()
+                done = await loop.run_in_executor(self._thread, self.generator.step)
+                for ticket, completion in done.items():
+                    self._settle(self._requests.pop(ticket), completion)
+                self._tell_streams()
                 await asyncio.sleep(0)
         except BaseException as error:
             self.generator.abandon()
-            for future in (*self._futures.values(), *(future for _, _, future in self._waiting)):
-                if not future.done():
-                    future.set_exception(error) if isinstance(error, Exception) else future.cancel()
-            self._futures.clear()
+            waiting = (*self._requests.values(), *self._waiting)
+            self._requests.clear()
             self._waiting.clear()
+            self._left.clear()
+            for request in waiting:
+                _fail(request, error)
             if not isinstance(error, Exception):  # cancelled with its loop
                 raise
 
-    def _submit(self) -> None:
-        for prompt, limits, future in self._waiting:
+    def _hand_over(self) -> None:
+        """To the generator, which is not used by another thread now."""
+        waiting, self._waiting = self._waiting, []
+        for request in waiting:
             try:
-                self._futures[self.generator.submit(prompt, limits)] = future
+                request.ticket = self.generator.submit(request.prompt, request.limits, priority=request.priority)
+                self._requests[request.ticket] = request
             except ValueError as error:
-                future.set_exception(error)
-        self._waiting.clear()
+                _fail(request, error)
+        left, self._left = self._left, []
+        for request in left:
+            self.generator.cancel(request.ticket)
+
+    def _settle(self, request: _Request, completion: Completion) -> None:
+        if request.queue is not None:
+            new = slice(request.told, None)
+            request.queue.put_nowait(Delta(completion.ids[new], completion.logprobs[new], completion))
+        elif not request.future.done():  # its caller may have given up
+            request.future.set_result(completion)
+
+    def _tell_streams(self) -> None:
+        for request in self._requests.values():
+            if request.queue is not None:
+                ids, logprobs = self.generator.sampled(request.ticket)
+                if len(ids) > request.told:
+                    request.queue.put_nowait(Delta(tuple(ids[request.told :]), tuple(logprobs[request.told :])))
+                    request.told = len(ids)
+
+
+def _fail(request: _Request, error: BaseException) -> None:
+    if request.queue is not None:
+        request.queue.put_nowait(error if isinstance(error, Exception) else asyncio.CancelledError())  # type: ignore[arg-type]
+    elif not request.future.done():
+        request.future.set_exception(error) if isinstance(error, Exception) else request.future.cancel()

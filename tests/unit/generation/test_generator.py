@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
 
-from mmagent.generation.cache import KVCache, StepAttention
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.local import LocalPolicy
+from mmagent.generation.paged import PagedAttention, PagedKV
 from mmagent.models.agent_model import logits
 from mmagent.models.decoder import PackedAttention
 from mmagent.packing import pack
@@ -85,41 +86,41 @@ def test_a_result_does_not_depend_on_its_batch():
 
 
 def test_a_group_shares_one_prefill_and_one_encoding():
-    model, calls = tiny_model(), []
-    hidden, encode = model.hidden, model.encode
-    model.hidden = lambda embeddings, *rest: (calls.append(embeddings.shape[0]), hidden(embeddings, *rest))[1]
-    model.encode = lambda vision: (calls.append(-vision.patches.shape[0]), encode(vision))[1]
     image = picture(5)
     group = [prompt("click it", (image,), key=f"p{n}") for n in range(6)]
-    generator = Generator(model, tiny_vocab())
+    generator = Generator(tiny_model(), tiny_vocab())
     done = generator.generate([(p, Limits(5, 1.0, seed=n)) for n, p in enumerate(group)])
-    assert calls == [-image.patches.shape[0], len(group[0])]
+    assert generator.counts["prefilled"] == len(group[0])
+    assert generator.features.encoded == 1
     assert len({c.ids for c in done}) > 1
     single = Generator(tiny_model(), tiny_vocab()).generate([(group[4], Limits(5, 1.0, seed=4))])
     assert single[0].ids == done[4].ids
 
 
-@pytest.mark.parametrize("parked", [1 << 19, 0])
-def test_later_turns_go_on_from_the_cache(parked):
+@pytest.mark.parametrize("reuse", [True, False])
+def test_later_turns_go_on_from_the_cache(reuse):
     model = tiny_model()
-    generator = Generator(model, tiny_vocab(), GeneratorConfig(parked_tokens=parked))
-    fed: list[int] = []
-    hidden = model.hidden
-    model.hidden = lambda embeddings, *rest: (fed.append(embeddings.shape[0]), hidden(embeddings, *rest))[1]
-    episodes = prompts()
+    generator = Generator(model, tiny_vocab(), GeneratorConfig(reuse=reuse))
+    episodes, lengths = prompts(), {}
     for turn in range(3):
         limits = [Limits(3 + n, 1.0, seed=100 + n) for n in range(len(episodes))]
-        fed.clear()
-        for n, done in enumerate(generator.generate(list(zip(episodes, limits, strict=True)))):
-            extended(episodes[n], done)
+        before = generator.counts["prefilled"]
+        done = generator.generate(list(zip(episodes, limits, strict=True)))
+        fed = generator.counts["prefilled"] - before
+        for n, (episode, completion) in enumerate(zip(episodes, done, strict=True)):
+            if turn:  # whole blocks of all but what is new
+                assert completion.cached_tokens == (lengths[n] // 32 * 32 if reuse else 0)
+            extended(episode, completion)
             image = picture(50 + 10 * turn + n, 56, 56)
             ids = [*tiny_vocab().encode("next"), *[tiny_vocab().image_id] * 4, *tiny_vocab().encode(" " * n + "go")]
-            episodes[n].extend(ids, trainable=False, images=[image])
+            lengths[n] = len(episode) - 1  # the last token sampled is fed with the next turn
+            episode.extend(ids, trainable=False, images=[image])
     for episode in episodes:
         expected = recompute(model, episode)
         sampled = torch.tensor(episode.logprobs)[torch.tensor(episode.trainable)]
         torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
-    assert (sum(fed) < 100) if parked else (sum(fed) > 200)
+    everything = sum(len(episode) for episode in episodes)
+    assert fed < 0.8 * everything if reuse else fed > 0.8 * everything
 
 
 def test_a_changed_past_is_never_resumed():
@@ -224,8 +225,8 @@ def test_the_policy_gathers_concurrent_callers():
     generator = Generator(tiny_model(), tiny_vocab())
     policy = LocalPolicy(generator)
     sizes: list[int] = []
-    admit = generator._admit
-    generator._admit = lambda requests: (sizes.append(len(requests)), admit(requests))[1]
+    step = generator.step
+    generator.step = lambda: (sizes.append(generator.load["waiting"]), step())[1]
     limits = [Limits(5, 1.0, stop_ids=STOPS, seed=n) for n in range(5)]
 
     async def ask():
@@ -239,19 +240,51 @@ def test_the_policy_gathers_concurrent_callers():
 
 
 def test_a_bad_prompt_fails_its_caller_alone_and_a_broken_step_fails_all():
-    policy = LocalPolicy(Generator(tiny_model(), tiny_vocab()))
-    empty = Trajectory("empty", "toy")
+    model = tiny_model()
+    policy = LocalPolicy(Generator(model, tiny_vocab()))
+    empty, broken = Trajectory("empty", "toy"), prompt("broken", (picture(1),))
+    broken.images.clear()
 
     async def ask(*texts):
         return await asyncio.gather(*(policy.complete(t, Limits(3)) for t in texts), return_exceptions=True)
 
-    bad, good = asyncio.run(ask(empty, prompt("fine")))
-    assert isinstance(bad, ValueError)
+    *bad, good = asyncio.run(ask(empty, broken, prompt("fine")))
+    assert all(isinstance(r, ValueError) for r in bad)
     assert len(good.ids) == 3
-    broken = prompt("broken", (picture(1),))
-    broken.images.clear()
-    assert all(isinstance(r, ValueError) for r in asyncio.run(ask(broken, prompt("fine"))))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    hook = model.decoder.register_forward_pre_hook(fail)
+    assert all(isinstance(r, RuntimeError) for r in asyncio.run(ask(prompt("one"), prompt("fine"))))
+    hook.remove()
     assert len(asyncio.run(ask(prompt("fine")))[0].ids) == 3
+    policy.generator.pool.check([])
+
+
+def test_who_leaves_takes_the_request_along_and_who_listens_hears_all():
+    policy = LocalPolicy(Generator(tiny_model(), tiny_vocab()))
+    limits = Limits(60, 1.0, seed=3)
+
+    async def ask():
+        gone = asyncio.create_task(policy.complete(prompt("a", key="a"), Limits(4000, 1.0)))
+        stream = policy.stream(prompt("b", key="b"), Limits(4000, 1.0))
+        heard = [await anext(stream)]
+        gone.cancel()
+        await stream.aclose()
+        pieces = [delta async for delta in policy.stream(prompt("c", key="c"), limits)]
+        return heard, pieces, await asyncio.gather(gone, return_exceptions=True)
+
+    heard, pieces, (gone,) = asyncio.run(ask())
+    assert isinstance(gone, asyncio.CancelledError)
+    assert heard[0].ids
+    whole = pieces[-1].completion
+    assert sum((piece.ids for piece in pieces), ()) == whole.ids
+    assert sum((piece.logprobs for piece in pieces), ()) == whole.logprobs
+    assert len(pieces) > 3
+    assert whole.ids == Generator(tiny_model(), tiny_vocab()).generate([(prompt("c", key="c"), limits)])[0].ids
+    assert policy.generator.counts["cancelled"] == 2
+    policy.generator.pool.check([])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -284,15 +317,18 @@ def test_steady_numbers_are_the_same_bits_in_any_company(dtype):
 def test_a_row_that_is_attended_to_apart_gets_the_same_bits_in_any_company_on_any_thread(heads, shared):
     """Together, rows differ by the thread that computes them and by how far the longest reaches."""
     H, G = heads
-    lengths = torch.full((40,), 31) if shared else torch.arange(5, 325, 8)
+    lengths = np.full(40, 31) if shared else np.arange(5, 325, 8)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(40, n, 64, generator=generator) for n in (H, G, G))
-    filled = [torch.randn(40, 352, G, 64, generator=generator) for _ in range(2)]
+    filled = [torch.randn(40 * 11, G, 32, 64, generator=generator) for _ in range(2)]
 
     def attend(rows: slice) -> torch.Tensor:
-        cache = KVCache(lengths[rows], 352)
-        cache.layers[0] = tuple(x[rows].clone() for x in filled)
-        return StepAttention(cache, apart=True)(0, q[rows], k[rows], v[rows])
+        kv = PagedKV(40 * 11, 32, torch.device("cpu"))
+        kv.layers[0] = tuple(x.clone() for x in filled)
+        table = np.arange(40 * 11).reshape(40, 11)[rows]
+        return PagedAttention(kv, table, lengths[rows], np.ones(len(table), int), apart=True)(
+            0, q[rows], k[rows], v[rows]
+        )
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

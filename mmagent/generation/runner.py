@@ -1,0 +1,117 @@
+"""The model's side of generation: forwards over pieces of prompts and over what is decoded, with one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequence_
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmagent.generation.features import ImageFeatures
+from mmagent.generation.paged import PagedAttention, PagedKV
+from mmagent.generation.sequences import Sequence
+from mmagent.models.agent_model import AgentModel, logits
+from mmagent.models.decoder import Attend
+
+STEADY_ROWS = 32
+"""Decoded rows come in multiples of this where they are to be steady: CPUs compute fewer than 4, and what is left over
+by their vectors, by other instructions. So it is at the end of what each thread gets, wherever that falls: they are
+computed by one (compared bit for bit in float32 and bfloat16 with AVX-512 and oneMKL)."""
+
+
+class Piece(NamedTuple):
+    """Tokens ``start`` to ``stop`` of a sequence, to be fed."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+
+class Fed(NamedTuple):
+    """What a forward over pieces gave: ``hidden (T, D)`` of all their tokens, ``routed (T, M, K)`` the experts that
+    served them, and what the MTP head needs of it: ``embeddings (T, D)`` as the head sees them, ``positions (3, T)``,
+    ``counts`` of tokens a piece and the attention that it went by."""
+
+    hidden: Tensor
+    routed: Tensor
+    embeddings: Tensor
+    positions: Tensor
+    counts: np.ndarray
+    attend: PagedAttention
+
+
+class LeadingRows:
+    """``attend`` for the first ``count`` of the tokens; the others, which nobody reads, get zeros."""
+
+    def __init__(self, attend: PagedAttention, count: int):
+        self.attend, self.count = attend, count
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        out = self.attend(layer, q_THd[: self.count], k_TGd[: self.count], v_TGd[: self.count])
+        return F.pad(out, (0, 0, 0, 0, 0, q_THd.shape[0] - self.count))
+
+
+class Runner:
+    """Feeds a model tokens and keeps what they leave in ``kv``. ``steady``: as in
+    :class:`~mmagent.generation.generator.GeneratorConfig`."""
+
+    def __init__(self, model: AgentModel, kv: PagedKV, features: ImageFeatures, steady: bool):
+        self.model, self.kv, self.features, self.steady = model, kv, features, steady
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    def feed(self, pieces: Sequence_[Piece]) -> Fed:
+        """One forward over pieces of prompts, each behind what is stored of its sequence."""
+        ids = torch.tensor([token for s, start, stop in pieces for token in s.ids[start:stop]], device=self.device)
+        positions = torch.cat([s.positions_of(start, stop) for s, start, stop in pieces], dim=1).to(self.device)
+        text = embeddings = self.model.embed_tokens(ids)
+        slots = (ids == self.model.config.image_id).nonzero().squeeze(1)
+        visual = self._visual(pieces)
+        if visual:
+            embeddings = text.index_copy(0, slots, torch.cat(visual).to(text.dtype))
+        tables = [s.blocks for s, _, _ in pieces]
+        history = np.array([start for _, start, _ in pieces])
+        counts = np.array([stop - start for _, start, stop in pieces])
+        attend = PagedAttention(self.kv, tables, history, counts, apart=self.steady)
+        out = self.model.decoder(embeddings, positions, attend)
+        head = self.model.mtp.inputs(text, embeddings, slots) if self.model.mtp is not None else text
+        return Fed(out.hidden, out.routed(), head, positions, counts, attend)
+
+    def _visual(self, pieces: Sequence_[Piece]) -> list[Tensor]:
+        """Visual embeddings of the image tokens in the pieces, in their order: of images that a piece cuts, a part."""
+        wanted = [
+            (image, max(piece.start - start, 0), min(piece.stop - start, count))
+            for piece in pieces
+            for image, (start, count, _) in zip(piece.sequence.images, piece.sequence.image_spans, strict=True)
+            if start < piece.stop and start + count > piece.start
+        ]
+        if not wanted:
+            return []
+        features = self.features.encode([image for image, _, _ in wanted])
+        return [tokens[low:high] for tokens, (_, low, high) in zip(features, wanted, strict=True)]
+
+    def decode(
+        self, ids: np.ndarray, positions: np.ndarray, table: np.ndarray, history: np.ndarray, counts: np.ndarray
+    ) -> Fed:
+        """One forward over ``counts (S,)`` text tokens of each of S sequences, ``ids (T,)`` at ``positions (T,)`` behind
+        ``history (S,)`` stored ones, whose blocks are the rows of ``table``."""
+        total = len(ids)
+        missing = -total % STEADY_ROWS if self.steady else 0
+        places = torch.from_numpy(np.pad(positions, (0, missing))).to(self.device).expand(3, -1)
+        embeddings = self.model.embed_tokens(torch.from_numpy(np.pad(ids, (0, missing))).to(self.device))
+        attend = PagedAttention(self.kv, table, history, counts, apart=self.steady)
+        led: Attend = LeadingRows(attend, total) if missing else attend
+        out = self.model.decoder(embeddings, places, led)
+        return Fed(out.hidden[:total], out.routed()[:total], embeddings[:total], places[:, :total], counts, attend)
+
+    def scores(self, hidden_SD: Tensor, barred: Tensor) -> Tensor:
+        """``(S, V)`` fp32 logits, minus infinity where an id is barred; with rows behind them that nobody reads where
+        sequences are to be steady."""
+        missing = -hidden_SD.shape[0] % STEADY_ROWS if self.steady else 0
+        scores = logits(self.model, F.pad(hidden_SD, (0, 0, 0, missing)) if missing else hidden_SD)
+        return scores.index_fill_(1, barred, float("-inf"))

@@ -1,0 +1,135 @@
+"""What the generator knows of a request, from its prompt to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmagent.generation.blocks import ChainKeys
+from mmagent.geometry import document_positions
+from mmagent.trajectories import Completion, Limits, Trajectory
+from mmagent.types import PatchedImage
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way: ``ids`` are the prompt's and what was sampled. Keys and values of the first ``fed`` of them
+    are in ``blocks``; the last one sampled never is, until the next is wanted.
+
+    ``positions (3, begun)`` are the prompt's, ``following`` the one that comes next. ``image_spans`` has, for every
+    image, where its first visual token stands, how many there are, and the key of what it shows. ``resumed``: it was
+    pushed out with its last token sampled but not fed, and goes on there. ``known``: blocks whose content was told.
+    """
+
+    ticket: int
+    prompt: Trajectory
+    limits: Limits
+    priority: int
+    ids: list[int]
+    begun: int
+    images: tuple[PatchedImage, ...]
+    image_spans: list[tuple[int, int, bytes]]
+    positions: Tensor
+    following: int
+    keys: ChainKeys
+    logprobs: list[float] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    fed: int = 0
+    known: int = 0
+    stale: bool = False
+    resumed: bool = False
+    cached_tokens: int = 0
+    versions: list[int] = field(default_factory=list)
+    reason: str = ""
+    followers: list[Sequence] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first has the smaller one."""
+        return -self.priority, self.ticket
+
+    @property
+    def target(self) -> int:
+        """How many tokens are fed before it decodes."""
+        return len(self.ids) - self.resumed
+
+    @property
+    def produced(self) -> int:
+        return len(self.ids) - self.begun
+
+    @property
+    def most(self) -> int:
+        """Tokens it may come to have."""
+        return self.begun + self.limits.max_tokens
+
+    def position(self, at: int) -> int:
+        """Of a token behind the prompt."""
+        return self.following + at - self.begun
+
+    def positions_of(self, start: int, stop: int) -> Tensor:
+        """``(3, stop - start)``."""
+        inside = self.positions[:, start : min(stop, self.begun)]
+        if stop <= self.begun:
+            return inside
+        behind = torch.arange(self.position(max(start, self.begun)), self.position(stop))
+        return torch.cat([inside, behind.expand(3, -1)], dim=1)
+
+    def spans(self) -> list[tuple[int, bytes]]:
+        """Where each image begins and what it shows, for the keys of blocks."""
+        return [(start, key) for start, _, key in self.image_spans]
+
+    def take(self, ids: Sequence_[int], logprobs: Sequence_[float], version: int) -> int:
+        """Append what was sampled, as far as it goes: a stop or a limit ends it. Returns how many were taken."""
+        if not self.versions or self.versions[-1] != version:
+            self.versions.append(version)
+        for count, (token, logprob) in enumerate(zip(ids, logprobs, strict=True), start=1):
+            self.ids.append(token)
+            self.logprobs.append(logprob)
+            if token in self.limits.stop_ids:
+                self.reason = "stop"
+            elif len(self.ids) >= self.most:
+                self.reason = "length"
+            if self.reason:
+                return count
+        return len(ids)
+
+    def completion(self) -> Completion:
+        ids = tuple(self.ids[self.begun :])
+        experts: tuple[Tensor, ...] = ()
+        if self.experts and ids:
+            unfed = np.full_like(self.experts[0], -1)
+            told = [*self.experts[: len(ids)], *([unfed] * (len(ids) - len(self.experts)))]
+            experts = tuple(torch.from_numpy(np.stack(told)).long())
+        return Completion(
+            ids, tuple(self.logprobs), self.reason == "stop", experts, self.reason, tuple(self.versions),
+            self.cached_tokens,
+        )  # fmt: skip
+
+
+def image_spans(
+    ids: Tensor, image_id: int, images: Sequence_[PatchedImage], unit: int, keys: Sequence_[bytes]
+) -> list[tuple[int, int, bytes]]:
+    """Where each image's visual tokens begin, how many there are, and its key."""
+    slots = (ids == image_id).nonzero().squeeze(1)
+    spans, at = [], 0
+    for image, key in zip(images, keys, strict=True):
+        count = image.patches.shape[0] // unit
+        spans.append((int(slots[at]), count, key))
+        at += count
+    return spans
+
+
+def prompt_positions(prompt: Trajectory, image_id: int, merge_size: int) -> tuple[Tensor, int]:
+    """``(3, L)`` and the position that comes next. Raises ``ValueError`` naming a prompt whose images and visual slots
+    disagree."""
+    ids = torch.tensor(prompt.input_ids)
+    try:
+        positions = document_positions(ids == image_id, [image.grid for image in prompt.images], merge_size)
+    except ValueError as error:
+        raise ValueError(f"{prompt.key}: {error}") from error
+    return positions, int(positions.max()) + 1

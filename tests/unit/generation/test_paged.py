@@ -1,0 +1,158 @@
+"""Attention over blocks against one softmax over every whole sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmagent.generation.blocks import BlockPool
+from mmagent.generation.paged import PagedAttention, PagedKV
+from mmagent.ops.attention import varlen_attention_reference
+from mmagent.types import Segments
+
+HEADS = [(2, 2), (4, 2), (6, 1)]
+
+
+class Sequences:
+    """Sequences that grow by turns, with all that was ever stored of them, in a cache of few blocks."""
+
+    def __init__(self, heads: tuple[int, int], block_tokens: int, seed: int, dtype=torch.float64):
+        self.H, self.G = heads
+        self.pool = BlockPool(40, block_tokens)
+        self.kv = PagedKV(40, block_tokens, torch.device("cpu"))
+        self.random = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+        self.tables: list[list[int]] = []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def begin(self) -> int:
+        self.tables.append([])
+        nothing = torch.zeros(0, self.G, 8, dtype=self.dtype)
+        self.keys.append(nothing)
+        self.values.append(nothing)
+        return len(self.tables) - 1
+
+    def fork(self, row: int) -> int:
+        """Another that has the full blocks of ``row`` in common with it."""
+        full = len(self.keys[row]) // self.pool.block_tokens
+        self.tables.append(self.tables[row][:full])
+        self.pool.share(self.tables[row][:full])
+        self.keys.append(self.keys[row][: full * self.pool.block_tokens])
+        self.values.append(self.values[row][: full * self.pool.block_tokens])
+        return len(self.tables) - 1
+
+    def forward(self, counts: dict[int, int], apart: bool = False, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = list(counts)
+        history = np.array([len(self.keys[row]) for row in rows])
+        new = np.array([counts[row] for row in rows])
+        for row, length in zip(rows, history + new, strict=True):
+            missing = -(-int(length) // self.pool.block_tokens) - len(self.tables[row])
+            self.tables[row] += self.pool.take(missing)
+        total = int(new.sum())
+        q = torch.randn(total, self.H, 8, generator=self.random, dtype=self.dtype)
+        k = torch.randn(total, self.G, 8, generator=self.random, dtype=self.dtype)
+        v = torch.randn(total, self.G, 8, generator=self.random, dtype=self.dtype)
+        attend = PagedAttention(self.kv, [self.tables[row] for row in rows], history, new, apart)
+        attend = attend.behind(first) if first else attend
+        got = attend(0, q, k, v)
+        want, at = [], 0
+        for row, count in counts.items():
+            self.keys[row] = torch.cat([self.keys[row], k[at : at + count]])
+            self.values[row] = torch.cat([self.values[row], v[at : at + count]])
+            length = len(self.keys[row])
+            queries = torch.zeros(length, self.H, 8, dtype=self.dtype)
+            queries[length - count :] = q[at : at + count]
+            whole = torch.zeros(length, self.H, 8, dtype=self.dtype)
+            if length > first:
+                parts = (x[first:] for x in (queries, self.keys[row], self.values[row]))
+                whole[first:] = varlen_attention_reference(*parts, Segments([length - first]), causal=True)
+            want.append(whole[length - count :])
+            at += count
+        return got, torch.cat(want)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_sequence_sees_all_of_itself_whatever_way_it_came(heads, apart):
+    """A prompt at once, chunks behind a history, single tokens, drafts, in one company or another."""
+    them = Sequences(heads, 4, seed=1)
+    a, b = them.begin(), them.begin()
+    turns = [{a: 7, b: 21}, {a: 1, b: 1}, {a: 20, b: 3}, {b: 1}, {a: 4, b: 1}, {a: 1, b: 5}]
+    for counts in turns:
+        got, want = them.forward(counts, apart)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # the reference computes in fp32
+
+
+def test_blocks_of_many_are_read_for_each_of_them():
+    them = Sequences((4, 2), 4, seed=2)
+    first = them.begin()
+    them.forward({first: 18})
+    others = [them.fork(first) for _ in range(5)]
+    one = them.fork(others[0])
+    for counts in ({row: 1 for row in (first, *others, one)}, {row: 2 for row in (*others[2:], first)}):
+        got, want = them.forward(counts)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_schedule_gives_what_one_softmax_gives(data):
+    heads = data.draw(st.sampled_from(HEADS))
+    them = Sequences(heads, data.draw(st.integers(1, 5)), seed=data.draw(st.integers(0, 99)))
+    for _ in range(data.draw(st.integers(1, 6))):
+        if data.draw(st.booleans()) or not them.tables:
+            them.begin() if not them.tables or data.draw(st.booleans()) else them.fork(
+                data.draw(st.integers(0, len(them.tables) - 1))
+            )
+        rows = data.draw(st.permutations(range(len(them.tables))))[:3]
+        most = data.draw(st.sampled_from([1, 1, 3, 9]))
+        counts = {row: data.draw(st.integers(1, most)) for row in rows}
+        room = sum(
+            -(-(len(them.keys[r]) + c) // them.pool.block_tokens) - len(them.tables[r]) for r, c in counts.items()
+        )
+        if room > them.pool.free:
+            break
+        got, want = them.forward(counts, data.draw(st.booleans()))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        them.pool.check(them.tables)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_places_that_are_not_there_are_seen_by_none(apart):
+    """An MTP depth has nothing to say of a sequence's first tokens."""
+    them = Sequences((4, 2), 4, seed=3)
+    a, b = them.begin(), them.begin()
+    for counts in ({a: 9, b: 1}, {a: 1, b: 1}, {a: 2, b: 1}, {a: 30, b: 2}):
+        got, want = them.forward(counts, apart, first=2)
+        assert torch.isfinite(got).all()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_finite_stays_with_its_sequence():
+    them = Sequences((2, 2), 4, seed=4)
+    a, b = them.begin(), them.begin()
+    them.forward({a: 6, b: 6})
+    for pair in them.kv.layers.values():
+        for x in pair:
+            x[them.tables[a]] = float("nan")
+    got, want = them.forward({b: 1})
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    them.kv.wipe(them.tables[a])
+    them.pool.release(them.tables[a])
+    them.tables[a], them.keys[a], them.values[a] = [], them.keys[a][:0], them.values[a][:0]
+    got, want = them.forward({a: 1, b: 1})
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_that_grows_keeps_what_it_holds():
+    them = Sequences((2, 1), 4, seed=5)
+    a = them.begin()
+    them.forward({a: 10})
+    them.pool.grow(60)
+    them.kv.grow(60)
+    got, want = them.forward({a: 1})
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
