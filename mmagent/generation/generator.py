@@ -97,7 +97,7 @@ class Generator:
         self.version = 0
         self.tokens_sampled = 0
         self.counts: Counter[str] = Counter()
-        """What happened since it was made: prompts' ``prefilled`` and ``cached`` tokens, sequences ``preempted``, ..."""
+        """What happened since it was made: tokens ``prefilled`` and ``cached``, sequences ``preempted``, ..."""
         self.interrupt: Callable[[], bool] = lambda: False
         """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in."""
         moe = model.config.decoder.moe_layers
@@ -433,9 +433,7 @@ class Generator:
         self._record(fed)
         run.advance(np.arange(len(run)), 1, ids)
         full = np.flatnonzero(run.fed % self.pool.block_tokens == 0)
-        for row, (sequence, token, logprob) in enumerate(
-            zip(run.sequences, ids.tolist(), logprobs.tolist(), strict=True)
-        ):
+        for sequence, token, logprob in zip(run.sequences, ids.tolist(), logprobs.tolist(), strict=True):
             sequence.fed += 1
             self._take(sequence, [token], [logprob])
         for row in full.tolist():
@@ -448,9 +446,8 @@ class Generator:
         while True:
             room = np.array([len(s.blocks) for s in run.sequences]) * self.pool.block_tokens
             short = np.flatnonzero(run.fed + tokens > room)
-            need = {
-                int(row): self._blocks_for(int(run.fed[row]) + tokens) - len(run.sequences[row].blocks) for row in short
-            }
+            have = {row: len(run.sequences[row].blocks) for row in short.tolist()}
+            need = {row: self._blocks_for(int(run.fed[row]) + tokens) - count for row, count in have.items()}
             if self._have(sum(need.values())):
                 for row, count in need.items():
                     run.give(row, self.pool.take(count))

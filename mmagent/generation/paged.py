@@ -6,8 +6,8 @@ sequences: it stores their keys and values, and lets them see all that is stored
 ways it goes are equal to one softmax over the whole sequence, by test:
 
 - prompts that start from nothing need not look at what they store: they are a pack (:func:`varlen_attention`);
-- a few tokens a sequence (decoding, checking drafts) are compared with whole blocks *where they lie*: every block is one
-  small product with the queries of whoever owns it, and each sequence joins what its blocks say by their sums of
+- a few tokens a sequence (decoding, checking drafts) are compared with whole blocks *where they lie*: every block is
+  one small product with the queries of whoever owns it, and each sequence joins what its blocks say by their sums of
   exponentials (as in Flash-Decoding, Dao et al. 2023). Nothing is copied and nothing padded to the longest; a block
   that many own is read once for all of them;
 - more tokens behind a history, which are few calls with much to do, gather their sequence;
@@ -62,7 +62,7 @@ class PagedKV:
         if layer not in self.layers:
             groups, dim = like_TGd.shape[1:]
             inner = (groups, self.block_tokens, dim) if self.head_major else (self.block_tokens, groups, dim)
-            # zeros, not garbage: places nobody wrote still meet products with weights of zero, where 0 * NaN would count
+            # zeros, not garbage: places nobody wrote still meet weights of zero, where 0 * NaN would count
             self.layers[layer] = (like_TGd.new_zeros(self.blocks, *inner), like_TGd.new_zeros(self.blocks, *inner))
         return self.layers[layer]
 
@@ -88,7 +88,7 @@ class PagedKV:
                 x[at] = 0
 
     def gather(self, layer: int, blocks: Tensor, first: int, length: int) -> tuple[Tensor, Tensor]:
-        """``(length - first, G, d)`` keys and values of one sequence that lies in ``blocks``, from place ``first`` on."""
+        """``(length - first, G, d)`` keys and values of a sequence that lies in ``blocks``, from place ``first`` on."""
         out = []
         for x in self.layers[layer]:
             rows = x[blocks]
@@ -109,9 +109,9 @@ class _Part(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """How the rows of a forward meet their blocks. ``entry (S, W)``: where a row's blocks stand among the results of all
-    parts, one after the other; ``dead (S, W)`` is true behind a row's last block. ``tails``: entries that end within
-    what a row may see, and ``unseen (n, N, block_tokens)`` what they must not show to each of the row's N queries."""
+    """How the rows of a forward meet their blocks. ``entry (S, W)``: where a row's blocks stand among the results of
+    all parts, one after the other; ``dead (S, W)`` is true behind a row's last block. ``tails``: entries of blocks with
+    places that some query of their row must not see, and ``unseen (n, N, block_tokens)`` which those are."""
 
     parts: tuple[_Part, ...]
     entry: Tensor
@@ -134,10 +134,10 @@ class PagedAttention:
         apart: bool = False,
         first: int = 0,
     ):
-        assert len(tables) == len(history) == len(counts) and counts.min() > 0
-        self.kv, self.tables, self.history, self.counts, self.apart, self.first = (
-            kv, tables, history, counts, apart, first
-        )  # fmt: skip
+        assert len(tables) == len(history) == len(counts)
+        assert counts.min() > 0
+        self.kv, self.tables, self.history, self.counts = kv, tables, history, counts
+        self.apart, self.first = apart, first
         size = kv.block_tokens
         total = int(counts.sum())
         starts = np.cumsum(counts) - counts

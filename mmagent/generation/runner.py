@@ -98,8 +98,8 @@ class Runner:
     def decode(
         self, ids: np.ndarray, positions: np.ndarray, table: np.ndarray, history: np.ndarray, counts: np.ndarray
     ) -> Fed:
-        """One forward over ``counts (S,)`` text tokens of each of S sequences, ``ids (T,)`` at ``positions (T,)`` behind
-        ``history (S,)`` stored ones, whose blocks are the rows of ``table``."""
+        """One forward over ``counts (S,)`` text tokens of each of S sequences, ``ids (T,)`` at ``positions (T,)``,
+        behind ``history (S,)`` stored ones, whose blocks are the rows of ``table``."""
         total = len(ids)
         missing = -total % STEADY_ROWS if self.steady else 0
         places = torch.from_numpy(np.pad(positions, (0, missing))).to(self.device).expand(3, -1)

@@ -93,7 +93,7 @@ def test_blocks_of_many_are_read_for_each_of_them():
     them.forward({first: 18})
     others = [them.fork(first) for _ in range(5)]
     one = them.fork(others[0])
-    for counts in ({row: 1 for row in (first, *others, one)}, {row: 2 for row in (*others[2:], first)}):
+    for counts in (dict.fromkeys((first, *others, one), 1), dict.fromkeys((*others[2:], first), 2)):
         got, want = them.forward(counts)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
