@@ -54,10 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     for row in module.rows(Settings(args.repeats, args.quick, args.size, peak, args.part or "")):
         rows.append(row)
-        print(f"  {row.name}: {row.ratio:.2f}x", file=sys.stderr, flush=True)
+        told = f"{row.ratio:.2f}x +-{100 * row.spread:.0f} % of {row.peer_name}"
+        print(f"  {row.name}: {told}", file=sys.stderr, flush=True)
+        if args.json:  # row by row: what was measured before somebody stops it is not lost
+            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if args.plot:
         module.plot(rows, args.plot)
     return 0

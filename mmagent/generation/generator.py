@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -29,8 +30,18 @@ from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedKV
 from mmagent.generation.runner import Fed, Piece, Runner
 from mmagent.generation.running import Running
-from mmagent.generation.sampling import sample, uniforms
+from mmagent.generation.sampling import (
+    ACCEPT,
+    Drafts,
+    accept,
+    accept_greedy,
+    check_limits,
+    distribution,
+    sample,
+    uniforms,
+)
 from mmagent.generation.sequences import Sequence, image_spans, prompt_positions
+from mmagent.generation.speculation import Drafter
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
@@ -56,6 +67,11 @@ class GeneratorConfig:
     of images that are kept likewise. ``record_routing`` returns the experts that served every sampled token but the
     last, which is not fed (-1 there).
 
+    ``speculate``: tokens at most that the model's MTP head drafts at a time (0: none), for one forward of the decoder
+    to check; one is drafted while the chance that it is accepted, reckoned from its sequence's own past, is at least
+    ``speculate_least``. Greedy tokens are those without drafts, sampled ones have the same distribution; which ones
+    they are depends on these two settings and on the sequence alone.
+
     ``steady``: what a sequence gets depends on itself alone, to the last bit, and not on who else is decoded or in
     which order they came. Prompts and images are run one at a time, and nothing is found again: a later turn runs its
     whole trajectory anew, all on one thread. It is what CPUs are known to keep; elsewhere it is refused."""
@@ -67,6 +83,8 @@ class GeneratorConfig:
     feature_tokens: int = 1 << 16
     dtype: str = "float32"
     record_routing: bool = False
+    speculate: int = 0
+    speculate_least: float = 0.35
     steady: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +92,11 @@ class GeneratorConfig:
             raise ValueError(f"generator dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if min(self.max_sequences, self.prefill_tokens, self.cache_tokens) < 1 or self.feature_tokens < 0:
             raise ValueError(f"generator: sizes must be positive, got {self}")
+        if self.speculate < 0 or not 0 <= self.speculate_least < 1:
+            raise ValueError(
+                f"generator: speculate must not be negative and speculate_least be in [0, 1), got {self.speculate} and "
+                f"{self.speculate_least}"
+            )
 
 
 class Generator:
@@ -109,6 +132,10 @@ class Generator:
         at_once = 1 if self.config.steady else self.config.prefill_tokens
         self.features = ImageFeatures(model, at_once, self.config.feature_tokens)
         self._runner = Runner(model, self.kv, self.features, self.config.steady)
+        self.drafter: Drafter | None = None
+        if self.config.speculate:
+            least = self.config.speculate_least
+            self.drafter = Drafter(self._runner, self.config.speculate, least, self._barred)
         self._tickets = 0
         self._weights: tuple[int, ...] = ()
         self._requests: dict[int, Sequence] = {}
@@ -139,8 +166,7 @@ class Generator:
         first, and may push out what is lower. Raises ``ValueError`` naming what cannot be completed."""
         if not prompt.input_ids or prompt.status is not Status.RUNNING:
             raise ValueError(f"{prompt.key}: cannot complete a trajectory that is empty or {prompt.status.value}")
-        if limits.max_tokens < 1 or limits.temperature < 0 or not 0 < limits.top_p <= 1:
-            raise ValueError(f"{prompt.key}: {limits} cannot be sampled")
+        check_limits(limits, prompt.key)
         if len(prompt) + limits.max_tokens > self._most_blocks * self.pool.block_tokens:
             raise ValueError(
                 f"{prompt.key}: {len(prompt)} tokens and {limits.max_tokens} more do not fit the generator's cache of "
@@ -279,8 +305,9 @@ class Generator:
 
     def _tell(self, sequence: Sequence) -> None:
         """Blocks that have become full can be found from now on."""
-        full = sequence.fed // self.pool.block_tokens
-        if full == sequence.known or sequence.stale or self.config.steady or not self.config.reuse:
+        fed = sequence.fed if self.drafter is None else min(sequence.fed, sequence.headed)
+        full = fed // self.pool.block_tokens
+        if full <= sequence.known or sequence.stale or self.config.steady or not self.config.reuse:
             return
         keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], sequence.spans())
         for n in range(sequence.known, full):
@@ -329,6 +356,8 @@ class Generator:
         sequence.fed = len(found) * self.pool.block_tokens
         sequence.cached_tokens = max(sequence.cached_tokens, min(sequence.fed, sequence.begun))
         self.counts["cached"] += sequence.fed
+        if self.drafter is not None:
+            self.drafter.begin(sequence)
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -363,6 +392,8 @@ class Generator:
     def _fed(self, pieces: list[Piece]) -> None:
         """Run the pieces; whoever is fed whole samples its first token and decodes from then on."""
         fed = self._runner.feed(pieces)
+        if self.drafter is not None:
+            self.drafter.read(pieces, fed)
         ends = np.cumsum(fed.counts) - 1
         self.counts["prefilled"] += int(fed.counts.sum())
         whole, at = [], []
@@ -407,6 +438,8 @@ class Generator:
             if leader.fed % size:
                 sources.append(leader.blocks[full])
                 targets.append(own[0])
+            if self.drafter is not None:
+                self.drafter.fork(leader, member)
             members.append(member)
         leader.followers = []
         self.kv.copy(sources, targets)
@@ -419,64 +452,116 @@ class Generator:
         column.fed -= 1  # all they have is fed, and no token waits
         ids, logprobs = self._sample(column, hidden_SD)
         for sequence, token, logprob in zip(sequences, ids.tolist(), logprobs.tolist(), strict=True):
-            self._take(sequence, [token], [logprob])
+            sequence.take([token], [logprob], self.version)
+        self.tokens_sampled += len(sequences)
 
     # ------------------------------------------------------------ decoding
 
     def _decode(self) -> None:
-        """One token for every sequence."""
-        self._extend(1)
+        """A token for every sequence, or several where its drafts are accepted."""
         run = self._running
-        ones = np.ones(len(run), dtype=np.int64)
-        fed = self._runner.decode(run.last, run.positions, run.table, run.fed, ones)
-        ids, logprobs = self._sample(run, fed.hidden)
-        self._record(fed)
-        run.advance(np.arange(len(run)), 1, ids)
-        full = np.flatnonzero(run.fed % self.pool.block_tokens == 0)
-        for sequence, token, logprob in zip(run.sequences, ids.tolist(), logprobs.tolist(), strict=True):
-            sequence.fed += 1
-            self._take(sequence, [token], [logprob])
-        for row in full.tolist():
+        wanted = self._extend()
+        drafts = None if self.drafter is None else self.drafter.draft(run, wanted)
+        counts = np.ones(len(run), dtype=np.int64)
+        ids, positions = run.last, run.positions
+        if drafts is not None:
+            counts = 1 + wanted
+            said = drafts.ids.cpu().numpy()
+            within = np.arange(1 + said.shape[1]) < counts[:, None]
+            ids = np.concatenate([run.last[:, None], said], axis=1)[within]
+            positions = (run.positions[:, None] + np.arange(1 + said.shape[1]))[within]
+        fed = self._runner.decode(ids, positions, run.table, run.fed, counts)
+        if drafts is None:
+            tokens, logprobs = (x[:, None] for x in self._sample(run, fed.hidden))
+            accepted = np.zeros(len(run), dtype=np.int64)
+        else:
+            accepted, tokens, logprobs = self._judge(run, drafts, fed)
+        self._advance(run, fed, counts, accepted, tokens.tolist(), logprobs.tolist())
+
+    def _advance(
+        self,
+        run: Running,
+        fed: Fed,
+        counts: np.ndarray,
+        accepted: np.ndarray,
+        tokens: list[list[int]],
+        logprobs: list[list[float]],
+    ) -> None:
+        """Take in the ``accepted`` drafts of each row and the token behind them."""
+        routed = fed.routed.cpu().numpy().astype(np.int16) if self._records else None
+        starts = (np.cumsum(counts) - counts).tolist()
+        taken = np.empty(len(run), dtype=np.int64)
+        for row, sequence in enumerate(run.sequences):
+            many, start = int(accepted[row]) + 1, starts[row]
+            kept = sequence.take(tokens[row][:many], logprobs[row][:many], self.version)
+            if routed is not None:
+                sequence.experts.extend(routed[start : start + kept])
+            if self.drafter is not None:
+                made = int(counts[row]) - 1
+                self.drafter.judged(sequence, made, many - 1, fed.hidden[start : start + kept])
+            sequence.fed += kept
+            taken[row] = kept
+        self.tokens_sampled += int(taken.sum())
+        size = self.pool.block_tokens
+        full = np.flatnonzero((run.fed + taken) // size > run.fed // size) if self.drafter is None else range(len(run))
+        run.advance(taken)
+        for row in full:
             self._tell(run.sequences[row])
 
-    def _extend(self, tokens: int) -> None:
-        """Room for so many more tokens of every running sequence; who came last or matters least steps back if there
-        is none."""
+    def _judge(self, run: Running, drafts: Drafts, fed: Fed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How many drafts of each row stay ``(S,)``; its tokens ``(S, K + 1)`` are these and the one behind them, with
+        their log-probs."""
+        S, K = drafts.ids.shape
+        scores = self._runner.scores(fed.hidden, self._barred)[: len(fed.hidden)]
+        rows = torch.from_numpy(np.repeat(np.arange(S), fed.counts)).to(self.device)
+        starts = torch.from_numpy(np.cumsum(fed.counts) - fed.counts).to(self.device)
+        places = starts[:, None] + torch.minimum(torch.arange(K + 1, device=self.device), drafts.counts[:, None])
+        columns = [x[rows] for x in (run.top_p, run.top_k, run.min_p)] if run.narrowed else [None, None, None]
+        if bool((run.temperature == 0).all()):
+            logprobs = scores.log_softmax(-1)
+            accepted, behind = accept_greedy(scores.argmax(-1)[places], drafts.ids, drafts.counts)
+        else:
+            logprobs, share = distribution(scores, run.temperature[rows], *columns)
+            judges = uniforms(run.seeds[:, None], run.counters[:, None] + np.arange(K), ACCEPT)
+            draws = uniforms(run.seeds, run.counters)
+            accepted, behind = accept(
+                share[places], drafts, torch.from_numpy(judges).to(self.device), torch.from_numpy(draws).to(self.device)
+            )
+        tokens = torch.cat([drafts.ids, behind[:, None]], dim=1)
+        tokens.scatter_(1, accepted[:, None], behind[:, None])
+        chosen = logprobs[places].gather(2, tokens[:, :, None]).squeeze(2)
+        return accepted.cpu().numpy(), tokens.cpu().numpy(), chosen.cpu().numpy()
+
+    def _extend(self) -> np.ndarray:
+        """Room for the next token of every running sequence, and for its drafts, of which it returns how many there are
+        to be; who came last or matters least steps back if there is none."""
         run = self._running
         while True:
-            room = np.array([len(s.blocks) for s in run.sequences]) * self.pool.block_tokens
-            short = np.flatnonzero(run.fed + tokens > room)
-            have = {row: len(run.sequences[row].blocks) for row in short.tolist()}
-            need = {row: self._blocks_for(int(run.fed[row]) + tokens) - count for row, count in have.items()}
-            if self._have(sum(need.values())):
-                for row, count in need.items():
-                    run.give(row, self.pool.take(count))
-                return
-            victim = max(run.sequences, key=lambda s: s.rank)
+            wanted = np.zeros(len(run), dtype=np.int64) if self.drafter is None else self.drafter.wanted(run)
+            have = np.array([len(s.blocks) for s in run.sequences])
+            need = -(-(run.fed + 1 + wanted) // self.pool.block_tokens) - have
+            if self._have(int(need.clip(0).sum())):
+                for row in np.flatnonzero(need > 0).tolist():
+                    run.give(row, self.pool.take(int(need[row])))
+                return wanted
             assert len(run) > 1, "a sequence alone fits, or submit refuses it"
+            victim = max(run.sequences, key=lambda s: s.rank)
             run.change(s for s in run.sequences if s is not victim)
             self._push_out(victim)
 
     def _sample(self, run: Running, hidden_SD: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """A token and its log-prob for each row."""
         scores = self._runner.scores(hidden_SD, self._barred)
-        rows = scores.shape[0] - len(run)
-        pad = (0, rows)
-        uniform = torch.from_numpy(uniforms(run.seeds, run.counters)).to(self.device)
-        temperature = torch.nn.functional.pad(run.temperature.float(), pad, value=1.0)
-        top_p = torch.nn.functional.pad(run.top_p.float(), pad, value=1.0) if run.narrowed else None
-        ids, logprobs = sample(scores, temperature, top_p, torch.nn.functional.pad(uniform, pad))
-        self.tokens_sampled += len(run)
+        pad = (0, scores.shape[0] - len(run))
+        uniform = F.pad(torch.from_numpy(uniforms(run.seeds, run.counters)).to(self.device), pad)
+        columns = [None, None, None]
+        if run.narrowed:
+            idle = zip((run.top_p, run.top_k, run.min_p), (1, 0, 0), strict=True)
+            columns = [F.pad(column, pad, value=value) for column, value in idle]
+        temperature = F.pad(run.temperature, pad, value=1.0)
+        top_p, top_k, min_p = columns
+        ids, logprobs = sample(scores, temperature, top_p, uniform, top_k, min_p)
         return ids[: len(run)].cpu().numpy(), logprobs[: len(run)].cpu().numpy()
-
-    def _record(self, fed: Fed) -> None:
-        if self._records:
-            routed = fed.routed.cpu().numpy().astype(np.int16)
-            for row, sequence in enumerate(self._running.sequences):
-                sequence.experts.append(routed[row])
-
-    def _take(self, sequence: Sequence, ids: list[int], logprobs: list[float]) -> int:
-        return sequence.take(ids, logprobs, self.version)
 
     # ------------------------------------------------------------ ends
 

@@ -101,13 +101,17 @@ class Runner:
         """One forward over ``counts (S,)`` text tokens of each of S sequences, ``ids (T,)`` at ``positions (T,)``,
         behind ``history (S,)`` stored ones, whose blocks are the rows of ``table``."""
         total = len(ids)
-        missing = -total % STEADY_ROWS if self.steady else 0
-        places = torch.from_numpy(np.pad(positions, (0, missing))).to(self.device).expand(3, -1)
-        embeddings = self.model.embed_tokens(torch.from_numpy(np.pad(ids, (0, missing))).to(self.device))
         attend = PagedAttention(self.kv, table, history, counts, apart=self.steady)
-        led: Attend = LeadingRows(attend, total) if missing else attend
+        count, led = self.led(attend, total)
+        places = torch.from_numpy(np.pad(positions, (0, count - total))).to(self.device).expand(3, -1)
+        embeddings = self.model.embed_tokens(torch.from_numpy(np.pad(ids, (0, count - total))).to(self.device))
         out = self.model.decoder(embeddings, places, led)
         return Fed(out.hidden[:total], out.routed()[:total], embeddings[:total], places[:, :total], counts, attend)
+
+    def led(self, attend: PagedAttention, rows: int) -> tuple[int, Attend]:
+        """How many rows to compute so that the first ``rows`` are as steady as promised, and attention for those."""
+        count = rows + -rows % STEADY_ROWS if self.steady else rows
+        return count, LeadingRows(attend, rows) if count > rows else attend
 
     def scores(self, hidden_SD: Tensor, barred: Tensor) -> Tensor:
         """``(S, V)`` fp32 logits, minus infinity where an id is barred; with rows behind them that nobody reads where

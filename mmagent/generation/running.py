@@ -33,10 +33,10 @@ class Running:
         self.positions = np.array([s.position(s.fed) for s in them], dtype=np.int64)
         self.seeds = np.array([limit.seed for limit in limits], dtype=np.int64)
         self.narrowed = any(limit.top_p < 1 or limit.top_k or limit.min_p for limit in limits)
-        self.temperature = self._column([limit.temperature for limit in limits])
-        self.top_p = self._column([limit.top_p for limit in limits])
+        self.temperature = self._column([float(limit.temperature) for limit in limits])
+        self.top_p = self._column([float(limit.top_p) for limit in limits])
         self.top_k = self._column([limit.top_k for limit in limits])
-        self.min_p = self._column([limit.min_p for limit in limits])
+        self.min_p = self._column([float(limit.min_p) for limit in limits])
         width = max((len(s.blocks) for s in them), default=0)
         self.table = np.zeros((len(them), width), dtype=np.int64)
         for row, s in enumerate(them):
@@ -58,8 +58,8 @@ class Running:
             self.table = np.pad(self.table, ((0, 0), (0, more)))
         self.table[row, len(s.blocks) - len(blocks) : len(s.blocks)] = blocks
 
-    def advance(self, row: int | np.ndarray, counts: int | np.ndarray, last: int | np.ndarray) -> None:
-        """``counts`` more tokens of rows were stored, and ``last`` comes next."""
-        self.fed[row] += counts
-        self.positions[row] += counts
-        self.last[row] = last
+    def advance(self, counts: np.ndarray) -> None:
+        """``counts (S,)`` more tokens of each sequence are stored; its last one comes next."""
+        self.fed = self.fed + counts
+        self.positions = self.positions + counts
+        self.last = np.array([s.ids[-1] for s in self.sequences], dtype=np.int64)

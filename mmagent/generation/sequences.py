@@ -14,6 +14,40 @@ from mmagent.geometry import document_positions
 from mmagent.trajectories import Completion, Limits, Trajectory
 from mmagent.types import PatchedImage
 
+HOPE = 0.8
+"""Share of accepted drafts that a sequence begins to reckon with."""
+MEMORY = 0.9
+"""Of what a sequence reckons with, that stays at every draft that is judged."""
+PROBE = 16
+"""A sequence whose drafts are not worth making tries one again after so many tokens."""
+
+
+class Hopes:
+    """What a sequence reckons with: the chance of draft ``j`` where all before it were accepted."""
+
+    __slots__ = ("chances", "idle")
+
+    def __init__(self, depth: int):
+        self.chances = [HOPE] * depth
+        self.idle = 0  # tokens since a draft was judged
+
+    def depth(self, least: float) -> int:
+        """How many drafts are worth making."""
+        if self.idle >= PROBE:
+            return 1
+        whole, depth = 1.0, 0
+        for chance in self.chances:
+            whole *= chance
+            if whole < least:
+                break
+            depth += 1
+        return depth
+
+    def judged(self, made: int, accepted: int) -> None:
+        self.idle = 0 if made else self.idle + 1
+        for depth in range(min(made, accepted + 1)):
+            self.chances[depth] = MEMORY * self.chances[depth] + (1 - MEMORY) * (depth < accepted)
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -23,6 +57,9 @@ class Sequence:
     ``positions (3, begun)`` are the prompt's, ``following`` the one that comes next. ``image_spans`` has, for every
     image, where its first visual token stands, how many there are, and the key of what it shows. ``resumed``: it was
     pushed out with its last token sampled but not fed, and goes on there. ``known``: blocks whose content was told.
+
+    With drafts: ``headed`` tokens were fed to the MTP head, ``unheaded`` are the decoder's states, each ``(n, D)``, at
+    the token before those that were not, and ``tails (B - 1, D)`` those of the head's depths at the last that was.
     """
 
     ticket: int
@@ -46,6 +83,10 @@ class Sequence:
     cached_tokens: int = 0
     versions: list[int] = field(default_factory=list)
     reason: str = ""
+    hopes: Hopes | None = None
+    headed: int = 0
+    unheaded: list[Tensor] = field(default_factory=list)
+    tails: Tensor | None = None
     followers: list[Sequence] = field(default_factory=list)
 
     @property

@@ -1,0 +1,243 @@
+"""Multi-token prediction as the drafter of its own model (self-speculative decoding, arXiv 2404.19737, 2412.19437).
+
+The MTP head proposes tokens, one forward of the decoder over all of them says which ones it would have sampled, and
+:func:`~mmagent.generation.sampling.accept` keeps those: the tokens of plain decoding where it is greedy, its very
+distribution where it samples.
+
+Depth ``k`` of the head, fed token ``i``, takes the hidden state of depth ``k - 1`` of token ``i - 1`` (of the decoder's
+for ``k = 1``), attends to what it was fed before, and says what comes after token ``i``. That is
+:meth:`mmagent.models.mtp.MTP.forward` with its places counted from the token embedded last, so what a depth stores at a
+place depends on the tokens up to there alone, and lies in the block of that place like the decoder's keys and values.
+Draft ``j`` comes of depth ``j``; beyond the depths that the model has, the last one goes on from its own states, as
+servers of models with a single one do.
+
+The head is fed a token behind the decoder: the token sampled last is fed to it first, and what it says of the next
+ones are the drafts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmagent.generation.paged import FEW, PagedAttention
+from mmagent.generation.runner import Fed, Piece, Runner
+from mmagent.generation.running import Running
+from mmagent.generation.sampling import DRAFT, Drafts, distribution, draw, uniforms
+from mmagent.generation.sequences import Hopes, Sequence
+
+CONTEXTS = ("text_only", "after_image")
+
+
+class Drafter:
+    """Keeps the MTP head's part of the cache and asks it for drafts: at most ``depth`` at a time, and one while the
+    chance that it and all before it are accepted, reckoned from the sequence's own past, is at least ``least``.
+
+    ``ends (blocks, B, D)`` has, for every known block, what the head needs to go on behind it: the decoder's state at
+    its last token, and those of all depths but the last.
+    """
+
+    def __init__(self, runner: Runner, depth: int, least: float, barred: Tensor):
+        if runner.model.mtp is None:
+            raise ValueError("generator.speculate: the model has no MTP head to make drafts; leave it 0")
+        if depth >= FEW:
+            raise ValueError(f"generator.speculate: at most {FEW - 1} drafts at a time, got {depth}")
+        self.runner, self.depth, self.least, self.mtp, self.barred = runner, depth, least, runner.model.mtp, barred
+        self.layers = runner.model.config.decoder.layers
+        self.depths = min(self.mtp.config.depths, depth)
+        self.ends = runner.model.embedding.weight.new_zeros(0, self.depths, runner.model.config.decoder.width)
+        self.stats: Counter[tuple[str, int, str]] = Counter()
+        """By context, depth (from 1) and "tried" or "accepted": drafts all of whose forerunners were accepted."""
+
+    # ------------------------------------------------------------ what the head is fed
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence whose first ``fed`` tokens were found in the cache."""
+        sequence.hopes = sequence.hopes or Hopes(self.depth)
+        sequence.headed = sequence.fed
+        if sequence.fed:
+            end = self.ends[sequence.blocks[sequence.fed // self.runner.kv.block_tokens - 1]]
+            sequence.unheaded, sequence.tails = [end[:1]], end[1:]
+        else:
+            nothing = self.ends.new_zeros(self.depths, self.ends.shape[2])
+            sequence.unheaded, sequence.tails = [nothing[:1]], nothing[1:]
+
+    def read(self, pieces: list[Piece], fed: Fed) -> None:
+        """Feed the head what the decoder was fed of prompts."""
+        ends = np.cumsum(fed.counts) - 1
+        starts = ends - fed.counts + 1
+        before = fed.hidden.roll(1, 0)
+        before[torch.from_numpy(starts).to(before.device)] = self._cat([p.sequence.unheaded[-1] for p in pieces], before)
+        tails = torch.stack([piece.sequence.tails for piece in pieces])
+        states = self._feed(before, fed.embeddings, fed.positions, fed.attend, tails, starts, ends)
+        for row, piece in enumerate(pieces):
+            sequence, start, end = piece.sequence, int(starts[row]), int(ends[row]) + 1
+            sequence.unheaded = [fed.hidden[end - 1 : end]]
+            sequence.headed = piece.stop
+            self._keep_ends(sequence, piece.start, 0, [x[start:end] for x in (fed.hidden, *states[:-1])])
+        self._set_tails([piece.sequence for piece in pieces], states, ends)
+
+    def fork(self, leader: Sequence, member: Sequence) -> None:
+        """``member`` begins where ``leader`` is."""
+        member.hopes = Hopes(self.depth)
+        member.headed, member.unheaded, member.tails = leader.headed, list(leader.unheaded), leader.tails
+
+    def _feed(
+        self,
+        before_TD: Tensor,
+        embeddings_TD: Tensor,
+        positions_3T: Tensor,
+        attend: PagedAttention,
+        tails: Tensor,
+        starts: np.ndarray,
+        ends: np.ndarray,
+    ) -> list[Tensor]:
+        """``(T, D)`` states of every depth. ``tails (S, B - 1, D)``: those of each depth at the token before."""
+        first = torch.from_numpy(starts).to(before_TD.device)
+        states = []
+        for depth in range(1, self.depths + 1):
+            if depth > 1:
+                before_TD = states[-1].roll(1, 0)
+                before_TD[first] = tails[:, depth - 2].to(before_TD.dtype)
+            states.append(self._depth(depth, before_TD, embeddings_TD, positions_3T, attend.behind(depth)))
+        return states
+
+    def _depth(
+        self, depth: int, before: Tensor, embeddings: Tensor, positions: Tensor, attend: PagedAttention
+    ) -> Tensor:
+        """``(T, D)`` states of one depth, from those of the depth before at the token before."""
+        count, led = self.runner.led(attend, before.shape[0])
+        before, embeddings = (F.pad(x, (0, 0, 0, count - x.shape[0])) for x in (before, embeddings))
+        rotation = self.runner.model.config.decoder.rotation(F.pad(positions, (0, count - positions.shape[1])))
+        out, _ = self.mtp.module_for(depth)(before, embeddings, rotation, led, self.layers + depth - 1)
+        return out[: positions.shape[1]]
+
+    def _set_tails(self, sequences: list[Sequence], states: list[Tensor], ends: np.ndarray) -> None:
+        if self.depths > 1:
+            last = torch.from_numpy(ends).to(states[0].device)
+            tails = torch.stack([state[last] for state in states[:-1]], dim=1)
+            for row, sequence in enumerate(sequences):
+                sequence.tails = tails[row]
+
+    def _keep_ends(self, sequence: Sequence, start: int, depth: int, states: list[Tensor]) -> None:
+        """Keep those of the states of depths ``depth ...`` (0: the decoder's) at tokens from ``start`` on that are at the
+        end of a block."""
+        size = self.runner.kv.block_tokens
+        ends = range(start + (-start - 1) % size, start + states[0].shape[0] if states else 0, size)
+        if ends and self.ends.shape[0] < self.runner.kv.blocks:
+            more = self.runner.kv.blocks - self.ends.shape[0]
+            self.ends = torch.cat([self.ends, self.ends.new_zeros(more, *self.ends.shape[1:])])
+        for at in ends:
+            kept = torch.stack([x[at - start] for x in states])
+            self.ends[sequence.blocks[at // size], depth : depth + len(states)] = kept.to(self.ends.dtype)
+
+    def _cat(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        return torch.cat([part.to(like.dtype) for part in parts])
+
+    # ------------------------------------------------------------ drafts
+
+    def wanted(self, run: Running) -> np.ndarray:
+        """How many drafts each row is to have: what its past lets hope for, and no more than its limit can use."""
+        out = np.empty(len(run), dtype=np.int64)
+        for row, sequence in enumerate(run.sequences):
+            depth = sequence.hopes.depth(self.least)
+            out[row] = min(depth, sequence.most - len(sequence.ids) - 1)
+        return out
+
+    def draft(self, run: Running, wanted: np.ndarray) -> Drafts | None:
+        """Drafts behind the token that each row is to be fed next; None where nobody wants any."""
+        most = int(wanted.max())
+        behind = max(len(s.ids) - s.headed for s in run.sequences)
+        if not most and behind < FEW:
+            return None
+        state = self._catch_up(run)
+        if not most:
+            return None
+        sampled = bool((run.temperature > 0).any())
+        rows = torch.arange(len(run), device=self.runner.device)
+        ids = torch.zeros(len(run), most, dtype=torch.int64, device=self.runner.device)
+        shares: list[Tensor] = []
+        for at in range(most):
+            if at:
+                chosen = np.flatnonzero(wanted > at)
+                state = {
+                    k: x[torch.searchsorted(rows, torch.from_numpy(chosen).to(rows.device))] for k, x in state.items()
+                }
+                rows = torch.from_numpy(chosen).to(self.runner.device)
+                state = self._further(run, chosen, at, ids[rows, at - 1], state)
+            said, share = self._say(run, rows.cpu().numpy(), at, state[min(at + 1, self.depths)], sampled)
+            ids[rows, at] = said
+            if sampled:
+                whole = share.new_zeros(len(run), share.shape[1])
+                shares.append(whole.index_copy_(0, rows, share))
+        counts = torch.from_numpy(wanted).to(ids.device)
+        return Drafts(ids, counts, torch.stack(shares, dim=1) if sampled else None)
+
+    def _catch_up(self, run: Running) -> dict[int, Tensor]:
+        """Feed the head all tokens of every row that it has not had; the state of every depth at the last of them."""
+        sequences = run.sequences
+        headed = np.array([s.headed for s in sequences])
+        counts = run.fed + 1 - headed
+        ends = np.cumsum(counts) - 1
+        starts = ends - counts + 1
+        ids = [token for s in sequences for token in s.ids[s.headed :]]
+        positions = np.concatenate([run.positions[n] - counts[n] + 1 + np.arange(counts[n]) for n in range(len(run))])
+        places = torch.from_numpy(positions).to(self.runner.device).expand(3, -1)
+        embeddings = self.runner.model.embed_tokens(torch.tensor(ids, device=self.runner.device))
+        before = self._cat([part for s in sequences for part in s.unheaded], embeddings)
+        tails = torch.stack([s.tails for s in sequences])
+        attend = PagedAttention(self.runner.kv, run.table, headed, counts, self.runner.steady)
+        states = self._feed(before, embeddings, places, attend, tails, starts, ends)
+        for row, sequence in enumerate(sequences):
+            piece = slice(int(starts[row]), int(ends[row]) + 1)
+            self._keep_ends(sequence, sequence.headed, 1, [state[piece] for state in states[:-1]])
+            sequence.headed += int(counts[row])
+            sequence.unheaded = []
+        self._set_tails(sequences, states, ends)
+        last = torch.from_numpy(ends).to(before.device)
+        return {depth: state[last] for depth, state in enumerate(states, start=1)}
+
+    def _further(
+        self, run: Running, rows: np.ndarray, at: int, ids: Tensor, state: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """One draft further for ``rows``: ``ids`` is their draft number ``at``."""
+        history = run.fed[rows] + at
+        positions = torch.from_numpy(run.positions[rows] + at).to(self.runner.device).expand(3, -1)
+        embeddings = self.runner.model.embed_tokens(ids)
+        ones = np.ones(len(rows), dtype=np.int64)
+        attend = PagedAttention(self.runner.kv, run.table[rows], history, ones, self.runner.steady)
+        if at >= self.depths:  # beyond the depths there are: the last one goes on from itself
+            last = self.depths
+            return {last: self._depth(last, state[last], embeddings, positions, attend.behind(last))}
+        return {
+            depth: self._depth(depth, state[depth - 1], embeddings, positions, attend.behind(depth))
+            for depth in range(at + 1, self.depths + 1)
+        }
+
+    def _say(self, run: Running, rows: np.ndarray, at: int, hidden: Tensor, sampled: bool) -> tuple[Tensor, Tensor]:
+        """Draft number ``at + 1`` of ``rows``, and the probabilities that it was drawn from where any row samples."""
+        scores = self.runner.scores(hidden, self.barred)[: len(rows)]
+        if not sampled:
+            return scores.argmax(-1), scores
+        chosen = torch.from_numpy(rows).to(scores.device)
+        narrow = [x[chosen] for x in (run.top_p, run.top_k, run.min_p)] if run.narrowed else [None, None, None]
+        _, share = distribution(scores, run.temperature[chosen], *narrow)
+        uniform = uniforms(run.seeds[rows], run.counters[rows] + at, DRAFT)
+        return draw(share, torch.from_numpy(uniform).to(scores.device)), share
+
+    # ------------------------------------------------------------ verdicts
+
+    def judged(self, sequence: Sequence, made: int, accepted: int, hidden: Tensor) -> None:
+        """``accepted`` of ``made`` drafts stayed; ``hidden (n, D)`` are the decoder's states at the tokens that were
+        fed and stay."""
+        sequence.hopes.judged(made, accepted)
+        context = CONTEXTS[bool(sequence.images)]
+        for depth in range(1, min(made, accepted + 1) + 1):
+            self.stats[context, depth, "tried"] += 1
+            self.stats[context, depth, "accepted"] += depth <= accepted
+        sequence.unheaded.append(hidden)
+        self._keep_ends(sequence, sequence.fed, 0, [hidden])

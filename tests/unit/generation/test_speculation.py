@@ -1,0 +1,224 @@
+"""Drafts of the MTP head change how fast tokens come, and never which ones or how often."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mmagent.generation import generator as generator_module
+from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.sequences import PROBE, Hopes
+from mmagent.models import presets
+from mmagent.models.agent_model import AgentModel, logits
+from mmagent.models.mtp import MODES, MTPConfig
+from mmagent.packing import pack
+from mmagent.trajectories import Completion, Limits, Trajectory
+from tests.agent_kit import GEOMETRY, picture, prompt, tiny_model, tiny_vocab
+
+STOPS = tiny_vocab().stop_ids
+
+
+def model_with(mtp: MTPConfig, seed: int = 0) -> AgentModel:
+    """In float64, where no rounding decides a token, and with a head that is sometimes right: its embedding side is
+    what the decoder's own head says of the next token, roughly."""
+    torch.manual_seed(seed)
+    config = presets.debug(tiny_vocab().size + 6, tiny_vocab().image_id)
+    model = AgentModel(replace(config, mtp=mtp)).double()
+    with torch.no_grad():
+        model.head_weight.mul_(20.0)
+        for head in model.mtp.heads if model.mtp is not None else ():
+            width = head.project.weight.shape[0]
+            head.project.weight[:, width:] += 2 * torch.eye(width)
+    return model
+
+
+def prompts() -> list[Trajectory]:
+    shared = picture(1)
+    return [
+        prompt("click the red button", (shared,), key="a"),
+        prompt("", (picture(2, 56, 56), picture(3, 84, 56)), key="b"),
+        prompt("words alone", key="c"),
+        prompt("a much longer request about the field " * 3, (picture(4),), key="d"),
+    ]
+
+
+def ask(model: AgentModel, limits: list[Limits], rows: list[Trajectory] | None = None, **config) -> list[Completion]:
+    generator = Generator(model, tiny_vocab(), GeneratorConfig(**config))
+    done = generator.generate(list(zip(prompts() if rows is None else rows, limits, strict=True)))
+    generator.pool.check([])
+    return done
+
+
+def recorded(generator: Generator) -> list[tuple[list[int], int, list[int]]]:
+    """Filled as it decodes: the tokens of a sequence when drafts were made, how many were fed, and the drafts."""
+    out: list[tuple[list[int], int, list[int]]] = []
+    draft = generator.drafter.draft
+
+    def spy(run, wanted):
+        made = draft(run, wanted)
+        for row, sequence in enumerate(run.sequences):
+            if made is not None and wanted[row]:
+                out.append((list(sequence.ids), int(run.fed[row]), made.ids[row, : wanted[row]].tolist()))
+        return made
+
+    generator.drafter.draft = spy
+    return out
+
+
+@pytest.mark.parametrize(
+    ("mode", "depths", "tied"), [("shared", 1, True), ("fused", 2, True), ("masked", 3, False), ("shared", 3, True)]
+)
+def test_greedy_tokens_are_those_without_drafts(mode, depths, tied):
+    model = model_with(MTPConfig(depths=depths, tied=tied, mode=mode))
+    limits = [Limits(9 + 7 * n, 0.0, stop_ids=STOPS) for n in range(4)]
+    plain = ask(model, limits, record_routing=True)
+    for speculate, least in ((1, 0.0), (3, 0.35), (5, 0.0)):
+        drafted = ask(model, limits, speculate=speculate, speculate_least=least, record_routing=True)
+        for a, b in zip(plain, drafted, strict=True):
+            assert (a.ids, a.stopped, a.reason) == (b.ids, b.stopped, b.reason)
+            assert b.logprobs == pytest.approx(a.logprobs, abs=1e-6)  # logits are rounded to float32
+            assert all(map(torch.equal, a.routed_experts, b.routed_experts))
+
+
+@pytest.mark.parametrize(
+    ("mode", "depths", "tied", "config"),
+    [(mode, 1, True, {}) for mode in MODES]
+    + [("shared", 2, True, {"prefill_tokens": 7}), ("fused", 3, False, {"prefill_tokens": 30})],
+)
+def test_what_a_depth_drafts_is_what_it_was_trained_to_say(mode, depths, tied, config):
+    """Every draft against the training's forward over all that was known when it was made."""
+    model, vocab = model_with(MTPConfig(depths=depths, tied=tied, mode=mode)), tiny_vocab()
+    generator = Generator(model, vocab, GeneratorConfig(speculate=depths, speculate_least=0.0, **config))
+    made = recorded(generator)
+    rows = prompts()
+    generator.generate([(row, Limits(12, 0.0)) for row in rows])
+    assert len(made) > 15
+    barred = list(vocab.barred(model.config.vocab_size))
+    for ids, fed, drafts in made:
+        (row,) = [row for row in rows if row.input_ids == ids[: len(row)]]
+        whole = Trajectory("whole", "toy")
+        whole.extend([*ids, *drafts], trainable=False, images=row.images)
+        batch = pack([whole.document()], image_id=vocab.image_id, merge_size=GEOMETRY.merge_size)
+        with torch.no_grad():
+            hidden = model(batch).mtp_hidden
+        for depth, draft in enumerate(drafts, start=1):
+            scores = logits(model, hidden[depth - 1][fed - 1 : fed])[0]
+            scores[barred] = float("-inf")
+            assert draft == int(scores.argmax()), (row.key, fed, depth)
+
+
+def test_a_found_prefix_is_as_good_to_the_head_as_its_own(monkeypatch):
+    """Later turns draft what they would without a cache, whatever filled it."""
+    monkeypatch.setitem(generator_module.BLOCK_TOKENS, "cpu", 4)
+    model = model_with(MTPConfig(depths=2))
+    rows = {reuse: prompts() for reuse in (True, False)}
+    made = {}
+    for reuse, episodes in rows.items():
+        generator = Generator(model, tiny_vocab(), GeneratorConfig(speculate=3, speculate_least=0.0, reuse=reuse))
+        made[reuse] = recorded(generator)
+        for turn in range(3):
+            for episode in episodes:  # one by one: the same rounds either way
+                (done,) = generator.generate([(episode, Limits(10 + turn, 0.0))])
+                assert bool(turn and reuse) == (done.cached_tokens > 0)
+                episode.extend(done.ids, trainable=True, logprobs=done.logprobs)
+                episode.extend(tiny_vocab().encode("and then"), trainable=False)
+    assert made[True] == made[False]
+
+
+def test_drafts_of_a_sampled_sequence_leave_its_distribution_alone():
+    """Two tokens of 6,000 draws against their exact probabilities; with a head that is often wrong."""
+    model, vocab = model_with(MTPConfig(depths=1), seed=3), tiny_vocab()
+    with torch.no_grad():
+        model.head_weight.mul_(0.25)
+    ask_for = prompt("words")
+    draws = 6000
+    generator = Generator(model, vocab, GeneratorConfig(max_sequences=2000, speculate=2, speculate_least=0.0))
+    rows = [(prompt("words", key=str(n)), Limits(3, 1.0, seed=n, top_k=6)) for n in range(draws)]
+    pairs = [done.ids[:2] for done in generator.generate(rows)]
+    stats = generator.drafter.stats
+    assert 0.05 < stats["text_only", 1, "accepted"] / stats["text_only", 1, "tried"] < 0.95
+
+    def probabilities(*behind: int) -> torch.Tensor:
+        whole = Trajectory("whole", "toy")
+        whole.extend([*ask_for.input_ids, *behind], trainable=False)
+        batch = pack([whole.document()], image_id=vocab.image_id, merge_size=2)
+        with torch.no_grad():
+            scores = logits(model, model(batch, mtp=False).hidden[-1:])[0]
+        scores[list(vocab.barred(model.config.vocab_size))] = float("-inf")
+        best = scores.topk(6).indices
+        return torch.zeros_like(scores).index_copy_(0, best, scores[best].softmax(0)).double()
+
+    first = probabilities()
+    expected = {(a, b): float(first[a] * p[b]) for a in first.nonzero().flatten().tolist()
+                for p in [probabilities(a)] for b in p.nonzero().flatten().tolist()}  # fmt: skip
+    counts = {pair: 0 for pair in expected}
+    for pair in pairs:
+        counts[pair] += 1  # a KeyError is a token that was impossible
+    cells = [pair for pair, share in expected.items() if share * draws >= 5]
+    rest = draws - sum(counts[pair] for pair in cells), draws * (1 - sum(expected[pair] for pair in cells))
+    chi2 = sum((counts[pair] - draws * expected[pair]) ** 2 / (draws * expected[pair]) for pair in cells)
+    chi2 += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+    freedom = len(cells)
+    assert freedom >= 15
+    assert chi2 < freedom + 5 * np.sqrt(2 * freedom)  # five deviations of a chi-square
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_who_is_pushed_out_goes_on_with_the_same_tokens(temperature, monkeypatch):
+    """Drafts, verdicts and draws are numbered by their place, so a step back changes none of them."""
+    monkeypatch.setitem(generator_module.BLOCK_TOKENS, "cpu", 4)
+    model = model_with(MTPConfig(depths=2))
+    limits = [Limits(40, temperature, seed=n) for n in range(4)]
+    settings = {"speculate": 3, "speculate_least": 0.2}
+    plenty = ask(model, limits, **settings)
+    tight = Generator(model, tiny_vocab(), GeneratorConfig(cache_tokens=240, prefill_tokens=40, **settings))
+    done = tight.generate(list(zip(prompts(), limits, strict=True)))
+    assert tight.counts["preempted"] > 1
+    assert [c.ids for c in done] == [c.ids for c in plenty]
+    tight.pool.check([])
+
+
+def test_steady_rows_draft_the_same_bits_in_any_company():
+    model = tiny_model()
+
+    def play(order: list[int], most: int = 256) -> dict[int, Completion]:
+        rows = prompts()
+        config = GeneratorConfig(most, speculate=2, steady=True, record_routing=True)
+        generator = Generator(model, tiny_vocab(), config)
+        done = generator.generate([(rows[n], Limits(12, 1.0, seed=n)) for n in order])
+        assert sum(count for (*_, kind), count in generator.drafter.stats.items() if kind == "tried")
+        return dict(zip(order, done, strict=True))
+
+    whole = play([0, 1, 2, 3])
+    for order, most in (([3, 2, 1, 0], 256), ([2], 256), ([1, 3], 256), ([0, 1, 2, 3], 1)):
+        for n, completion in play(order, most).items():
+            assert (completion.ids, completion.logprobs) == (whole[n].ids, whole[n].logprobs), (order, n)
+
+
+def test_a_hopeless_head_is_asked_rarely_and_a_good_one_often():
+    bad, good = Hopes(4), Hopes(4)
+    for _ in range(40):
+        bad.judged(bad.depth(0.35), 0)
+        good.judged(good.depth(0.35), good.depth(0.35))
+    assert good.depth(0.35) == 4
+    asked = []
+    for _ in range(PROBE * 4):
+        asked.append(bad.depth(0.35))
+        bad.judged(asked[-1], 0)
+    assert 1 <= sum(asked) <= 4
+    for _ in range(30):  # and comes to hope again
+        made = bad.depth(0.35) or 1
+        bad.judged(made, made)
+    assert bad.depth(0.35) >= 2
+
+
+def test_what_cannot_draft_says_so():
+    with pytest.raises(ValueError, match="no MTP head"):
+        Generator(model_with(MTPConfig(depths=0)), tiny_vocab(), GeneratorConfig(speculate=1))
+    with pytest.raises(ValueError, match="at most 15 drafts"):
+        Generator(tiny_model(), tiny_vocab(), GeneratorConfig(speculate=16))
+    with pytest.raises(ValueError, match="speculate_least"):
+        GeneratorConfig(speculate=1, speculate_least=1.0)
