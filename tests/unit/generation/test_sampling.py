@@ -191,3 +191,28 @@ def test_limits_that_cannot_be_sampled_are_named(field, value):
 def test_limits_at_the_edge_are_fine():
     check_limits(Limits(1, 0.0, 1.0, (0, 5), -(1 << 63), 0, 0.0, ("a", "語")), "k")
     check_limits(Limits(np.int64(3), np.float32(0.7), 1e-9, (), np.int64(4), np.int32(10**6), 0.999), "k")
+
+
+@pytest.mark.parametrize("size", [5, 8192, 8193, 9000, 20000, 151552])  # above 8,192 in blocks, the last one cut
+def test_draws_are_the_inverse_of_the_cumulative_distribution(size):
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.randn(6, size, generator=generator).mul_(3).exp_()
+    weights[1, : size // 2] = 0  # zeros at either end and in whole blocks
+    weights[2, size // 3 :] = 0
+    weights[3] = 0
+    weights[3, [1, size - 1]] = 1.0
+    weights[4] *= 1e-30
+    weights[5, 1::2] = 0
+    cumulative = weights.double().numpy().cumsum(1)
+    points = [0.0, 1 - 2.0**-53, 0.5, *np.random.default_rng(size).random(40)]
+    for point in points:
+        ids = draw(weights, torch.full((6,), point, dtype=torch.float64))
+        assert (weights.gather(1, ids[:, None]) > 0).all()
+        for row, index in enumerate(ids.tolist()):
+            end = cumulative[row, -1]
+            slack = 1e-12 * end  # sums of doubles in another order
+            assert cumulative[row, index] >= point * end - slack
+            assert index == 0 or cumulative[row, index - 1] <= point * end + slack
+    uniform = torch.tensor(points[3:9], dtype=torch.float64)
+    together = draw(weights, uniform)
+    assert together.tolist() == [int(draw(weights[n : n + 1], uniform[n : n + 1])) for n in range(6)]

@@ -291,3 +291,34 @@ def test_without_drafts_it_is_plain_sampling():
     some = Drafts(torch.zeros(64, 2, dtype=torch.int64), torch.zeros(64, dtype=torch.int64))
     wide = target.expand(-1, 3, -1)
     assert torch.equal(accept(wide, some, torch.zeros(64, 2, dtype=torch.float64), uniform)[1], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [300, 20000])
+def test_an_accelerator_decides_as_a_cpu_does(size):
+    """From the same logits: its sums are rounded otherwise, which moves no decision at these points."""
+    rows, depth = 24, 3
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(rows, size, generator=generator) * 3
+    logits[0, 5] = logits[0, 9] = 30.0  # equals
+    temperature = torch.tensor([0.0, 0.7, 1.0]).repeat(rows // 3)
+    columns = (
+        torch.rand(rows, generator=generator).clamp_min(0.1),
+        torch.randint(0, 400, (rows,), generator=generator).clamp(max=size),
+        torch.rand(rows, generator=generator) / 4,
+    )
+    target, drafts, uniform, last = case(size, rows, depth, size, 0.9)
+    for narrowing in ((None, None, None), columns):
+        arguments = (temperature, narrowing[0], last, *narrowing[1:])
+        ids, logprobs = sample(logits, *arguments)
+        there, logprobs_there = sample(logits.cuda(), *(None if x is None else x.cuda() for x in arguments))
+        assert there.tolist() == ids.tolist()
+        torch.testing.assert_close(logprobs_there.cpu(), logprobs, rtol=1e-5, atol=1e-5)
+        settled_here = distribution(logits, temperature, *narrowing)[1]
+        settled_there = distribution(
+            logits.cuda(), temperature.cuda(), *(None if x is None else x.cuda() for x in narrowing)
+        )[1]
+        assert torch.equal(settled_there.cpu() > 0, settled_here > 0)
+    moved = Drafts(drafts.ids.cuda(), drafts.counts.cuda(), drafts.probabilities.cuda())
+    here, away = accept(target, drafts, uniform, last), accept(target.cuda(), moved, uniform.cuda(), last.cuda())
+    assert [x.tolist() for x in away] == [x.tolist() for x in here]
