@@ -24,6 +24,8 @@ from mmagent.trajectories import Limits
 DRAW, DRAFT, ACCEPT = 0, 1, 2
 """Streams of :func:`uniforms`: what draws a token (plainly, or after a rejected draft), proposes one, or judges one."""
 
+MOST_STOPS = 4096
+"""Characters of all stop strings of a request; each byte of them is a node of what looks for them."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _COLDEST, _HOTTEST = 2.0**-100, 2.0**100
@@ -42,13 +44,13 @@ def check_limits(limits: Limits, key: str) -> None:
 
     def need(good: bool, field: str, rule: str) -> None:
         if not good:
-            raise ValueError(f"{key}: {field} must be {rule}, got {getattr(limits, field)!r}")
+            raise ValueError(f"{key}: {field} must be {rule}, got {repr(getattr(limits, field))[:200]}")
 
     def whole(value: object, least: int, end: int = _SEED) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < end
 
     def within(value: object, good: Sequence[float]) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and good[0] <= float(value) <= good[1]
+        return isinstance(value, Real) and not isinstance(value, bool) and good[0] <= value <= good[1]
 
     need(whole(limits.max_tokens, 1), "max_tokens", "a whole number of at least 1")
     need(within(limits.temperature, (0, _LARGEST)), "temperature", "a finite number of at least 0")
@@ -62,6 +64,7 @@ def check_limits(limits: Limits, key: str) -> None:
     need(
         all(map(_is_text, limits.stop_strings)), "stop_strings", "strings of at least one character, without surrogates"
     )
+    need(sum(map(len, limits.stop_strings)) <= MOST_STOPS, "stop_strings", f"at most {MOST_STOPS} characters together")
 
 
 def _is_text(value: object) -> bool:

@@ -174,13 +174,13 @@ def test_the_two_halves_of_the_sampler_are_the_sampler():
     ("field", "value"),
     [
         *(("max_tokens", value) for value in (0, 2.5, True, "5")),
-        *(("temperature", value) for value in (-1.0, float("inf"), float("nan"), "1")),
+        *(("temperature", value) for value in (-1.0, float("inf"), float("nan"), 10**400, "1")),
         *(("top_p", value) for value in (0.0, 1.1, float("nan"), None)),
         *(("top_k", value) for value in (-1, 1.5, 1 << 63)),
         *(("min_p", value) for value in (1.0, -0.1, float("nan"))),
         *(("seed", value) for value in (1 << 63, -(1 << 63) - 1, 0.5)),
         *(("stop_ids", value) for value in ((-1,), ("a",), "12")),
-        *(("stop_strings", value) for value in (("a", ""), (b"a",), ("\ud800",), "abc")),
+        *(("stop_strings", value) for value in (("a", ""), (b"a",), ("\ud800",), "abc", ("ab", "c" * 4095))),
     ],
 )
 def test_limits_that_cannot_be_sampled_are_named(field, value):
@@ -189,7 +189,7 @@ def test_limits_that_cannot_be_sampled_are_named(field, value):
 
 
 def test_limits_at_the_edge_are_fine():
-    check_limits(Limits(1, 0.0, 1.0, (0, 5), -(1 << 63), 0, 0.0, ("a", "語")), "k")
+    check_limits(Limits(1, 0.0, 1.0, (0, 5), -(1 << 63), 0, 0.0, ("a", "語" * 4095)), "k")
     check_limits(Limits(np.int64(3), np.float32(0.7), 1e-9, (), np.int64(4), np.int32(10**6), 0.999), "k")
 
 
