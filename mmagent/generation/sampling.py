@@ -36,7 +36,7 @@ _BLOCK, _MANY = 256, 1 << 13
 """Above so many ids the cumulative distribution is looked up in blocks. By ids, not by rows: what is drawn for a row
 must not depend on how many others there are."""
 _SEED = 1 << 63
-_LARGEST = math.nextafter(math.inf, 0.0)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_limits(limits: Limits, key: str) -> None:
@@ -253,7 +253,7 @@ def _prefix(ordered_SC: Tensor, most: Tensor, share: Tensor, size: int) -> tuple
     held = cumulative.gather(1, most.clamp(max=width).unsqueeze(1) - 1).squeeze(1)
     limit = share * torch.where(most < size, held, 1.0)
     before = F.pad(cumulative[:, :-1], (1, 0))
-    count = torch.minimum((before < limit.unsqueeze(1)).sum(-1), most)
+    count = torch.minimum((before < limit.unsqueeze(1)).sum(-1), most).clamp_min(1)  # float32 rounds 1e-50 to 0
     least = ordered_SC.gather(1, count.unsqueeze(1) - 1).squeeze(1)
     return count, least, (most <= width) | (cumulative[:, -1] >= limit)
 

@@ -137,6 +137,7 @@ def test_of_equals_the_smaller_ids_stay():
     assert (narrow(flat, min_p=column(0.99)) > 0).all()
     steps = torch.tensor([[0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1]])
     assert (narrow(steps, top_k=torch.tensor([5])) > 0)[0].tolist() == [True, True, True, True, False, True, False]
+    assert (narrow(steps, top_p=column(1e-50)) > 0)[0].tolist() == [False, True] + [False] * 5
     few = torch.tensor([[0.0, 0.5, 0.5, 0.0]])
     assert torch.equal(narrow(few, top_k=torch.tensor([3])), few)  # what is impossible does not become possible
     assert torch.equal(narrow(few, top_k=torch.tensor([99])), few)
@@ -174,7 +175,7 @@ def test_the_two_halves_of_the_sampler_are_the_sampler():
     ("field", "value"),
     [
         *(("max_tokens", value) for value in (0, 2.5, True, "5")),
-        *(("temperature", value) for value in (-1.0, float("inf"), float("nan"), 10**400, "1")),
+        *(("temperature", value) for value in (-1.0, float("inf"), np.float32("inf"), float("nan"), 10**400, "1")),
         *(("top_p", value) for value in (0.0, 1.1, float("nan"), None)),
         *(("top_k", value) for value in (-1, 1.5, 1 << 63)),
         *(("min_p", value) for value in (1.0, -0.1, float("nan"))),
