@@ -57,6 +57,16 @@ NEVER_SAMPLED = (
 """What the policy can never produce: places for images would crash the trainer, prefixes make no sense mid-turn."""
 
 
+def _bytes_of_letters() -> dict[str, int]:
+    """Byte-level vocabularies spell every byte as a letter: itself where it shows, one above 255 where not (GPT-2)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTES = _bytes_of_letters()
+
+
 class Vocab:
     """Text and control tokens as ids.
 
@@ -76,6 +86,7 @@ class Vocab:
             raise ValueError(f"tokenizer lacks the control tokens {missing}")
         self._names = {index: name for name, index in self._special.items()}
         self._known: dict[str, list[int]] = {}
+        self._spelled: dict[int, bytes] = {}
         self._plain = Tokenizer.from_str(json.dumps({**parsed, "added_tokens": [], "post_processor": None}))
         if reachable := sorted(set(self._names) & set(self._plain.get_vocab().values())):
             names = [self._names[index] for index in reachable]
@@ -168,6 +179,19 @@ class Vocab:
         """A caption as text towers read it: at most ``most`` ids, the last of them the end, however much is cut before
         it; an empty caption is the end alone."""
         return [*self.encode(caption)[: most - 1], self.end_id]
+
+    def bytes_of(self, index: int) -> bytes:
+        """What ``index`` adds to the bytes of a text, often part of a character only; nothing if it is a control token
+        or names nothing. The bytes of ids between control tokens, joined and read as UTF-8 with what is none replaced,
+        are what :meth:`decode` gives for them."""
+        spelled = self._spelled.get(index)
+        if spelled is None:
+            token = "" if index in self._names else self._plain.id_to_token(index) or ""
+            letters = [_BYTES.get(letter) for letter in token]
+            # a word that is not spelled in such letters stands for itself, as it does for the decoder
+            spelled = token.encode() if None in letters else bytes(letters)  # type: ignore[arg-type]
+            self._spelled[index] = spelled
+        return spelled
 
     def decode(self, ids: Sequence[int], *, control: bool = True) -> str:
         """Ids to text; control tokens by name, or left out when ``control`` is false."""

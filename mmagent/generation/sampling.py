@@ -16,6 +16,7 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmagent.trajectories import Limits
@@ -23,14 +24,19 @@ from mmagent.trajectories import Limits
 DRAW, DRAFT, ACCEPT = 0, 1, 2
 """Streams of :func:`uniforms`: what draws a token (plainly, or after a rejected draft), proposes one, or judges one."""
 
+MOST_STOPS = 4096
+"""Characters of all stop strings of a request; each byte of them is a node of what looks for them."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _COLDEST, _HOTTEST = 2.0**-100, 2.0**100
 """Temperatures beyond have the same distribution as these, and their quotients leave float32."""
 _LIKELIEST = 256
 """Tokens that are put in order first, where a share of probability is asked for; a trained model's 95 % are fewer."""
+_BLOCK, _MANY = 256, 1 << 13
+"""Above so many ids the cumulative distribution is looked up in blocks. By ids, not by rows: what is drawn for a row
+must not depend on how many others there are."""
 _SEED = 1 << 63
-_LARGEST = math.nextafter(math.inf, 0.0)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_limits(limits: Limits, key: str) -> None:
@@ -38,13 +44,13 @@ def check_limits(limits: Limits, key: str) -> None:
 
     def need(good: bool, field: str, rule: str) -> None:
         if not good:
-            raise ValueError(f"{key}: {field} must be {rule}, got {getattr(limits, field)!r}")
+            raise ValueError(f"{key}: {field} must be {rule}, got {repr(getattr(limits, field))[:200]}")
 
     def whole(value: object, least: int, end: int = _SEED) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < end
 
     def within(value: object, good: Sequence[float]) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and good[0] <= float(value) <= good[1]
+        return isinstance(value, Real) and not isinstance(value, bool) and good[0] <= value <= good[1]
 
     need(whole(limits.max_tokens, 1), "max_tokens", "a whole number of at least 1")
     need(within(limits.temperature, (0, _LARGEST)), "temperature", "a finite number of at least 0")
@@ -58,6 +64,7 @@ def check_limits(limits: Limits, key: str) -> None:
     need(
         all(map(_is_text, limits.stop_strings)), "stop_strings", "strings of at least one character, without surrogates"
     )
+    need(sum(map(len, limits.stop_strings)) <= MOST_STOPS, "stop_strings", f"at most {MOST_STOPS} characters together")
 
 
 def _is_text(value: object) -> bool:
@@ -103,10 +110,14 @@ def sample(
     The log-probability is that of the distribution *before* it is narrowed, at the row's temperature (1 for a greedy
     row): what a trainer recomputes from the same logits.
     """
-    greedy = temperature == 0
+    greedy = _greedy(temperature)
     logprobs = _logprobs(logits_SV, temperature, greedy)
-    drawn = draw(_probabilities(logprobs, greedy, top_p, top_k, min_p), uniform)
-    ids = torch.where(greedy, logits_SV.argmax(-1), drawn)
+    if greedy is not None and greedy.device.type == "cpu" and bool(greedy.all()):
+        ids = logits_SV.argmax(-1)
+    else:
+        ids = draw(_probabilities(logprobs, greedy, top_p, top_k, min_p), uniform)
+        if greedy is not None:
+            ids = torch.where(greedy, logits_SV.argmax(-1), ids)
     return ids, logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
@@ -122,30 +133,41 @@ def distribution(
 
     ``draw(distribution(...)[1], uniform)`` are the ids of ``sample(...)``.
     """
-    greedy = temperature == 0
+    greedy = _greedy(temperature)
     logprobs = _logprobs(logits_SV, temperature, greedy)
     probabilities = _probabilities(logprobs, greedy, top_p, top_k, min_p)
-    rows = greedy.nonzero().squeeze(1)
-    if rows.numel():
-        probabilities.index_fill_(0, rows, 0.0)
-        probabilities[rows, logits_SV[rows].argmax(-1)] = 1.0  # of logits: probabilities may be rounded to equals
+    if greedy is not None:
+        best = logits_SV.argmax(-1, keepdim=True)  # of logits: probabilities may be rounded to equals
+        probabilities.masked_fill_(greedy.unsqueeze(1), 0.0)
+        probabilities.scatter_(1, best, torch.where(greedy.unsqueeze(1), 1.0, probabilities.gather(1, best)))
     return logprobs, probabilities
 
 
-def _logprobs(logits_SV: Tensor, temperature: Tensor, greedy: Tensor) -> Tensor:
-    divisor = torch.where(greedy, 1.0, temperature.clamp(_COLDEST, _HOTTEST))
+def _greedy(temperature: Tensor) -> Tensor | None:
+    """Which rows are; None where none is, as far as it costs nothing to know: a device would have to be waited for."""
+    greedy = temperature == 0
+    return greedy if temperature.device.type != "cpu" or bool(greedy.any()) else None
+
+
+def _logprobs(logits_SV: Tensor, temperature: Tensor, greedy: Tensor | None) -> Tensor:
+    divisor = temperature.clamp(_COLDEST, _HOTTEST)
+    if greedy is not None:
+        divisor = torch.where(greedy, 1.0, divisor)
     return torch.log_softmax(logits_SV / divisor.unsqueeze(1), dim=-1)
 
 
 def _probabilities(
-    logprobs_SV: Tensor, greedy: Tensor, top_p: Tensor | None, top_k: Tensor | None, min_p: Tensor | None
+    logprobs_SV: Tensor, greedy: Tensor | None, top_p: Tensor | None, top_k: Tensor | None, min_p: Tensor | None
 ) -> Tensor:
     """A new tensor of them; only rows that ask for it are narrowed."""
     probabilities = logprobs_SV.exp()
     asked = [column != idle for column, idle in ((top_p, 1), (top_k, 0), (min_p, 0)) if column is not None]
     if asked:
-        rows = (torch.stack(asked).any(0) & ~greedy).nonzero().squeeze(1)
-        if rows.numel():
+        some = torch.stack(asked).any(0)
+        rows = (some if greedy is None else some & ~greedy).nonzero().squeeze(1)
+        if rows.numel() == len(some):
+            probabilities = narrow(probabilities, top_p, top_k, min_p)
+        elif rows.numel():
             columns = (None if column is None else column[rows] for column in (top_p, top_k, min_p))
             probabilities[rows] = narrow(probabilities[rows], *columns)
     return probabilities
@@ -154,9 +176,26 @@ def _probabilities(
 def draw(weights_SV: Tensor, uniform: Tensor) -> Tensor:
     """``(S,)`` ids: row ``s`` has id ``v`` with a probability proportional to ``weights[s, v] >= 0``, by the inverse of
     the cumulative distribution at ``uniform (S,)`` float64 in [0, 1). An id of weight 0 is never drawn."""
-    cumulative = weights_SV.cumsum(-1, dtype=torch.float64)  # fp32 would lose the tail of a large vocabulary
-    point = uniform.double().unsqueeze(1) * cumulative[:, -1:]  # below the end, as uniform is below 1
-    return torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    V, device = weights_SV.shape[1], weights_SV.device
+    uniform = uniform.double().unsqueeze(1)
+    if V <= _MANY:
+        cumulative = weights_SV.cumsum(-1, dtype=torch.float64)  # fp32 would lose the tail of a large vocabulary
+        point = uniform * cumulative[:, -1:]  # below the end, as uniform is below 1
+        return torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    # first the block, then the place in it: the cumulative distribution need not be written out
+    whole = V - V % _BLOCK
+    sums = weights_SV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
+    if whole < V:
+        sums = torch.cat([sums, weights_SV[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
+    ends = F.pad(sums.cumsum(-1), (1, 0))
+    point = uniform * ends[:, -1:]
+    block = torch.searchsorted(ends[:, 1:].contiguous(), point, right=True)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=device)
+    weights = torch.where(places < V, weights_SV.gather(1, places.clamp(max=V - 1)), 0.0)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    below = torch.nextafter(cumulative[:, -1:], cumulative.new_zeros(()))  # the block's sum is rounded otherwise
+    rest = torch.minimum(point - ends.gather(1, block), below)
+    return (block * _BLOCK + torch.searchsorted(cumulative, rest, right=True)).squeeze(1)
 
 
 # ---------------------------------------------------------------------------------------------- narrowing
@@ -195,11 +234,12 @@ def _edge(probabilities_SV: Tensor, top_p: Tensor | None, top_k: Tensor | None) 
         share = torch.where(top_p < 1, top_p.double(), math.inf)  # sums are rounded; 1 must keep everything
     # the order of all tokens is dear, and a few of the likeliest settle nearly every row
     cut = most < V
-    width = min(V, max(_LIKELIEST, int(torch.where(cut, most, 0).max())))
+    least_width = 1 if top_p is None else _LIKELIEST
+    width = V if V <= 2 * _LIKELIEST else max(least_width, int(torch.where(cut, most, 0).max()))
     count, least, known = _prefix(probabilities_SV.topk(width).values, most, share, V)
-    whole = ~cut & (share == math.inf)  # a row that asks for neither
-    count, least = torch.where(whole, V, count), torch.where(whole, -1.0, least)
-    rows = (~(known | whole)).nonzero().squeeze(1)
+    idle = ~cut & (share == math.inf)  # rows that ask for neither
+    count, least = torch.where(idle, V, count), torch.where(idle, -1.0, least)
+    rows = (~(known | idle)).nonzero().squeeze(1)
     if rows.numel():
         ordered = probabilities_SV[rows].sort(dim=-1, descending=True).values
         count[rows], least[rows], _ = _prefix(ordered, most[rows], share[rows], V)
@@ -212,8 +252,8 @@ def _prefix(ordered_SC: Tensor, most: Tensor, share: Tensor, size: int) -> tuple
     cumulative = ordered_SC.cumsum(-1, dtype=torch.float64)
     held = cumulative.gather(1, most.clamp(max=width).unsqueeze(1) - 1).squeeze(1)
     limit = share * torch.where(most < size, held, 1.0)
-    before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))
-    count = torch.minimum((before < limit.unsqueeze(1)).sum(-1), most)
+    before = F.pad(cumulative[:, :-1], (1, 0))
+    count = torch.minimum((before < limit.unsqueeze(1)).sum(-1), most).clamp_min(1)  # float32 rounds 1e-50 to 0
     least = ordered_SC.gather(1, count.unsqueeze(1) - 1).squeeze(1)
     return count, least, (most <= width) | (cumulative[:, -1] >= limit)
 
