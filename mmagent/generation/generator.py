@@ -30,18 +30,10 @@ from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedKV
 from mmagent.generation.runner import Fed, Piece, Runner
 from mmagent.generation.running import Running
-from mmagent.generation.sampling import (
-    ACCEPT,
-    Drafts,
-    accept,
-    accept_greedy,
-    check_limits,
-    distribution,
-    sample,
-    uniforms,
-)
+from mmagent.generation.sampling import check_limits, sample, uniforms
 from mmagent.generation.sequences import Sequence, image_spans, prompt_positions
 from mmagent.generation.speculation import Drafter
+from mmagent.generation.stopping import StopStrings
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
@@ -111,7 +103,7 @@ class Generator:
     """
 
     def __init__(self, model: AgentModel, vocab: Vocab, config: GeneratorConfig | None = None):
-        self.model, self.config = model, config or GeneratorConfig()
+        self.model, self.vocab, self.config = model, vocab, config or GeneratorConfig()
         self.image_id, self.merge_size = model.config.image_id, model.encoder.merge_size
         self.barred = vocab.barred(model.config.vocab_size)
         self._barred = torch.tensor(self.barred, device=self.device)
@@ -182,6 +174,8 @@ class Generator:
             image_spans(ids, self.image_id, images, self.merge_size**2, keys), positions, following,
             ChainKeys(self.pool.block_tokens, self.image_id),
         )  # fmt: skip
+        if limits.stop_strings:
+            sequence.matcher = StopStrings(self.vocab, limits.stop_strings).matcher()
         self._requests[self._tickets] = sequence
         insort(self._waiting, sequence, key=lambda s: s.rank)
         return self._tickets
@@ -475,7 +469,8 @@ class Generator:
             tokens, logprobs = (x[:, None] for x in self._sample(run, fed.hidden))
             accepted = np.zeros(len(run), dtype=np.int64)
         else:
-            accepted, tokens, logprobs = self._judge(run, drafts, fed)
+            assert self.drafter is not None
+            accepted, tokens, logprobs = self.drafter.judge(run, drafts, fed)
         self._advance(run, fed, counts, accepted, tokens.tolist(), logprobs.tolist())
 
     def _advance(
@@ -507,30 +502,6 @@ class Generator:
         run.advance(taken)
         for row in full:
             self._tell(run.sequences[row])
-
-    def _judge(self, run: Running, drafts: Drafts, fed: Fed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """How many drafts of each row stay ``(S,)``; its tokens ``(S, K + 1)`` are these and the one behind them, with
-        their log-probs."""
-        S, K = drafts.ids.shape
-        scores = self._runner.scores(fed.hidden, self._barred)[: len(fed.hidden)]
-        rows = torch.from_numpy(np.repeat(np.arange(S), fed.counts)).to(self.device)
-        starts = torch.from_numpy(np.cumsum(fed.counts) - fed.counts).to(self.device)
-        places = starts[:, None] + torch.minimum(torch.arange(K + 1, device=self.device), drafts.counts[:, None])
-        columns = [x[rows] for x in (run.top_p, run.top_k, run.min_p)] if run.narrowed else [None, None, None]
-        if bool((run.temperature == 0).all()):
-            logprobs = scores.log_softmax(-1)
-            accepted, behind = accept_greedy(scores.argmax(-1)[places], drafts.ids, drafts.counts)
-        else:
-            logprobs, share = distribution(scores, run.temperature[rows], *columns)
-            judges = uniforms(run.seeds[:, None], run.counters[:, None] + np.arange(K), ACCEPT)
-            draws = uniforms(run.seeds, run.counters)
-            accepted, behind = accept(
-                share[places], drafts, torch.from_numpy(judges).to(self.device), torch.from_numpy(draws).to(self.device)
-            )
-        tokens = torch.cat([drafts.ids, behind[:, None]], dim=1)
-        tokens.scatter_(1, accepted[:, None], behind[:, None])
-        chosen = logprobs[places].gather(2, tokens[:, :, None]).squeeze(2)
-        return accepted.cpu().numpy(), tokens.cpu().numpy(), chosen.cpu().numpy()
 
     def _extend(self) -> np.ndarray:
         """Room for the next token of every running sequence, and for its drafts, of which it returns how many there are

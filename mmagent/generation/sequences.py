@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmagent.generation.blocks import ChainKeys
+from mmagent.generation.stopping import Matcher
 from mmagent.geometry import document_positions
 from mmagent.trajectories import Completion, Limits, Trajectory
 from mmagent.types import PatchedImage
@@ -83,6 +84,7 @@ class Sequence:
     cached_tokens: int = 0
     versions: list[int] = field(default_factory=list)
     reason: str = ""
+    matcher: Matcher | None = None
     hopes: Hopes | None = None
     headed: int = 0
     unheaded: list[Tensor] = field(default_factory=list)
@@ -128,16 +130,18 @@ class Sequence:
         """Append what was sampled, as far as it goes: a stop or a limit ends it. Returns how many were taken."""
         if not self.versions or self.versions[-1] != version:
             self.versions.append(version)
-        for count, (token, logprob) in enumerate(zip(ids, logprobs, strict=True), start=1):
-            self.ids.append(token)
-            self.logprobs.append(logprob)
+        count = min(len(ids), self.most - len(self.ids))
+        reason = "length" if count == self.most - len(self.ids) else ""
+        for n, token in enumerate(ids[:count], start=1):
             if token in self.limits.stop_ids:
-                self.reason = "stop"
-            elif len(self.ids) >= self.most:
-                self.reason = "length"
-            if self.reason:
-                return count
-        return len(ids)
+                count, reason = n, "stop"
+                break
+        if self.matcher is not None and (found := self.matcher.feed(ids[:count])) is not None:
+            count, reason = found, "stop"
+        self.ids.extend(ids[:count])
+        self.logprobs.extend(logprobs[:count])
+        self.reason = reason
+        return count
 
     def completion(self) -> Completion:
         ids = tuple(self.ids[self.begun :])

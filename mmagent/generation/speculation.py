@@ -27,7 +27,16 @@ from torch import Tensor
 from mmagent.generation.paged import FEW, PagedAttention
 from mmagent.generation.runner import Fed, Piece, Runner
 from mmagent.generation.running import Running
-from mmagent.generation.sampling import DRAFT, Drafts, distribution, draw, uniforms
+from mmagent.generation.sampling import (
+    ACCEPT,
+    DRAFT,
+    Drafts,
+    accept,
+    accept_greedy,
+    distribution,
+    draw,
+    uniforms,
+)
 from mmagent.generation.sequences import Hopes, Sequence
 
 CONTEXTS = ("text_only", "after_image")
@@ -71,7 +80,9 @@ class Drafter:
         ends = np.cumsum(fed.counts) - 1
         starts = ends - fed.counts + 1
         before = fed.hidden.roll(1, 0)
-        before[torch.from_numpy(starts).to(before.device)] = self._cat([p.sequence.unheaded[-1] for p in pieces], before)
+        before[torch.from_numpy(starts).to(before.device)] = self._cat(
+            [p.sequence.unheaded[-1] for p in pieces], before
+        )
         tails = torch.stack([piece.sequence.tails for piece in pieces])
         states = self._feed(before, fed.embeddings, fed.positions, fed.attend, tails, starts, ends)
         for row, piece in enumerate(pieces):
@@ -124,8 +135,8 @@ class Drafter:
                 sequence.tails = tails[row]
 
     def _keep_ends(self, sequence: Sequence, start: int, depth: int, states: list[Tensor]) -> None:
-        """Keep those of the states of depths ``depth ...`` (0: the decoder's) at tokens from ``start`` on that are at the
-        end of a block."""
+        """Of the states of depths ``depth ...`` (0: the decoder's) at tokens from ``start`` on, keep those at the end of
+        a block."""
         size = self.runner.kv.block_tokens
         ends = range(start + (-start - 1) % size, start + states[0].shape[0] if states else 0, size)
         if ends and self.ends.shape[0] < self.runner.kv.blocks:
@@ -230,6 +241,33 @@ class Drafter:
         return draw(share, torch.from_numpy(uniform).to(scores.device)), share
 
     # ------------------------------------------------------------ verdicts
+
+    def judge(self, run: Running, drafts: Drafts, fed: Fed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How many drafts of each row stay ``(S,)``, by what the decoder said of them (``fed``); the row's tokens
+        ``(S, K + 1)`` are these and the one behind them, with their log-probs."""
+        S, K = drafts.ids.shape
+        scores = self.runner.scores(fed.hidden, self.barred)[: len(fed.hidden)]
+        rows = torch.from_numpy(np.repeat(np.arange(S), fed.counts)).to(self.runner.device)
+        starts = torch.from_numpy(np.cumsum(fed.counts) - fed.counts).to(self.runner.device)
+        places = starts[:, None] + torch.minimum(torch.arange(K + 1, device=self.runner.device), drafts.counts[:, None])
+        columns = [x[rows] for x in (run.top_p, run.top_k, run.min_p)] if run.narrowed else [None, None, None]
+        if bool((run.temperature == 0).all()):
+            logprobs = scores.log_softmax(-1)
+            accepted, behind = accept_greedy(scores.argmax(-1)[places], drafts.ids, drafts.counts)
+        else:
+            logprobs, share = distribution(scores, run.temperature[rows], *columns)
+            judges = uniforms(run.seeds[:, None], run.counters[:, None] + np.arange(K), ACCEPT)
+            draws = uniforms(run.seeds, run.counters)
+            accepted, behind = accept(
+                share[places],
+                drafts,
+                torch.from_numpy(judges).to(self.runner.device),
+                torch.from_numpy(draws).to(self.runner.device),
+            )
+        tokens = torch.cat([drafts.ids, behind[:, None]], dim=1)
+        tokens.scatter_(1, accepted[:, None], behind[:, None])
+        chosen = logprobs[places].gather(2, tokens[:, :, None]).squeeze(2)
+        return accepted.cpu().numpy(), tokens.cpu().numpy(), chosen.cpu().numpy()
 
     def judged(self, sequence: Sequence, made: int, accepted: int, hidden: Tensor) -> None:
         """``accepted`` of ``made`` drafts stayed; ``hidden (n, D)`` are the decoder's states at the tokens that were

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,28 @@ def test_stop_ids_end_and_limits_cut():
         assert not set(completion.ids[:-1]) & set(stops)
         assert completion.stopped or len(completion.ids) == 6
     assert {c.stopped for c in done} == {True, False}
+
+
+def test_a_string_ends_a_completion_with_the_token_that_completes_it():
+    model, vocab = tiny_model(), tiny_vocab()
+    limits = [Limits(60, 1.0, seed=n) for n in range(8)]
+    free = Generator(model, vocab).generate([(prompt("x"), limit) for limit in limits])
+    for limit, whole in zip(limits, free, strict=True):
+        text = vocab.decode(whole.ids[20:24])
+        if "\ufffd" in text or not text:
+            continue
+        for speculate in (0, 3):
+            config = GeneratorConfig(speculate=speculate)
+            wanted = replace(limit, stop_strings=("never said so", text), temperature=0.0 if speculate else 1.0)
+            (done,) = Generator(model, vocab, config).generate([(prompt("x"), wanted)])
+            if speculate == 0:
+                assert done.ids == whole.ids[: len(done.ids)]
+                assert len(done.ids) <= 24
+            if done.reason == "stop":
+                assert text in vocab.decode(done.ids)
+                assert text not in vocab.decode(done.ids[:-1])
+                assert done.stopped
+            assert speculate or done.reason == "stop"
 
 
 def test_routing_is_recorded_as_it_happened():
