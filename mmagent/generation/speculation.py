@@ -135,8 +135,8 @@ class Drafter:
                 sequence.tails = tails[row]
 
     def _keep_ends(self, sequence: Sequence, start: int, depth: int, states: list[Tensor]) -> None:
-        """Of the states of depths ``depth ...`` (0: the decoder's) at tokens from ``start`` on, keep those at the end of
-        a block."""
+        """Of the states of depths ``depth ...`` (0: the decoder's) at tokens from ``start`` on, keep those at the end
+        of a block."""
         size = self.runner.kv.block_tokens
         ends = range(start + (-start - 1) % size, start + states[0].shape[0] if states else 0, size)
         if ends and self.ends.shape[0] < self.runner.kv.blocks:
