@@ -102,22 +102,22 @@ class PagedKV:
 
 class _Part(NamedTuple):
     """Blocks and the queries that are compared with them in one product: ``owners (n, m)`` are rows of queries for each
-    of ``n`` blocks. ``blocks`` is a slice where they are read where they lie."""
+    of ``n`` blocks. ``blocks`` is a slice where they are read where they lie. ``cut (c,)``: entries, of n * m, of
+    blocks with places that some query of their row must not see, and ``unseen (c, 1, N, 1, block_tokens)`` which."""
 
     blocks: slice | Tensor
     owners: Tensor
+    cut: Tensor
+    unseen: Tensor
 
 
 class _Blocks(NamedTuple):
-    """How the rows of a forward meet their blocks. ``entry (S, W)``: where a row's blocks stand among the results of
-    all parts, one after the other; ``dead (S, W)`` is true behind a row's last block. ``tails``: entries of blocks with
-    places that some query of their row must not see, and ``unseen (n, N, block_tokens)`` which those are."""
+    """How the rows of a forward meet their blocks. ``entry (S * W,)``: where a row's blocks stand among the results of
+    all parts, one after the other; ``dead (S, W, 1, 1)`` is true behind a row's last block."""
 
     parts: tuple[_Part, ...]
     entry: Tensor
     dead: Tensor
-    tails: Tensor
-    unseen: Tensor
 
 
 class PagedAttention:
@@ -203,60 +203,63 @@ class PagedAttention:
         plan, (keys, values) = self._prepared, self.kv.layers[layer]
         S, N = len(self.counts), int(self.counts.max())
         T, H, d = q_THd.shape
-        G, size = keys.shape[1], self.kv.block_tokens
-        q = q_THd.view(T, G, H // G, d)
-        whole = N == 1
-        if whole:
-            rows = q  # (S, G, R, d)
-        else:
-            padded = q.new_zeros(S, N, G, H // G, d)
-            padded[self._rows_at, self._offsets_at] = q
-            rows = padded.permute(0, 2, 1, 3, 4).reshape(S, G, N * (H // G), d)
-        rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, 1))  # one that nobody is, for blocks nobody owns
+        G = keys.shape[1]
+        rows = q_THd.view(T, G, H // G, d)  # (S, G, M, d), M queries that share a key head
+        if N > 1:
+            padded = rows.new_zeros(S * N, G, H // G, d).index_copy_(0, self._padded, rows)
+            rows = padded.view(S, N, G, H // G, d).transpose(1, 2).reshape(S, G, N * (H // G), d)
         M = rows.shape[2]
-        tops, sums, outs = [], [], []
-        done = 0
-        for blocks, owners in plan.parts:
-            n, many = owners.shape
-            asked = rows[owners]  # (n, m, G, M, d)
-            asked = asked.squeeze(1) if many == 1 else asked.transpose(1, 2).reshape(n, G, many * M, d)
-            k, v = keys[blocks], values[blocks]
-            scores = torch.bmm(asked.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).float().mul_(d**-0.5)
-            scores = scores.view(n, G, many, M, size)
-            inside = (plan.tails >= done) & (plan.tails < done + n * many)
-            if bool(inside.any()):
-                at, own = plan.tails[inside] - done, plan.unseen[inside]
-                hidden = own[:, None, :, None].expand(-1, G, N, H // G, size).reshape(-1, G, M, size)
-                spot = (at // many, slice(None), at % many)
-                scores[spot] = scores[spot].masked_fill(hidden, float("-inf"))
-            top = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(top.clamp_min(-1e30)).exp_()
-            sums.append(weights.sum(-1).transpose(1, 2).reshape(n * many, G, M))
-            tops.append(top.squeeze(-1).transpose(1, 2).reshape(n * many, G, M))
-            out = torch.bmm(weights.to(v.dtype).view(n * G, many * M, size), v.flatten(0, 1))
-            outs.append(out.view(n, G, many, M, d).transpose(1, 2).reshape(n * many, G, M, d))
-            done += n * many
-        top, total, out = (x[0] if len(x) == 1 else torch.cat(x) for x in (tops, sums, outs))
-        top_W = top[plan.entry].masked_fill(plan.dead[:, :, None, None], float("-inf"))  # (S, W, G, M)
-        share = (top_W - top_W.amax(1, keepdim=True).clamp_min(-1e30)).exp_()
-        total_S = (share * total[plan.entry]).sum(1).clamp_min(1e-30)  # no place is there: zeros, not 0 / 0
-        share = share / total_S.unsqueeze(1)
-        joined = torch.einsum("swgm,swgmd->sgmd", share, out[plan.entry].float()).to(values.dtype)
-        if whole:
-            return joined.reshape(T, H, d)
-        joined = joined.view(S, G, N, H // G, d).permute(0, 2, 1, 3, 4)
-        return joined[self._rows_at, self._offsets_at].reshape(T, H, d)
+        rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, 1))  # one that nobody is, for blocks nobody owns
+        results = [self._meet(part, rows, keys, values, N) for part in plan.parts]
+        top, total, out = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*results, strict=True))
+        top = top.index_select(0, plan.entry).view(S, -1, G, M).masked_fill_(plan.dead, float("-inf"))
+        share = top.sub_(top.amax(1, keepdim=True).clamp_min(-1e30)).exp_()
+        total = total.index_select(0, plan.entry).view_as(share).mul_(share).sum(1, keepdim=True)
+        share.div_(total.clamp_min_(1e-30))  # no place is there: zeros, not 0 / 0
+        parts = out.index_select(0, plan.entry).view(*share.shape, d)
+        joined = parts.mul_(share.unsqueeze(-1)).sum(1).to(values.dtype)
+        if N > 1:
+            joined = joined.view(S, G, N, H // G, d).transpose(1, 2).reshape(S * N, H, d)
+            return joined.index_select(0, self._padded)
+        return joined.reshape(T, H, d)
+
+    def _meet(
+        self, part: _Part, rows: Tensor, keys: Tensor, values: Tensor, queries: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What each of the part's blocks says to each of its owners, as entries: the largest score ``(E, G, M)``, the
+        sum of exponentials below it, and the values that these weigh ``(E, G, M, d)``, all in fp32."""
+        n, many = part.owners.shape
+        _, G, M, d = rows.shape
+        size = self.kv.block_tokens
+        asked = rows.index_select(0, part.owners.flatten())
+        k, v = keys[part.blocks].flatten(0, 1), values[part.blocks].flatten(0, 1)
+        if many > 1:
+            asked = asked.view(n, many, G, M, d).transpose(1, 2)
+        scores = torch.bmm(asked.reshape(n * G, many * M, d), k.transpose(1, 2)).float().mul_(d**-0.5)
+        if many > 1:
+            scores = scores.view(n, G, many, M, size).transpose(1, 2)
+        scores = scores.reshape(n * many, G, M, size)
+        if part.cut.numel():
+            seen = scores.index_select(0, part.cut).view(-1, G, queries, M // queries, size)
+            seen = seen.masked_fill_(part.unseen, float("-inf")).view(-1, G, M, size)
+            scores.index_copy_(0, part.cut, seen)
+        top = scores.amax(-1)
+        weights = scores.sub_(top.clamp_min(-1e30).unsqueeze(-1)).exp_()
+        total = weights.sum(-1)
+        if many > 1:
+            weights = weights.view(n, many, G, M, size).transpose(1, 2)
+        out = torch.bmm(weights.to(v.dtype).reshape(n * G, many * M, size), v).float()
+        if many > 1:
+            out = out.view(n, G, many, M, d).transpose(1, 2)
+        return top, total, out.reshape(n * many, G, M, d)
 
     @property
-    def _rows_at(self) -> Tensor:
-        return torch.from_numpy(self._rows)
-
-    @property
-    def _offsets_at(self) -> Tensor:
-        return torch.from_numpy(self._offsets)
+    def _padded(self) -> Tensor:
+        """Where each token stands among as many for every row as the one with the most has."""
+        return torch.from_numpy(self._rows * int(self.counts.max()) + self._offsets)
 
     def _prepare(self) -> _Blocks:
-        size, S, N = self.kv.block_tokens, len(self.counts), int(self.counts.max())
+        size, S = self.kv.block_tokens, len(self.counts)
         used = -(-(self.history + self.counts) // size)
         width = int(used.max())
         live = np.arange(width) < used[:, None]
@@ -267,11 +270,11 @@ class PagedAttention:
         entry_of = np.empty(len(pair_block), dtype=np.int64)
         low, high = int(blocks[0]), int(blocks[-1]) + 1
         dense = len(blocks) >= DENSE * (high - low)
-        owners = np.full(high - low if dense else len(blocks), S, dtype=np.int64)
+        owners = np.full((high - low if dense else len(blocks), 1), S, dtype=np.int64)
         places = blocks - low if dense else np.arange(len(blocks))
         leaders = order[first]
-        owners[places], entry_of[leaders] = pair_row[leaders], places
-        parts = [_Part(slice(low, high) if dense else torch.from_numpy(blocks), torch.from_numpy(owners)[:, None])]
+        owners[places, 0], entry_of[leaders] = pair_row[leaders], places
+        met: list[tuple[slice | np.ndarray, np.ndarray]] = [(slice(low, high) if dense else blocks, owners)]
         done = len(owners)
         others = many - 1  # owners beside the one whose queries have met the block
         for least, most in _powers(int(others.max())):
@@ -284,22 +287,40 @@ class PagedAttention:
             pairs = order[(first[chosen, None] + 1 + np.arange(wide))[slot]]
             shared[slot] = pair_row[pairs]
             entry_of[pairs] = done + np.flatnonzero(slot.ravel())
-            parts.append(_Part(torch.from_numpy(blocks[chosen]), torch.from_numpy(shared)))
+            met.append((blocks[chosen], shared))
             done += shared.size
         entry = np.zeros((S, width), dtype=np.int64)
         entry[pair_row, pair_at] = entry_of
-        tails, unseen = self._unseen(live, entry, N)
-        return _Blocks(tuple(parts), torch.from_numpy(entry), torch.from_numpy(~live), tails, unseen)
+        return _Blocks(
+            self._parts(met, live, entry),
+            torch.from_numpy(entry.ravel()),
+            torch.from_numpy(~live)[:, :, None, None],
+        )
 
-    def _unseen(self, live: np.ndarray, entry: np.ndarray, queries: int) -> tuple[Tensor, Tensor]:
-        """Entries of blocks in which some query of their row must not see some place, and those places."""
-        size = self.kv.block_tokens
+    def _parts(
+        self, met: list[tuple[slice | np.ndarray, np.ndarray]], live: np.ndarray, entry: np.ndarray
+    ) -> tuple[_Part, ...]:
+        """With what each must not show."""
+        size, queries = self.kv.block_tokens, int(self.counts.max())
         begins = np.arange(live.shape[1]) * size
-        cut = live & ((begins + size > self.history[:, None] + 1) | (begins < self.first))
-        row, at = np.nonzero(cut)
+        row, at = np.nonzero(live & ((begins + size > self.history[:, None] + 1) | (begins < self.first)))
+        cut = entry[row, at]
         places = begins[at][:, None, None] + np.arange(size)
         last = (self.history[row][:, None] + np.arange(queries))[:, :, None]
-        return torch.from_numpy(entry[row, at]), torch.from_numpy((places > last) | (places < self.first))
+        unseen = (places > last) | (places < self.first)
+        parts, done = [], 0
+        for blocks, owners in met:
+            own = (cut >= done) & (cut < done + owners.size)
+            parts.append(
+                _Part(
+                    blocks if isinstance(blocks, slice) else torch.from_numpy(blocks),
+                    torch.from_numpy(owners),
+                    torch.from_numpy(cut[own] - done),
+                    torch.from_numpy(unseen[own])[:, None, :, None],
+                )
+            )
+            done += owners.size
+        return tuple(parts)
 
     # ------------------------------------------------------------ accelerators
 
