@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mmagent.generation.blocks import BlockPool, ChainKeys
+from mmagent.generation.dispatch import computes_on
 from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedKV
 from mmagent.generation.runner import Fed, Piece, Runner
@@ -138,7 +139,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return computes_on(self.model.embedding)
 
     # ------------------------------------------------------------ interface
 
@@ -244,7 +245,8 @@ class Generator:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        weights = tuple(x._version for x in (*self.model.parameters(), *self.model.buffers()))
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        weights = tuple(0 if x.is_inference() else x._version for x in tensors)  # accelerate brings and takes those
         if weights != self._weights:
             self._require_whole_weights()
             self.forget()

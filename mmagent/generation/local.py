@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from mmagent.generation.dispatch import stored_weights
 from mmagent.generation.generator import Generator
 from mmagent.models.feature_cache import content_key
 from mmagent.trajectories import Completion, Limits, Trajectory
@@ -68,9 +69,9 @@ class LocalPolicy:
         return self.generator.config.steady
 
     def identity(self) -> str:
-        """sha256 of all weights, buffers and settings that decide its numbers. Reads the weights once."""
-        tensors = sorted(self.generator.model.state_dict().items())
-        return content_key(repr(self.generator.config), *(part for pair in tensors for part in pair))
+        """sha256 of all weights, buffers and settings that decide its numbers. Reads the weights once, one by one."""
+        tensors = (content_key(name, tensor) for name, tensor in stored_weights(self.generator.model))
+        return content_key(repr(self.generator.config), *tensors)
 
     async def complete(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> Completion:
         """Raises what :meth:`Generator.submit` raises; a failure while decoding reaches every caller in flight."""
