@@ -92,6 +92,10 @@ class GeneratorConfig:
             )
 
 
+class HalfWritten(RuntimeError):
+    """The weights are being exchanged, or were so in part: nothing is served until they are whole."""
+
+
 class Generator:
     """``generate`` completes prompts and returns; ``submit`` and ``step`` do the same piece by piece. One thread at a
     time may use it.
@@ -100,7 +104,8 @@ class Generator:
     the request's temperature (1 for greedy), with ``barred`` ids impossible. A trainer that passes the same temperature
     and barred ids to :func:`~mmagent.ops.selected_logprobs` recomputes them.
 
-    ``version`` is what completions are stamped with; whoever changes the weights sets it.
+    ``version`` is what completions are stamped with; whoever changes the weights sets it. While somebody writes them in
+    place he is the ``writer``, whose text says how far he is, and ``submit`` and ``step`` raise :class:`HalfWritten`.
     """
 
     def __init__(self, model: AgentModel, vocab: Vocab, config: GeneratorConfig | None = None):
@@ -114,6 +119,9 @@ class Generator:
         self.tokens_sampled = 0
         self.counts: Counter[str] = Counter()
         """What happened since it was made: tokens ``prefilled`` and ``cached``, sequences ``preempted``, ..."""
+        self.writer: object | None = None
+        self.hold = False
+        """Where true, nothing new begins: :meth:`step` goes on with what is in flight alone."""
         self.interrupt: Callable[[], bool] = lambda: False
         """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in."""
         moe = model.config.decoder.moe_layers
@@ -157,6 +165,7 @@ class Generator:
     def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
         """Queue one prompt; its ticket comes back from :meth:`step` with the completion. Higher ``priority`` goes
         first, and may push out what is lower. Raises ``ValueError`` naming what cannot be completed."""
+        self._require_weights()
         if not prompt.input_ids or prompt.status is not Status.RUNNING:
             raise ValueError(f"{prompt.key}: cannot complete a trajectory that is empty or {prompt.status.value}")
         check_limits(limits, prompt.key)
@@ -196,6 +205,13 @@ class Generator:
         return bool(self._requests)
 
     @property
+    def in_flight(self) -> tuple[int, ...]:
+        """Tickets of requests that have begun: something of theirs is computed already, or is being."""
+        filling = [m for s in self._filling for m in (s, *s.followers)]
+        begun = [s for s in self._waiting if s.produced]  # they were pushed out
+        return tuple(s.ticket for s in (*self._running.sequences, *filling, *begun))
+
+    @property
     def load(self) -> dict[str, int]:
         """How many requests wait, are being read, and decode; blocks of the cache that are owned, known and there."""
         filling = len(self._filling) + sum(len(s.followers) for s in self._filling)
@@ -213,15 +229,26 @@ class Generator:
         self.forget()
 
     def forget(self) -> None:
-        """Find nothing again of what was computed. A change of weights does this by itself."""
+        """Find nothing again of what was computed. A change of weights does this by itself. Prompts that are half read
+        begin again, for nothing they sample would tell that two versions had read them."""
         self.features.forget()
         self.pool.forget()
+        self._put_back([s for s in self._filling if s.fed])
         for sequence in self._requests.values():
             sequence.stale = sequence.fed > 0
+
+    def reread(self) -> None:
+        """Everything in flight gives up its keys and values, and is read again, with what it has sampled."""
+        self._put_back(self._filling)
+        running = self._running.sequences
+        self._running.change([])
+        for sequence in running:
+            self._wait_again(sequence)
 
     def step(self) -> dict[int, Completion]:
         """Admit waiting prompts if there is room, feed some of what prompts have, then decode a few tokens a sequence.
         Returns what has ended."""
+        self._require_weights()
         with self._inference():
             done = self._give_up()
             self._admit()
@@ -262,6 +289,10 @@ class Generator:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 
+    def _require_weights(self) -> None:
+        if self.writer is not None:
+            raise HalfWritten(str(self.writer))
+
     def _require_whole_weights(self) -> None:
         """Ranks that share weights would have to decode in step, and wait for ever for the first that is done."""
         shared = [
@@ -293,11 +324,25 @@ class Generator:
         sequence.blocks, sequence.fed, sequence.known = [], 0, 0
 
     def _push_out(self, sequence: Sequence) -> None:
-        """Back to those that wait; what it has is kept, and goes in again as a whole."""
+        """Back to those that wait, for others' sake."""
+        self._wait_again(sequence)
+        self.counts["preempted"] += 1
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        """What it has sampled is kept, and goes in again as a whole."""
         self._drop(sequence)
         sequence.resumed, sequence.stale = sequence.produced > 0, False
+        if not sequence.resumed:
+            sequence.cached_tokens = 0
         insort(self._waiting, sequence, key=lambda s: s.rank)
-        self.counts["preempted"] += 1
+
+    def _put_back(self, filling: list[Sequence]) -> None:
+        """Prompts that are half read, and those that wait for them."""
+        self._filling = [s for s in self._filling if s not in filling]
+        for sequence in filling:
+            followers, sequence.followers = sequence.followers, []
+            for member in (sequence, *followers):
+                self._wait_again(member)
 
     def _tell(self, sequence: Sequence) -> None:
         """Blocks that have become full can be found from now on."""
@@ -315,8 +360,7 @@ class Generator:
     def _admit(self) -> None:
         """Let those in that wait, in their order, while there is room."""
         prompts = {self._content(s): s for s in self._filling}
-        while self._waiting:
-            sequence = self._waiting[0]
+        while sequence := next((s for s in self._waiting if s.produced or not self.hold), None):
             inside = len(self._running) + sum(1 + len(s.followers) for s in self._filling)
             leader = None if sequence.resumed else prompts.get(self._content(sequence))
             if inside >= self.config.max_sequences or not (leader or self._begin(sequence)):
