@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mmagent.generation.blocks import BlockPool, ChainKeys
 from mmagent.generation.dispatch import computes_on
@@ -35,6 +34,7 @@ from mmagent.generation.sampling import check_limits, sample, uniforms
 from mmagent.generation.sequences import Sequence, image_spans, prompt_positions
 from mmagent.generation.speculation import Drafter
 from mmagent.generation.stopping import StopStrings
+from mmagent.generation.weights import HalfWritten, require_steady, require_whole, weight_versions
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BURST = 8
 """Tokens a sequence that one step decodes: under autocast every step casts the weights anew."""
-STEADY_EXPERTS = 32
-"""With more, products of experts run in a kernel that knows no least number of rows."""
 BLOCK_TOKENS = {"cpu": 32, "cuda": 256}
 """Places of a block; what the kernel that reads block tables wants on CUDA."""
 FIRST_BLOCKS = 64
@@ -92,10 +90,6 @@ class GeneratorConfig:
             )
 
 
-class HalfWritten(RuntimeError):
-    """The weights are being exchanged, or were so in part: nothing is served until they are whole."""
-
-
 class Generator:
     """``generate`` completes prompts and returns; ``submit`` and ``step`` do the same piece by piece. One thread at a
     time may use it.
@@ -105,7 +99,8 @@ class Generator:
     and barred ids to :func:`~mmagent.ops.selected_logprobs` recomputes them.
 
     ``version`` is what completions are stamped with; whoever changes the weights sets it. While somebody writes them in
-    place he is the ``writer``, whose text says how far he is, and ``submit`` and ``step`` raise :class:`HalfWritten`.
+    place he is the ``writer``, whose text says how far he is, and ``submit`` and ``step`` raise
+    :class:`~mmagent.generation.weights.HalfWritten`.
     """
 
     def __init__(self, model: AgentModel, vocab: Vocab, config: GeneratorConfig | None = None):
@@ -114,7 +109,7 @@ class Generator:
         self.barred = vocab.barred(model.config.vocab_size)
         self._barred = torch.tensor(self.barred, device=self.device)
         if self.config.steady:
-            self._require_steady()
+            require_steady(self.device, model.config.decoder.moe.experts)
         self.version = 0
         self.tokens_sampled = 0
         self.counts: Counter[str] = Counter()
@@ -262,20 +257,11 @@ class Generator:
 
     # ------------------------------------------------------------ weights
 
-    def _require_steady(self) -> None:
-        experts = self.model.config.decoder.moe.experts
-        if self.device.type != "cpu" or experts > STEADY_EXPERTS:
-            raise ValueError(
-                f"generator.steady: known of CPUs and up to {STEADY_EXPERTS} experts, not of {self.device.type} and "
-                f"{experts}; leave it false"
-            )
-
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        weights = tuple(0 if x.is_inference() else x._version for x in tensors)  # accelerate brings and takes those
+        weights = weight_versions(self.model)
         if weights != self._weights:
-            self._require_whole_weights()
+            require_whole(self.model)
             self.forget()
             self._weights = weights
         dtype = DTYPES[self.config.dtype]
@@ -292,18 +278,6 @@ class Generator:
     def _require_weights(self) -> None:
         if self.writer is not None:
             raise HalfWritten(str(self.writer))
-
-    def _require_whole_weights(self) -> None:
-        """Ranks that share weights would have to decode in step, and wait for ever for the first that is done."""
-        shared = [
-            name
-            for name, p in self.model.named_parameters()
-            if hasattr(p, "ds_tensor") or (isinstance(p, DTensor) and p.device_mesh.size() > 1)  # ZeRO-3, FSDP2
-        ]
-        if shared:
-            raise ValueError(
-                f"{shared[0]} (and {len(shared) - 1} more) is shared by ranks: generate from a whole copy of the model"
-            )
 
     # ------------------------------------------------------------ room
 

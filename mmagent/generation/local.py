@@ -110,7 +110,7 @@ class LocalPolicy:
         requests ``in_flight`` is said there. The block runs on the event loop: :meth:`update` keeps that free.
 
         Where the block or its end fails, that is raised here. If something was written, those who wait and who ask
-        later get :class:`~mmagent.generation.generator.HalfWritten`, until a version has come whole.
+        later get :class:`~mmagent.generation.weights.HalfWritten`, until a version has come whole.
         """
         if self._pausing:
             raise ValueError(f"version {manifest.version} has to wait: another is on its way")

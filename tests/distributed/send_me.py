@@ -16,9 +16,10 @@ import torch
 import torch.distributed as torch_dist
 
 from mmagent.agent.weight_sync import buckets_of
-from mmagent.generation.generator import Generator, HalfWritten
+from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
 from mmagent.generation.updates import Bucket, Buckets, buckets_of_files, receive, send
+from mmagent.generation.weights import HalfWritten
 from mmagent.trajectories import Completion, Limits
 from tests.agent_kit import prompt, tiny_model, tiny_vocab
 

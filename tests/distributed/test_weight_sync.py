@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard
 
 from mmagent.agent.weight_sync import buckets_of, push
 from mmagent.dist import World, run_ranks
-from mmagent.generation.generator import Generator, HalfWritten
+from mmagent.generation.generator import Generator
 from mmagent.generation.updates import Bucket, Buckets, WeightUpdate, buckets_of_state, receive, send, write_version
+from mmagent.generation.weights import HalfWritten
 from mmagent.models.agent_model import AgentModel
 from mmagent.ops.tensor_files import WeightsError
 from mmagent.trajectories import Limits

@@ -59,15 +59,16 @@ def tied_model() -> AgentModel:
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.0])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_model_half_on_disk_says_the_same_bit_for_bit(tmp_path, share, tied):
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_a_model_half_on_disk_says_the_same_bit_for_bit(tmp_path, share, tied, speculate):
     model = tied_model() if tied else tiny_model()
-    plain = said(copy.deepcopy(model))
+    plain = said(copy.deepcopy(model), speculate=speculate)
     placed = spread(model, {"cpu": int(share * model_bytes(model))}, tmp_path / "away")
     places = set(placed.hf_device_map.values())
     assert places == ({"cpu", "disk"} if share == 0.9 else {"disk"} if share == 0 else places)
     assert "disk" in places
     assert any(p.is_meta for p in placed.parameters())
-    assert_equal(said(placed), plain)
+    assert_equal(said(placed, speculate=speculate), plain)
     assert all(p.is_meta for p in placed.parameters()) or share
     assert computes_on(placed.embedding) == torch.device("cpu")
 

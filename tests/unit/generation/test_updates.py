@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmagent.agent.weight_sync import buckets_of
-from mmagent.generation.generator import Generator, GeneratorConfig, HalfWritten
+from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.generation.updates import (
     IN_FLIGHT,
@@ -25,6 +25,7 @@ from mmagent.generation.updates import (
     digest,
     write_version,
 )
+from mmagent.generation.weights import HalfWritten
 from mmagent.models.agent_model import AgentModel
 from mmagent.ops.state import save_weights
 from mmagent.ops.tensor_files import WeightsError
@@ -455,8 +456,8 @@ def test_a_prompt_that_is_half_read_is_read_again(in_flight):
 @given(st.data())
 def test_any_completion_of_one_version_is_what_that_version_says_undisturbed(data):
     """Requests, steps, cancellations and updates of all kinds, in any order; a small cache, so that some step back."""
-    steady = data.draw(st.booleans())
-    generator = fresh(0, steady, cache_tokens=256, max_sequences=3, prefill_tokens=40)
+    steady, speculate = data.draw(st.booleans()), data.draw(st.sampled_from([0, 3]))
+    generator = fresh(0, steady, cache_tokens=256, max_sequences=3, prefill_tokens=40, speculate=speculate)
     tickets, done, at = {}, {}, 0
     moves = st.sampled_from(["submit", "submit", "step", "step", "cancel", "half", *IN_FLIGHT])
     for move in data.draw(st.lists(moves, min_size=4, max_size=14)):
@@ -485,7 +486,7 @@ def test_any_completion_of_one_version_is_what_that_version_says_undisturbed(dat
         assert not {9} & set(completion.versions)
         if not completion.ids:
             continue
-        (right,) = fresh(completion.versions[0], steady).generate([asked(key, 20)])
+        (right,) = fresh(completion.versions[0], steady, speculate=speculate).generate([asked(key, 20)])
         same = len(completion.ids) if len(completion.versions) == 1 else 1
         assert completion.ids[:same] == right.ids[:same]
         if steady:
