@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mmagent.generation.dispatch import computes_on
 from mmagent.models.agent_model import AgentModel
 from mmagent.types import PackedVision, PatchedImage
 
@@ -50,7 +51,7 @@ class ImageFeatures:
         found = {key: self._kept[key] for key in wanted if key in self._kept}
         missing = [key for key in wanted if key not in found]
         for part in chunks(missing, lambda key: self.tokens(wanted[key]), self.at_once):
-            device = self.model.embedding.weight.device
+            device = computes_on(self.model.embedding)
             visual = self.model.encode(PackedVision.pack([wanted[key] for key in part]).to(device))
             sizes = [self.tokens(wanted[key]) for key in part]
             found.update(zip(part, visual.split(sizes), strict=True))

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mmagent.generation.blocks import BlockPool, ChainKeys
+from mmagent.generation.dispatch import computes_on
 from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedKV
 from mmagent.generation.runner import Fed, Piece, Runner
@@ -34,6 +34,7 @@ from mmagent.generation.sampling import check_limits, sample, uniforms
 from mmagent.generation.sequences import Sequence, image_spans, prompt_positions
 from mmagent.generation.speculation import Drafter
 from mmagent.generation.stopping import StopStrings
+from mmagent.generation.weights import HalfWritten, require_steady, require_whole, weight_versions
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
@@ -43,8 +44,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BURST = 8
 """Tokens a sequence that one step decodes: under autocast every step casts the weights anew."""
-STEADY_EXPERTS = 32
-"""With more, products of experts run in a kernel that knows no least number of rows."""
 BLOCK_TOKENS = {"cpu": 32, "cuda": 256}
 """Places of a block; what the kernel that reads block tables wants on CUDA."""
 FIRST_BLOCKS = 64
@@ -99,7 +98,9 @@ class Generator:
     the request's temperature (1 for greedy), with ``barred`` ids impossible. A trainer that passes the same temperature
     and barred ids to :func:`~mmagent.ops.selected_logprobs` recomputes them.
 
-    ``version`` is what completions are stamped with; whoever changes the weights sets it.
+    ``version`` is what completions are stamped with; whoever changes the weights sets it. While somebody writes them in
+    place he is the ``writer``, whose text says how far he is, and ``submit`` and ``step`` raise
+    :class:`~mmagent.generation.weights.HalfWritten`.
     """
 
     def __init__(self, model: AgentModel, vocab: Vocab, config: GeneratorConfig | None = None):
@@ -108,11 +109,14 @@ class Generator:
         self.barred = vocab.barred(model.config.vocab_size)
         self._barred = torch.tensor(self.barred, device=self.device)
         if self.config.steady:
-            self._require_steady()
+            require_steady(self.device, model.config.decoder.moe.experts)
         self.version = 0
         self.tokens_sampled = 0
         self.counts: Counter[str] = Counter()
         """What happened since it was made: tokens ``prefilled`` and ``cached``, sequences ``preempted``, ..."""
+        self.writer: object | None = None
+        self.hold = False
+        """Where true, nothing new begins: :meth:`step` goes on with what is in flight alone."""
         self.interrupt: Callable[[], bool] = lambda: False
         """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in."""
         moe = model.config.decoder.moe_layers
@@ -138,7 +142,7 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return computes_on(self.model.embedding)
 
     # ------------------------------------------------------------ interface
 
@@ -156,6 +160,7 @@ class Generator:
     def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
         """Queue one prompt; its ticket comes back from :meth:`step` with the completion. Higher ``priority`` goes
         first, and may push out what is lower. Raises ``ValueError`` naming what cannot be completed."""
+        self._require_weights()
         if not prompt.input_ids or prompt.status is not Status.RUNNING:
             raise ValueError(f"{prompt.key}: cannot complete a trajectory that is empty or {prompt.status.value}")
         check_limits(limits, prompt.key)
@@ -195,6 +200,13 @@ class Generator:
         return bool(self._requests)
 
     @property
+    def in_flight(self) -> tuple[int, ...]:
+        """Tickets of requests that have begun: something of theirs is computed already, or is being."""
+        filling = [m for s in self._filling for m in (s, *s.followers)]
+        begun = [s for s in self._waiting if s.produced]  # they were pushed out
+        return tuple(s.ticket for s in (*self._running.sequences, *filling, *begun))
+
+    @property
     def load(self) -> dict[str, int]:
         """How many requests wait, are being read, and decode; blocks of the cache that are owned, known and there."""
         filling = len(self._filling) + sum(len(s.followers) for s in self._filling)
@@ -212,15 +224,26 @@ class Generator:
         self.forget()
 
     def forget(self) -> None:
-        """Find nothing again of what was computed. A change of weights does this by itself."""
+        """Find nothing again of what was computed. A change of weights does this by itself. Prompts that are half read
+        begin again, for nothing they sample would tell that two versions had read them."""
         self.features.forget()
         self.pool.forget()
+        self._put_back([s for s in self._filling if s.fed])
         for sequence in self._requests.values():
             sequence.stale = sequence.fed > 0
+
+    def reread(self) -> None:
+        """Everything in flight gives up its keys and values, and is read again, with what it has sampled."""
+        self._put_back(self._filling)
+        running = self._running.sequences
+        self._running.change([])
+        for sequence in running:
+            self._wait_again(sequence)
 
     def step(self) -> dict[int, Completion]:
         """Admit waiting prompts if there is room, feed some of what prompts have, then decode a few tokens a sequence.
         Returns what has ended."""
+        self._require_weights()
         with self._inference():
             done = self._give_up()
             self._admit()
@@ -234,19 +257,11 @@ class Generator:
 
     # ------------------------------------------------------------ weights
 
-    def _require_steady(self) -> None:
-        experts = self.model.config.decoder.moe.experts
-        if self.device.type != "cpu" or experts > STEADY_EXPERTS:
-            raise ValueError(
-                f"generator.steady: known of CPUs and up to {STEADY_EXPERTS} experts, not of {self.device.type} and "
-                f"{experts}; leave it false"
-            )
-
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        weights = tuple(x._version for x in (*self.model.parameters(), *self.model.buffers()))
+        weights = weight_versions(self.model)
         if weights != self._weights:
-            self._require_whole_weights()
+            require_whole(self.model)
             self.forget()
             self._weights = weights
         dtype = DTYPES[self.config.dtype]
@@ -260,17 +275,9 @@ class Generator:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
 
-    def _require_whole_weights(self) -> None:
-        """Ranks that share weights would have to decode in step, and wait for ever for the first that is done."""
-        shared = [
-            name
-            for name, p in self.model.named_parameters()
-            if hasattr(p, "ds_tensor") or (isinstance(p, DTensor) and p.device_mesh.size() > 1)  # ZeRO-3, FSDP2
-        ]
-        if shared:
-            raise ValueError(
-                f"{shared[0]} (and {len(shared) - 1} more) is shared by ranks: generate from a whole copy of the model"
-            )
+    def _require_weights(self) -> None:
+        if self.writer is not None:
+            raise HalfWritten(str(self.writer))
 
     # ------------------------------------------------------------ room
 
@@ -291,11 +298,25 @@ class Generator:
         sequence.blocks, sequence.fed, sequence.known = [], 0, 0
 
     def _push_out(self, sequence: Sequence) -> None:
-        """Back to those that wait; what it has is kept, and goes in again as a whole."""
+        """Back to those that wait, for others' sake."""
+        self._wait_again(sequence)
+        self.counts["preempted"] += 1
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        """What it has sampled is kept, and goes in again as a whole."""
         self._drop(sequence)
         sequence.resumed, sequence.stale = sequence.produced > 0, False
+        if not sequence.resumed:
+            sequence.cached_tokens = 0
         insort(self._waiting, sequence, key=lambda s: s.rank)
-        self.counts["preempted"] += 1
+
+    def _put_back(self, filling: list[Sequence]) -> None:
+        """Prompts that are half read, and those that wait for them."""
+        self._filling = [s for s in self._filling if s not in filling]
+        for sequence in filling:
+            followers, sequence.followers = sequence.followers, []
+            for member in (sequence, *followers):
+                self._wait_again(member)
 
     def _tell(self, sequence: Sequence) -> None:
         """Blocks that have become full can be found from now on."""
@@ -313,8 +334,7 @@ class Generator:
     def _admit(self) -> None:
         """Let those in that wait, in their order, while there is room."""
         prompts = {self._content(s): s for s in self._filling}
-        while self._waiting:
-            sequence = self._waiting[0]
+        while sequence := next((s for s in self._waiting if s.produced or not self.hold), None):
             inside = len(self._running) + sum(1 + len(s.followers) for s in self._filling)
             leader = None if sequence.resumed else prompts.get(self._content(sequence))
             if inside >= self.config.max_sequences or not (leader or self._begin(sequence)):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from mmagent.generation.dispatch import stored_weights
 from mmagent.generation.generator import Generator
+from mmagent.generation.updates import Manifest, Source, WeightUpdate
 from mmagent.models.feature_cache import content_key
 from mmagent.trajectories import Completion, Limits, Trajectory
 
@@ -40,16 +43,18 @@ class LocalPolicy:
     Requests made before the loop comes round again form one batch, in the order they were made. Later ones join
     between two tokens. While the model computes, in a thread of its own, the loop goes on serving browsers. A caller
     that is cancelled takes its request with it. ``version`` is what trajectories are stamped with; set it after every
-    optimizer step.
+    optimizer step, where that changes the generator's own weights. Weights from elsewhere come by :meth:`update` or
+    :meth:`updating`, while callers wait.
     """
 
     def __init__(self, generator: Generator, version: int = 0):
         self.generator = generator
         generator.version = version
-        generator.interrupt = lambda: bool(self._waiting or self._left)
+        generator.interrupt = lambda: bool(self._waiting or self._left or self._pausing not in ("", "finish"))
         self._requests: dict[int, _Request] = {}
         self._waiting: list[_Request] = []
         self._left: list[_Request] = []  # whose callers have gone
+        self._pausing = ""  # what becomes of requests in flight, while somebody wants to change the weights
         self._worker: asyncio.Task[None] | None = None
         # one thread for ever: each thread that computes keeps a pool of its own workers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmagent-generator")
@@ -68,9 +73,9 @@ class LocalPolicy:
         return self.generator.config.steady
 
     def identity(self) -> str:
-        """sha256 of all weights, buffers and settings that decide its numbers. Reads the weights once."""
-        tensors = sorted(self.generator.model.state_dict().items())
-        return content_key(repr(self.generator.config), *(part for pair in tensors for part in pair))
+        """sha256 of all weights, buffers and settings that decide its numbers. Reads the weights once, one by one."""
+        tensors = (content_key(name, tensor) for name, tensor in stored_weights(self.generator.model))
+        return content_key(repr(self.generator.config), *tensors)
 
     async def complete(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> Completion:
         """Raises what :meth:`Generator.submit` raises; a failure while decoding reaches every caller in flight."""
@@ -96,6 +101,52 @@ class LocalPolicy:
         finally:
             self._leave(request)
 
+    @asynccontextmanager
+    async def updating(
+        self, manifest: Manifest, in_flight: str = "finish", cast: bool = False
+    ) -> AsyncIterator[WeightUpdate]:
+        """Exchange the weights: the block gets a :class:`~mmagent.generation.updates.WeightUpdate`, which has begun,
+        and writes every bucket to it; at its end the new version is served. Who asks meanwhile waits; what becomes of
+        requests ``in_flight`` is said there. The block runs on the event loop: :meth:`update` keeps that free.
+
+        Where the block or its end fails, that is raised here. If something was written, those who wait and who ask
+        later get :class:`~mmagent.generation.weights.HalfWritten`, until a version has come whole.
+        """
+        if self._pausing:
+            raise ValueError(f"version {manifest.version} has to wait: another is on its way")
+        update = WeightUpdate(self.generator, manifest, in_flight, cast)
+        self._pausing = in_flight
+        try:
+            self.generator.hold = True
+            if self._worker is not None and not self._worker.done():
+                await asyncio.wait({self._worker})
+            with update:
+                for ticket, completion in update.ended.items():
+                    self._settle(self._requests.pop(ticket), completion)
+                yield update
+        finally:
+            self._pausing, self.generator.hold = "", False
+            self._go_on()
+
+    async def update(self, source: Source, in_flight: str = "finish", cast: bool = False) -> None:
+        """The weights of ``source``, read and written in the generator's own thread. Raises as :meth:`updating`."""
+        async with self.updating(source.manifest, in_flight, cast) as update:
+            writing = asyncio.get_running_loop().run_in_executor(self._thread, update.write_all, source)
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                update.give_up()  # the thread cannot be stopped, but writes no further bucket
+                await asyncio.wait({writing})
+                writing.exception()  # which says so, and that is all
+                raise
+
+    def _go_on(self) -> None:
+        """Serve those who wait, or tell them that nobody will."""
+        if self._worker is not None and not self._worker.done():
+            return
+        if self._waiting or self.generator.busy:
+            self._worker = asyncio.create_task(self._serve())
+
     def _ask(
         self,
         prompt: Trajectory,
@@ -105,8 +156,8 @@ class LocalPolicy:
     ) -> _Request:
         request = _Request(prompt, limits, priority, asyncio.get_running_loop().create_future(), queue)
         self._waiting.append(request)
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._serve())
+        if not self._pausing:
+            self._go_on()
         return request
 
     def _leave(self, request: _Request) -> None:
@@ -119,7 +170,7 @@ class LocalPolicy:
         loop = asyncio.get_running_loop()
         try:
             await asyncio.sleep(0)  # whoever is ready to ask does so first
-            while self._waiting or self.generator.busy:
+            while (self._waiting or self.generator.busy) and not self._rests():
                 self._hand_over()
                 done = await loop.run_in_executor(self._thread, self.generator.step)
                 for ticket, completion in done.items():
@@ -137,15 +188,20 @@ class LocalPolicy:
             if not isinstance(error, Exception):  # cancelled with its loop
                 raise
 
+    def _rests(self) -> bool:
+        """Whether the weights may change now."""
+        return bool(self._pausing) and not (self._pausing == "finish" and self.generator.in_flight)
+
     def _hand_over(self) -> None:
         """To the generator, which is not used by another thread now."""
-        waiting, self._waiting = self._waiting, []
-        for request in waiting:
+        while self._waiting:
+            request = self._waiting[0]
             try:
                 request.ticket = self.generator.submit(request.prompt, request.limits, priority=request.priority)
                 self._requests[request.ticket] = request
             except ValueError as error:
                 _fail(request, error)
+            self._waiting.remove(request)
         left, self._left = self._left, []
         for request in left:
             self.generator.cancel(request.ticket)

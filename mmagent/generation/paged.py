@@ -38,7 +38,8 @@ TILE = 512
 
 
 class PagedKV:
-    """Keys and values of ``blocks`` blocks, a pair of tensors a layer, made when the layer first writes.
+    """Keys and values of ``blocks`` blocks, a pair of tensors a layer, made when the layer first writes, where that
+    computes: ``device``, or others of its kind.
 
     On CPUs ``(blocks, G, block_tokens, d)``: one product a block and head. Elsewhere ``(blocks, block_tokens, G, d)``,
     as kernels that read block tables want it.
@@ -78,20 +79,20 @@ class PagedKV:
             at, to = (torch.tensor(numbers, device=self.device) for numbers in (sources, targets))
             for pair in self.layers.values():
                 for x in pair:
-                    x[to] = x[at]
+                    x[to.to(x.device)] = x[at.to(x.device)]
 
     def wipe(self, blocks: Sequence[int]) -> None:
         """Zeros where a sequence left what is not finite: the next owner's weights of zero must meet none of it."""
         at = torch.tensor(blocks, device=self.device, dtype=torch.int64)
         for pair in self.layers.values():
             for x in pair:
-                x[at] = 0
+                x[at.to(x.device)] = 0
 
     def gather(self, layer: int, blocks: Tensor, first: int, length: int) -> tuple[Tensor, Tensor]:
         """``(length - first, G, d)`` keys and values of a sequence that lies in ``blocks``, from place ``first`` on."""
         out = []
         for x in self.layers[layer]:
-            rows = x[blocks]
+            rows = x[blocks.to(x.device)]
             rows = rows.transpose(1, 2) if self.head_major else rows
             out.append(rows.flatten(0, 1)[first:length])
         return out[0], out[1]
@@ -155,6 +156,7 @@ class PagedAttention:
         self._starts = starts
         self._prepared: _Blocks | None = None
         self._depths: dict[int, PagedAttention] = {}
+        self._where: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def behind(self, first: int) -> PagedAttention:
         """The same forward for sequences of which the first places are not there."""
@@ -165,7 +167,7 @@ class PagedAttention:
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         kv = self.kv
         with torch.autocast(q_THd.device.type, enabled=False):
-            kv.write(layer, self._write_blocks, self._write_places, k_TGd, v_TGd)
+            kv.write(layer, *self._written(k_TGd.device), k_TGd, v_TGd)
             if not self.history.any() and self.counts.min() > self.first and self.counts.max() > 1:
                 return self._fresh(q_THd, k_TGd, v_TGd)
             q_THd = q_THd.to(kv.layers[layer][0].dtype)
@@ -175,12 +177,18 @@ class PagedAttention:
                 return self._by_rows(layer, q_THd)
             return self._by_blocks(layer, q_THd)
 
+    def _written(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Blocks and places of the new tokens, on a layer's device."""
+        if device not in self._where:
+            self._where[device] = self._write_blocks.to(device), self._write_places.to(device)
+        return self._where[device]
+
     def _fresh(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Nothing is stored of any sequence: the new tokens are a pack of documents."""
-        segments = Segments((self.counts - self.first).tolist(), self.kv.device)
+        segments = Segments((self.counts - self.first).tolist(), q_THd.device)
         if not self.first:
             return varlen_attention(q_THd, k_TGd, v_TGd, segments, causal=True)
-        there = torch.from_numpy(self._offsets >= self.first).to(self.kv.device)
+        there = torch.from_numpy(self._offsets >= self.first).to(q_THd.device)
         out = varlen_attention(q_THd[there], k_TGd[there], v_TGd[there], segments, causal=True)
         return out.new_zeros(q_THd.shape).index_copy_(0, there.nonzero().squeeze(1), out)
 
@@ -191,7 +199,7 @@ class PagedAttention:
         for row, (history, count) in enumerate(zip(self.history.tolist(), self.counts.tolist(), strict=True)):
             start = int(self._starts[row])
             blocks = torch.from_numpy(self._table[row, : -(-(history + count) // self.kv.block_tokens)])
-            k, v = self.kv.gather(layer, blocks.to(self.kv.device), self.first, history + count)
+            k, v = self.kv.gather(layer, blocks, self.first, history + count)
             out.append(_behind(q_THd[start : start + count], k, v, history - self.first))
         return torch.cat(out)
 
@@ -327,7 +335,7 @@ class PagedAttention:
     def _by_kernel(self, layer: int, q_THd: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        kv, device = self.kv, self.kv.device
+        kv, device = self.kv, q_THd.device
         keys, values = kv.layers[layer]
         dtype = keys.dtype if keys.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         cu_q = F.pad(torch.from_numpy(np.cumsum(self.counts)), (1, 0)).to(device, torch.int32)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmagent.generation.dispatch import computes_on, present
 from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedAttention, PagedKV
 from mmagent.generation.sequences import Sequence
@@ -63,7 +64,7 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.weight.device
+        return computes_on(self.model.embedding)
 
     def feed(self, pieces: Sequence_[Piece]) -> Fed:
         """One forward over pieces of prompts, each behind what is stored of its sequence."""
@@ -73,14 +74,14 @@ class Runner:
         slots = (ids == self.model.config.image_id).nonzero().squeeze(1)
         visual = self._visual(pieces)
         if visual:
-            embeddings = text.index_copy(0, slots, torch.cat(visual).to(text.dtype))
+            embeddings = text.index_copy(0, slots, torch.cat(visual).to(text))
         tables = [s.blocks for s, _, _ in pieces]
         history = np.array([start for _, start, _ in pieces])
         counts = np.array([stop - start for _, start, stop in pieces])
         attend = PagedAttention(self.kv, tables, history, counts, apart=self.steady)
         out = self.model.decoder(embeddings, positions, attend)
         head = self.model.mtp.inputs(text, embeddings, slots) if self.model.mtp is not None else text
-        return Fed(out.hidden, out.routed(), head, positions, counts, attend)
+        return Fed(out.hidden.to(text.device), out.routed().to(text.device), head, positions, counts, attend)
 
     def _visual(self, pieces: Sequence_[Piece]) -> list[Tensor]:
         """Visual embeddings of the image tokens in the pieces, in their order: of images that a piece cuts, a part."""
@@ -106,7 +107,8 @@ class Runner:
         places = torch.from_numpy(np.pad(positions, (0, count - total))).to(self.device).expand(3, -1)
         embeddings = self.model.embed_tokens(torch.from_numpy(np.pad(ids, (0, count - total))).to(self.device))
         out = self.model.decoder(embeddings, places, led)
-        return Fed(out.hidden[:total], out.routed()[:total], embeddings[:total], places[:, :total], counts, attend)
+        hidden, routed = (x.to(embeddings.device)[:total] for x in (out.hidden, out.routed()))
+        return Fed(hidden, routed, embeddings[:total], places[:, :total], counts, attend)
 
     def led(self, attend: PagedAttention, rows: int) -> tuple[int, Attend]:
         """How many rows to compute so that the first ``rows`` are as steady as promised, and attention for those."""
@@ -117,5 +119,7 @@ class Runner:
         """``(S, V)`` fp32 logits, minus infinity where an id is barred; with rows behind them that nobody reads where
         sequences are to be steady."""
         missing = -hidden_SD.shape[0] % STEADY_ROWS if self.steady else 0
-        scores = logits(self.model, F.pad(hidden_SD, (0, 0, 0, missing)) if missing else hidden_SD)
+        hidden = F.pad(hidden_SD, (0, 0, 0, missing)) if missing else hidden_SD
+        with present(self.model.embedding if self.model.head is None else self.model.head):
+            scores = logits(self.model, hidden.to(self.model.head_weight.device)).to(hidden.device)
         return scores.index_fill_(1, barred, float("-inf"))

@@ -58,7 +58,8 @@ class Drafter:
         self.runner, self.depth, self.least, self.mtp, self.barred = runner, depth, least, runner.model.mtp, barred
         self.layers = runner.model.config.decoder.layers
         self.depths = min(self.mtp.config.depths, depth)
-        self.ends = runner.model.embedding.weight.new_zeros(0, self.depths, runner.model.config.decoder.width)
+        width, dtype = runner.model.config.decoder.width, runner.model.embedding.weight.dtype
+        self.ends = torch.zeros(0, self.depths, width, dtype=dtype, device=runner.device)
         self.stats: Counter[tuple[str, int, str]] = Counter()
         """By context, depth (from 1) and "tried" or "accepted": drafts all of whose forerunners were accepted."""
 
@@ -125,7 +126,7 @@ class Drafter:
         before, embeddings = (F.pad(x, (0, 0, 0, count - x.shape[0])) for x in (before, embeddings))
         rotation = self.runner.model.config.decoder.rotation(F.pad(positions, (0, count - positions.shape[1])))
         out, _ = self.mtp.module_for(depth)(before, embeddings, rotation, led, self.layers + depth - 1)
-        return out[: positions.shape[1]]
+        return out[: positions.shape[1]].to(positions.device)  # where the model is spread, it may be on another
 
     def _set_tails(self, sequences: list[Sequence], states: list[Tensor], ends: np.ndarray) -> None:
         if self.depths > 1:

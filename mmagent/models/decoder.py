@@ -117,7 +117,8 @@ class DecoderOutput:
         """``(T, M, K)`` int64: the experts that served each token, as a trajectory records them."""
         if not self.routings:
             return torch.empty(self.hidden.shape[0], 0, 0, dtype=torch.int64, device=self.hidden.device)
-        return torch.stack([routing.chosen for routing in self.routings], dim=1)
+        device = self.hidden.device  # layers may lie on several
+        return torch.stack([routing.chosen.to(device) for routing in self.routings], dim=1)
 
     def replayed(self) -> Tensor:
         """``(T, M, 2)``: how many replayed choices the routers would have made themselves, and how many there were."""

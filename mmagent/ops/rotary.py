@@ -37,6 +37,11 @@ class Rotation:
     def from_angles(angles_TR: Tensor, interleaved: bool = False) -> Rotation:
         return Rotation(angles_TR.cos().unsqueeze(1), angles_TR.sin().unsqueeze(1), interleaved)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Rotation:
+        """On another device; never in another dtype."""
+        moved = (x.to(device, non_blocking=non_blocking) for x in (self.cos, self.sin))
+        return Rotation(*moved, interleaved=self.interleaved)
+
 
 def inverse_frequencies(pairs: int, base: float, device: torch.device | str = "cpu") -> Tensor:
     """``base ** (-i / pairs)`` for ``i`` in ``range(pairs)``, fp32."""

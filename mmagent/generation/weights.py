@@ -1,0 +1,42 @@
+"""What the generator asks of a model's weights before it serves them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+STEADY_EXPERTS = 32
+"""With more, products of experts run in a kernel that knows no least number of rows."""
+
+
+class HalfWritten(RuntimeError):
+    """The weights are being exchanged, or were so in part: nothing is served until they are whole."""
+
+
+def weight_versions(model: nn.Module) -> tuple[int, ...]:
+    """Another one whenever a weight was written to. Those that accelerate brings and takes are not counted."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def require_whole(model: nn.Module) -> None:
+    """Ranks that share weights would have to decode in step, and wait for ever for the first that is done."""
+    shared = [
+        name
+        for name, p in model.named_parameters()
+        if hasattr(p, "ds_tensor") or (isinstance(p, DTensor) and p.device_mesh.size() > 1)  # ZeRO-3, FSDP2
+    ]
+    if shared:
+        raise ValueError(
+            f"{shared[0]} (and {len(shared) - 1} more) is shared by ranks: generate from a whole copy of the model"
+        )
+
+
+def require_steady(device: torch.device, experts: int) -> None:
+    """Whether products of a model with so many experts are known to be the same bits in any company."""
+    if device.type != "cpu" or experts > STEADY_EXPERTS:
+        raise ValueError(
+            f"generator.steady: known of CPUs and up to {STEADY_EXPERTS} experts, not of {device.type} and "
+            f"{experts}; leave it false"
+        )
