@@ -228,3 +228,12 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_config(path: Path, theirs: dict[str, Any]) -> None:
     """``theirs`` as ``config.json``."""
     path.write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+
+
+def wrote_config(path: Path) -> bool:
+    """Whether the ``config.json`` at ``path`` is one of :func:`their_config`."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from error
+    return isinstance(told, dict) and OURS in told

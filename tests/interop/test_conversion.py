@@ -142,9 +142,29 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path):
     save_agent(tmp_path / "agent", *whole)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years")
-    with pytest.raises(ValueError, match="is no model folder: it is not replaced"):
+    with pytest.raises(ValueError, match=r"is no agent folder: it is not replaced \(it holds chapter\.txt\)"):
         save_agent(tmp_path / "thesis", *whole)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years"
+
+
+def test_a_model_of_somebody_is_replaced_only_by_a_conversion_that_is_told_to(tmp_path):
+    """What was downloaded, and an agent beside which somebody keeps notes."""
+    agent = agent_of("glm4v_moe")
+    released(tmp_path / "theirs", "glm4v_moe")
+    save_agent(tmp_path / "ours", *agent[:4], shard_size=40_000)
+    save_agent(tmp_path / "ours", *agent[:4])
+    (tmp_path / "ours" / "notes.md").write_text("years")
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    with pytest.raises(ValueError, match=r"theirs holds a model that was not written here: it is not replaced"):
+        export_model(tmp_path / "theirs", agent, "glm4v_moe")
+    with pytest.raises(ValueError, match=r"theirs is no agent folder: it is not replaced \(it holds chat_template"):
+        save_agent(tmp_path / "theirs", *agent[:4])
+    with pytest.raises(ValueError, match=r"ours is no agent folder: it is not replaced \(it holds notes\.md\)"):
+        save_agent(tmp_path / "ours", *agent[:4])
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    (tmp_path / "ours" / "notes.md").unlink()
+    convert(tmp_path / "ours", tmp_path / "theirs", "glm4v_moe", overwrite=True)
+    export_model(tmp_path / "theirs", agent, "glm4v_moe")
 
 
 def test_a_hub_folder_without_its_code_is_not_sound(tmp_path):
