@@ -215,7 +215,8 @@ def not_kept(theirs: Any, ours: dict[str, Any]) -> list[str]:
     return [f"{name} {there.get(name)!r} (not {here.get(name)!r})" for name in shown]
 
 
-_TOLD_ELSEWHERE = ("transformers_version", "_name_or_path", "architectures", "dtype", "num_nextn_predict_layers")
+_TOLD_ELSEWHERE = ("transformers_version", "_name_or_path", "dtype", "num_nextn_predict_layers")
+"""Who wrote the file, and what is told of the weights themselves."""
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
