@@ -141,7 +141,7 @@ def test_a_declaration_has_one_spelling_however_it_was_spaced():
         ("nothing", "must be JSON"),
         ("[]", "must be an object with the function's name"),
         ('{"function": {}}', "must be an object with the function's name"),
-        ('{"name": "f", "x": NaN}', "not JSON compliant"),
+        ('{"name": "f", "x": NaN}', "must be JSON: NaN is no number of JSON"),
     ):
         with pytest.raises(ValueError, match=problem):
             Tool(wrong)
