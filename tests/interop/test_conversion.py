@@ -167,6 +167,15 @@ def test_a_hub_folder_without_its_code_is_not_sound(tmp_path):
     code = tmp_path / "hub" / "modeling_mmagent.py"
     code.write_text(code.read_text() + "\n# mine\n")
     assert "code of another version, or changed: modeling_mmagent.py" in check(tmp_path / "hub")
+    (tmp_path / "hub" / "mine.py").write_text("print('hello')\n")
+    for name, key in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        told = json.loads((tmp_path / "hub" / name).read_text())
+        told["auto_map"][key] = "somebody/else--mine.Class" if key == "AutoConfig" else ["mine.Class", None]
+        (tmp_path / "hub" / name).write_text(json.dumps(told))
+    assert check(tmp_path / "hub")[-2:] == [
+        "code that this version does not write: mine.py",
+        "classes from elsewhere: mine.Class (tokenizer_config.json), somebody/else--mine.Class (config.json)",
+    ]
     code.unlink()
     with pytest.raises(ValueError, match=r"lacks its code: modeling_mmagent\.py"):
         check(tmp_path / "hub")
