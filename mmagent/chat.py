@@ -395,10 +395,15 @@ def next_turn(
 
     A completion that stopped by itself ends with the role token of this turn (``role_sampled``); one that was
     cut by a limit, or ended otherwise, does not, and the token is written here.
+
+    Raises ``ValueError`` for a turn of the user where ``config`` then drops the thoughts before it: nothing that is
+    appended could be what :func:`render` writes.
     """
+    config = config or ChatConfig()
     if message.role not in ("user", "observation"):
         raise ValueError(f"next_turn: a {message.role} message cannot follow a completion")
-    config = config or ChatConfig()
+    if message.role == "user" and config.thinking and not config.preserve_thinking:
+        raise ValueError("next_turn: a turn of the user drops the thoughts before it, unless preserve_thinking")
     writer = _Writer(vocab)
     if not role_sampled:
         writer.control(f"<|{message.role}|>")

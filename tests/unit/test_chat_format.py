@@ -354,6 +354,15 @@ def test_a_rollout_writes_twenty_turns_as_the_renderer_does(config):
     assert trained == rendered(Conversation(tuple(messages), (CLICK,)), config).trainable
 
 
+@pytest.mark.parametrize("generation", list(Generation))
+def test_where_thoughts_are_dropped_no_turn_of_the_user_can_be_appended(generation):
+    drops, keeps = ChatConfig(generation, True), ChatConfig(generation, True, preserve_thinking=True)
+    with pytest.raises(ValueError, match="next_turn: a turn of the user drops the thoughts before it"):
+        next_turn(user("r"), VOCAB, config=drops)
+    assert next_turn(observation("o"), VOCAB, config=drops) == next_turn(observation("o"), VOCAB, config=keeps)
+    assert next_turn(user("r"), VOCAB, config=keeps)
+
+
 # ---------------------------------------------------------------------------------------------- content of tools
 
 
