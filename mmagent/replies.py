@@ -213,8 +213,10 @@ def _types(schema: Mapping[str, JSON]) -> list[JSON]:
     own = schema.get("type") or []
     types = list(own) if isinstance(own, list) else [own]
     for branch in (*_listed(schema, "anyOf"), *_listed(schema, "oneOf")):
-        if isinstance(branch, Mapping):
-            types += [name for name in _types(branch) if name not in types]
+        inner = _types(branch) if isinstance(branch, Mapping) else []
+        if not inner:
+            return []
+        types += [name for name in inner if name not in types]
     return types
 
 

@@ -179,6 +179,7 @@ def test_arguments_that_do_not_fit_are_refused(name, texts, problem):
         ({"oneOf": [{"type": "string"}]}, "5", "5"),
         ({"oneOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
         ({"oneOf": [{"type": "string"}, {"anyOf": [{"type": "null"}]}]}, "null", None),
+        ({"anyOf": [{"type": "integer"}, {"$ref": "#/somewhere"}]}, "word", "word"),
         ({"enum": ["1", "2"]}, "1", "1"),
         ({"enum": [1, 2]}, "1", 1),
         ({"type": "integer", "enum": [1, 2]}, "1", 1),
