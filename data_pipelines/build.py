@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cards = build(config)
     except (BuildError, ConfigError, ShardError) as error:
-        raise SystemExit(f"data_pipelines.build: {error}") from error
+        raise SystemExit(f"error: {error}") from error
     print(table(cards))
     print(f"{config.folder}: built in {time.perf_counter() - started:.0f} s")
 

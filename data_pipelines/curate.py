@@ -347,14 +347,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         result = curate(config)
     except (BuildError, ValueError) as error:  # ConfigError and ShardError are among them
-        raise SystemExit(f"data_pipelines.curate: {error}") from error
+        raise SystemExit(f"error: {error}") from error
     print(result.table())
     print(
         f"{config.to}: {result.kept} of {result.seen} samples kept, in {time.perf_counter() - started:.0f} s; "
         f"those left out: {Path(config.to) / LOG}"
     )
     if problem := result.problem(config.max_torn):
-        raise SystemExit(f"data_pipelines.curate: {problem}")
+        raise SystemExit(f"error: {problem}")
 
 
 if __name__ == "__main__":

@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _builder(args.tokenizer)
         found = examine(args.locations, args.decode, args.tokenizer, limits, progress=True)
     except (ShardError, ValueError) as error:
-        print(f"data_pipelines.validate: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(found, args.locations))
     if args.json:

@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return 130
     except EvaluationBroken as error:
-        print(f"evals: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, BrowserError) as error:
-        print(f"evals: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

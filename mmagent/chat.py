@@ -11,9 +11,11 @@ a model never to stop. Formats after the released GLM-4.5 and GLM-4.7 chat templ
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from mmagent.vocab import Vocab
 
@@ -70,6 +72,8 @@ class ToolCall:
     arguments: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.arguments, Mapping):
+            raise ValueError(f"a tool call is a name and a mapping, got {self.name!r:.80} and {self.arguments!r:.80}")
         if not self.name or self.name != self.name.strip() or "\n" in self.name:
             raise ValueError(f"the name of a tool call must be one line without spaces around it, got {self.name!r}")
         odd = [key for key, value in self.arguments.items() if not (isinstance(key, str) and isinstance(value, str))]
@@ -94,7 +98,7 @@ class Tool:
 
     def __post_init__(self) -> None:
         try:
-            parsed = json.loads(self.declaration)
+            parsed = parse_json(self.declaration)
         except ValueError as error:
             raise ValueError(f"a tool's declaration must be JSON: {error}") from error
         function = _function(parsed)
@@ -138,6 +142,34 @@ def json_text(value: JSON) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except TypeError as error:
         raise ValueError(f"no JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+
+
+def parse_json(text: str) -> Any:
+    """What ``text`` says in JSON. Raises ``ValueError`` for all else: NaN, a number beyond floats, an object that names
+    a key twice, lists in lists deeper than Python reads (a model that repeats itself writes them)."""
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_said_once)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+
+
+_TOO_DEEP = "lists and objects stand in each other too deep"
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text:.20} is no number of JSON that can be kept")
+    return float(text)
+
+
+def _said_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is said twice")
+    return read
 
 
 def argument_text(value: JSON) -> str:
@@ -163,6 +195,8 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role {self.role!r} is none of {', '.join(ROLES)}")
+        if odd := [part for part in self.parts if not isinstance(part, Part)]:
+            raise ValueError(f"a {self.role} message: {odd[0]!r:.80} is no part; texts are Text")
         spoken = [type(p).__name__ for p in self.parts if isinstance(p, Thinking | Box | ToolCall)]
         if spoken and self.role != "assistant":
             raise ValueError(f"{spoken[0]} in a {self.role} message: only the assistant thinks, answers and calls")
@@ -177,21 +211,24 @@ class Message:
 
 def user(*parts: Part | str) -> Message:
     """A user turn from text and images."""
-    return Message("user", _parts(parts))
+    return Message("user", _parts("user", parts))
 
 
 def assistant(*parts: Part | str, trainable: bool = True) -> Message:
     """An assistant turn from text, thinking, boxes and tool calls."""
-    return Message("assistant", _parts(parts), trainable)
+    return Message("assistant", _parts("assistant", parts), trainable)
 
 
 def observation(*parts: Part | str) -> Message:
     """A tool's answer; consecutive text parts are joined with a newline, as the big servers do."""
-    return Message("observation", _parts(parts))
+    return Message("observation", _parts("observation", parts))
 
 
-def _parts(parts: Sequence[Part | str]) -> tuple[Part, ...]:
-    return tuple(Text(part) if isinstance(part, str) else part for part in parts)
+def _parts(role: str, parts: Sequence[Part | str]) -> tuple[Part, ...]:
+    try:
+        return tuple(Text(part) if isinstance(part, str) else part for part in parts)
+    except ValueError as error:
+        raise ValueError(f"a {role} message: {error}") from error
 
 
 class Generation(Enum):
@@ -358,10 +395,15 @@ def next_turn(
 
     A completion that stopped by itself ends with the role token of this turn (``role_sampled``); one that was
     cut by a limit, or ended otherwise, does not, and the token is written here.
+
+    Raises ``ValueError`` for a turn of the user where ``config`` then drops the thoughts before it: nothing that is
+    appended could be what :func:`render` writes.
     """
+    config = config or ChatConfig()
     if message.role not in ("user", "observation"):
         raise ValueError(f"next_turn: a {message.role} message cannot follow a completion")
-    config = config or ChatConfig()
+    if message.role == "user" and config.thinking and not config.preserve_thinking:
+        raise ValueError("next_turn: a turn of the user drops the thoughts before it, unless preserve_thinking")
     writer = _Writer(vocab)
     if not role_sampled:
         writer.control(f"<|{message.role}|>")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 
@@ -32,6 +33,22 @@ def content_told(folder: Path, ours: Container[str] = ()) -> str:
     names = sorted(name for path in folder.iterdir() if not (name := path.name).startswith(".") and name not in ours)
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}" if names else ""
+
+
+def require_own(folder: Path, what: str, needed: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raises ``ValueError`` where ``folder`` is there and no ``what``, which is all that its writer replaces: of the
+    names ``needed`` one is missing, or something, hidden or not, is none of these and of ``others`` (patterns, all of
+    them). An empty folder may be taken."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not any(fnmatch(name, own) for own in (*needed, *others))]
+    missing = [own for own in needed if not any(fnmatch(name, own) for name in names)]
+    if names and (foreign or missing):
+        why = f"it holds {foreign[0]}" if foreign else f"{', '.join(missing)} missing"
+        raise ValueError(f"{folder} is no {what}: it is not replaced ({why})")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ template writes for the same dictionaries, answers of tools in the order of thei
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from mmagent.chat import (
     ToolCall,
     Video,
     argument_text,
+    parse_json,
     require_text,
 )
 
@@ -129,7 +129,8 @@ def write_message(message: Message) -> dict[str, Any]:
     Argument values stay the texts they are.
     """
     content = [_write_part(part) for part in message.parts if not isinstance(part, Thinking | ToolCall)]
-    out: dict[str, Any] = {"role": "tool" if message.role == "observation" else message.role, "content": content}
+    role = "tool" if message.role == "observation" else message.role
+    out: dict[str, Any] = {"role": role, "content": content or ""}
     if message.role == "assistant":
         text = "\n".join(part["text"] for part in content)
         if all(part["type"] == "text" for part in content):
@@ -282,7 +283,7 @@ class _Reader:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments, object_pairs_hook=_object)
+                arguments = parse_json(arguments)
             except ValueError as error:
                 raise ValueError(f"{where}: arguments: are no JSON: {error}") from error
         if not isinstance(arguments, Mapping):
@@ -334,12 +335,3 @@ class _Reader:
             raise ValueError(f"{where}: a video must be a list of {len(seconds)} pictures, one for each timestamp")
         self.pictures += [None] * len(seconds) if frames is None else list(frames)
         return Video(tuple(float(t) for t in seconds))
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that says everything once."""
-    read = dict(pairs)
-    if len(read) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is said twice")
-    return read

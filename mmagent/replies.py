@@ -10,7 +10,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmagent.chat import JSON, Box, ChatConfig, Message, Part, Text, Thinking, Tool, ToolCall, spoken_parts
+from mmagent.chat import (
+    JSON,
+    Box,
+    ChatConfig,
+    Message,
+    Part,
+    Text,
+    Thinking,
+    Tool,
+    ToolCall,
+    json_text,
+    parse_json,
+    require_text,
+    spoken_parts,
+)
 from mmagent.vocab import STOP_TOKENS, Vocab
 
 BOX_MARKS = ("<|begin_of_box|>", "<|end_of_box|>")
@@ -150,36 +164,39 @@ def _nothing(reader: _Ids, name: str) -> None:
 def arguments_of(call: ToolCall, tools: Sequence[Tool]) -> dict[str, JSON]:
     """The arguments of a call as the values that the tool's declaration asks for.
 
-    An argument whose schema is of type ``string`` is the text as it stands; any other must be JSON of one of the
-    types that the schema names. Where several types are possible, a string among them (or none is named), the text
-    is JSON if it reads as one of the others. Raises ``ValueError`` naming call and argument: a tool that is not
-    declared, an argument that is not declared or is missing, a value of another type.
+    An argument whose schema is of type ``string`` is the text as it stands, and so is one of the strings of an
+    ``enum``; any other must be JSON of one of the types that the schema names, ``anyOf`` and ``oneOf`` included. Where
+    several types are possible, a string among them (or none is named), the text is JSON if it reads as one of the
+    others. Nothing else of a schema is checked: that is the tool's. Raises ``ValueError`` naming call and argument: a
+    tool that is not declared, an argument that is not declared or is missing, a value of another type.
     """
     tool = next((tool for tool in tools if tool.name == call.name), None)
     if tool is None:
         raise ValueError(f"{call.name!r} is none of the tools {', '.join(tool.name for tool in tools)}")
     declared = json.loads(tool.declaration)
     schema = declared.get("function", declared).get("parameters") or {}
-    properties, open_ended = schema.get("properties") or {}, schema.get("additionalProperties", False)
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise ValueError(f"{call.name}: its declaration is no schema: properties are an object, required is a list")
+    open_ended = schema.get("additionalProperties", False) is not False
     values: dict[str, JSON] = {}
     for key, text in call.arguments.items():
         if key not in properties and not open_ended:
             raise ValueError(f"{call.name}: {key!r} is none of its arguments {', '.join(properties) or '(none)'}")
         own = properties.get(key)
         values[key] = _typed(f"{call.name}: {key}", text, own if isinstance(own, dict) else {})
-    if missing := [key for key in schema.get("required") or () if key not in values]:
+    if missing := [key for key in required if key not in values]:
         raise ValueError(f"{call.name}: {missing[0]!r} is missing")
     return values
 
 
 def _typed(where: str, text: str, schema: Mapping[str, JSON]) -> JSON:
-    types = schema.get("type", [])
-    types = [types] if isinstance(types, str) else list(types)
-    types += [branch.get("type") for branch in schema.get("anyOf", []) if isinstance(branch, Mapping)]
-    if types == ["string"]:
+    types = _types(schema)
+    if types == ["string"] or text in _listed(schema, "enum"):
         return text
     try:
-        value = json.loads(text, parse_constant=_no_json)
+        value = parse_json(text)
+        require_text(where, json_text(value))  # JSON can spell half a character
     except ValueError as error:
         if "string" in types or not types:
             return text
@@ -191,8 +208,21 @@ def _typed(where: str, text: str, schema: Mapping[str, JSON]) -> JSON:
     return value
 
 
-def _no_json(constant: str) -> JSON:
-    raise ValueError(f"{constant} is no JSON")
+def _types(schema: Mapping[str, JSON]) -> list[JSON]:
+    """Every type that the schema allows; none, where it allows all."""
+    own = schema.get("type") or []
+    types = list(own) if isinstance(own, list) else [own]
+    for branch in (*_listed(schema, "anyOf"), *_listed(schema, "oneOf")):
+        inner = _types(branch) if isinstance(branch, Mapping) else []
+        if not inner:
+            return []
+        types += [name for name in inner if name not in types]
+    return types
+
+
+def _listed(schema: Mapping[str, JSON], name: str) -> list[JSON]:
+    found = schema.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _is(value: JSON, name: JSON) -> bool:

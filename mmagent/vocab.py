@@ -165,15 +165,22 @@ class Vocab:
         return index in self._names
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; never a control id, whatever the text says."""
+        """Plain text to ids; never a control id, whatever the text says. Raises ``ValueError`` for half a surrogate
+        pair, which is no text."""
         if len(text) > _SHORT:
-            return self._plain.encode(text, add_special_tokens=False).ids
+            return self._encode(text)
         ids = self._known.get(text)  # line breaks, roles and names come over and over, and a call costs more than they
         if ids is None:
-            ids = self._plain.encode(text, add_special_tokens=False).ids
+            ids = self._encode(text)
             if len(self._known) < _KNOWN:
                 self._known[text] = ids
         return list(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(f"no text that can be encoded: {text!r:.80}") from error
 
     def caption_ids(self, caption: str, most: int) -> list[int]:
         """A caption as text towers read it: at most ``most`` ids, the last of them the end, however much is cut before

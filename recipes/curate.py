@@ -118,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         result = clean(config)
     except (BuildError, ConfigError, ValueError) as error:
-        raise SystemExit(f"recipes.curate: {error}") from error
+        raise SystemExit(f"error: {error}") from error
     print(result.table())
     unscored = f", {result.unscored} of them not scored" if result.unscored else ""
     print(f"{config.to}: {result.kept} of {result.seen} samples kept{unscored}")
     if problem := result.problem(config.max_torn):
-        raise SystemExit(f"recipes.curate: {problem}")
+        raise SystemExit(f"error: {problem}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ async def scenes(args: argparse.Namespace) -> list[tuple[str, Scene]]:
     out = []
     async with BrowserPool() as pool, pool.page(width, height, hide_scrollbars=True) as page:
         if problems := await lacking(page, languages):
-            raise SystemExit("\n".join(problems.values()))
+            raise SystemExit("error: " + "\nerror: ".join(problems.values()))
         for n in tqdm(range(args.count), unit="page"):
             kind, spoken = kinds[(args.first + n) % len(kinds)], languages[n % len(languages)]
             source = generate(args.seed + n, width, height, 1 + n % LEVELS, kind, spoken)

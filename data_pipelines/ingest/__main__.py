@@ -114,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = ingest(config)
     except (SourceError, ShardError) as error:
-        print(f"data_pipelines.ingest: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a storage that is gone
-        print(f"data_pipelines.ingest: {error}; the same command goes on in {args.to}", file=sys.stderr)
+        print(f"error: {error}; the same command goes on in {args.to}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on in {args.to}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmagent.files import new_folder
+from mmagent.files import new_folder, require_own
 from mmagent.geometry import ImageView
 from mmagent.trajectories import Status, Trajectory
 from mmagent.types import PatchedImage
@@ -26,8 +26,9 @@ _INDEX, _TENSORS = "trajectories.json", "tensors.safetensors"
 
 
 def save_trajectories(folder: Path | str, trajectories: Sequence[Trajectory]) -> None:
-    """Write ``folder``, replacing an older one."""
+    """Write ``folder``, replacing an older one. Raises ``ValueError`` for one that holds anything else."""
     folder = Path(folder)
+    require_own(folder, "folder of trajectories", (_INDEX, _TENSORS))
     images: dict[int, PatchedImage] = {id(image): image for row in trajectories for image in row.images}
     number = {key: n for n, key in enumerate(images)}
     tensors = {f"image/{n}": image.patches.contiguous() for n, image in enumerate(images.values())}

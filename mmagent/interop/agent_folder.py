@@ -21,6 +21,7 @@ from torch import Tensor
 from mmagent import dist
 from mmagent.chat import ChatConfig
 from mmagent.config import load_yaml, to_yaml
+from mmagent.files import require_own
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import EncoderConfig, build_encoder, check_geometry, is_factory, open_encoder
 from mmagent.interop.live_model import folder_together, is_sharded, live_tensors, load_stored, together
@@ -91,7 +92,7 @@ def save_agent(
     weights: Mapping[str, Tensor] | None = None,
     shard_size: int | None = None,
 ) -> None:
-    """Write the folder, replacing an older one; what is no model folder is not replaced (``ValueError``).
+    """Write the folder, replacing an older one; what holds anything but an agent is not replaced (``ValueError``).
 
     ``encoder`` is :attr:`Agent.encoder`, which must be there when the model's encoder is no CogViT. ``shard_size``:
     bytes above which the weights are split into numbered files.
@@ -107,7 +108,7 @@ def save_agent(
     sharded = weights is None and is_sharded(model)
     with together(sharded, f"write to {folder}"):
         if not sharded or dist.is_main():
-            require_model_folder(Path(folder))
+            require_own(Path(folder), "agent folder", (CONFIG, TOKENIZER, "model*.safetensors"), (INDEX,))
     tensors = live_tensors(model if weights is None else weights).values()
     write_agent(folder, config, vocab, tensors, shard_size, sharded=sharded)
 

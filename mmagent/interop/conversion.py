@@ -17,9 +17,9 @@ import torch
 from mmagent import dist
 from mmagent.interop.agent_folder import Agent, AgentConfig, check_fit, require_model_folder, write_agent
 from mmagent.interop.glm import agent_adapter, text_prefix
-from mmagent.interop.glm_config import CONFIG, their_config, write_config
+from mmagent.interop.glm_config import CONFIG, their_config, write_config, wrote_config
 from mmagent.interop.glm_text import decoder_copies
-from mmagent.interop.hub_folder import check_code, write_hub
+from mmagent.interop.hub_folder import check_code, is_hub, write_hub
 from mmagent.interop.live_model import folder_together, is_sharded, live_tensors, load_stored, together
 from mmagent.interop.model_source import FORMATS, HUB, NATIVE, Source, open_source
 from mmagent.interop.processor_files import check_numbers, write_processor
@@ -100,7 +100,7 @@ def export_model(
 
     Where the model is sharded (FSDP2, expert parallelism, ZeRO-3) tensors are gathered one by one: all ranks call, the
     main one writes. Raises ``ValueError`` for a model that the target cannot express and for a ``folder`` that holds
-    something else than a model, before anything is written.
+    something else than a model that this library wrote, before anything is written.
     """
     config = AgentConfig(agent.model.config, agent.geometry, agent.chat, agent.encoder)
     if not agent.encoder and not isinstance(agent.model.encoder, CogViT):
@@ -112,6 +112,7 @@ def export_model(
     with together(sharded, f"write to {folder}"):
         if not sharded or dist.is_main():
             require_model_folder(Path(folder))
+            _require_ours(Path(folder))
     plan.write(Path(folder), shard_size, sharded=sharded)
     return [*plan.notes, *plan.source.told_vanished()]
 
@@ -224,6 +225,12 @@ def _require_place(source: Path, target: Path, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ValueError(f"{target} is there already; --overwrite replaces a model folder")
     require_model_folder(target)
+
+
+def _require_ours(target: Path) -> None:
+    """A released model that somebody downloaded is replaced by no export; :func:`convert` does so where it is asked."""
+    if (target / CONFIG).is_file() and not wrote_config(target / CONFIG) and not is_hub(target):
+        raise ValueError(f"{target} holds a model that was not written here: it is not replaced; name a new folder")
 
 
 def _require_room(target: Path, nbytes: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mmagent.config import first_line, load_yaml, locate, to_yaml
-from mmagent.files import new_folder
+from mmagent.files import new_folder, require_own
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.live_model import load_weights
 from mmagent.models.backbones import BackboneEncoder, architecture, from_architecture, load_backbone
@@ -141,7 +141,9 @@ def save_encoder(
 ) -> None:
     """Write the folder beside its place and move it there whole, replacing an older one. ``custom`` as in
     :class:`EncoderConfig`. ``weights`` is the full state dict of a sharded encoder, gathered by all ranks; one rank
-    writes. Raises ``ValueError`` for an encoder that is no CogViT and without ``custom``."""
+    writes. Raises ``ValueError`` for an encoder that is no CogViT and without ``custom``, and for a folder that holds
+    anything but an encoder."""
+    require_own(Path(folder), "encoder folder", (CONFIG, WEIGHTS))
     if custom:
         config = EncoderConfig(geometry=geometry, custom=custom)
     elif type(encoder) is CogViT:  # a subclass may compute something else

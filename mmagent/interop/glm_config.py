@@ -215,7 +215,8 @@ def not_kept(theirs: Any, ours: dict[str, Any]) -> list[str]:
     return [f"{name} {there.get(name)!r} (not {here.get(name)!r})" for name in shown]
 
 
-_TOLD_ELSEWHERE = ("transformers_version", "_name_or_path", "architectures", "dtype", "num_nextn_predict_layers")
+_TOLD_ELSEWHERE = ("transformers_version", "_name_or_path", "dtype", "num_nextn_predict_layers")
+"""Who wrote the file, and what is told of the weights themselves."""
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -228,3 +229,12 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_config(path: Path, theirs: dict[str, Any]) -> None:
     """``theirs`` as ``config.json``."""
     path.write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+
+
+def wrote_config(path: Path) -> bool:
+    """Whether the ``config.json`` at ``path`` is one of :func:`their_config`."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from error
+    return isinstance(told, dict) and OURS in told

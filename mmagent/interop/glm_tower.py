@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmagent.files import new_folder
+from mmagent.files import new_folder, require_own
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.glm_vision import TOWERS, vision_adapter, vision_configs
 from mmagent.interop.processor_files import PREPROCESSOR, image_processor, read_geometry
@@ -103,8 +103,9 @@ def _of_tower(files: Mapping[str, Stored], prefix: str) -> dict[str, Tensor]:
 def save_tower(folder: Path | str, tower: Tower) -> str:
     """Write a folder that the stock class of transformers reads with ``from_pretrained``; returns that class's name.
 
-    Raises ``ValueError`` where no stock class has this architecture.
+    Raises ``ValueError`` where no stock class has this architecture, and for a folder that holds anything but a tower.
     """
+    require_own(Path(folder), "folder of a tower", ("config.json", WEIGHTS), (PREPROCESSOR,))
     ensure_torchvision()
     encoder, projector, geometry = tower.encoder, tower.projector, tower.geometry
     width = (projector.down if projector.average else projector.project).out_features

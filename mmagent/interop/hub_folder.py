@@ -15,6 +15,7 @@ where this library is not installed, and serves by ``transformers serve --trust-
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ ENTRIES = {
     "AutoTokenizer": "tokenization_mmagent.MMAgentTokenizer",
 }
 
+NEEDS = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+"""What the code beside the weights imports, and what transformers opens pictures with."""
+
 
 def write_hub(folder: Path, config: AgentConfig, vocab: Vocab, dtype: torch.dtype) -> None:
     """Everything but the weights, whose parameters are in ``dtype``."""
@@ -64,13 +68,35 @@ def _code() -> dict[str, str]:
 
 
 def check_code(folder: Path) -> list[str]:
-    """Lines for people about the code in ``folder``, which is compared and not run. Raises ``ValueError`` naming the
-    files without which the model does not load where this library is not."""
-    code = _code()
+    """Lines for people about the code in ``folder``, which is compared and not run: what is not as this version writes
+    it, what it does not write at all, and classes that others of its files send a loader to. Raises ``ValueError``
+    naming the files without which the model does not load where this library is not."""
+    code = {name: text.encode() for name, text in _code().items()}
     if missing := sorted(name for name in code if not (folder / name).is_file()):
         raise ValueError(f"{folder} lacks its code: {', '.join(missing)}")
-    changed = [name for name, text in sorted(code.items()) if (folder / name).read_text(encoding="utf-8") != text]
-    return [f"code of another version, or changed: {', '.join(changed)}"] if changed else []
+    changed = [name for name, text in sorted(code.items()) if (folder / name).read_bytes() != text]
+    strange = sorted(path.name for path in folder.glob("*.py") if path.name not in code)
+    sent = sorted({f"{entry} ({file})" for file, entry in _entries(folder) if entry not in ENTRIES.values()})
+    found = {"code of another version, or changed": changed, "code that this version does not write": strange}
+    return [
+        f"{what}: {', '.join(names)}" for what, names in (found | {"classes from elsewhere": sent}).items() if names
+    ]
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every class that an ``auto_map`` names, behind the file that does so."""
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            waiting = [json.loads(path.read_text(encoding="utf-8"))]
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        while waiting:
+            told = waiting.pop()
+            if isinstance(told, dict):
+                waiting += told.values()
+                named = told.get("auto_map")
+                for entry in named.values() if isinstance(named, dict) else ():
+                    yield from ((path.name, str(one)) for one in (entry if isinstance(entry, list) else [entry]) if one)
 
 
 def is_hub(folder: Path) -> bool:
@@ -158,7 +184,9 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 tags: [mmagent, custom_code]
 ---
-An agent made with mmagent {mmagent.__version__}. Its code lies beside the weights, so mmagent need not be installed:
+An agent made with mmagent {mmagent.__version__}. Its code lies beside the weights, so mmagent need not be installed.
+It needs {", ".join(NEEDS[:-1])} and {NEEDS[-1]} (for pictures), and was written for
+transformers {version("transformers")}:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -174,8 +202,8 @@ out = model.generate(**inputs.to(model.device), max_new_tokens=256)
 print(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-`transformers serve FOLDER --trust-remote-code` serves it. In mmagent, `python tools/convert.py FOLDER TARGET --to
-native` makes an agent folder of it again, bit for bit.
+`transformers serve FOLDER --trust-remote-code` serves it, once `pip install "transformers[serving]"` was run. In
+mmagent, `python tools/convert.py FOLDER TARGET --to native` makes an agent folder of it again, bit for bit.
 """
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmagent.config import first_line, load_yaml, to_yaml
-from mmagent.files import new_folder
+from mmagent.files import new_folder, require_own
 from mmagent.geometry import GeometryConfig, patchify
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.interop.live_model import load_weights
@@ -204,8 +204,9 @@ def save_image_text(
     ``max_text`` and ``max_patches`` as in :class:`ImageTextConfig`, ``custom`` as in
     :class:`~mmagent.interop.encoder_folder.EncoderConfig`. ``weights`` is the full state dict of a sharded
     alignment, gathered by all ranks; one rank writes. Raises ``ValueError``, before anything is written, for one
-    without a text tower, or where ``vocab`` or ``max_text`` do not fit that.
+    without a text tower, where ``vocab`` or ``max_text`` do not fit that, or for a folder that holds anything else.
     """
+    require_own(Path(folder), "folder of both towers", (ENCODER, CONFIG, WEIGHTS, TOKENIZER))
     if getattr(alignment, "text_tower", None) is None:
         raise ValueError(f"{folder}: there is no text tower to save (contrastive_weight 0); save the encoder alone")
     config = ImageTextConfig(alignment.text_tower.config, alignment.image_head.out_features, max_text, max_patches)

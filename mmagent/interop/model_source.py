@@ -24,7 +24,14 @@ from mmagent.interop.glm import MODELS, agent_adapter, agent_config, text_prefix
 from mmagent.interop.glm_config import declared_mtp, not_kept, own_aspect, own_chat, own_mtp, read_config, their_config
 from mmagent.interop.hub_folder import CONFIG as THEIRS
 from mmagent.interop.hub_folder import is_hub, read_hub
-from mmagent.interop.processor_files import GENERATION, other_generation, read_chat, read_geometry, read_template
+from mmagent.interop.processor_files import (
+    GENERATION,
+    generation,
+    other_generation,
+    read_chat,
+    read_geometry,
+    read_template,
+)
 from mmagent.interop.weights import Adapter
 from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_debug
 from mmagent.models.layers import initialise
@@ -275,7 +282,8 @@ def _left_out(folder: Path, theirs: Any, whole: AgentConfig, vocab: Vocab) -> li
     kind = theirs.model_type
     geometry = None if kind == "glm4_moe" else whole.geometry
     ours = their_config(whole.model, kind, vocab, chat=whole.chat, geometry=geometry)
-    told = {THEIRS: not_kept(theirs, ours), GENERATION: other_generation(folder)}
+    how = generation(vocab, whole.model.vocab_size)
+    told = {THEIRS: not_kept(theirs, ours), GENERATION: other_generation(folder, how)}
     return [f"{name}: not kept: {', '.join(fields)}" for name, fields in told.items() if fields]
 
 

@@ -88,9 +88,7 @@ def write_processor(
         "chat_control_tokens": list(vocab.control_tokens),
     }  # fmt: skip
     _write(folder / TOKENIZER_CONFIG, tokenizer)
-    barred = vocab.barred(vocab.size if rows is None else rows)
-    generation = {"eos_token_id": list(vocab.stop_ids), "pad_token_id": vocab.pad_id, "suppress_tokens": list(barred)}
-    _write(folder / GENERATION, generation)
+    _write(folder / GENERATION, generation(vocab, vocab.size if rows is None else rows))
     (folder / CHAT_TEMPLATE).write_text(chat_template(chat), encoding="utf-8")
     if geometry is not None:
         steps = {"do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True}
@@ -107,15 +105,24 @@ def read_chat(folder: Path, noted: ChatConfig | None = None) -> ChatConfig | Non
     return next((chat for chat in ([noted] if noted else []) + plain if chat_template(chat) == text), None)
 
 
-def other_generation(folder: Path) -> list[str]:
-    """What ``generation_config.json`` says beside the ids that follow from the vocabulary: how to sample."""
+def generation(vocab: Vocab, rows: int) -> dict[str, Any]:
+    """``generation_config.json`` of a model with a table of ``rows``."""
+    barred = vocab.barred(rows)
+    return {"eos_token_id": list(vocab.stop_ids), "pad_token_id": vocab.pad_id, "suppress_tokens": list(barred)}
+
+
+def other_generation(folder: Path, ours: dict[str, Any]) -> list[str]:
+    """What ``generation_config.json`` says and ``ours``, of :func:`generation`, does not: how to sample, as a rule."""
     if not (folder / GENERATION).is_file():
         return []
     told = json.loads((folder / GENERATION).read_text(encoding="utf-8"))
-    known = ("eos_token_id", "pad_token_id", "suppress_tokens", "transformers_version", "_from_model_config")
-    usual = {"use_cache": True, "output_attentions": False, "output_hidden_states": False}
+    usual = {"use_cache": True, "output_attentions": False, "output_hidden_states": False} | ours
     said = {name: value for name, value in sorted(told.items()) if value is not None and usual.get(name) != value}
-    return [f"{name} {value!r}" for name, value in said.items() if name not in known]
+    return [f"{name} {value!r}" for name, value in said.items() if name not in _WRITERS]
+
+
+_WRITERS = ("transformers_version", "_from_model_config")
+"""Who wrote the file, and from what."""
 
 
 def read_template(folder: Path) -> str | None:

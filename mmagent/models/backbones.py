@@ -113,7 +113,7 @@ def wrap(
 def save_backbone(backbone: Backbone, folder: Path | str) -> None:
     """Write a folder that :func:`load_backbone`, and the library that the model is of, read; an older one is replaced.
 
-    Raises ``ValueError`` for a module of neither library.
+    Raises ``ValueError`` for a module of neither library, and for a folder that holds anything else.
     """
     module = backbone.module
     if is_timm(module):

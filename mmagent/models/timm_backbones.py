@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmagent.files import new_folder
+from mmagent.files import new_folder, require_own
 from mmagent.models.backbone import (
     Backbone,
     GridFeatures,
@@ -184,7 +184,8 @@ def build_timm(described: Mapping[str, Any]) -> nn.Module:
 
 
 def save_timm(backbone: Backbone, folder: Path) -> None:
-    """A folder that timm itself and :func:`load_timm` read."""
+    """A folder that timm itself and :func:`load_timm` read. Raises ``ValueError`` where one holds anything else."""
+    require_own(folder, "folder of a backbone", ("config.json", WEIGHTS), ("preprocessor_config.json",))
     from timm.models import save_for_hf
 
     arguments = timm_architecture(backbone.module)["arguments"]

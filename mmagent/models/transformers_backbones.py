@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmagent.config import first_line
-from mmagent.files import new_folder
+from mmagent.files import new_folder, require_own
 from mmagent.geometry import CLIP_MEAN, CLIP_STD
 from mmagent.models.backbone import (
     HALF,
@@ -341,7 +341,10 @@ def _preprocessing(source: str) -> dict[str, Any]:
 
 
 def save_transformers(backbone: Backbone, folder: Path) -> None:
-    """A folder that transformers itself and :func:`load_transformers` read."""
+    """A folder that transformers itself and :func:`load_transformers` read. Raises ``ValueError`` where one holds
+    anything else."""
+    weights, beside_them = "model*.safetensors", ("model.safetensors.index.json", PREPROCESSORS[0])
+    require_own(folder, "folder of a backbone", ("config.json", weights), beside_them)
     module: Any = backbone.module
     pixels = {"image_mean": list(backbone.mean), "image_std": list(backbone.std)}
     with new_folder(folder) as beside, _quiet_transformers():

@@ -129,8 +129,8 @@ def test_four_ranks_share_packs_by_twos_and_all_together():
         (2, Case("shared", recompute=True, parallel="fsdp2", experts=2)),
         (2, Case("shared", experts=4)),
         (2, Case("fused", tied=False, parallel="fsdp2")),
-        (4, Case("fused", tied=False, experts=2)),
-        (4, Case("masked")),
+        (4, Case("fused", tied=False, recompute=True, experts=2)),
+        (4, Case("masked", recompute=True, experts=2)),
     ]
     wanted = {mode: train(ALONE, Case(mode, tied=mode != "fused")) for mode in MODES}
     for outcomes in run_ranks(train_all, 4, runs):

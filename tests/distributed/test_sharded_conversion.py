@@ -48,9 +48,10 @@ def new_model(folder: str, meta: bool = False) -> AgentModel:
 
 
 def save_both(model: AgentModel, out: Path) -> None:
-    """In both formats, by all ranks; the parameters were float32 in training and are cast to what they came as."""
+    """In every format, by all ranks; the parameters were float32 in training and are cast to what they came as."""
     agent = Agent(model, vocabulary(), GeometryConfig(), ChatConfig())
     export_model(out / "theirs", agent, "glm4v_moe", dtype=torch.bfloat16, shard_size=60_000)
+    export_model(out / "hub", agent, "hub", dtype=torch.bfloat16, shard_size=60_000)
     save_agent(out / "native", *agent[:4], shard_size=90_000)
 
 
@@ -183,6 +184,12 @@ def results(folder) -> list[dict[str, Any]]:
 
 def check_saved(folder: Path, name: str) -> None:
     same(read(folder / "theirs"), read(folder / name / "theirs"))
+    hub = read(folder / name / "hub")
+    same(read(folder / "native"), hub)
+    assert all(any(part in key for key in hub) for part in ("mtp.", ".experts.gate_up", ".experts.down"))
+    biases = [tensor for key, tensor in hub.items() if key.endswith("router.bias")]
+    assert len(biases) == 3, "two layers with experts, and the MTP layer"
+    assert all(bias.any() for bias in biases)
     native = {n: t.float() for n, t in read(folder / "native").items()}
     same(native, read(folder / name / "native"))
     assert len(list((folder / name / "native").glob("model-*"))) > 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
+from importlib.metadata import metadata, version
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,22 @@ def test_the_card_says_how_to_load_it(tmp_path, folder, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+def test_the_card_names_what_the_code_needs(folder):
+    """Every package that it imports, and no other but the one that transformers reads pictures with."""
+    imported = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.partition(".")[0] for name in named} - set(sys.stdlib_module_names)
+    card = (folder / "README.md").read_text()
+    (needs,) = re.findall(r"It needs (.*) and pillow \(for pictures\), and was written for\ntransformers (\S+):", card)
+    assert needs[0].split(", ") == ["torch", "transformers", "tokenizers", "numpy"]
+    assert imported == set(needs[0].split(", "))
+    assert needs[1] == version("transformers")
+    assert "serving" in metadata("transformers").get_all("Provides-Extra")
+
+
 def test_large_weights_go_into_numbered_files(tmp_path, module_cache):
     agent = tiny_agent()
     export_model(tmp_path / "hub", agent, "hub", shard_size=200_000)
@@ -92,6 +111,7 @@ def test_save_pretrained_makes_a_folder_of_the_same_kind(tmp_path, folder):
     model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
     AutoProcessor.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / "saved")
     again = auto_model(tmp_path / "saved")
+    assert check(tmp_path / "saved") == []
     assert equal(model.state_dict(), again.state_dict())
     assert again.generation_config.suppress_tokens == model.generation_config.suppress_tokens
     convert(tmp_path / "saved", tmp_path / "back", "native")

@@ -12,7 +12,7 @@ from data_pipelines.build import BuildConfig, build
 from mmagent.config import resolve, to_yaml
 from mmagent.models.mtp import MODES, MTPConfig
 from mmagent.train.hooks import read_jsonl
-from recipes import mtp_report, pretrain
+from recipes import ablate_merging, ablate_mtp, mtp_report, pretrain
 from recipes.ablate_mtp import DEPTHS, SIZES, plan
 
 
@@ -23,6 +23,23 @@ def configs(root: Path) -> dict[str, pretrain.Config]:
         assert module == "recipes.pretrain"
         out[stage.name] = resolve(getattr(pretrain, preset)(), told)
     return out
+
+
+@pytest.mark.parametrize("recipe", [ablate_mtp, ablate_merging])
+def test_a_plan_needs_no_quickstart_and_a_run_says_what_it_lacks_before_anything_else(
+    tmp_path, monkeypatch, capsys, recipe
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ablate", "--quickstart", "nowhere", "--plan"])
+    assert recipe.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 4
+    assert all(" -m recipes.pretrain " in line and " encoder=nowhere/align/encoder " in line for line in lines)
+    monkeypatch.setattr("sys.argv", ["ablate", "--quickstart", "nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        recipe.main()
+    told = "nowhere/align/encoder, nowhere/data/pretrain, nowhere/data/validation missing: run `python -m recipes.quick"
+    assert (stop.value.code, told in capsys.readouterr().err, list(tmp_path.iterdir())) == (2, True, [])
 
 
 def test_runs_of_a_seed_and_size_differ_in_the_mode_alone():

@@ -68,6 +68,19 @@ def test_alignment_learns_what_stands_where(lineage):
         assert row["loss/places"] > 0
 
 
+@pytest.mark.parametrize("recipe", ["pretrain", "sft"])
+def test_acceptance_is_logged_by_depth_and_by_context(lineage, recipe):
+    """Of drafts behind an image of their document, and where there was only text."""
+    root, rows = lineage
+    depths = load_agent(root / recipe / "agent").model.config.mtp.depths
+    contexts = ("accept", "accept_after_image", "accept_text_only")
+    for name in (f"mtp_{depth}/{context}" for depth in range(1, depths + 1) for context in contexts):
+        shares = [row[name] for row in rows[recipe] if name in row]
+        assert shares, name
+        assert all(0 <= share <= 1 for share in shares)
+    assert depths >= 1
+
+
 def test_a_run_keeps_its_bad_samples_in_its_own_folder(lineage):
     root, rows = lineage
     (line,) = read_quarantine(root / "align" / "quarantine" / "quarantine-0.jsonl")

@@ -288,8 +288,28 @@ def test_the_visible_answer_of_a_completion():
         (lambda: Tool('{"name": "f\\n"}'), "must be one line"),
         (lambda: Tool('{"name": "f", "parameters": []}'), "tool 'f': parameters must be dict"),
         (lambda: Tool('{"name": "f", "description": 3}'), "tool 'f': description must be str"),
+        (lambda: Tool('{"name": "f", "name": "g"}'), "must be JSON: 'name' is said twice"),
+        (lambda: Tool("[" * 100_000), "must be JSON: lists and objects stand in each other too deep"),
+        (lambda: user("q", "a\ud83d"), r"a user message: text: U\+D83D at character 1"),
+        (lambda: observation("\ud83d"), r"a observation message: text: U\+D83D"),
+        (lambda: assistant("\ud83d"), r"a assistant message: text: U\+D83D"),
+        (lambda: Message("user", ("a\ud83d",)), r"a user message: 'a\\ud83d' is no part; texts are Text"),
+        (lambda: user(3), "a user message: 3 is no part"),
+        (lambda: ToolCall("f", None), "a tool call is a name and a mapping, got 'f' and None"),
+        (lambda: ToolCall(3, {}), "a tool call is a name and a mapping, got 3"),
     ],
 )
 def test_what_no_tokenizer_takes_is_refused_where_it_is_made(make, problem):
     with pytest.raises(ValueError, match=problem):
         make()
+
+
+def test_half_a_character_that_came_in_later_is_no_accident_of_the_tokenizer():
+    """A call's arguments can be changed behind its back; captions come without messages."""
+    arguments = {"x": "1"}
+    talk = [user("q"), assistant(ToolCall("f", arguments))]
+    for text in ("a\ud83d", "a\ud83d" * 99):
+        arguments["x"] = text
+        for encode in (lambda: render(talk, VOCAB), lambda text=text: VOCAB.caption_ids(text, 9)):
+            with pytest.raises(ValueError, match=r"no text that can be encoded: 'a\\ud83d"):
+                encode()

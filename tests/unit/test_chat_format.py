@@ -141,7 +141,7 @@ def test_a_declaration_has_one_spelling_however_it_was_spaced():
         ("nothing", "must be JSON"),
         ("[]", "must be an object with the function's name"),
         ('{"function": {}}', "must be an object with the function's name"),
-        ('{"name": "f", "x": NaN}', "not JSON compliant"),
+        ('{"name": "f", "x": NaN}', "must be JSON: NaN is no number of JSON"),
     ):
         with pytest.raises(ValueError, match=problem):
             Tool(wrong)
@@ -352,6 +352,15 @@ def test_a_rollout_writes_twenty_turns_as_the_renderer_does(config):
         opening = turn_opening(VOCAB, config)
         assert ids[: -len(opening)] == whole.ids
     assert trained == rendered(Conversation(tuple(messages), (CLICK,)), config).trainable
+
+
+@pytest.mark.parametrize("generation", list(Generation))
+def test_where_thoughts_are_dropped_no_turn_of_the_user_can_be_appended(generation):
+    drops, keeps = ChatConfig(generation, True), ChatConfig(generation, True, preserve_thinking=True)
+    with pytest.raises(ValueError, match="next_turn: a turn of the user drops the thoughts before it"):
+        next_turn(user("r"), VOCAB, config=drops)
+    assert next_turn(observation("o"), VOCAB, config=drops) == next_turn(observation("o"), VOCAB, config=keeps)
+    assert next_turn(user("r"), VOCAB, config=keeps)
 
 
 # ---------------------------------------------------------------------------------------------- content of tools

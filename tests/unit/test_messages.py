@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mmagent.chat import Image, Text, Thinking, ToolCall, Video, assistant, observation, render, user
+from mmagent.chat import Image, Message, Text, Thinking, ToolCall, Video, assistant, observation, render, user
 from mmagent.messages import read_conversation, read_tools, write_message
 from tests.chat_kit import VOCAB, conversations, places, spiced, tools
 
@@ -19,6 +19,14 @@ ASK = {"role": "user", "content": "q"}
 def call(name: str = "f", arguments: Any = None, **more: Any) -> dict[str, Any]:
     function = {"name": name} | ({} if arguments is None else {"arguments": arguments})
     return {"role": "assistant", "tool_calls": [{"type": "function", "function": function, **more}]}
+
+
+def deep() -> dict[str, Any]:
+    """Objects in each other, deeper than any reader goes."""
+    value: dict[str, Any] = {}
+    for _ in range(3000):
+        value = {"a": value}
+    return value
 
 
 TWO = {"role": "assistant", "tool_calls": [{"id": i, "function": {"name": "f"}} for i in ("1", "2")]}
@@ -148,6 +156,12 @@ def test_every_form_is_read():
         ([ASK, call("f\ng")], r"message 1: tool_calls\[0\]: the name of a tool call must be one line"),
         ([ASK, call("f", "[1]")], r"message 1: tool_calls\[0\]: arguments: must be an object, got list"),
         ([ASK, call("f", "{")], r"message 1: tool_calls\[0\]: arguments: are no JSON"),
+        ([ASK, call("f", "[" * 100_000)], r"tool_calls\[0\]: arguments: are no JSON: lists and objects stand in each"),
+        (
+            [ASK, call("f", {"x": deep()})],
+            r"message 1: tool_calls\[0\]: lists and objects stand in each other too deep",
+        ),
+        ([ASK, call("f", '{"x": 1e999}')], r"tool_calls\[0\]: arguments: are no JSON: 1e999 is no number"),
         ([ASK, call("f", {"x": {1, 2}})], r"message 1: tool_calls\[0\]: no JSON"),
         ([ASK, call("f", {"x": float("nan")})], r"message 1: tool_calls\[0\]: .*not JSON compliant"),
         ([ASK, call("f") | {"tool_calls": [{"type": "web", "name": "f"}]}], "type: 'web' is not function"),
@@ -245,6 +259,13 @@ def test_a_mark_that_may_be_talked_about_is_refused_where_nobody_opened_a_though
     assert told.messages[1] == assistant(text)
     thought, _, answer = text.partition("</think>")
     assert read_conversation([ASK, said]).messages[1] == assistant(*([Thinking(thought)] if thought else []), answer)
+
+
+def test_a_turn_that_says_nothing_is_written_as_one():
+    talk = [Message("user", ()), Message("assistant", ()), Message("user", ()), assistant(ToolCall("f", {}))]
+    talk += [Message("observation", ()), Message("observation", ())]
+    read = read_conversation([write_message(message) for message in talk])
+    assert render(read.messages, VOCAB).ids == render(talk, VOCAB).ids
 
 
 @given(conversations(spiced), tools(spiced))

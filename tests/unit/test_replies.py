@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,10 +172,57 @@ def test_arguments_that_do_not_fit_are_refused(name, texts, problem):
         arguments_of(ToolCall(name, texts), [FIND])
 
 
+@pytest.mark.parametrize(
+    "schema, text, value",
+    [
+        ({"anyOf": [{"type": ["integer", "null"]}]}, "5", 5),
+        ({"oneOf": [{"type": "string"}]}, "5", "5"),
+        ({"oneOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+        ({"oneOf": [{"type": "string"}, {"anyOf": [{"type": "null"}]}]}, "null", None),
+        ({"anyOf": [{"type": "integer"}, {"$ref": "#/somewhere"}]}, "word", "word"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, 2]}, "1", 1),
+        ({"type": "integer", "enum": [1, 2]}, "1", 1),
+        ({}, "[" * 100_000, "[" * 100_000),
+        ({}, "1e999", "1e999"),
+        ({"anyOf": 7, "enum": 3}, "1", 1),
+    ],
+)
+def test_types_may_be_told_in_branches_and_by_what_is_possible(schema, text, value):
+    tool = Tool(json.dumps({"name": "f", "parameters": {"properties": {"x": schema}}}))
+    assert arguments_of(ToolCall("f", {"x": text}), [tool]) == {"x": value}
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("array", "[" * 100_000),
+        ("number", "1e999"),
+        ("array", "[-1e999]"),
+        ("number", "9" * 5000),
+        ("object", '{"a": 1, "a": 2}'),
+        ("array", '["\\ud800"]'),
+    ],
+)
+def test_what_a_server_could_not_hand_on_is_refused(kind, text):
+    """No crash on what a model says that repeats itself, and no value that JSON or UTF-8 cannot hold."""
+    tool = Tool(json.dumps({"name": "f", "parameters": {"properties": {"x": {"type": kind}}}}))
+    with pytest.raises(ValueError, match="f: x: must be JSON, got"):
+        arguments_of(ToolCall("f", {"x": text}), [tool])
+
+
+@pytest.mark.parametrize("schema", [{"properties": [1]}, {"properties": {"x": {}}, "required": "x"}])
+def test_a_declaration_that_is_no_schema_is_told_so(schema):
+    with pytest.raises(ValueError, match="f: its declaration is no schema"):
+        arguments_of(ToolCall("f", {"x": "1"}), [Tool(json.dumps({"name": "f", "parameters": schema}))])
+
+
 def test_tools_without_a_schema_and_open_ones():
     assert arguments_of(ToolCall("f", {}), [Tool('{"name": "f"}')]) == {}
     open_ended = Tool('{"function": {"name": "f", "parameters": {"additionalProperties": true}}}')
     assert arguments_of(ToolCall("f", {"x": "1", "y": "z"}), [open_ended]) == {"x": 1, "y": "z"}
+    any_schema = Tool('{"name": "f", "parameters": {"additionalProperties": {}}}')
+    assert arguments_of(ToolCall("f", {"x": "1"}), [any_schema]) == {"x": 1}
     with pytest.raises(ValueError, match=r"f: 'x' is none of its arguments \(none\)"):
         arguments_of(ToolCall("f", {"x": "1"}), [Tool('{"name": "f"}')])
 

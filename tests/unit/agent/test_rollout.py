@@ -17,6 +17,7 @@ from mmagent.chat import (
     Generation,
     Image,
     Text,
+    Thinking,
     Tool,
     ToolCall,
     assistant,
@@ -26,6 +27,8 @@ from mmagent.chat import (
 )
 from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
+from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.interop.chat_template import chat_template
 from mmagent.trajectories import Completion, Item, Observation, Score, Status, Trajectory
 from tests.agent_kit import GEOMETRY, recompute, tiny_model, tiny_vocab
 from tests.toy_tasks import EchoTask, ScriptedPolicy, last_request
@@ -75,6 +78,45 @@ def test_the_ids_are_those_of_the_renderer():
     assert len(done.images) == 3
     assert codec().actions(done) == ["a"] * 3
     assert done.logprobs == [-0.5 if t else 0.0 for t in done.trainable]
+
+
+class Thinker(ScriptedPolicy):
+    """Thinks, then says what is asked for, word for word as the template writes it."""
+
+    def __init__(self, generation: Generation):
+        super().__init__(tiny_vocab(), parrot)
+        self.between = "\n" if generation is Generation.GLM45 else ""
+
+    def said(self) -> list[int]:
+        vocab = tiny_vocab()
+        return [*vocab.encode("z"), vocab.id("</think>"), *vocab.encode(f"{self.between}a"), vocab.id("<|user|>")]
+
+    async def complete(self, prompt, limits):
+        return Completion(tuple(self.said()), (-0.5,) * len(self.said()), stopped=True)
+
+
+@pytest.mark.parametrize("generation", list(Generation))
+def test_a_policy_that_thinks_keeps_its_thoughts_and_is_served_so(tmp_path, generation):
+    """A trajectory only grows, where the template drops thoughts before the last turn of the user. What the policy is
+    saved with says which contexts it knows, to our renderer and to the template of an export."""
+    vocab, asked = tiny_vocab(), ChatConfig(generation, thinking=True)
+    thinks, task = codec(chat=asked), EchoTask(letters="a", steps=3)
+    (done,) = asyncio.run(
+        roll_out(prompts(task, 1), Thinker(generation), thinks, RolloutConfig(group_size=1, max_tokens=64), seed=0)
+    )
+    assert (done.status, done.reward) == (Status.FINISHED, 1.0)
+    talk = [user(Image(), Text("a")), assistant(Thinking("z"), "a")] * 3
+    whole = render(talk, vocab, [4] * 3, thinks.chat)
+    assert (done.input_ids, done.trainable) == (whole.ids, whole.trainable)
+    assert render(talk, vocab, [4] * 3, asked).ids != whole.ids, "the template would have dropped them"
+    model = tiny_model()
+    save_agent(tmp_path / "agent", model, vocab, GEOMETRY, thinks.chat)
+    served = load_agent(tmp_path / "agent").chat
+    assert served.preserve_thinking
+    last = whole.ids[: len(whole.ids) - len(Thinker(generation).said())]
+    assert render(talk[:-1], vocab, [4] * 3, served, generate=True).ids == last
+    assert chat_template(served) != chat_template(asked)
+    assert not codec(chat=ChatConfig(generation)).chat.preserve_thinking, "who has no thoughts has none to keep"
 
 
 def test_a_wrong_answer_is_a_zero_with_its_parts():
