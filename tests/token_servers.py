@@ -322,6 +322,105 @@ class SGLangServer(TokenServer):
         return {"text": "said", "output_ids": said, "meta_info": meta}
 
 
+class VLLMServer(TokenServer):
+    """``raw``: log-probs of the model and not of what is sampled from, which is what it tells by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.raw, self.paused = "default", False, False
+        self.steps: list[str] = []
+        self.keeps_cache = False
+
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
+        match path:
+            case "/health":
+                return {}
+            case "/v1/completions":
+                return self.completions(body)
+            case "/inference/v1/generate":
+                return self.generate(body)
+            case "/weight_info":
+                return {"weight_version": self.name}
+        self.steps.append(path)
+        match path:
+            case "/pause?mode=keep":
+                self.paused = True
+                return {"status": "paused"}
+            case "/resume":
+                self.paused = False
+                return {"status": "resumed"}
+            case "/collective_rpc":
+                only(body, "method", "kwargs")
+                assert body["method"] == "reload_weights"
+                if self.refuses_weights:
+                    return 500
+                self.weights = int(body["kwargs"]["weights_path"].rpartition("/")[2])
+                return {"results": [None]}
+            case "/reset_prefix_cache?reset_running_requests=true":
+                return {"success": not self.keeps_cache}
+            case "/reset_encoder_cache" | "/reset_mm_cache":
+                return {}
+            case "/update_weight_version":
+                only(body, "new_version")
+                self.name = body["new_version"]
+                return {"success": True, "new_version": self.name}
+        return None
+
+    def sample(self, ids: list[int], asked: dict[str, Any], start: int) -> dict[str, Any]:
+        assert not self.paused, "a paused server samples nothing"
+        assert asked["ignore_eos"]
+        assert all(0 <= int(index) < ROWS and bias == -100 for index, bias in asked["logit_bias"].items())
+        said, logprobs, reason = self.say(ids, asked["max_tokens"], asked["stop_token_ids"], asked["seed"])
+        if "allowed_token_ids" in asked:
+            said, logprobs = asked["allowed_token_ids"], [-5.5 if self.raw else 0.0]
+        choice: dict[str, Any] = {
+            "index": 0, "token_ids": said, "logprobs": logprobs, "finish_reason": reason,
+            "stop_reason": said[-1] if reason == "stop" else None, "routed_experts": None,
+        }  # fmt: skip
+        if start >= 0:
+            rows = [experts_of(place) for place in range(start, len(ids) + len(said) - 1)]
+            file = io.BytesIO()
+            np.save(file, np.array(rows, np.uint8).reshape(-1, LAYERS, EXPERTS))
+            choice["routed_experts"] = base64.b64encode(file.getvalue()).decode()
+        return choice
+
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        only(body, "model", "token_ids", "sampling_params", "return_token_ids", "content_parts")
+        asked = body["sampling_params"]
+        only(asked, *SAMPLING_FIELDS, "detokenize")
+        assert asked["detokenize"] or not asked["stop"]
+        assert all(set(part) == {"type", "url"} for part in body.get("content_parts", ()))
+        counts = iter(pictures_tokens([part["url"] for part in body.get("content_parts", ())]))
+        image = tiny_vocab().image_id
+        ids = [index for one in body["token_ids"] for index in ([one] * next(counts) if one == image else [one])]
+        choice = self.sample(ids, asked, asked.get("routed_experts_prompt_start", -1))
+        pairs = zip(choice["token_ids"], choice["logprobs"], strict=True)
+        choice["logprobs"] = {"content": [{"token_id": n, "logprob": x, "top_logprobs": []} for n, x in pairs]}
+        choice["weight_versions"] = [{"version": self.name, "start": 0, "end": len(choice["token_ids"])}]
+        return {"choices": [choice], "usage": usage_of(ids, choice), "prompt_token_ids": ids}
+
+    def completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        fields = "model prompt add_special_tokens return_token_ids return_tokens_as_token_ids"
+        only(body, *fields.split(), *SAMPLING_FIELDS)
+        ids = body["prompt"]
+        choice = self.sample(ids, body, body.get("routed_experts_prompt_start", -1))
+        tokens = [f"token_id:{index}" for index in choice["token_ids"]]
+        choice["logprobs"] = {"tokens": tokens, "token_logprobs": choice["logprobs"]}
+        choice["prompt_token_ids"] = ids
+        return {"choices": [choice], "usage": usage_of(ids, choice)}
+
+
+SAMPLING_FIELDS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop_token_ids", "stop", "ignore_eos"),
+    *("include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens", "logprobs", "logit_bias"),
+    *("allowed_token_ids", "routed_experts_prompt_start"),
+)
+
+
+def usage_of(ids: list[int], choice: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt_tokens": len(ids), "completion_tokens": len(choice["token_ids"])}
+
+
 @contextmanager
 def running(server: TokenServer) -> Iterator[TokenServer]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

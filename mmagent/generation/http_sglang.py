@@ -31,8 +31,6 @@ from mmagent.trajectories import Limits, Trajectory
 
 ABORT_TIMEOUT = 5.0
 """Seconds that ending a request over there may take; the server ends one whose caller is gone by itself, later."""
-UNNAMED = "default"
-"""What SGLang calls the weights it was started with."""
 
 
 class SGLangPolicy(TokenPolicy):
@@ -41,7 +39,6 @@ class SGLangPolicy(TokenPolicy):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._versions = {UNNAMED: self.version, str(self.version): self.version}
         self._tokenizer = Tokenizer.from_str(self.vocab.definition)
 
     def check(self, prompt: Trajectory, limits: Limits) -> None:
@@ -98,22 +95,18 @@ class SGLangPolicy(TokenPolicy):
             if meta["completion_tokens"] != len(ids) or answer.get("output_ids", ids) != ids:
                 count = meta["completion_tokens"]
                 raise EndpointRefused(f"{where}: {len(ids)} log-probs that are not those of its {count} ids")
-            spans, last = self._named(where, meta)
+            versions = self.numbers(where, [span["version"] for span in meta.get("weight_versions") or ()])
             return Sampled(
                 ids, logprobs, ended["type"], meta["prompt_tokens"], ended.get("matched"),
-                int(meta.get("cached_tokens") or 0), spans, last, self._routed(meta.get("routed_experts")),
+                int(meta.get("cached_tokens") or 0), versions, self._last(where, meta),
+                self._routed(meta.get("routed_experts")),
             )  # fmt: skip
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EndpointRefused(f"{where}: no answer of /generate: {error!r}: {str(answer)[:200]}") from error
 
-    def _named(self, where: str, meta: Mapping[str, Any]) -> tuple[tuple[int, ...], int | None]:
-        """The versions that sampled it, where the server tells them span by span, and that of the end."""
-        spans = [span["version"] for span in meta.get("weight_versions") or ()]
-        names = spans or ([meta["weight_version"]] if meta.get("weight_version") is not None else [])
-        if strange := [name for name in names if name not in self._versions]:
-            raise EndpointRefused(f"{where}: sampled by weights {strange[0]!r}, which this policy did not load")
-        numbers = [self._versions[name] for name in names]
-        return tuple(dict.fromkeys(numbers)) if spans else (), numbers[-1] if numbers else None
+    def _last(self, where: str, told: Mapping[str, Any]) -> int | None:
+        name = told.get("weight_version")
+        return None if name is None else self.numbers(where, [name])[0]
 
     def _routed(self, told: str | None) -> np.ndarray | None:
         if told is None or not self.config.moe_layers:
@@ -128,7 +121,6 @@ class SGLangPolicy(TokenPolicy):
             logger.warning("%s may go on with a request that nobody waits for: %s", self.transport.base, error)
 
     async def load(self, folder: str, version: int) -> None:
-        self._versions[str(version)] = version
         body = {"model_path": folder, "weight_version": str(version), "flush_cache": True, "abort_all_requests": False}
         answer = read_object(
             await self.transport.tell("/update_weights_from_disk", body, self.config.update_timeout),
@@ -141,6 +133,6 @@ class SGLangPolicy(TokenPolicy):
         """That its weights are those this policy takes them for, where it tells."""
         what = f"{self.transport.base}/get_model_info: the answer"
         info = read_object(await self.transport.get("/get_model_info"), what)
-        _, version = self._named(self.transport.base, info)
+        version = self._last(self.transport.base, info)
         if version not in (None, self.version):
             raise EndpointRefused(f"{self.transport.base} serves version {version}, this policy {self.version}")

@@ -33,6 +33,8 @@ from mmagent.vocab import Vocab
 
 MAX_ANSWER = 512 << 20
 """Bytes of one answer, which may tell the experts of every token of a long one."""
+UNNAMED = "default"
+"""What servers call the weights that they were started with."""
 UNLIKELY = -9000.0
 """Log-probs from here down are what servers write where they recorded none."""
 
@@ -65,6 +67,7 @@ class Sampled:
 
     ``matched``: the id or the text that ended it, None where untold. ``versions`` that sampled it in order, empty where
     untold; ``last``: that of its end. ``experts (n - 1 or more, layers, K)``: from the first sampled token on.
+    ``prompt_ids``: the prompt as it was read, where it is told.
     """
 
     ids: Sequence[Any]
@@ -76,6 +79,7 @@ class Sampled:
     versions: tuple[int, ...] = ()
     last: int | None = None
     experts: np.ndarray | None = None
+    prompt_ids: Sequence[int] | None = None
 
 
 class _Flight:
@@ -99,6 +103,7 @@ class TokenPolicy(ABC):
         self._impossible = frozenset(self.barred)
         self.transport = Transport(config, config.url.rstrip("/").removesuffix("/v1"), MAX_ANSWER)
         self._flights: set[_Flight] = set()
+        self._names = {UNNAMED: version, str(version): version}  # of the weights, over there
         self._serving = (version,)  # what the server may be sampling from: two while it loads
         self._held: asyncio.Event | None = None  # set when new requests may go on
         self._landed: asyncio.Event | None = None  # set when none is in flight
@@ -143,6 +148,7 @@ class TokenPolicy(ABC):
             for flight in self._flights:
                 flight.versions.append(version)
             self._doubt = f"version {version} was never confirmed"
+            self._names[str(version)] = version
             await self.load(str(folder), version)
             self.version, self._serving, self._doubt = version, (version,), ""
         finally:
@@ -176,9 +182,15 @@ class TokenPolicy(ABC):
         """The prompt's pictures at the size the policy sees, each as a data URL."""
         return [image_part(unpatchify(image, self.geometry))["image_url"]["url"] for image in prompt.images]
 
+    def numbers(self, where: str, names: Sequence[str]) -> tuple[int, ...]:
+        """The versions that the server calls so, each once. Raises :class:`EndpointRefused` for another."""
+        if strange := [name for name in names if name not in self._names]:
+            raise EndpointRefused(f"{where}: sampled by weights {strange[0]!r}, which this policy did not load")
+        return tuple(dict.fromkeys(self._names[name] for name in names))
+
     def _believed(self, prompt: Trajectory, limits: Limits, sampled: Sampled, flight: _Flight) -> Completion:
         try:
-            ids = believed_ids(sampled, len(prompt), limits, self._impossible, self.rows)
+            ids = believed_ids(sampled, prompt.input_ids, limits, self._impossible, self.rows)
             logprobs = believed_logprobs(sampled)
         except ValueError as error:
             raise EndpointRefused(f"{prompt.key}: {self.transport.base}: {error}") from error
@@ -235,14 +247,15 @@ class TokenPolicy(ABC):
 
 
 def believed_ids(
-    sampled: Sampled, prompt_tokens: int, limits: Limits, impossible: frozenset[int], rows: int
+    sampled: Sampled, prompt: Sequence[int], limits: Limits, impossible: frozenset[int], rows: int
 ) -> tuple[int, ...]:
     """The ids, where all that is said about them can be true; else ``ValueError``."""
     ids = sampled.ids
-    if sampled.prompt_tokens != prompt_tokens:
-        raise ValueError(
-            f"it read {sampled.prompt_tokens} tokens, the prompt has {prompt_tokens}; are its pictures resized there?"
-        )
+    if sampled.prompt_tokens != len(prompt):
+        read = sampled.prompt_tokens
+        raise ValueError(f"it read {read} tokens, the prompt has {len(prompt)}; are its pictures resized there?")
+    if sampled.prompt_ids is not None and list(sampled.prompt_ids) != list(prompt):
+        raise ValueError("it read other ids than the prompt has")
     if not ids or len(ids) > limits.max_tokens:
         raise ValueError(f"it sampled {len(ids)} tokens, asked for 1 to {limits.max_tokens}")
     for place, one in enumerate(ids):

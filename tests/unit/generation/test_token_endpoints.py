@@ -9,6 +9,7 @@ import io
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image as PILImage
 
 from mmagent.generation.http_sglang import SGLangPolicy
 from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable
+from mmagent.generation.http_vllm import VLLMCompletionsPolicy, VLLMPolicy
 from mmagent.generation.token_endpoints import TokenPolicy, TokenServerConfig
 from mmagent.geometry import patchify, unpatchify
 from mmagent.trajectories import Completion, Limits, Trajectory
@@ -30,6 +32,7 @@ from tests.token_servers import (
     SGLangServer,
     Status,
     TokenServer,
+    VLLMServer,
     experts_of,
     next_token,
     running,
@@ -45,6 +48,7 @@ class SGLangDoor:
     """How to bend one protocol's answers."""
 
     server, policy, path, seed = SGLangServer, SGLangPolicy, "/generate", "sampling_seed"
+    straddled = (0, 1)  # whose weights they were, is not told
 
     def sampling(self, body: dict[str, Any]) -> dict[str, Any]:
         return body["sampling_params"]
@@ -81,7 +85,71 @@ class SGLangDoor:
         answer.pop("meta_info")
 
 
-DOORS = [SGLangDoor()]
+class VLLMDoor:
+    """The same of vLLM's."""
+
+    server, policy, path, seed = VLLMServer, VLLMPolicy, "/inference/v1/generate", "seed"
+    straddled = (1,)  # as it tells: the stand-in samples when the gate opens
+
+    def sampling(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body["sampling_params"]
+
+    def pictures(self, server: TokenServer) -> list[str]:
+        return [part["url"] for part in server.sampled(self.path)[-1]["content_parts"]]
+
+    def asking(self, server: TokenServer, most: int) -> dict[str, Any]:
+        body = server.sampled(self.path)[-1]
+        return body | {"sampling_params": body["sampling_params"] | {"max_tokens": most}}
+
+    def ended(self, server: TokenServer) -> None:
+        """A connection that closes is enough."""
+
+    def lose_experts(self, answer: dict[str, Any]) -> None:
+        answer["choices"][0]["routed_experts"] = None
+
+    def set_id(self, answer: dict[str, Any], place: int, value: Any) -> None:
+        choice = answer["choices"][0]
+        choice["token_ids"][place] = choice["logprobs"]["content"][place]["token_id"] = value
+
+    def set_logprob(self, answer: dict[str, Any], place: int, value: Any) -> None:
+        answer["choices"][0]["logprobs"]["content"][place]["logprob"] = value
+
+    def set_prompt_tokens(self, answer: dict[str, Any], count: int) -> None:
+        answer["usage"]["prompt_tokens"] = count
+
+    def set_reason(self, answer: dict[str, Any], reason: str, matched: Any = None) -> None:
+        answer["choices"][0] |= {"finish_reason": reason, "stop_reason": matched}
+
+    def lose_logprob(self, answer: dict[str, Any]) -> None:
+        answer["choices"][0]["logprobs"]["content"].pop()
+
+    def lose_everything(self, answer: dict[str, Any]) -> None:
+        answer.pop("choices")
+
+
+class CompletionsDoor(VLLMDoor):
+    """Its older endpoint, for text."""
+
+    policy, path, straddled = VLLMCompletionsPolicy, "/v1/completions", (0, 1)
+
+    def sampling(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+    def asking(self, server: TokenServer, most: int) -> dict[str, Any]:
+        return server.sampled(self.path)[-1] | {"max_tokens": most}
+
+    def set_id(self, answer: dict[str, Any], place: int, value: Any) -> None:
+        choice = answer["choices"][0]
+        choice["token_ids"][place], choice["logprobs"]["tokens"][place] = value, f"token_id:{value}"
+
+    def set_logprob(self, answer: dict[str, Any], place: int, value: Any) -> None:
+        answer["choices"][0]["logprobs"]["token_logprobs"][place] = value
+
+    def lose_logprob(self, answer: dict[str, Any]) -> None:
+        answer["choices"][0]["logprobs"]["tokens"].pop()
+
+
+DOORS = [SGLangDoor(), VLLMDoor(), CompletionsDoor()]
 
 
 @pytest.fixture(params=DOORS, ids=lambda door: door.policy.__name__)
@@ -136,6 +204,10 @@ def test_a_stop_id_ends_it_and_is_included(door, server, policy):
 
 
 def test_pictures_arrive_as_the_policy_sees_them(door, server, policy):
+    if door.policy is VLLMCompletionsPolicy:
+        with pytest.raises(ValueError, match="takes no pictures"):
+            complete(policy, prompt("x", (picture(1),)), Limits(2))
+        return
     pictures = (picture(1), picture(2, 140, 84))
     row = prompt("what changed?", pictures)
     done = complete(policy, row, Limits(6))
@@ -314,7 +386,7 @@ def test_requests_that_are_not_waited_for_are_marked(door, server, policy):
         return await flying, await policy.complete(prompt("x"), Limits(4))
 
     straddled, after = asyncio.run(play())
-    assert straddled.versions == (0, 1)
+    assert straddled.versions == door.straddled
     assert after.versions == (1,)
 
 
@@ -370,6 +442,85 @@ def test_many_at_once_share_connections(door, server):
     for row, done in zip(rows, asyncio.run(all_of_them()), strict=True):
         assert list(done.ids) == wanted(row, 3)[0]
     assert server.connections <= 16
+
+
+def test_a_server_that_was_started_again_is_noticed(door, server, policy):
+    """It serves the weights it was started with, under their name, as if nothing had been loaded."""
+    if door.policy is VLLMCompletionsPolicy:
+        pytest.skip("does not tell whose weights it samples from")
+
+    async def play():
+        await policy.update_weights("/weights/1", 1)
+        server.weights, server.name = 0, "default"
+        with pytest.raises(EndpointRefused, match="sampled by version 0, not by \\(1,\\)"):
+            await policy.complete(prompt("x"), Limits(4))
+        server.name = "somebody's"
+        with pytest.raises(EndpointRefused, match="somebody"):
+            await policy.complete(prompt("x"), Limits(4))
+
+    asyncio.run(play())
+
+
+# ---------------------------------------------------------------------------------------------- one protocol alone
+
+
+def test_sglang_is_not_sent_a_picture_s_prompt_that_it_would_read_otherwise():
+    """Letters one by one, which its tokenizer would join; and a mark that somebody only spelled."""
+    with running(SGLangServer()) as server:
+        policy = policy_of(SGLangDoor, server)
+        assert len(VOCAB.encode("word")) < 4
+        spelled = prompt("say <|user|>", (picture(1),), key="spelled")
+        split = prompt("x", (picture(1),), key="split")
+        split.extend([index for letter in "word" for index in VOCAB.encode(letter)], trainable=False)
+        for row in (spelled, split):
+            with pytest.raises(ValueError, match=f"{row.key}: SGLang .* makes other ids"):
+                complete(policy, row, Limits(4))
+        assert not server.requests
+        text = prompt("say <|user|>")  # ids alone are taken as they are
+        assert list(complete(policy, text, Limits(4)).ids) == wanted(text, 4)[0]
+
+
+def test_sglang_tells_whose_weights_each_token_is_of():
+    with running(SGLangServer()) as server:
+        server.spans = True
+        policy = policy_of(SGLangDoor, server, version=5)
+        change = {
+            "weight_versions": [{"version": "5", "start": 0, "end": 2}, {"version": "default", "start": 2, "end": 4}]
+        }
+        server.faults = [Mended(lambda answer: answer["meta_info"].update(change))]
+        assert complete(policy, prompt("x"), Limits(4)).versions == (5,)
+
+
+def test_vllm_s_raw_log_probs_are_found_out():
+    for door in (VLLMDoor, CompletionsDoor):
+        with running(VLLMServer()) as server:
+            server.raw = True
+            with pytest.raises(EndpointRefused, match="--logprobs-mode processed_logprobs"):
+                asyncio.run(policy_of(door, server).wait_ready(5.0))
+
+
+@pytest.mark.parametrize("limits", [Limits(4, top_p=0.9), Limits(4, top_k=3), Limits(4, min_p=0.1)])
+def test_vllm_s_log_probs_of_what_is_left_are_not_asked_for(limits):
+    with running(VLLMServer()) as server:
+        with pytest.raises(ValueError, match="leave"):
+            complete(policy_of(VLLMDoor, server), prompt("x"), limits)
+        assert complete(policy_of(VLLMDoor, server), prompt("x"), replace(limits, temperature=0.0)).ids
+
+
+def test_vllm_forgets_what_other_weights_computed_before_it_goes_on():
+    with running(VLLMServer()) as server:
+        policy = policy_of(VLLMDoor, server)
+        asyncio.run(policy.update_weights("/weights/1", 1))
+        first, last = server.steps.index("/collective_rpc"), server.steps.index("/resume")
+        assert (server.steps[0], last) == ("/pause?mode=keep", len(server.steps) - 1)
+        assert {path.partition("?")[0] for path in server.steps[first + 1 : last]} == {
+            "/reset_prefix_cache", "/reset_encoder_cache", "/reset_mm_cache", "/update_weight_version",
+        }  # fmt: skip
+        server.keeps_cache = True
+        with pytest.raises(EndpointRefused, match="keeps what other weights computed"):
+            asyncio.run(policy.update_weights("/weights/2", 2))
+        assert server.paused
+        assert policy.version == 1
 
 
 # ---------------------------------------------------------------------------------------------- routed experts
