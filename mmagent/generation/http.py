@@ -11,20 +11,14 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mmagent.generation.http_transport import (
-    EndpointRefused,
-    EndpointUnavailable,
-    ServerConfig,
-    Transport,
-    logger,
-)
+from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable, ServerConfig, Transport
 from mmagent.geometry import GeometryConfig, unpatchify, visual_tokens
 from mmagent.records import encode_image
 from mmagent.replies import final_answer
@@ -60,10 +54,6 @@ class ChatClient:
     def __init__(self, config: ServerConfig):
         self.config = config
         self.transport = Transport(config, config.url)
-
-    async def wait_ready(self, timeout: float, told: Callable[[str], object] = logger.info) -> None:
-        """Until the endpoint lists its models. Raises :class:`EndpointUnavailable` after ``timeout`` seconds."""
-        await self.transport.ready("/models", timeout, told)
 
     async def ask(self, messages: Sequence[Mapping[str, Any]], limits: Limits) -> Answer:
         """The answer to a conversation. Raises :class:`EndpointUnavailable` when every attempt failed, and

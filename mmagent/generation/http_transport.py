@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
 MAX_ANSWER = 16 << 20
 """Bytes of one response that are read; more is refused."""
+TELL = 10.0
+"""Seconds between two words about what is waited for."""
 IDLE = 2.0
 """Seconds that a connection is kept for the next request; servers drop theirs after five."""
 
@@ -160,8 +162,8 @@ class Transport:
                     yield read
 
     async def ready(self, path: str, timeout: float, told: Callable[[str], object] = logger.info) -> None:
-        """Wait until ``GET base + path`` answers 200, telling every ten seconds what it waits for. Raises
-        :class:`EndpointUnavailable` after ``timeout`` seconds."""
+        """Wait until ``GET base + path`` answers 200, telling every :data:`TELL` seconds what it waits for.
+        Raises :class:`EndpointUnavailable` after ``timeout`` seconds."""
         started = last = time.monotonic()
         while True:
             try:
@@ -171,7 +173,7 @@ class Transport:
                 now = time.monotonic()
                 if now - started >= timeout:
                     raise EndpointUnavailable(f"{self.base} is not ready after {timeout:.0f} s: {error}") from error
-                if now - last >= 10:
+                if now - last >= TELL:
                     last = now
                     told(f"{self.base} is not ready after {now - started:.0f} of {timeout:.0f} s: {error}")
             await asyncio.sleep(min(1.0, timeout / 10))

@@ -12,7 +12,7 @@ from contextlib import aclosing
 import pytest
 
 from mmagent.generation.http import ChatClient, ChatDelta
-from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable, ServerConfig, seconds_of
+from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable, ServerConfig, Transport, seconds_of
 from mmagent.trajectories import Limits
 from tests.token_servers import ChatServer, Mended, Status, Stream, ended, running, until, waited
 
@@ -156,13 +156,19 @@ def test_only_what_says_something_is_sent(server):
     assert (sent["top_k"], sent["min_p"], sent["stop"]) == (5, 0.1, ["END"])
 
 
-def test_readiness_is_waited_for_and_told():
+def test_readiness_is_waited_for_and_told(server, monkeypatch):
     told: list[str] = []
-    nobody = ChatClient(ServerConfig("http://127.0.0.1:9/v1", "m"))
+    nobody = Transport(ServerConfig("http://127.0.0.1:9", "m"), "http://127.0.0.1:9")
     with pytest.raises(EndpointUnavailable, match="not ready after 0 s"):
-        asyncio.run(nobody.wait_ready(0.3, told.append))
-    with running(ChatServer()) as up:
-        asyncio.run(client(up).wait_ready(5.0, told.append))
+        asyncio.run(nobody.ready("/health", 0.3, told.append))
+    assert told == []
+    monkeypatch.setattr("mmagent.generation.http_transport.TELL", 0.15)
+    with pytest.raises(EndpointUnavailable, match="not ready"):
+        asyncio.run(nobody.ready("/health", 0.6, told.append))
+    assert 1 <= len(told) <= 3
+    assert all("127.0.0.1:9 is not ready after" in line for line in told)
+    told.clear()
+    asyncio.run(client(server).transport.ready("/models", 30, told.append))
     assert told == []
 
 
