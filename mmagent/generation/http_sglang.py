@@ -19,6 +19,7 @@ import asyncio
 import base64
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,9 @@ class SGLangPolicy(TokenPolicy):
     """``POST {url}/generate`` with token ids and pictures; ``/abort_request`` for what is cancelled or given up;
     ``/update_weights_from_disk``."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._tokenizer = Tokenizer.from_str(self.vocab.definition)
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self.vocab.definition)
 
     def check(self, prompt: Trajectory, limits: Limits) -> None:
         """Beside what no server takes: ids next to pictures that would be read as others."""
@@ -58,12 +59,14 @@ class SGLangPolicy(TokenPolicy):
             )
 
     async def sample(self, prompt: Trajectory, limits: Limits, urls: Sequence[str]) -> Sampled:
+        """One try, under a name of its own: one that broke off may still be known over there."""
         name = uuid.uuid4().hex
         try:
             answer = await self.transport.post("/generate", self.body(name, prompt, limits, urls))
             return self._read(prompt, answer)
-        except (EndpointUnavailable, asyncio.CancelledError):
-            await asyncio.shield(self._abort(name))  # else it goes on sampling for nobody
+        except (EndpointUnavailable, asyncio.CancelledError) as error:
+            if not getattr(error, "answered", False):  # else it goes on sampling for nobody
+                await asyncio.shield(self._abort(name))
             raise
 
     def body(self, name: str, prompt: Trajectory, limits: Limits, urls: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -38,12 +38,12 @@ IDLE = 2.0
 
 
 class EndpointUnavailable(ConnectionError):
-    """The endpoint did not answer, or not to the end, or said that it is busy: worth another try, ``wait`` seconds
-    from now where it says so."""
+    """The endpoint did not answer, or not to the end, or said that it is busy (``answered``): worth another try,
+    ``wait`` seconds from now where it says so."""
 
-    def __init__(self, message: str, wait: float | None = None):
+    def __init__(self, message: str, wait: float | None = None, answered: bool = False):
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.answered = wait, answered
 
 
 class EndpointRefused(RuntimeError):
@@ -83,11 +83,14 @@ class ServerConfig:
             raise ValueError(f"endpoint: backoff and longest_wait must not be negative, got {self}")
 
 
-class _Lane(NamedTuple):
-    """What the requests share that are in flight together."""
+@dataclass
+class _Lane:
+    """What the ``users`` requests share that are in flight together, in one event loop."""
 
+    loop: asyncio.AbstractEventLoop
     client: httpx2.AsyncClient
     places: asyncio.Semaphore
+    users: int = 0
 
 
 class Transport:
@@ -105,7 +108,6 @@ class Transport:
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._tls: ssl.SSLContext | bool = httpx2.create_ssl_context() if self.base.startswith("https") else True
         self._lane: _Lane | None = None
-        self._users = 0
         self._random = random.Random()  # of its own: how long somebody waits must not move anybody's draws
 
     async def retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -212,18 +214,19 @@ class Transport:
                     with _transport(url, timeout):
                         async with asyncio.timeout_at(deadline):
                             said = await _beginning(response)
-                    kind_of = EndpointUnavailable if response.status_code in BUSY else EndpointRefused
-                    error = kind_of(f"{url} answered {response.status_code}: {said}")
-                    if isinstance(error, EndpointUnavailable):
-                        error.wait = seconds_of(response.headers.get("retry-after", ""))
-                    raise error
+                    told = f"{url} answered {response.status_code}: {said}"
+                    if response.status_code not in BUSY:
+                        raise EndpointRefused(told)
+                    raise EndpointUnavailable(told, seconds_of(response.headers.get("retry-after", "")), answered=True)
                 yield response, deadline
             finally:
                 await response.aclose()
 
     @asynccontextmanager
     async def _in_lane(self) -> AsyncIterator[_Lane]:
-        if self._lane is None:
+        loop = asyncio.get_running_loop()
+        lane = self._lane
+        if lane is None or lane.loop is not loop:  # one that was stopped with requests in flight leaves its lane behind
             client = httpx2.AsyncClient(
                 headers=self._headers,
                 verify=self._tls,
@@ -234,15 +237,14 @@ class Transport:
                     keepalive_expiry=IDLE,
                 ),
             )
-            self._lane = _Lane(client, asyncio.Semaphore(self.config.concurrency))
-        lane = self._lane
-        self._users += 1
+            lane = self._lane = _Lane(loop, client, asyncio.Semaphore(self.config.concurrency))
+        lane.users += 1
         try:
             yield lane
         finally:
-            self._users -= 1
-            if not self._users:  # the next may come in another event loop
-                self._lane = None
+            lane.users -= 1
+            if not lane.users:
+                self._lane = None if self._lane is lane else self._lane
                 await lane.client.aclose()
 
 

@@ -310,8 +310,9 @@ def test_what_nobody_waits_for_is_ended(served):
 
 def test_a_wrong_request_is_refused_by_name(served):
     policy = policy_of(served)
+    too_long: Prompt = (said_text(served)[0][0] * 100, [])
     with pytest.raises(EndpointRefused, match="400"):
-        completed(policy, said_text(served)[:1], Limits(10_000))
+        completed(policy, [too_long], Limits(4))
     policy.config.model = "another"
     with pytest.raises(EndpointRefused, match="404"):
         completed(policy, said_text(served)[:1], Limits(4))

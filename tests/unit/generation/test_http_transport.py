@@ -66,6 +66,19 @@ def test_a_client_serves_one_event_loop_after_another(server):
         assert asyncio.run(asking.ask(said(text), Limits(8))).text == text
 
 
+def test_a_loop_that_was_stopped_in_the_middle_leaves_nothing_that_harms(server):
+    server.faults = ["slow"]
+    asking = client(server)
+    loop = asyncio.new_event_loop()
+    stuck = loop.create_task(asking.ask(said("x"), Limits(8)))
+    loop.run_until_complete(asyncio.sleep(0.1))  # and never again
+    assert asyncio.run(asking.ask(said("hello"), Limits(8))).text == "hello"
+    stuck.cancel()
+    loop.run_until_complete(asyncio.gather(stuck, return_exceptions=True))
+    loop.close()
+    assert asyncio.run(asking.ask(said("hello"), Limits(8))).text == "hello"
+
+
 def test_a_cancelled_request_closes_its_connection(server):
     server.faults = ["slow"]
 

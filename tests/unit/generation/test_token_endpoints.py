@@ -480,6 +480,15 @@ def test_sglang_is_not_sent_a_picture_s_prompt_that_it_would_read_otherwise():
         assert list(complete(policy, text, Limits(4)).ids) == wanted(text, 4)[0]
 
 
+def test_sglang_is_told_of_what_broke_and_not_of_what_it_refused():
+    with running(SGLangServer()) as server:
+        server.faults = [Status(503), "half", "drop"]
+        complete(policy_of(SGLangDoor, server), prompt("x"), Limits(4))
+        _, *broken, _ = [body["rid"] for body in server.sampled("/generate")]
+        assert server.aborted == broken
+        assert len({*broken}) == 2
+
+
 def test_sglang_tells_whose_weights_each_token_is_of():
     with running(SGLangServer()) as server:
         server.spans = True
