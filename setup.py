@@ -25,6 +25,7 @@ setup(
         "torchvision>=0.26,<0.29",
         "timm>=1.0.31,<1.1",
         "transformers>=5.17,<5.24",
+        "httpx2>=2.12,<3",  # comes with huggingface_hub, which transformers brings
         "tokenizers>=0.22",
         "safetensors>=0.6",
         "omegaconf>=2.3,<2.5",

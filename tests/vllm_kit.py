@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # weights can be loaded
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1",
 }  # fmt: skip

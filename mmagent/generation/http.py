@@ -8,138 +8,141 @@ trajectories can be judged, not trained on (their log-probs are NaN, which the b
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import http.client
-import json
 import math
-import os
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable, ServerConfig, Transport
 from mmagent.geometry import GeometryConfig, unpatchify, visual_tokens
 from mmagent.records import encode_image
 from mmagent.replies import final_answer
 from mmagent.trajectories import Completion, Limits, Trajectory
 from mmagent.vocab import Vocab
 
-BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
-MAX_ANSWER = 16 << 20
-"""Bytes of one response that are read; more is refused."""
 _THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
-
-
-class EndpointUnavailable(ConnectionError):
-    """The endpoint did not answer, or said that it is busy: worth another try."""
-
-
-class EndpointRefused(RuntimeError):
-    """The endpoint answered that the request itself is wrong; trying again would not help."""
-
-
-@dataclass
-class ServerConfig:
-    """``url`` up to and including ``/v1``. The key is read from the environment variable ``key_variable``. At most
-    ``concurrency`` requests are open; each is tried ``attempts`` times, ``backoff`` seconds apart at first and twice
-    as long every time."""
-
-    url: str
-    model: str
-    key_variable: str = "OPENAI_API_KEY"
-    timeout: float = 300.0
-    concurrency: int = 32
-    attempts: int = 1
-    backoff: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url must start with http:// or https://, got {self.url!r}")
-        if not self.model:
-            raise ValueError("model: an endpoint needs the name of its model")
-        if min(self.concurrency, self.attempts) < 1 or self.timeout <= 0 or self.backoff < 0:
-            raise ValueError(f"endpoint: concurrency, attempts and timeout must be positive, got {self}")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``text`` of the message, whether a limit ``cut`` it, and the server's own token counts (0 when untold)."""
+    """``text`` of the message, whether a limit ``cut`` it, and the server's own token counts (0 when untold);
+    ``logprobs`` of its tokens, where they were asked for and the server tells them."""
 
     text: str
     cut: bool
     prompt_tokens: int
     tokens: int
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """What a stream said since the last one. The last of all carries the whole ``answer``."""
+
+    text: str
+    answer: Answer | None = None
 
 
 class ChatClient:
-    """``POST {url}/chat/completions`` from a coroutine."""
+    """``POST {url}/chat/completions`` from a coroutine. Cancelling its task closes the connection."""
 
     def __init__(self, config: ServerConfig):
         self.config = config
-        self._threads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="endpoint")
-        key = os.environ.get(config.key_variable, "")
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.transport = Transport(config, config.url)
 
     async def ask(self, messages: Sequence[Mapping[str, Any]], limits: Limits) -> Answer:
         """The answer to a conversation. Raises :class:`EndpointUnavailable` when every attempt failed, and
         :class:`EndpointRefused`."""
-        body = {
+        body = self._body(messages, limits)
+
+        async def attempt() -> Answer:
+            return parse_answer(await self.transport.post("/chat/completions", body))
+
+        return await self.transport.retried(attempt)
+
+    async def stream(self, messages: Sequence[Mapping[str, Any]], limits: Limits) -> AsyncIterator[ChatDelta]:
+        """The answer as it is said. Raises what :meth:`ask` raises; a stream that has said something and then breaks is
+        not begun again. Whoever leaves it early closes it (``contextlib.aclosing``), and the connection with it."""
+        body = self._body(messages, limits) | {"stream": True, "stream_options": {"include_usage": True}}
+        for number in range(1, self.config.attempts + 1):
+            begun = False
+            try:
+                async with aclosing(self._streamed(body)) as deltas:
+                    async for delta in deltas:
+                        begun = True
+                        yield delta
+                return
+            except EndpointUnavailable as error:
+                if begun:
+                    raise
+                await self.transport.pause(number, error)
+
+    async def _streamed(self, body: Mapping[str, Any]) -> AsyncIterator[ChatDelta]:
+        said, reason = [], None
+        logprobs: list[float] = []
+        counts = (0, 0)
+        async with aclosing(self.transport.events("/chat/completions", body)) as events:
+            async for event in events:
+                try:
+                    counts = _counts(event) if event.get("usage") else counts
+                    choice = next(iter(event.get("choices") or ()), {})
+                    text = (choice.get("delta") or {}).get("content") or ""
+                    reason = choice.get("finish_reason") or reason
+                    logprobs += _logprobs(choice)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise EndpointRefused(f"an event is no chat completion: {str(event)[:200]}") from error
+                if text:
+                    said.append(text)
+                    yield ChatDelta(text)
+        if reason is None:  # not every server ends its stream with a mark
+            raise EndpointUnavailable(f"{self.config.url}: the stream ended without a reason: half an answer")
+        yield ChatDelta("", Answer("".join(said), reason == "length", *counts, tuple(logprobs)))
+
+    def _body(self, messages: Sequence[Mapping[str, Any]], limits: Limits) -> dict[str, Any]:
+        """What no server need know is left out where it says nothing: some refuse a field that is not OpenAI's."""
+        extra = {
+            "stop": list(limits.stop_strings), "top_k": limits.top_k, "min_p": limits.min_p,
+            "logprobs": self.config.logprobs,
+        }  # fmt: skip
+        return {
             "model": self.config.model,
             "messages": messages,
             "max_tokens": limits.max_tokens,
             "temperature": limits.temperature,
             "top_p": limits.top_p,
-            "seed": limits.seed & 0x7FFFFFFF,  # servers take 32 or 64 bits
-        }
-        data = json.dumps(body).encode()
-        loop = asyncio.get_running_loop()
-        for attempt in range(self.config.attempts):
-            try:
-                return parse_answer(await loop.run_in_executor(self._threads, self._post, data))
-            except EndpointUnavailable:
-                if attempt + 1 == self.config.attempts:
-                    raise
-                await asyncio.sleep(self.config.backoff * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _post(self, data: bytes) -> bytes:
-        url = self.config.url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, data, self._headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.config.timeout) as response:
-                answer = response.read(MAX_ANSWER + 1)
-        except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
-            kind = EndpointUnavailable if error.code in BUSY else EndpointRefused
-            raise kind(f"{url} answered {error.code}: {said[:300]}") from error
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            raise EndpointUnavailable(f"{url}: {error}") from error
-        if len(answer) > MAX_ANSWER:
-            raise EndpointRefused(f"{url} answered more than {MAX_ANSWER >> 20} MiB")
-        return answer
+            "seed": seed_of(limits),
+        } | {name: value for name, value in extra.items() if value}
 
 
-def parse_answer(data: bytes) -> Answer:
-    """Read a response body. Raises :class:`EndpointUnavailable` for half a one, :class:`EndpointRefused` for another
-    kind."""
-    try:
-        body = json.loads(data)
-    except ValueError as error:
-        raise EndpointUnavailable(f"the answer is no JSON: {data[:200]!r}") from error
+def seed_of(limits: Limits) -> int:
+    """The seed as servers take it, in 32 or 64 bits with a sign."""
+    return limits.seed & 0x7FFFFFFF
+
+
+def parse_answer(body: Mapping[str, Any]) -> Answer:
+    """Read a response. Raises :class:`EndpointRefused` for one of another kind."""
     try:
         choice = body["choices"][0]
         content, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
-        usage = body.get("usage") or {}
-        counts = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+        logprobs, counts = _logprobs(choice), _counts(body)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise EndpointRefused(f"the answer is no chat completion: {data[:200]!r}") from error
-    return Answer(content or "", cut, *counts)  # content is null when all tokens went into thinking
+        raise EndpointRefused(f"the answer is no chat completion: {str(body)[:200]}") from error
+    return Answer(content or "", cut, *counts, logprobs)  # content is null when all tokens went into thinking
+
+
+def _counts(body: Mapping[str, Any]) -> tuple[int, int]:
+    usage = body.get("usage") or {}
+    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+
+
+def _logprobs(choice: Mapping[str, Any]) -> tuple[float, ...]:
+    told = (choice.get("logprobs") or {}).get("content") or ()
+    return tuple(float(token["logprob"]) for token in told)
 
 
 def visible(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from PIL import Image as Picture
 
 from mmagent.chat import Image, Message, Text, render, user
 from mmagent.generation.generator import Generator
+from mmagent.generation.http import ChatClient, HttpPolicy
+from mmagent.generation.http_transport import EndpointRefused, ServerConfig
 from mmagent.geometry import patchify, visual_tokens
 from mmagent.interop.conversion import export_model
 from mmagent.trajectories import Limits, Trajectory
@@ -185,3 +188,36 @@ def test_transformers_serve_says_what_we_say(exported, tmp_path):
         assert "".join(deltas).strip().rstrip(half) == VOCAB.decode(sampled).strip().rstrip(half)
         thought = json.loads(ask(server, folder, messages, chat_template_kwargs={"enable_thinking": True}))
         assert "reasoning_content" in thought["choices"][0]["message"]
+        clients_say(f"{server}/v1", folder, messages, VOCAB.decode(sampled).strip(), len(prompt))
+
+
+def clients_say(url: str, folder: Path, messages: list[dict[str, Any]], said: str, prompt_tokens: int) -> None:
+    """The chat client and the policy over it: whole, streamed, many at a time; and what is wrong is refused."""
+    client = ChatClient(ServerConfig(url, str(folder), logprobs=True))  # which this server passes over
+    limits = Limits(24, temperature=0.0)
+
+    async def ask_all() -> None:
+        answer = await client.ask(messages, limits)
+        assert (answer.text, answer.cut, answer.logprobs) == (said, True, ())
+        assert (answer.prompt_tokens, answer.tokens) == (prompt_tokens, 24)
+        async with aclosing(client.stream(messages, limits)) as stream:
+            deltas = [delta async for delta in stream]
+        assert len(deltas) > 4
+        assert "".join(delta.text for delta in deltas) == deltas[-1].answer.text
+        half = "\N{REPLACEMENT CHARACTER}"
+        assert deltas[-1].answer.text.strip().rstrip(half) == said.rstrip(half)
+        assert (deltas[-1].answer.cut, deltas[-1].answer.tokens) == (True, 24)
+        for other in await asyncio.gather(*(client.ask(messages, limits) for _ in range(4))):
+            assert other == answer
+        row = Trajectory("chat", "toy")
+        images = [patchify(PIXELS[0], GEOMETRY)]
+        counts = [visual_tokens(image.grid, GEOMETRY.merge_size) for image in images]
+        message = Message("user", (Image(), Text(QUESTION)))
+        row.extend(render([message], VOCAB, counts, generate=True).ids, trainable=False, images=images)
+        done = await HttpPolicy(client, VOCAB, GEOMETRY).complete(row, limits)
+        assert (VOCAB.decode(done.ids), done.stopped) == (said, False)
+        wrong = ChatClient(ServerConfig(url, "another", attempts=3))
+        with pytest.raises(EndpointRefused, match="400"):
+            await wrong.ask(messages, limits)
+
+    asyncio.run(ask_all())

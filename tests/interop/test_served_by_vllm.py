@@ -1,4 +1,5 @@
-"""Exported folders of the stock classes, served by vLLM: its greedy tokens and log-probs are ours.
+"""Exported folders of the stock classes, served by vLLM: its greedy tokens and log-probs are ours, as they come and
+through the policies over its token endpoints.
 
 Facts about vLLM 0.32 on a CPU, which exports must heed:
 
@@ -16,6 +17,9 @@ before (asserted).
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +33,9 @@ import torch
 from mmagent.chat import ChatConfig, Image, Text, render, user
 from mmagent.generation.generator import Generator
 from mmagent.generation.http import image_part
+from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable
+from mmagent.generation.http_vllm import VLLMCompletionsPolicy, VLLMPolicy
+from mmagent.generation.token_endpoints import TokenServerConfig
 from mmagent.geometry import GeometryConfig, patchify, visual_tokens
 from mmagent.interop.agent_folder import Agent
 from mmagent.interop.conversion import export_model
@@ -89,7 +96,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         made.model.head.weight.mul_(4.0)  # margins between tokens as a trained model has them
     folder = tmp_path_factory.mktemp(made.kind)
     write(made, folder / "model")
-    with serve(folder / "model", folder / "vllm.log", limits_of(made.kind)) as made.server:
+    options = (*limits_of(made.kind), "--enable-scale-out")
+    with serve(folder / "model", folder / "vllm.log", options) as made.server:
         yield made
 
 
@@ -189,6 +197,161 @@ def test_greedy_images(served):
         content = [image_part(pictures[p]) if isinstance(p, int) else {"type": "text", "text": p} for p in parts]
         messages.append({"role": "user", "content": content})
     compare(served, prompts, ask(served, messages))
+
+
+# ---------------------------------------------------------------------------------------------- as a policy
+
+TEXTS = ["click", "what is there?", "type hello 12 times", "the button " * 12]
+
+
+def trajectory(prompt: Prompt, key: str = "prompt") -> Trajectory:
+    out = Trajectory(key, "test")
+    out.extend(prompt[0], trainable=False, images=prompt[1])
+    return out
+
+
+def policy_of(served: Served, kind: type[VLLMPolicy] = VLLMPolicy) -> VLLMPolicy:
+    config = TokenServerConfig(served.server.url + "/v1", "served", attempts=1)
+    return kind(config, served.vocab, GEOMETRY, served.model.config.vocab_size)
+
+
+def said_text(served: Served) -> list[Prompt]:
+    return [(render([user(text)], served.vocab, config=CHAT, generate=True).ids, []) for text in TEXTS]
+
+
+def said_images(served: Served) -> list[Prompt]:
+    generator = np.random.default_rng(1)
+    pictures = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(112, 140), (196, 84), (119, 173)]]
+    prompts = []
+    for parts in (["what is ", 0], [1, "or", 0, "there?"], [2, 2, "click"]):
+        images = [patchify(pictures[part], GEOMETRY) for part in parts if isinstance(part, int)]
+        spoken = [Image() if isinstance(part, int) else Text(part) for part in parts]
+        tokens = [visual_tokens(image.grid, 2) for image in images]
+        prompts.append((render([user(*spoken)], served.vocab, tokens, CHAT, generate=True).ids, images))
+    return prompts
+
+
+def completed(policy: VLLMPolicy, prompts: Sequence[Prompt], limits: Limits) -> list[Completion]:
+    async def all_of_them() -> list[Completion]:
+        return await asyncio.gather(*(policy.complete(trajectory(prompt), limits) for prompt in prompts))
+
+    return asyncio.run(all_of_them())
+
+
+def as_ours(served: Served, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
+    """Greedy tokens and their log-probs."""
+    for (ours, sure), theirs in zip(our_tokens(served, prompts), completions, strict=True):
+        assert theirs.ids[:sure] == ours.ids[:sure]
+        got, wanted = torch.tensor(theirs.logprobs)[:sure], torch.tensor(ours.logprobs)[:sure]
+        torch.testing.assert_close(got, wanted, atol=ATOL, rtol=0)
+        assert (len(theirs.ids), theirs.reason) == (TOKENS, "length")
+
+
+def prompts_of(served: Served) -> list[Prompt]:
+    return said_text(served) + ([] if served.kind == "glm4_moe" else said_images(served))
+
+
+@pytest.mark.parametrize("kind", [VLLMPolicy, VLLMCompletionsPolicy])
+def test_greedy_completions_are_ours(served, kind):
+    policy = policy_of(served, kind)
+    asyncio.run(policy.wait_ready(60))
+    prompts = prompts_of(served) if kind is VLLMPolicy else said_text(served)
+    as_ours(served, prompts, completed(policy, prompts, Limits(TOKENS, temperature=0.0)))
+
+
+def test_log_probs_of_what_is_sampled_are_the_trainer_s(served):
+    """At the request's temperature, with what is barred left out; the same seed says the same again."""
+    policy, limits = policy_of(served), Limits(TOKENS, temperature=0.8, seed=2**33 + 7)
+    prompts = prompts_of(served)
+    completions = completed(policy, prompts, limits)
+    barred = list(served.vocab.barred(served.model.config.vocab_size))
+    for (ids, images), completion in zip(prompts, completions, strict=True):
+        scores = our_scores(served, [*ids, *completion.ids], images)[len(ids) - 1 : -1]
+        scores[:, barred] = float("-inf")
+        wanted = (scores / 0.8).log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2 * ATOL, rtol=0)
+        assert completion.versions == (0,)
+    assert [c.ids for c in completed(policy, prompts[:1], limits)] == [completions[0].ids]
+    assert len({c.ids[:4] for c in completions}) > 1
+
+
+def test_a_stop_id_or_string_ends_a_completion(served):
+    policy, (prompt, *_) = policy_of(served), said_text(served)
+    (whole,) = completed(policy, [prompt], Limits(TOKENS, temperature=0.0))
+    stop = whole.ids[5]
+    (cut,) = completed(policy, [prompt], Limits(TOKENS, temperature=0.0, stop_ids=(stop,)))
+    assert cut.ids == whole.ids[: whole.ids.index(stop) + 1]
+    assert (cut.stopped, cut.reason) == (True, "stop")
+    plain = [served.vocab.decode([index]) for index in whole.ids]
+    string = next(text for text in plain if text.isascii() and text.isprintable() and text.strip())
+    (cut,) = completed(policy, [prompt], Limits(TOKENS, temperature=0.0, stop_strings=(string,)))
+    assert cut.stopped
+    assert string in served.vocab.decode(cut.ids)
+    assert string not in served.vocab.decode(cut.ids[:-1])
+
+
+def test_what_nobody_waits_for_is_ended(served):
+    policy, (prompt, *_) = policy_of(served), said_text(served)
+
+    async def leave() -> None:
+        task = asyncio.create_task(policy.complete(trajectory(prompt), Limits(480 - len(prompt[0]))))
+        while not served.server.metric("num_requests_running"):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    started = time.monotonic()
+    while served.server.metric("num_requests_running"):
+        assert time.monotonic() - started < 5
+        time.sleep(0.05)
+
+
+def test_a_wrong_request_is_refused_by_name(served):
+    policy = policy_of(served)
+    too_long: Prompt = (said_text(served)[0][0] * 100, [])
+    with pytest.raises(EndpointRefused, match="400"):
+        completed(policy, [too_long], Limits(4))
+    policy.config.model = "another"
+    with pytest.raises(EndpointRefused, match="404"):
+        completed(policy, said_text(served)[:1], Limits(4))
+
+
+def test_weights_are_loaded_and_named(served, tmp_path):
+    """Others, and those that were; a prompt that is known already must not be answered from what the first ones
+    computed. What is in flight and not waited for says that two versions sampled it."""
+    policy, limits, prompts = policy_of(served), Limits(TOKENS, temperature=0.0), prompts_of(served)
+    other = Served(served.kind, copy.deepcopy(served.model), served.vocab, served.server)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(0.9)
+    write(other, tmp_path / "other")
+    write(served, tmp_path / "first")
+    as_ours(served, prompts, completed(policy, prompts, limits))
+    asyncio.run(policy.update_weights(tmp_path / "other", 3))
+    after = completed(policy, prompts, limits)
+    as_ours(other, prompts, after)
+    assert {c.versions for c in after} == {(3,)}
+
+    async def straddle() -> Completion:
+        task = asyncio.create_task(policy.complete(trajectory(prompts[0]), Limits(400, temperature=0.0)))
+        while served.server.metric("generation_tokens_total") < seen + 5:
+            await asyncio.sleep(0.01)
+        await policy.update_weights(tmp_path / "first", 4, wait=False)
+        return await task
+
+    seen = served.server.metric("generation_tokens_total")
+    straddled = asyncio.run(straddle())
+    assert straddled.versions == (3, 4)
+    assert len(straddled.ids) == 400
+    as_ours(served, prompts, completed(policy, prompts, limits))
+    with pytest.raises((EndpointRefused, EndpointUnavailable)):
+        asyncio.run(policy.update_weights(tmp_path / "nowhere", 5))
+    with pytest.raises(EndpointUnavailable, match="version 5 was never confirmed"):
+        completed(policy, prompts[:1], limits)
+    asyncio.run(policy.update_weights(tmp_path / "first", 6))
+    as_ours(served, prompts, completed(policy, prompts, limits))
 
 
 # ---------------------------------------------------------------------------------------------- drafts of the MTP layer
