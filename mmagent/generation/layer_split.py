@@ -75,7 +75,7 @@ class Chunk(NamedTuple):
         return (self.end - self.start - 1) // self.share(ranks)
 
 
-def chunks(lengths: Sequence[int], size: int) -> list[Chunk]:
+def plan_chunks(lengths: Sequence[int], size: int) -> list[Chunk]:
     """Sequences of these lengths, one after the other, ``size`` tokens at a time."""
     return [
         Chunk(sequence, start, min(start + size, length))

@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from mmagent.generation.layer_split import Chunk, LayerSplit, chunks
+from mmagent.generation.features import chunks
+from mmagent.generation.layer_split import Chunk, LayerSplit, plan_chunks
 from mmagent.generation.peers import Peers
 from mmagent.generation.sampling import sample, uniforms
-from mmagent.geometry import document_positions
+from mmagent.generation.sequences import prompt_positions
 from mmagent.models.agent_model import AgentModel, logits
 from mmagent.models.context import Context, deal_images, route
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
-from mmagent.types import PackedVision, PatchedImage
+from mmagent.types import PackedVision
 from mmagent.vocab import Vocab
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -134,13 +135,8 @@ class LayerSplitGenerator:
             raise ValueError(f"{prompt.key}: {limits} cannot be sampled")
         if limits.top_k or limits.min_p or limits.stop_strings:
             raise ValueError(f"{prompt.key}: top_k, min_p and stop strings are not known here, got {limits}")
-        ids = torch.tensor(prompt.input_ids)
-        try:
-            grids = [image.grid for image in prompt.images]
-            positions = document_positions(ids == self.image_id, grids, self.merge_size)
-        except ValueError as error:
-            raise ValueError(f"{prompt.key}: {error}") from error
-        return _Sequence(prompt, limits, ids, positions, int(positions.max()) + 1)
+        positions, following = prompt_positions(prompt, self.image_id, self.merge_size)
+        return _Sequence(prompt, limits, torch.tensor(prompt.input_ids), positions, following)
 
     def _told(self, requests: Sequence[tuple[Trajectory, Limits]]) -> dict[str, int]:
         """What ranks must have in common, pixels included, as each encodes a share of the images for all."""
@@ -161,7 +157,7 @@ class LayerSplitGenerator:
 
     def _run(self, sequences: Sequence[_Sequence]) -> None:
         split = LayerSplit(self.model.config.decoder, self.peers, DTYPES[self.config.dtype], self.device)
-        plan = chunks([len(sequence.ids) for sequence in sequences], self.config.chunk_tokens)
+        plan = plan_chunks([len(sequence.ids) for sequence in sequences], self.config.chunk_tokens)
         visual = self._encode(sequences, plan)
         split.begin(plan)
         for number, chunk in enumerate(plan):
@@ -201,7 +197,9 @@ class LayerSplitGenerator:
         wanted = [self._wanted(sequences, plan, rank) for rank in range(peers.ranks)]
         way = route(owner_V, [torch.cat(tokens) for tokens in wanted], peers.rank)
         mine = [image for image, owner in zip(images, owned, strict=True) if owner == peers.rank]
-        own = torch.cat([nothing, *(self.model.encode(part).to(table.dtype) for part in self._parts(mine))])
+        room = self.config.chunk_tokens * self.merge_size**2  # patches at one time, as many as a chunk could hold
+        parts = (PackedVision.pack(part) for part in chunks(mine, lambda image: len(image.patches), room))
+        own = torch.cat([nothing, *(self.model.encode(part.to(self.device)).to(table.dtype) for part in parts)])
         came = peers.all_to_all(own[way.send.to(self.device)], way.sends, way.receives)
         return list(came[way.order.to(self.device)].split([len(tokens) for tokens in wanted[peers.rank]]))
 
@@ -215,17 +213,6 @@ class LayerSplitGenerator:
             rows = chunk.rows(rank, self.peers.ranks)
             found.append(numbers[chunk.sequence][rows][slots[chunk.sequence][rows]])
         return found
-
-    def _parts(self, images: Sequence[PatchedImage]) -> Iterator[PackedVision]:
-        """As many at one time as a chunk could hold, one at least."""
-        part: list[PatchedImage] = []
-        room = self.config.chunk_tokens * self.merge_size**2
-        for n, image in enumerate(images):
-            part.append(image)
-            following = len(images[n + 1].patches) if n + 1 < len(images) else room
-            if sum(len(other.patches) for other in part) + following > room:
-                yield PackedVision.pack(part).to(self.device)
-                part = []
 
     def _decode(self, split: LayerSplit, numbers: Sequence[int], sequences: Sequence[_Sequence]) -> None:
         """One token more for each: blocks where their keys and values are, hidden states from run to run of layers."""

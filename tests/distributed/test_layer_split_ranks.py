@@ -108,6 +108,23 @@ def test_groups_decode_apart():
         assert [one.ids for one in got] == [one.ids for one in wanted[rank // 2 :: 2]]
 
 
+def long() -> list[tuple[Trajectory, Limits]]:
+    """4,500 tokens, a picture at their end."""
+    return [(prompt("click the field and type the word into it " * 300, (picture(7),)), Limits(8, 0.0))]
+
+
+def completed_long(world: World) -> list[Completion]:
+    return generator(world, chunk_tokens=1000).generate(long())
+
+
+@pytest.mark.slow
+def test_a_long_prompt_is_decoded_as_by_one():
+    assert len(long()[0][0]) > 4500
+    wanted = Generator(tiny_model(), tiny_vocab()).generate(long())
+    for got in run_ranks(completed_long, 2):
+        close(got, wanted)
+
+
 class Watched(LayerSplit):
     """Notes, whenever a layer is attended to, the layers that buffers hold, how many of them are others', and bytes:
     its own count, and that of tensors in memory that look like keys and values."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmagent.generation.generator import Generator
-from mmagent.generation.layer_split import TAIL, Chunk, KVStore, attend_blocks, attend_last, chunks, owners
+from mmagent.generation.layer_split import TAIL, Chunk, KVStore, attend_blocks, attend_last, owners, plan_chunks
 from mmagent.generation.long_context import LayerSplitGenerator, LongContextConfig
 from mmagent.ops.attention import varlen_attention_reference
 from mmagent.trajectories import Limits, Trajectory
@@ -28,7 +28,7 @@ def test_layers_are_owned_in_runs_of_like_length(layers, ranks):
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 30), st.integers(1, 7))
 def test_every_token_is_computed_once(lengths, size, ranks):
-    plan = chunks(lengths, size)
+    plan = plan_chunks(lengths, size)
     for sequence, length in enumerate(lengths):
         own = [chunk for chunk in plan if chunk.sequence == sequence]
         rows = [chunk.rows(rank, ranks) for chunk in own for rank in range(ranks)]
