@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mmagent.generation.layer_split import Chunk, chunks, owners
+from mmagent.generation.layer_split import Chunk, owners, plan_chunks
 from mmagent.models.agent_model import AgentModelConfig
 from mmagent.models.decoder import DecoderConfig
 from tools.planner.calibration import CALIBRATED
@@ -57,7 +57,7 @@ def kept(config: DecoderConfig, lengths: Sequence[int], chunk: int, ranks: int, 
     if not split:
         return [Kept(config.layers * tokens * row)] * ranks
     own = owners(config.layers, ranks)
-    room = max(piece.start + piece.share(ranks) * ranks for piece in chunks(lengths, chunk))
+    room = max(piece.start + piece.share(ranks) * ranks for piece in plan_chunks(lengths, chunk))
     return [Kept(own.count(rank) * tokens * row, 2 * room * row) for rank in range(ranks)]
 
 
@@ -78,7 +78,7 @@ def received(
     config: DecoderConfig, lengths: Sequence[int], chunk: int, ranks: int, size: int, split: bool
 ) -> list[Received]:
     """Of every rank, during the prefill of these prompts."""
-    row, own, plan = row_bytes(config, size), owners(config.layers, ranks), chunks(lengths, chunk)
+    row, own, plan = row_bytes(config, size), owners(config.layers, ranks), plan_chunks(lengths, chunk)
     new = config.layers * (ranks - 1) * row * sum(piece.share(ranks) for piece in plan)
     history = row * sum(piece.start for piece in plan) * split
     samplers = [piece.last(ranks) for piece in plan if piece.end == lengths[piece.sequence]]
@@ -144,7 +144,7 @@ def prefill_time(
     """Of one prompt. The first layer of a chunk hides its history behind the last one of the chunk before."""
     row, rate = row_bytes(config, size), ring_rate(ranks, 1, gpu, efficiency)
     compute = new = history = exposed = 0.0
-    for piece in chunks([length], chunk):
+    for piece in plan_chunks([length], chunk):
         for layer in decoder_layers(config):
             own = layer_seconds(layer, piece, ranks, gpu, efficiency)
             compute += layer.times * own
@@ -181,6 +181,7 @@ class Row:
     split: Kept
     received_unsplit: int
     received: Received
+    received_by_all: int
     time_unsplit: PrefillTime
     time: PrefillTime
     decoding: Decoding
@@ -204,6 +205,7 @@ def rows(
                     *(max(kind, key=lambda one: one.peak) for kind in kinds),
                     max(one.total for one in came[0]),
                     max(came[1], key=lambda one: one.total),
+                    sum(one.total for one in came[1]),
                     *(prefill_time(config, length, chunk, n, gpu, size, split) for split in (False, True)),
                     decoding(config, length, n, size, size),
                 )
@@ -226,6 +228,7 @@ def table(preset: str, config: AgentModelConfig, found: Sequence[Row], chunk: in
                 f"{row.unsplit.peak / row.split.peak:.2f}x",
                 _size(row.received.new),
                 _size(row.received.history),
+                _size(row.received_by_all),
                 f"{time.compute:.2f} s",
                 f"{time.new:.3f} s",
                 f"{time.history:.3f} s",
@@ -236,14 +239,14 @@ def table(preset: str, config: AgentModelConfig, found: Sequence[Row], chunk: in
         if row.ranks > 1:
             sizes = (size + each.told for size in (each.handed, each.attended, each.moved))
             decode.append((*place, *map(_size, sizes)))
-    head = ("tokens", "ranks", "GiB unsplit", "split", "with buffers", "less", "new", "history",
+    head = ("tokens", "ranks", "GiB unsplit", "split", "with buffers", "less", "new", "history", "by all",
             "compute", "new", "history", "hidden", "slower")  # fmt: skip
     decoder = config.decoder
     lines = [
         f"{preset}: {decoder.layers} layers of {decoder.kv_heads} key-value heads of {decoder.head_dim}, 16 bits; "
         f"prompts in chunks of {chunk:,} tokens on {gpu.name}, {gpu.link / 1e9:,.0f} GB/s to each other",
         "",
-        "prefill: keys and values of the fullest rank, what one receives, and time",
+        "prefill: keys and values of the fullest rank, what one receives and all do, and time",
         columns(head, prefill, left=()),
         "less: memory with the buffers of prefill against unsplit. slower: than unsplit, where only the new travels.",
         "Weights (a whole copy a rank) and activations come beside.",
@@ -288,7 +291,8 @@ def draw(preset: str, found: Sequence[Row], chunk: int, gpu: Gpu, file: Path) ->
         above.plot(ranks, [row.unsplit.peak / GIB for row in own], "--", color=f"C{n}", label=f"{name}, unsplit")
         below.plot(ranks, [row.time.seconds for row in own], "o-", color=f"C{n}", label=f"{name}, split")
         below.plot(ranks, [row.time_unsplit.seconds for row in own], "--", color=f"C{n}", label=f"{name}, unsplit")
-        below.plot(ranks, [row.time.history for row in own], ":", color=f"C{n}")
+        shared = [row for row in own if row.ranks > 1]
+        below.plot([row.ranks for row in shared], [row.time.history for row in shared], ":", color=f"C{n}")
     above.set_ylabel("keys and values of a rank (GiB)\ndotted: without the two buffers of prefill")
     below.set_ylabel("seconds of one prefill\ndotted: histories on their way, mostly hidden")
     below.set_xlabel("ranks that share the prompt")
@@ -297,7 +301,7 @@ def draw(preset: str, found: Sequence[Row], chunk: int, gpu: Gpu, file: Path) ->
     above.set_title(
         f"{preset}, chunks of {chunk:,} tokens, {gpu.name} with {gpu.link / 1e9:,.0f} GB/s: a prediction", fontsize=10
     )
-    above.legend(fontsize=8)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
