@@ -147,17 +147,7 @@ class World:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """``value`` (anything JSON can hold) of every rank, in rank order, on every rank."""
-        if self.size == 1:
-            return [json.loads(json.dumps(value))]
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        torch_dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
-        longest = max(int(n) for n in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-        padded[: data.numel()] = data
-        everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        torch_dist.all_gather(everyone, padded)
-        return [json.loads(b[: int(n)].cpu().numpy().tobytes()) for b, n in zip(everyone, sizes, strict=True)]
+        return [json.loads(json.dumps(value))] if self.size == 1 else gather_objects(value, self.device)
 
 
 def init(timeout: float = 600.0, threads: int | None = None) -> World:
@@ -333,20 +323,32 @@ def gather_rows(rows: Tensor, group: ProcessGroup | None = None) -> list[Tensor]
     return [some[: int(n)] for some, n in zip(everyone, counts, strict=True)]
 
 
-def exchange(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
+def gather_objects(value: Any, device: torch.device | str = "cpu", group: ProcessGroup | None = None) -> list[Any]:
+    """``value`` (anything JSON can hold) of every rank of ``group`` (all of them), in order of ranks, on every rank.
+    ``device`` is where this world's tensors live."""
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(some.cpu().numpy().tobytes()) for some in gather_rows(data.to(device), group)]
+
+
+def exchange(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: ProcessGroup | None = None
+) -> None:
     """Send each tensor to its rank while filling each buffer from its rank; returns when all have arrived.
 
-    Pairs of ``(tensor, rank)``. Two ranks that exchange several tensors must list them in matching order.
+    Pairs of ``(tensor, rank)``, ranks being those of the world, in ``group`` (all of them) as well. Two ranks that
+    exchange several tensors must list them in matching order.
     """
-    with exchanging(sends, receives):
+    with exchanging(sends, receives, group):
         pass
 
 
 @contextmanager
-def exchanging(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Iterator[None]:
+def exchanging(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: ProcessGroup | None = None
+) -> Iterator[None]:
     """:func:`exchange` while the block runs; what is sent must not change in it, and buffers are full after it."""
-    operations = [torch_dist.P2POp(torch_dist.isend, tensor.contiguous(), rank) for tensor, rank in sends]
-    operations += [torch_dist.P2POp(torch_dist.irecv, buffer, rank) for buffer, rank in receives]
+    operations = [torch_dist.P2POp(torch_dist.isend, tensor.contiguous(), rank, group) for tensor, rank in sends]
+    operations += [torch_dist.P2POp(torch_dist.irecv, buffer, rank, group) for buffer, rank in receives]
     works = torch_dist.batch_isend_irecv(operations) if operations else []
     yield
     for work in works:
@@ -391,9 +393,43 @@ def broadcast(tensor: Tensor, source: int = 0, group: ProcessGroup | None = None
     return tensor
 
 
-def first_of(group: ProcessGroup) -> int:
-    """The rank, in the world, of the first member of ``group``."""
-    return torch_dist.get_global_rank(group, 0)
+def broadcast_ahead(tensor: Tensor, source: int, group: ProcessGroup | None = None) -> Callable[[], object]:
+    """:func:`broadcast` that goes on while others compute. Call what is returned before ``tensor`` is read or, on the
+    source, changed. Collectives of ``group`` keep the order in which they were begun; see :func:`twin`."""
+    work = torch_dist.broadcast(tensor, source, group=group, async_op=True)
+    return work.wait
+
+
+def gather_into(everyone: Tensor, rows: Tensor, group: ProcessGroup | None = None) -> None:
+    """``rows (n, ...)`` of every rank, as many of each, into ``everyone (R * n, ...)``, in order of ranks."""
+    gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor  # its name since 2.13
+    gather(everyone, rows, group=group)
+
+
+def twin(group: ProcessGroup | None, timeout: float, device: torch.device | str = "cpu") -> ProcessGroup:
+    """A new group of the ranks of ``group`` (all of them): what is under way in one waits for nothing in the other.
+
+    To be called by all ranks of the world, each with a group of its own or one that it shares; these must not overlap
+    in part. ``timeout`` (seconds) bounds collectives.
+    """
+    firsts = gather_ints(0 if group is None else first_of(group), device)
+    made = {
+        first: torch_dist.new_group([r for r, f in enumerate(firsts) if f == first], timedelta(seconds=timeout))
+        for first in sorted(set(firsts))
+    }
+    return made[firsts[rank()]]
+
+
+def abort(group: ProcessGroup) -> None:
+    """Leave ``group``, which is of no use any more, in the middle of something. Whoever waits there gets a
+    ``RuntimeError``: of gloo once nothing refers to the group and its work here any more, of NCCL at its timeout."""
+    group.abort()
+    torch_dist.destroy_process_group(group)
+
+
+def first_of(group: ProcessGroup, number: int = 0) -> int:
+    """The rank, in the world, of the first member of ``group``, or of another by its ``number``."""
+    return torch_dist.get_global_rank(group, number)
 
 
 def barrier() -> None:

@@ -5,6 +5,7 @@
     python tools/plan.py --preset glm45 --gpu h100 --gpus 512 --plot plan.png
     python tools/plan.py --published
     python tools/plan.py --preset glm45v --gpus 1024 --simulate
+    python tools/plan.py --preset glm45_air --long-context --chunk 8192
 
 Nothing is allocated: parameters are counted on the meta device, what autograd keeps by what our operations save, and
 time by a roofline with nine constants that were fitted to published rows (``--published`` prints them, and the error on
@@ -49,9 +50,17 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--simulate", action="store_true", help="fill of packs and balance of ranks, packs drawn at random"
     )
-    what.add_argument("--plot", type=Path, metavar="FILE", help="draw MFU and memory against the number of GPUs")
+    what.add_argument(
+        "--long-context", action="store_true", help="prefill by ranks that divide keys and values by layer, or do not"
+    )
+    what.add_argument("--plot", type=Path, metavar="FILE", help="draw MFU and memory against the number of GPUs, or "
+                      "with --long-context memory and time against ranks")  # fmt: skip
     what.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
-    what.add_argument("--ranks", default="64,1024,4096,12288", metavar="LIST", help="with --simulate: sizes of worlds")
+    what.add_argument("--ranks", metavar="LIST", help="with --simulate: sizes of worlds (default: 64,1024,4096,12288); "
+                      "with --long-context: that share a prompt (default: 1,2,4,8)")  # fmt: skip
+    what.add_argument("--lengths", default="40960,81920,122880", metavar="LIST", help="with --long-context: of prompts")
+    what.add_argument("--chunk", type=int, default=8192, help="with --long-context: tokens at one time (default: 8192)")
+    what.add_argument("--link", type=float, default=0.0, help="with --long-context: GB/s between ranks")
     what.add_argument("--micro-batches", type=int, default=4, help="with --simulate: a step and rank (default: 4)")
     where = top.add_argument_group("model and cluster")
     where.add_argument("--preset", choices=sorted(PRESETS), default="glm45", help="a size (default: %(default)s)")
@@ -95,6 +104,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _names(listed: str) -> list[str]:
     return [name for name in listed.split(",") if name]
+
+
+def _numbers(listed: str) -> list[int]:
+    try:
+        return [int(n) for n in listed.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{listed!r} is no list of whole numbers") from error
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -191,7 +207,7 @@ def simulated(args: argparse.Namespace, job: Job) -> Simulated:
     from mmagent.packing import Size
     from tools.planner.simulate import Mix, simulate
 
-    worlds = tuple(int(n) for n in args.ranks.split(","))
+    worlds = tuple(_numbers(args.ranks or "64,1024,4096,12288"))
     budget = Size(args.tokens, max(round(1.5 * args.patches), 0))
     mix = Mix(args.document, args.spread, args.patches, args.frame, job.config.vision.merge_size**2)
 
@@ -200,6 +216,19 @@ def simulated(args: argparse.Namespace, job: Job) -> Simulated:
 
     weights = cost_weights(job.config, job.settings.frozen, job.settings.recompute)
     return simulate(weights, budget, mix, worlds, micro_batches=args.micro_batches, progress=progress)
+
+
+def long_context(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Prints a table of prompts by ranks, and draws it where asked to."""
+    from tools.planner.long_context import draw as draw_long
+    from tools.planner.long_context import linked, rows, table
+
+    config, gpu = PRESETS[args.preset](), linked(gpu_named(args.gpu), 1e9 * args.link)
+    found = rows(config.decoder, _numbers(args.lengths), _numbers(args.ranks or "1,2,4,8"), args.chunk, gpu)
+    print(table(args.preset, config, found, args.chunk, gpu))
+    if args.plot:
+        draw_long(args.preset, found, args.chunk, gpu, args.plot)
+    return [asdict(row) for row in found]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,10 +240,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.imbalance < 1:
             raise ValueError(f"--imbalance {args.imbalance}: the heaviest rank does at least the mean, which is 1")
         job = job_of(args)
-        if args.simulate:
+        result: object
+        if args.long_context:
+            result = long_context(args)
+        elif args.simulate:
             found = simulated(args, job)
             print(report.simulated_table(found, job))
-            result: object = asdict(found)
+            result = asdict(found)
         elif args.plot:
             found_plans = draw(job, args.plot)
             result = {words: [one.as_json() for one in plans] for words, plans in found_plans.items()}

@@ -168,34 +168,62 @@ class VisionPlan(NamedTuple):
     slots: Tensor
 
 
-def plan_vision(batch: PackedBatch, merge_size: int, needs: tuple[slice, ...], rank: int) -> VisionPlan:
-    """``needs[r]``: the rows of the stream whose visual embeddings rank r must have. All ranks make the same plan of
-    who encodes what: largest image first, each to the rank with the fewest patches so far. An image or clip stays
-    whole, so a group is as slow as the rank with the largest one."""
-    assert batch.vision is not None
-    grids, device = batch.vision.grids, batch.input_ids.device
-    patches = grids.prod(1).tolist()
-    owners, loads = [0] * len(patches), [0] * len(needs)
+def deal_images(patches: Sequence[int], ranks: int) -> list[int]:
+    """The rank that encodes each image of so many patches: largest image first, each to the rank with the fewest so
+    far. An image or clip stays whole, so a group is as slow as the rank with the largest one."""
+    owners, loads = [0] * len(patches), [0] * ranks
     for image in sorted(range(len(patches)), key=lambda n: -patches[n]):
         owners[image] = loads.index(min(loads))
         loads[owners[image]] += patches[image]
-    owner_V = torch.repeat_interleave(torch.tensor(owners), grids.prod(1) // merge_size**2)
+    return owners
+
+
+class Route(NamedTuple):
+    """How visual tokens travel: those ``send (n,)`` of a rank's own go out, ``sends[r]`` to rank r; ``receives[r]``
+    come from rank r, and ``order (v,)`` picks from what came."""
+
+    send: Tensor
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+    order: Tensor
+
+
+def route(owner_V: Tensor, wanted: Sequence[Tensor], rank: int) -> Route:
+    """``owner_V``: the rank that has each visual token, in the order of its own; ``wanted[r]``: those that rank r must
+    have, in the order in which it wants them. On the host."""
     place_V = torch.empty_like(owner_V)  # among the visual tokens of its rank
-    for r in range(len(needs)):
+    for r in range(len(wanted)):
         place_V[owner_V == r] = torch.arange(int((owner_V == r).sum()))
+    send = [place_V[tokens][owner_V[tokens] == rank] for tokens in wanted]
+    sources = owner_V[wanted[rank]]
+    return Route(
+        torch.cat(send),
+        tuple(len(part) for part in send),
+        tuple(int((sources == r).sum()) for r in range(len(wanted))),
+        torch.argsort(torch.argsort(sources, stable=True)),
+    )
+
+
+def plan_vision(batch: PackedBatch, merge_size: int, needs: tuple[slice, ...], rank: int) -> VisionPlan:
+    """``needs[r]``: the rows of the stream whose visual embeddings rank r must have. All ranks make the same plan of
+    who encodes what (:func:`deal_images`)."""
+    assert batch.vision is not None
+    grids, device = batch.vision.grids, batch.input_ids.device
+    patches = grids.prod(1)
+    owners = deal_images(patches.tolist(), len(needs))
+    owner_V = torch.repeat_interleave(torch.tensor(owners), patches // merge_size**2)
     slots = batch.visual_slots.cpu()
     if batch.visual_index is None and len(slots) != len(owner_V):
         raise ValueError(f"pack of {batch.keys[:3]}...: {len(owner_V)} visual tokens for {len(slots)} slots")
     token_of_slot = torch.arange(len(slots)) if batch.visual_index is None else batch.visual_index.cpu()
     wanted = [(slots >= rows.start) & (slots < rows.stop) for rows in needs]
-    send = [place_V[token_of_slot[want]][owner_V[token_of_slot[want]] == rank] for want in wanted]
-    sources = owner_V[token_of_slot[wanted[rank]]]
+    found = route(owner_V, [token_of_slot[want] for want in wanted], rank)
     return VisionPlan(
         tuple(n for n, owner in enumerate(owners) if owner == rank),
-        torch.cat(send).to(device),
-        tuple(len(part) for part in send),
-        tuple(int((sources == r).sum()) for r in range(len(needs))),
-        torch.argsort(torch.argsort(sources, stable=True)).to(device),
+        found.send.to(device),
+        found.sends,
+        found.receives,
+        found.order.to(device),
         (slots[wanted[rank]] - needs[rank].start).to(device),
     )
 

@@ -193,7 +193,7 @@ def _compute(
     """Seconds of a micro-batch's computation were one rank to do it all, and the backward's share of them."""
     rate, load, mesh = efficiency.products(run.gpu), run.load, run.mesh
     done = operations(model, load)
-    full = _filled(load.tokens / mesh.context, TILE_ROWS)
+    full = filled(load.tokens / mesh.context, TILE_ROWS)
     parts: dict[str, float] = {"matrix products": 0.0, "vision encoder": 0.0, "experts": 0.0, "attention": 0.0}
     first = 0.0
     for role, ops in done.dense.items():
@@ -216,7 +216,7 @@ def _compute(
         layer = next(layer for layer in model.layers if layer.role == role and layer.top_k) if ops else None
         if layer is not None:
             rows = load.tokens * layer.top_k * mesh.expert / layer.routes / mesh.context
-            speed = rate * efficiency.grouped * _filled(rows, TILE_ROWS)
+            speed = rate * efficiency.grouped * filled(rows, TILE_ROWS)
             parts["experts"] += ops * (times[role].useful + times[role].again * run.part_again) * run.hot / speed
             first += ops / speed
     moved = _traffic(model, run, times) * efficiency.traffic * (1.0 if run.fused else efficiency.eager)
@@ -225,7 +225,7 @@ def _compute(
     return parts, max(1 - (first + parts["norms, rotary, activations"] / 3) / whole, 0.0) if whole else 0.0
 
 
-def _filled(rows: float, half: float) -> float:
+def filled(rows: float, half: float) -> float:
     """Share of the rate that a product with so many rows reaches."""
     return rows / (rows + half)
 
@@ -243,7 +243,7 @@ def _traffic(model: Model, run: Run, times: dict[str, Passes]) -> float:
     return total + targets * model.vocabulary * 16.0 * (times["head"].useful > 1)
 
 
-def _rate(ranks: int, stride: int, gpu: Gpu, efficiency: Efficiency) -> float:
+def ring_rate(ranks: int, stride: int, gpu: Gpu, efficiency: Efficiency) -> float:
     """Bytes a second of a ring over ``ranks`` that stand ``stride`` apart: what enters a host comes through the cards
     of those of its ranks that take part."""
     if (ranks - 1) * stride < gpu.host:
@@ -255,7 +255,7 @@ def _ring(size: float, ranks: int, gpu: Gpu, efficiency: Efficiency, stride: int
     """Seconds to gather, or to reduce and scatter, ``size`` bytes in all over ``ranks``, in so many ``calls``."""
     if ranks <= 1 or not size:
         return 0.0
-    return size * (ranks - 1) / ranks / _rate(ranks, stride, gpu, efficiency) + calls * HOP * ranks
+    return size * (ranks - 1) / ranks / ring_rate(ranks, stride, gpu, efficiency) + calls * HOP * ranks
 
 
 def _all_to_all(size: float, ranks: int, gpu: Gpu, efficiency: Efficiency) -> float:
@@ -379,7 +379,7 @@ def _muon(weight: Weight, run: Run, efficiency: Efficiency) -> float:
         short, long = sorted((piece, columns))
         products += NEWTON_SCHULZ_STEPS * (4.0 * short * short * long + 2.0 * short**3)
     products *= math.prod(batch) * weight.count
-    seconds = products / (efficiency.products(gpu) * _filled(min(rows, columns), TILE_ROWS))
+    seconds = products / (efficiency.products(gpu) * filled(min(rows, columns), TILE_ROWS))
     if mesh.gpus == 1:
         return seconds
     apart = weight.expert and mesh.expert > 1
@@ -390,5 +390,5 @@ def _muon(weight: Weight, run: Run, efficiency: Efficiency) -> float:
     copies, part = mesh.gpus // shards, 2.0 * weight.total / shards
     travel = 2 * _all_to_all(part / copies, shards, gpu, efficiency)
     if copies > 1:
-        travel += part / (_rate(copies, shards, gpu, efficiency) * (gpu.host if shards == 1 else 1))
+        travel += part / (ring_rate(copies, shards, gpu, efficiency) * (gpu.host if shards == 1 else 1))
     return seconds / mesh.gpus + travel
