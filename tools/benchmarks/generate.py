@@ -9,7 +9,7 @@ have one or two images that take half of the prompt; answers of log-normal lengt
 turns are an action, some a page of code), whatever the prompt's. Nothing stops early, so both sides give as many
 tokens, and only those that were asked for count.
 
-The peer runs in its best form, found by trying: its three ways of experts and both caches on a short run of the same
+The peer runs in its best form, found by trying: two of its ways of experts and both caches on a short run of the same
 requests; all requests in one batch (padded on the left, until the longest answer is done), and in two and four batches
 of like lengths of answers, which nobody knows in practice. Its continuous batching takes ids alone
 (transformers#43386: no images), so it has rows of its own, `text`, of the same lengths without images; its manager
