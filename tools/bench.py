@@ -1,6 +1,7 @@
 """Measure ours beside its peers, and print a table.
 
     python tools/bench.py AREA [--json FILE] [--plot FILE] [--repeats N] [--quick] [--size small|large] [--peak TFLOPS]
+                             [--part PART] [--agent RUN]
 
 AREA is a module of tools/benchmarks with a function ``rows(settings)``. Both sides of a row run in one process, in
 turns, so that a busy machine slows both; a row shows their medians, and the spread of the ratio from turn to turn. A
@@ -40,9 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows there (areas that have a picture)")
     parser.add_argument("--part", help="of an area that has several (model)")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the device, for shares of it (model)")
+    parser.add_argument(
+        "--agent", type=Path, metavar="RUN", help="a quickstart's folder, for a trained agent (generate)"
+    )
     args = parser.parse_args(argv)
     module = importlib.import_module(f"tools.benchmarks.{args.area}")
-    for option, needed in (("size", "SIZES"), ("plot", "plot")):
+    for option, needed in (("size", "SIZES"), ("plot", "plot"), ("agent", "mtp_rows")):
         if getattr(args, option) and not hasattr(module, needed):
             parser.error(f"{args.area} has no --{option}")
     print(f"{args.area}: {(module.__doc__ or '').strip().splitlines()[0]}", flush=True)
@@ -52,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.area} has no part {args.part!r}" + (f", but {', '.join(parts)}" if parts else ""))
     peak = 1e12 * args.peak if args.peak else device_peak()
     rows: list[Row] = []
-    for row in module.rows(Settings(args.repeats, args.quick, args.size, peak, args.part or "")):
+    settings = Settings(args.repeats, args.quick, args.size, peak, args.part or "", args.agent)
+    for row in module.rows(settings):
         rows.append(row)
         told = f"{row.ratio:.2f}x +-{100 * row.spread:.0f} % of {row.peer_name}"
         print(f"  {row.name}: {told}", file=sys.stderr, flush=True)

@@ -6,21 +6,26 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 from mmagent.models.peaks import peak_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
     """``size``: "small" or "large" for areas that have both; by default large where there is an accelerator.
     ``peak``: operations a second that the device can do in bf16, where that is known. ``part``: what is measured of an
-    area that has parts; empty for all."""
+    area that has parts; empty for all. ``agent``: where there is a trained one, for areas that want one."""
 
     repeats: int = 5
     quick: bool = False
     size: str | None = None
     peak: float | None = None
     part: str = ""
+    agent: Path | None = None
 
 
 def device_peak() -> float | None:
@@ -89,6 +94,25 @@ def throughputs(
         spread = (ratios[-1 - quarter] - ratios[quarter]) / 2 / ratio
         rows.append(Row(name, work / medians[0], work / medians[side], peer_name, ratio, unit, spread))
     return rows
+
+
+def turns(sides: Sequence[Callable[[], T]], settings: Settings) -> list[list[T]]:
+    """What each side measures of itself, turn for turn, after one that pays for caches and allocations."""
+    for side in sides:
+        side()
+    found: list[list[T]] = [[] for _ in sides]
+    for turn in range(settings.repeats):
+        for n in range(len(sides)) if turn % 2 == 0 else reversed(range(len(sides))):
+            found[n].append(sides[n]())
+    return found
+
+
+def durations(name: str, ours: Sequence[float], peer: Sequence[float], peer_name: str, scale: float, unit: str) -> Row:
+    """A row of seconds, one a turn of each side, shown ``scale`` times as large; less is better."""
+    ratios = sorted(theirs / mine for mine, theirs in zip(ours, peer, strict=True))
+    ratio, quarter = statistics.median(ratios), len(ratios) // 4
+    spread = (ratios[-1 - quarter] - ratios[quarter]) / 2 / ratio
+    return Row(name, scale * statistics.median(ours), scale * statistics.median(peer), peer_name, ratio, unit, spread)
 
 
 def seconds(call: Callable[[], object]) -> float:

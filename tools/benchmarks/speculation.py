@@ -1,0 +1,118 @@
+"""What multi-token prediction is worth on an agent that has learnt something: ours with speculation against without."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+import torch
+
+from data_pipelines.documents import DocumentBuilder
+from data_pipelines.shards import ShardSet
+from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.geometry import visual_tokens
+from mmagent.interop.agent_folder import Agent, load_agent
+from mmagent.records import RecordError, from_sample
+from mmagent.trajectories import Completion, Limits, Trajectory
+from mmagent.types import Document
+from tools.benchmarks.row import Row, Settings, throughput
+
+STAGES = ("rl", "sft", "pretrain")
+"""Of a quickstart, the last first."""
+DEPTHS = (1, 2, 3)
+BATCHES = (1, 8, 32)
+MOST, SHORTEST = 256, 8
+"""Tokens of an answer; of the supervised part of a document, so that it is one to be asked for."""
+
+
+def mtp_rows(settings: Settings, device: torch.device) -> Iterator[Row]:
+    """Each number of drafts at each number of requests. Raises ``ValueError`` where speculation changes a token."""
+    if settings.agent is None:
+        print("mtp: left out: it wants a trained agent, --agent RUN names the folder of a quickstart", file=sys.stderr)
+        return
+    if "speculate" not in {field.name for field in fields(GeneratorConfig)}:
+        raise ValueError("mtp: this generator does not speculate")
+    stage, agent = trained(settings.agent, device)
+    if agent.model.mtp is None:
+        raise ValueError(f"{settings.agent / stage}: the agent has no multi-token prediction")
+    sources = settings.agent / "data" / "validation"
+    prompts = held_out(sources, agent, 4 if settings.quick else max(BATCHES))
+    limits = Limits(16 if settings.quick else MOST, 0.0, stop_ids=agent.vocab.stop_ids)
+    plain = Drafting(agent, 0)
+    for count in (4,) if settings.quick else BATCHES:
+        requests = [(prompt, limits) for prompt in prompts[:count]]
+        wanted = plain.generate(requests)
+        for depth in DEPTHS[:1] if settings.quick else DEPTHS:
+            drafting = Drafting(agent, depth)
+            if device.type == "cpu" and (found := drafting.generate(requests)) != wanted:
+                which = next(p.key for (p, _), a, b in zip(requests, wanted, found, strict=True) if a != b)
+                raise ValueError(f"speculate={depth}: {which} is answered otherwise than without")
+            name = f"mtp, {stage}, {count} requests, {depth} drafts"
+            sides = partial(drafting.generate, requests), partial(plain.generate, requests)
+            yield throughput(name, *sides, "ours without", sum(map(len, wanted)), "tokens/s", settings)
+
+
+@dataclass
+class Drafting:
+    """Our generator with so many drafts a step."""
+
+    agent: Agent
+    depth: int
+
+    def __post_init__(self) -> None:
+        self.generator = Generator(self.agent.model, self.agent.vocab, GeneratorConfig(speculate=self.depth))
+
+    def generate(self, requests: list[tuple[Trajectory, Limits]]) -> list[tuple[int, ...]]:
+        self.generator.forget()
+        done: list[Completion] = self.generator.generate(requests)
+        return [completion.ids for completion in done]
+
+
+def trained(run: Path, device: torch.device) -> tuple[str, Agent]:
+    """The last stage of a quickstart that left an agent. Raises ``ValueError`` naming what was looked for."""
+    for stage in STAGES:
+        if (run / stage / "agent").is_dir():
+            return stage, load_agent(run / stage / "agent", device)
+    raise ValueError(f"{run}: no agent in {', '.join(STAGES)}; it must be the folder of a quickstart")
+
+
+def held_out(folder: Path, agent: Agent, count: int) -> list[Trajectory]:
+    """``count`` prompts: documents of the sources of ``folder`` in turn, up to where supervision begins."""
+    builder = DocumentBuilder(agent.vocab, agent.geometry, agent.chat)
+    streams = [_documents(path, builder) for path in sorted({tar.parent for tar in folder.glob("*/*.tar")})]
+    rounds = chain.from_iterable(zip_longest(*streams))
+    found = (opening(document, agent) for document in rounds if document is not None)
+    prompts = list(islice((prompt for prompt in found if prompt is not None), count))
+    if len(prompts) < count:
+        raise ValueError(f"{folder}: {len(prompts)} documents with a prompt and an answer, {count} are needed")
+    return prompts
+
+
+def _documents(path: Path, builder: DocumentBuilder) -> Iterator[Document]:
+    shards = ShardSet(path)
+    for n in range(len(shards)):
+        try:
+            yield builder.document(from_sample(shards.read(n)))
+        except RecordError:
+            continue  # training leaves it out, too, and says so
+
+
+def opening(document: Document, agent: Agent) -> Trajectory | None:
+    """What stands in front of the first answer, with the images that are seen by then; None where there is nothing, or
+    the answer is hardly one."""
+    supervised = [*document.trainable.tolist(), False]
+    start = supervised.index(True) if True in supervised else 0
+    if start < SHORTEST or supervised.index(False, start) - start < SHORTEST:
+        return None
+    ids = document.input_ids[:start].tolist()
+    seen, slots = 0, ids.count(agent.vocab.image_id)
+    while slots > 0:
+        slots -= visual_tokens(document.images[seen].grid, agent.geometry.merge_size)
+        seen += 1
+    trajectory = Trajectory(document.key, document.source)
+    trajectory.extend(ids, trainable=False, images=document.images[:seen])
+    return trajectory
