@@ -7,8 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mmagent.serve.options import Options, parse
+
+if TYPE_CHECKING:
+    from mmagent.serve.desk import Desk
+    from mmagent.serve.prompts import Prompts
 
 EXTRA = ("fastapi", "uvicorn")
 DEFAULT_CONTEXT = 8192
@@ -37,27 +42,59 @@ def _require_extra() -> None:
 
 def serve(options: Options) -> int:
     """Load the model, listen, and return when told to stop. Raises ``ValueError`` and ``OSError`` before it listens."""
-    import torch
     import uvicorn
 
-    from mmagent.generation.generator import Generator, GeneratorConfig
-    from mmagent.generation.local import LocalPolicy
     from mmagent.serve.app import Service, create_app
-    from mmagent.serve.desk import Desk
-    from mmagent.serve.fetching import Fetcher
-    from mmagent.serve.loading import load
-    from mmagent.serve.pictures import Pictures
-    from mmagent.serve.policy import Whole
-    from mmagent.serve.prompts import Prompts
     from mmagent.serve.status import Served
     from mmagent.serve.wire import Bodies, Connection, Server
 
     key = _key(options.api_key_variable)
+    prompts, desk, notes = _model(options)
+    listening = uvicorn.Config(
+        "", options.host, options.port, http=Connection, ws="none", lifespan="on", log_level="warning",
+        access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_CONNECTIONS,
+        timeout_graceful_shutdown=5, timeout_keep_alive=30,
+    )  # fmt: skip
+    socket = listening.bind_socket()
+    url = _address(options.host, socket.getsockname()[1])
+    name = options.name or options.checkpoint.resolve().name
+    served = Served(name, notes, _example(url, name, bool(key)))
+    bodies = Bodies(options.max_body, _TOGETHER * options.max_body)
+    listening.app = create_app(Service(served, prompts, desk, bodies, options.timeout, key))
+
+    def ready() -> None:
+        told = "".join(f"  {what}: {figure}\n" for what, figure in notes.items())
+        print(f"serving {name} at {url}\n{told}status: {url}/\nask it:\n{served.example}", flush=True)
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    Server(listening, desk, options.grace, ready).run([socket])
+    print("stopped", flush=True)
+    return 0
+
+
+def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
+    """What prepares prompts, who completes them, and lines for people about both."""
+    import torch
+
+    from mmagent.generation.generator import Generator, GeneratorConfig
+    from mmagent.generation.local import LocalPolicy
+    from mmagent.serve.desk import Desk
+    from mmagent.serve.fetching import Fetcher
+    from mmagent.serve.loading import load
+    from mmagent.serve.pictures import Pictures
+    from mmagent.serve.prompts import Prompts
+
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    agent, notes = load(options.checkpoint, device=device, trust_code=options.trust_code)
-    for note in notes:
-        print(note)
+    if options.max_context > options.cache_tokens:
+        raise ValueError(
+            f"a context of {options.max_context} does not fit a cache of {options.cache_tokens}: raise --cache-tokens"
+        )
+    agent, found = load(options.checkpoint, device=device, trust_code=options.trust_code)
+    for line in found:
+        print(line)
+    usual = min(agent.model.config.max_positions or DEFAULT_CONTEXT, options.cache_tokens)
+    context = options.max_context or usual
     pictures = Pictures(
         agent.geometry,
         max_pixels=options.max_image_pixels,
@@ -65,41 +102,19 @@ def serve(options: Options) -> int:
         files=options.files,
         fetcher=Fetcher(options.max_body) if options.fetch_images else None,
     )
-    context = options.max_context or agent.model.config.max_positions or DEFAULT_CONTEXT
-    prompts = Prompts(agent.vocab, agent.chat, pictures, context)
-    generator = Generator(agent.model, agent.vocab, GeneratorConfig(max_sequences=options.max_sequences, dtype=dtype))
-    desk = Desk(Whole(LocalPolicy(generator)), running=options.max_sequences, waiting=options.max_waiting)
-    name = options.name or options.checkpoint.resolve().name
-    config = uvicorn.Config(
-        "", options.host, options.port, http=Connection, ws="none", lifespan="on", log_level="warning",
-        access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=5, timeout_keep_alive=30,
-    )  # fmt: skip
-    socket = config.bind_socket()
-    url = _address(options.host, socket.getsockname()[1])
-    parameters = sum(p.numel() for p in agent.model.parameters())
-    model_notes = {
+    config = GeneratorConfig(options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype)
+    policy = LocalPolicy(Generator(agent.model, agent.vocab, config))
+    notes = {
         "checkpoint": str(options.checkpoint),
-        "parameters": f"{parameters:,}",
+        "parameters": f"{sum(p.numel() for p in agent.model.parameters()):,}",
         "runs in": f"{dtype} on {device}",
         "thinking": "on" if agent.chat.thinking else "off",
         "context": f"{context:,} tokens",
         "at a time": f"{options.max_sequences} completions, {options.max_waiting} more in line",
         "pictures": _picture_note(options),
     }
-    example = _example(url, name, bool(key))
-    served = Served(name, model_notes, example)
-    bodies = Bodies(options.max_body, _TOGETHER * options.max_body)
-    config.app = create_app(Service(served, prompts, desk, bodies, options.timeout, key))
-
-    def ready() -> None:
-        told = "".join(f"  {what}: {figure}\n" for what, figure in model_notes.items())
-        print(f"serving {name} at {url}\n{told}status: {url}/\nask it:\n{example}", flush=True)
-
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    Server(config, desk, options.grace, ready).run([socket])
-    print("stopped", flush=True)
-    return 0
+    desk = Desk(policy, running=options.max_sequences, waiting=options.max_waiting)
+    return Prompts(agent.vocab, agent.chat, pictures, context), desk, notes
 
 
 def _key(variable: str) -> str:

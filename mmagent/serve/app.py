@@ -63,14 +63,19 @@ class Service:
             raise Refused(401, "this server asks for a key: Authorization: Bearer KEY", code="invalid_api_key")
 
     async def choices(
-        self, request: Request, wish: Wish, stack: ExitStack, count: int, preparing: Awaitable[list[Prompt]]
+        self,
+        request: Request,
+        wish: Wish,
+        stack: ExitStack,
+        count: int,
+        preparing: Callable[[], Awaitable[list[Prompt]]],
     ) -> list[Choice]:
         """Seats for ``count`` choices, and what they are sampled from."""
         stack.enter_context(self.desk.seat(count))
 
         async def prepare() -> list[Prompt]:
             async with self.desk.guard(self.seconds):
-                return await preparing
+                return await preparing()
 
         prompts = await until_gone(request.receive, prepare())
         size = sum(image.patches.nbytes for prompt in prompts for image in prompt.images)
@@ -179,7 +184,7 @@ def _doors(app: FastAPI, service: Service) -> None:
         async def prepare() -> list[Prompt]:
             return [await service.prompts.chat_prompt(ask)]
 
-        choices = await service.choices(request, ask.wish, stack, ask.wish.choices, prepare())
+        choices = await service.choices(request, ask.wish, stack, ask.wish.choices, prepare)
         format = service.prompts.chat_of(ask)
         words, tools = service.prompts.words, ask.conversation.tools
         teller = ChatTeller(service.served.name, words, ask.wish, choices, format, tools)
@@ -191,7 +196,7 @@ def _doors(app: FastAPI, service: Service) -> None:
         ask = await asyncio.to_thread(read_text, body, service.prompts.vocab)
         count = len(ask.prompts) * ask.wish.choices
         assert count <= MOST_CHOICES
-        choices = await service.choices(request, ask.wish, stack, count, service.prompts.text_prompts(ask))
+        choices = await service.choices(request, ask.wish, stack, count, lambda: service.prompts.text_prompts(ask))
         teller = TextTeller(service.served.name, service.prompts.words, ask.wish, choices)
         return await service.answer(request, stack, ask.wish, choices, teller)
 
@@ -203,7 +208,7 @@ def _doors(app: FastAPI, service: Service) -> None:
         async def prepare() -> list[Prompt]:
             return [await service.prompts.token_prompt(ask)]
 
-        choices = await service.choices(request, ask.wish, stack, 1, prepare())
+        choices = await service.choices(request, ask.wish, stack, 1, prepare)
         (completion,) = await service.complete(request, choices)
         version = service.desk.policy.version
         return JSONResponse(tokens_body(ask, choices[0], completion, service.prompts.vocab, version))

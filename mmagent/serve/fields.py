@@ -17,15 +17,15 @@ from mmagent.serve.refusals import Refused, bad
 
 DEEPEST = 64
 """Lists and objects within one another; declarations of tools have about ten."""
-MOST_ITEMS = 1_000_000
-"""Commas and brackets of a body: an empty list costs thirty times the memory of its three bytes."""
+MOST_ITEMS, MOST_CONTAINERS = 2_000_000, 100_000
+"""Commas and opening brackets of a body: an empty list costs thirty times the memory of its three bytes."""
 
 
 def read_json(body: bytes) -> dict[str, Any]:
     """The object that a body holds. Raises :class:`Refused` (400) saying why it is none."""
-    items = body.count(b",") + body.count(b"[") + body.count(b"{")
-    if items > MOST_ITEMS:
-        raise bad(f"the body has {items} commas and brackets, more than {MOST_ITEMS}")
+    for marks, most in (((b",",), MOST_ITEMS), ((b"[", b"{"), MOST_CONTAINERS)):
+        if (found := sum(map(body.count, marks))) > most:
+            raise bad(f"the body has {found} of {b' and '.join(marks).decode()}, more than {most}")
     try:
         read = json.loads(body.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_once)
     except RecursionError as error:

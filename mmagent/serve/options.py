@@ -34,6 +34,7 @@ class Options:
     device: str = ""
     max_context: int = 0
     max_sequences: int = 32
+    cache_tokens: int = 1 << 18
     max_waiting: int = 128
     max_image_pixels: int = 25_000_000
     max_body: int = 32 << 20
@@ -45,7 +46,8 @@ class Options:
     trust_code: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.max_sequences, self.max_image_pixels, self.max_body) < 1 or min(self.max_waiting, self.grace) < 0:
+        least = self.max_sequences, self.cache_tokens, self.max_image_pixels, self.max_body
+        if min(least) < 1 or min(self.max_waiting, self.grace) < 0:
             raise ValueError("limits must be positive")
         if self.max_context < 0 or self.timeout <= 0 or not 0 <= self.port < 65536:
             raise ValueError("max-context, timeout and port must be positive, and a port below 65536")
@@ -76,6 +78,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     limits = parser.add_argument_group("limits")
     add(limits, "max-context", int, "TOKENS", "of a prompt and its answer (default: the model's own, else 8192)")
     add(limits, "max-sequences", int, "N", "completions sampled at a time")
+    add(limits, "cache-tokens", int, "N", "places of the key-value cache, which grows up to them")
     add(limits, "max-waiting", int, "N", "completions that may wait in line; those beyond are told to come again (429)")
     add(limits, "max-image-pixels", int, "N", "larger pictures are refused by their header")
     add(limits, "max-body", int, "BYTES", "of a request")

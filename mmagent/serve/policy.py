@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+from mmagent.generation.generator import Generator
 from mmagent.trajectories import Completion, Limits, Trajectory
 
 
@@ -29,30 +30,16 @@ class Policy(Protocol):
 
 
 def cache_use(policy: object) -> Mapping[str, float]:
-    """Figures about the key-value cache, where the policy's generator tells them."""
-    told = getattr(getattr(policy, "generator", None), "cache_use", None)
-    return told() if callable(told) else {}
-
-
-class Whole:
-    """A policy that cannot stream, told whole at the end."""
-
-    def __init__(self, policy: Any):
-        self.policy = policy
-
-    @property
-    def version(self) -> int:
-        return self.policy.version
-
-    @property
-    def generator(self) -> Any:
-        return self.policy.generator
-
-    async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
-        return await self.policy.complete(prompt, limits)
-
-    async def stream(self, prompt: Trajectory, limits: Limits) -> AsyncIterator[Any]:
-        from types import SimpleNamespace
-
-        done = await self.policy.complete(prompt, limits)
-        yield SimpleNamespace(ids=done.ids, logprobs=done.logprobs, completion=done)
+    """Figures about the key-value cache, where the policy has a generator that tells them."""
+    generator = getattr(policy, "generator", None)
+    if not isinstance(generator, Generator):
+        return {}
+    load, counts = generator.load, generator.counts
+    return {
+        "blocks_used": load["blocks"],
+        "blocks_known": load["blocks_known"],
+        "blocks": load["blocks_there"],
+        "tokens_prefilled": counts["prefilled"],
+        "tokens_found": counts["cached"],
+        "sequences_preempted": counts["preempted"],
+    }
