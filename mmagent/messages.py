@@ -283,6 +283,9 @@ class _Reader:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments, object_pairs_hook=_object)
+                json.dumps(arguments)  # also goes as deep
+            except RecursionError as error:
+                raise ValueError(f"{where}: arguments: lists and objects stand too deep in one another") from error
             except ValueError as error:
                 raise ValueError(f"{where}: arguments: are no JSON: {error}") from error
         if not isinstance(arguments, Mapping):

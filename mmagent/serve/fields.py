@@ -17,7 +17,7 @@ from mmagent.serve.refusals import Refused, bad
 
 DEEPEST = 64
 """Lists and objects within one another; declarations of tools have about ten."""
-MOST_ITEMS, MOST_CONTAINERS = 2_000_000, 100_000
+MOST_ITEMS, MOST_CONTAINERS = 2_000_000, 300_000
 """Commas and opening brackets of a body: an empty list costs thirty times the memory of its three bytes."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_LONGEST = 1000
 
 
 class Refused(Exception):
@@ -13,7 +14,8 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str, field: str = "", code: str = "", retry_after: int = 0):
         super().__init__(message)
-        self.status, self.message, self.field, self.code = status, message, field, code
+        self.status, self.code = status, code
+        self.message, self.field = _tellable(message), _tellable(field)
         self.retry_after = retry_after
 
     @property
@@ -31,6 +33,12 @@ class Refused(Exception):
         if self.status in (408, 413):  # the rest of the body is not read
             headers["Connection"] = "close"
         return headers
+
+
+def _tellable(text: str) -> str:
+    """What may hold a part of the request: half a surrogate cannot be sent, and nobody reads more than a page."""
+    sent = text.encode("utf-8", "backslashreplace").decode()
+    return sent if len(sent) <= _LONGEST else f"{sent[:_LONGEST]}..."
 
 
 def bad(message: str, field: str = "", code: str = "") -> Refused:

@@ -30,6 +30,8 @@ BODY_SECONDS, BODY_RATE = 10, 64 << 10
 """A body has so long, and a second more for every so many bytes that have come."""
 LINGER_SECONDS = 2
 """A client that sends too much is listened to for so long, to no purpose but that it hears why."""
+STALL_SECONDS = 30
+"""A client that takes nothing of its answer for so long is cut off."""
 SILENCE_SECONDS = 15
 """A stream without news sends a comment, so that nobody between takes it for dead."""
 
@@ -211,9 +213,10 @@ def _body(data: bytes, *, more: bool = True) -> Message:
 
 
 class Connection(H11Protocol):
-    """uvicorn waits for ever for the headers of a request; this one closes."""
+    """uvicorn waits for ever for the headers of a request, and for a client that does not read; this one closes."""
 
     _hurry: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -225,7 +228,18 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._calm()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ class ScriptedPolicy:
 
 def _ended(said: list[int], limits: Limits) -> tuple[tuple[int, ...], str]:
     for n in range(1, min(len(said), limits.max_tokens) + 1):
-        text = VOCAB.decode(said[:n])
+        text = VOCAB.decode(said[:n]) if limits.stop_strings else ""
         if said[n - 1] in limits.stop_ids or any(stop in text for stop in limits.stop_strings):
             return tuple(said[:n]), "stop"
     return tuple(said[: limits.max_tokens]), "length"
@@ -161,9 +162,11 @@ def serving(
     seconds: float = 30.0,
     key: str = "",
     grace: float = 5.0,
+    buffer: int = 0,
     **pictures: Any,
 ) -> Iterator[Running]:
-    """The real application behind a real uvicorn, in a thread of this process."""
+    """The real application behind a real uvicorn, in a thread of this process. ``buffer``: bytes that the system keeps
+    of what is sent (0: as usual)."""
     desk = Desk(policy, running=running, waiting=waiting)
     config = uvicorn.Config(
         "", "127.0.0.1", 0, http=Connection, ws="none", lifespan="on", log_level="critical", timeout_graceful_shutdown=2
@@ -171,14 +174,16 @@ def serving(
     served = Served("tiny", {"weights": "none"}, "curl")
     service = Service(served, prompts_of(chat, context, **pictures), desk, Bodies(most, 4 * most), seconds, key)
     config.app = create_app(service)
-    socket = config.bind_socket()
+    listener = config.bind_socket()
+    if buffer:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     ready = threading.Event()
     server = Server(config, desk, grace, ready.set)
-    thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     assert ready.wait(20), "the server did not start"
     try:
-        yield Running(socket.getsockname()[1], desk, server, policy, thread)
+        yield Running(listener.getsockname()[1], desk, server, policy, thread)
     finally:
         server.should_exit = True
         thread.join(20)

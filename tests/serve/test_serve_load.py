@@ -49,6 +49,21 @@ def test_who_leaves_takes_the_request_along(stream):
         wait_for(lambda: server.desk.ledger.answers[499] == 1)
 
 
+def test_who_takes_nothing_of_the_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(wire, "STALL_SECONDS", 0.3)
+    endless = ScriptedPolicy(lambda prompt, limits: LONG[:-1] * 20, step=1)
+    with serving(endless, context=1 << 20, buffer=4096) as server, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        body = json.dumps({"model": "tiny", "messages": said("Hello"), "stream": True, "n": 2})
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        sock.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        wait_for(lambda: server.policy.open == 2)
+        wait_for(lambda: server.policy.open == 0, 20)
+        assert server.policy.cancelled == 2
+        wait_for(lambda: server.desk.idle)
+
+
 def test_beyond_the_line_people_are_sent_away():
     with serving(slow(), running=2, waiting=1) as server:
         waiting = [begin(server) for _ in range(3)]

@@ -90,7 +90,7 @@ def chat(**fields: Any) -> dict[str, Any]:
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deep"),
         (b'{"a":' + b"[" * 70 + b"]" * 70 + b"}", "deep"),
         (b'{"model": "\xff"}', "no UTF-8"),
-        (b'{"a": [' + b"[]," * 120_000 + b"[]]}", "120003 of .* more than 100000"),
+        (b'{"a": [' + b"[]," * 320_000 + b"[]]}", "320003 of .* more than 300000"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value[:12],
 )
@@ -135,6 +135,12 @@ def test_the_desk_is_told_of_every_refusal(server):
 
 
 # ---------------------------------------------------------------------------------------------- fields
+
+
+def called(name: str, arguments: str, identity: str = "") -> dict[str, Any]:
+    """An assistant's message with one call."""
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": identity, "function": function}]}
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,13 @@ def test_the_desk_is_told_of_every_refusal(server):
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "'f' is declared already"),
         ({"tools": [{}] * 1000}, "tools: 1000 are more than 128"),
         ({"tools": [{}], "tool_choice": "none"}, "tools[0]"),
+        ({"messages": [*said("a"), called("f", "[" * 50_000), *said("b", role="tool")]}, "arguments: "),
+        (
+            {"messages": [*said("a"), called("f", '{"a":' * 500 + "1" + "}" * 500), *said("b")]},
+            "a tool must first answer",
+        ),
+        ({"messages": [*said("a"), called("f", "{}", "\ud800"), *said("b")]}, "a tool must first answer"),
+        ({"messages": [*said("a"), called("f", "{}", "i" * 100_000), *said("b")]}, "a tool must first answer"),
         ({"model": 5}, "model"),
         ({"model": None}, "model: is missing"),
     ],

@@ -148,6 +148,7 @@ def test_every_form_is_read():
         ([ASK, call("f\ng")], r"message 1: tool_calls\[0\]: the name of a tool call must be one line"),
         ([ASK, call("f", "[1]")], r"message 1: tool_calls\[0\]: arguments: must be an object, got list"),
         ([ASK, call("f", "{")], r"message 1: tool_calls\[0\]: arguments: are no JSON"),
+        ([ASK, call("f", "[" * 100_000)], r"message 1: tool_calls\[0\]: arguments: .* too deep in one another"),
         ([ASK, call("f", {"x": {1, 2}})], r"message 1: tool_calls\[0\]: no JSON"),
         ([ASK, call("f", {"x": float("nan")})], r"message 1: tool_calls\[0\]: .*not JSON compliant"),
         ([ASK, call("f") | {"tool_calls": [{"type": "web", "name": "f"}]}], "type: 'web' is not function"),
