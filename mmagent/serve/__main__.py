@@ -105,7 +105,7 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     config = GeneratorConfig(options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype)
     policy = LocalPolicy(Generator(agent.model, agent.vocab, config))
     notes = {
-        "checkpoint": str(options.checkpoint),
+        "folder": options.checkpoint.resolve().name,  # where it lies is nothing for a page that anybody may look at
         "parameters": f"{sum(p.numel() for p in agent.model.parameters()):,}",
         "runs in": f"{dtype} on {device}",
         "thinking": "on" if agent.chat.thinking else "off",

@@ -109,7 +109,7 @@ def _rate(moments: Sequence[Moment]) -> float:
 def _speed(moments: Sequence[Moment]) -> Any:
     now = moments[-1].seconds if moments else 0.0
     points = [(b.seconds - now, _rate((a, b))) for a, b in pairwise(moments)]
-    return line_chart({"tokens a second": points}, "Speed", x_label="seconds", y_label="tokens/s", smooth=0.6)
+    return line_chart({"tokens a second": points}, "Speed", x_label="seconds", y_label="tokens/s")
 
 
 def _load(moments: Sequence[Moment]) -> Any:

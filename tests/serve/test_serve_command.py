@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,3 +221,45 @@ def test_an_exported_folder_is_served(tmp_path, folder):
     with command(tmp_path / "hub", "--name", "exported") as server:
         answer = server.client("any").chat.completions.create(model="exported", messages=MIXED, max_tokens=4)
         assert answer.usage.completion_tokens > 0
+
+
+@pytest.mark.slow
+def test_hundreds_of_requests_leave_nothing_behind(folder):
+    """With pictures and without, whole and streamed, some left in the middle or at once: memory stays flat, the cache
+    is free, and a greedy answer is what it was."""
+
+    def some(server: Command, count: int, seed: int) -> None:
+        draw = random.Random(seed)
+        client = server.client("any")
+        for _ in range(count):
+            picture = [image_part(png_url(draw.randrange(40)))] if draw.random() < 0.4 else []
+            asked = {
+                "model": "tiny", "messages": said({"type": "text", "text": "word " * draw.randrange(1, 20)}, *picture),
+                "max_tokens": draw.randrange(1, 40), "n": draw.choice([1, 1, 2]), "seed": draw.randrange(9),
+            }  # fmt: skip
+            if draw.random() < 0.4:
+                client.chat.completions.create(**asked)
+                continue
+            stream = client.chat.completions.create(**asked, stream=True)
+            for _, _ in zip(stream, range(draw.choice([0, 1, 3, 100])), strict=False):
+                pass
+            stream.close()
+
+    def rush(server: Command, count: int, seed: int) -> int:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: some(server, count, seed + n), range(8)))
+        until = time.monotonic() + 30
+        while (health := server.health())["running"] or health["cache"]["blocks_used"]:
+            assert time.monotonic() < until, health
+            time.sleep(0.05)
+        pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    with command(folder, "--max-context", "256", "--max-sequences", "6") as server:
+        asked = {"model": "tiny", "messages": MIXED, "max_tokens": 20, "temperature": 0}
+        first = server.client("any").chat.completions.create(**asked)
+        before = rush(server, 20, 0)
+        after = rush(server, 40, 100)
+        assert after - before < 40 << 20, (before, after)
+        again = server.client("any").chat.completions.create(**asked)
+        assert again.choices[0].message.content == first.choices[0].message.content

@@ -14,6 +14,7 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -26,7 +27,7 @@ from mmagent.chat import ChatConfig
 from mmagent.serve import wire
 from mmagent.serve.fields import read_json
 from mmagent.serve.refusals import Refused
-from mmagent.serve.requests import ChatAsk, TextAsk, TokenAsk, read_chat, read_text, read_tokens
+from mmagent.serve.requests import IGNORED, ChatAsk, TextAsk, TokenAsk, read_chat, read_text, read_tokens
 from mmagent.vocab import SPECIAL_TOKENS
 from tests.serve.serve_kit import VOCAB, ScriptedPolicy, ids_of, image_part, png, prompts_of, said, serving
 
@@ -219,6 +220,12 @@ def test_what_openais_clients_always_send_is_taken(server):
         frequency_penalty=0, presence_penalty=0.0, response_format={"type": "text"}, n=1,
     )  # fmt: skip
     assert status == 200
+
+
+def test_the_readme_tells_what_is_ignored():
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"Ignored are only (.*?)\.", text, re.DOTALL)[1]
+    assert tuple(re.findall(r"`(\w+)`", told)) == IGNORED
 
 
 def test_other_models_and_paths(server):
