@@ -8,6 +8,7 @@ import binascii
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,6 +23,10 @@ from mmagent.types import PatchedImage
 KINDS = ("image/png", "image/jpeg", "image/jpg", "image/webp", "image/gif", "image/bmp")
 MOST_REMOTE = 16
 """Pictures of one request that are fetched or read from files."""
+MOST_TOGETHER = 4
+"""Pixels of one request, in parts of what one picture may have."""
+MOST_SCANS = 20
+"""Of a JPEG: a progressive one has about ten, and each costs time over the whole picture."""
 _LONGEST_ADDRESS = 4096
 
 
@@ -75,18 +80,31 @@ class Pictures:
                 raise bad(f"{where}: an address begins with data:, file:, http: or https:, got {shown(address)}")
         return read
 
-    def grid(self, data: bytes, where: str) -> tuple[int, int, int]:
-        """The grid of patches that a picture will have, by its header. Raises
-        :class:`~mmagent.serve.refusals.Refused` (400) for what is no picture, moves, or is too large."""
+    def grids(self, pictures: Sequence[bytes]) -> list[tuple[int, int, int]]:
+        """The grids of patches that pictures will have, by their headers. Raises
+        :class:`~mmagent.serve.refusals.Refused` (400) for what is no picture, moves, or takes too long to decode,
+        alone or together."""
+        grids, together = [], 0
+        for n, data in enumerate(pictures):
+            height, width = self._size(data, f"picture {n}")
+            together += height * width
+            if together > MOST_TOGETHER * self.max_pixels:
+                raise bad(f"the pictures have more than {MOST_TOGETHER * self.max_pixels} pixels together", "messages")
+            try:
+                grids.append(image_grid(height, width, self.geometry))
+            except ValueError as error:
+                raise bad(f"picture {n}: {error}") from error
+        return grids
+
+    def _size(self, data: bytes, where: str) -> tuple[int, int]:
+        if (pixels := webp_pixels(data)) > self.max_pixels:
+            raise bad(f"{where}: {pixels} pixels exceed the limit of {self.max_pixels}")
+        if data[:2] == b"\xff\xd8" and (scans := data.count(b"\xff\xda")) > MOST_SCANS:
+            raise bad(f"{where}: a JPEG of {scans} scans exceeds the limit of {MOST_SCANS}")
         try:
-            if (pixels := webp_pixels(data)) > self.max_pixels:
-                raise bad(f"{where}: {pixels} pixels exceed the limit of {self.max_pixels}")
-            height, width = image_size(EncodedImage(data, ""), where, "image", self.max_pixels)
-            return image_grid(height, width, self.geometry)
+            return image_size(EncodedImage(data, ""), where, "image", self.max_pixels)
         except RecordError as error:
             raise bad(f"{where}: {error.problem}") from error
-        except ValueError as error:
-            raise bad(f"{where}: {error}") from error
 
     def patches(self, data: bytes, where: str) -> PatchedImage:
         """All of a picture. Raises :class:`~mmagent.serve.refusals.Refused` (400) where it is truncated or torn."""

@@ -154,8 +154,7 @@ class Prompts:
         )  # fmt: skip
 
     def _counts(self, data: Sequence[bytes]) -> list[int]:
-        grids = [self.pictures.grid(picture, f"picture {n}") for n, picture in enumerate(data)]
-        return [visual_tokens(grid, self.pictures.geometry.merge_size) for grid in grids]
+        return [visual_tokens(grid, self.pictures.geometry.merge_size) for grid in self.pictures.grids(data)]
 
     async def _prompt(self, ids: tuple[int, ...], data: Sequence[bytes], wish: Wish, where: str) -> Prompt:
         left = self.context - len(ids)

@@ -406,7 +406,7 @@ PICTURES = {
     "tiff": (picture_of("TIFF", (20, 20)), "it looks like TIFF"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot decode"),
     "a thread": (picture_of("PNG", (2000, 2)), "aspect ratio"),
-    "jpeg of many scans": (picture_of("JPEG", (90, 90))[:-2] + b"\xff\xda\0\x0c" * 200 + b"\xff\xd9", "scans"),
+    "jpeg of many scans": (picture_of("JPEG", (90, 90))[:-2] + b"\xff\xda\0\x0c" * 30 + b"\xff\xd9", "scans"),
 }  # fmt: skip
 
 
@@ -478,10 +478,15 @@ def test_files_of_another_machine(server, folder):
     assert "no picture in the folder" in refused(server, chat(messages=said(image_part(url), "a")))
 
 
+def test_pictures_that_are_too_much_together(server):
+    flat = "data:image/png;base64," + base64.b64encode(picture_of("PNG", (300, 300))).decode()
+    assert "more than 400000 pixels together" in refused(server, chat(messages=said(*[image_part(flat)] * 5)))
+
+
 def test_more_pictures_than_the_context_holds_are_not_decoded(server, monkeypatch):
     monkeypatch.setattr("mmagent.serve.pictures.decode_image", lambda *_, **__: pytest.fail("decoded"))
-    flat = base64.b64encode(picture_of("PNG", (224, 224))).decode()
-    parts = [image_part("data:image/png;base64," + flat) for _ in range(10)]
+    flat = base64.b64encode(picture_of("PNG", (28, 28))).decode()
+    parts = [image_part("data:image/png;base64," + flat) for _ in range(150)]
     assert "tokens, the context of this server 600" in refused(server, chat(messages=said(*parts)))
 
 
