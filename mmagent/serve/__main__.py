@@ -102,7 +102,9 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
         files=options.files,
         fetcher=Fetcher(options.max_body) if options.fetch_images else None,
     )
-    config = GeneratorConfig(options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype)
+    config = GeneratorConfig(
+        options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype, speculate=options.speculate
+    )
     policy = LocalPolicy(Generator(agent.model, agent.vocab, config))
     notes = {
         "folder": options.checkpoint.resolve().name,  # where it lies is nothing for a page that anybody may look at

@@ -16,7 +16,6 @@ from mmagent.serve.prompts import Choice
 from mmagent.serve.refusals import Refused
 from mmagent.serve.requests import TokenAsk, Wish, arguments_json
 from mmagent.serve.spoken import Answer, PlainAnswer, Said
-from mmagent.serve.words import Words
 from mmagent.trajectories import Completion
 from mmagent.vocab import Vocab
 
@@ -70,8 +69,8 @@ class Teller:
 
     kind = ""  # of an answer's id
 
-    def __init__(self, model: str, words: Words, wish: Wish, choices: Sequence[Choice]):
-        self.model, self.words, self.vocab, self.wish, self.choices = model, words, words.vocab, wish, choices
+    def __init__(self, model: str, vocab: Vocab, wish: Wish, choices: Sequence[Choice]):
+        self.model, self.vocab, self.wish, self.choices = model, vocab, wish, choices
         self.id = f"{self.kind}-{secrets.token_hex(12)}"
         self.created = int(time.time())
 
@@ -115,13 +114,13 @@ class ChatTeller(Teller):
     def __init__(
         self,
         model: str,
-        words: Words,
+        vocab: Vocab,
         wish: Wish,
         choices: Sequence[Choice],
         chat: ChatConfig,
         tools: Sequence[Tool],
     ):
-        super().__init__(model, words, wish, choices)
+        super().__init__(model, vocab, wish, choices)
         self.chat, self.tools = chat, tools
 
     def _tellings(self) -> list[Telling]:
@@ -211,9 +210,9 @@ class ChatTeller(Teller):
             return None
         content = []
         for index, logprob in zip(ids, logprobs, strict=True):
-            known = self.words.bytes_of(index)
-            whole = None if known is None else list(known)
-            content.append({"token": self.word(index), "logprob": logprob, "bytes": whole, "top_logprobs": []})
+            word = self.word(index)
+            spelled = word.encode() if self.vocab.is_control(index) else self.vocab.bytes_of(index)
+            content.append({"token": word, "logprob": logprob, "bytes": list(spelled), "top_logprobs": []})
         return {"content": content, "refusal": None}
 
     def _prompt_ids(self) -> dict[str, Any]:

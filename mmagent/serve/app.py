@@ -186,8 +186,8 @@ def _doors(app: FastAPI, service: Service) -> None:
 
         choices = await service.choices(request, ask.wish, stack, ask.wish.choices, prepare)
         format = service.prompts.chat_of(ask)
-        words, tools = service.prompts.words, ask.conversation.tools
-        teller = ChatTeller(service.served.name, words, ask.wish, choices, format, tools)
+        vocab, tools = service.prompts.vocab, ask.conversation.tools
+        teller = ChatTeller(service.served.name, vocab, ask.wish, choices, format, tools)
         return await service.answer(request, stack, ask.wish, choices, teller)
 
     @door("/v1/completions")
@@ -197,7 +197,7 @@ def _doors(app: FastAPI, service: Service) -> None:
         count = len(ask.prompts) * ask.wish.choices
         assert count <= MOST_CHOICES
         choices = await service.choices(request, ask.wish, stack, count, lambda: service.prompts.text_prompts(ask))
-        teller = TextTeller(service.served.name, service.prompts.words, ask.wish, choices)
+        teller = TextTeller(service.served.name, service.prompts.vocab, ask.wish, choices)
         return await service.answer(request, stack, ask.wish, choices, teller)
 
     @door("/generate")

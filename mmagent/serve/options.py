@@ -43,6 +43,7 @@ class Options:
     api_key_variable: str = ""
     timeout: float = 600.0
     grace: float = 30.0
+    speculate: int = 0
     trust_code: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +75,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add(model, "name", str, "NAME", "what requests call it (default: the folder's name)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: bfloat16 on a GPU")
     add(model, "device", str, "DEVICE", "default: cuda if there is one, else cpu")
+    add(model, "speculate", int, "N", "tokens at most that the model's MTP head drafts at a time (default: none)")
     model.add_argument("--trust-code", action="store_true", help="import the encoder of its own that CHECKPOINT names")
     limits = parser.add_argument_group("limits")
     add(limits, "max-context", int, "TOKENS", "of a prompt and its answer (default: the model's own, else 8192)")

@@ -19,7 +19,6 @@ from mmagent.messages import Conversation
 from mmagent.serve.pictures import Pictures
 from mmagent.serve.refusals import bad
 from mmagent.serve.requests import ChatAsk, TextAsk, TokenAsk, Wish
-from mmagent.serve.words import Words
 from mmagent.trajectories import Limits, Trajectory
 from mmagent.types import PatchedImage
 from mmagent.vocab import Vocab
@@ -61,7 +60,7 @@ class Prompts:
         self.vocab, self.chat, self.pictures, self.context = vocab, chat, pictures, context
         self.patch_bytes = patch_bytes
         self._prefix = (vocab.id("[gMASK]"), vocab.id("<sop>"))
-        self.words = Words(vocab)
+        self._longest = max(len(vocab.bytes_of(index)) for index in range(vocab.size))
         self._threads = ThreadPoolExecutor(PREPARING, thread_name_prefix="mmagent-serve")
 
     async def chat_prompt(self, ask: ChatAsk) -> Prompt:
@@ -143,7 +142,7 @@ class Prompts:
 
     def _require_short(self, texts: Sequence[str], where: str) -> None:
         """Tokenizing costs time: not of what cannot fit, however it is cut into tokens."""
-        fewest = sum(len(text) for text in texts) // self.words.longest
+        fewest = sum(len(text) for text in texts) // self._longest
         if fewest > self.context:
             raise self._too_long(f"at least {fewest}", where)
 

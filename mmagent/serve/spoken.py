@@ -57,29 +57,37 @@ class Characters:
 
 
 class Emitter:
-    """Text as it may be told: nothing from the first of ``stops`` on, and no space around the whole (``strip``)."""
+    """Text as it may be told: nothing from the first of ``stops`` on, and no space around the whole (``strip``). None
+    of them reaches across a :meth:`border`, where a control token stands."""
 
     def __init__(self, stops: Sequence[str] = (), *, strip: bool = True):
         self.stops, self.strip = tuple(stops), strip
         self.stopped = False
         self._held = ""
+        self._border = 0  # what is held before it was looked through
         self._begun = not strip
+
+    def border(self) -> None:
+        self._border = len(self._held)
 
     def feed(self, text: str) -> str:
         if self.stopped or not text:
             return ""
         self._held += text
-        if (cut := _first(self._held, self.stops)) is not None:
-            self._held, self.stopped = self._held[:cut], True
-            return self._tell(len(self._held.rstrip() if self.strip else self._held))
-        body = self._held[: len(self._held) - _may_become(self._held, self.stops)]
-        return self._tell(len(body.rstrip() if self.strip else body))
+        looked_at = self._held[self._border :]
+        if (cut := _first(looked_at, self.stops)) is not None:
+            self._held, self.stopped = self._held[: self._border + cut], True
+            return self._tell(self._held)
+        return self._tell(self._held[: len(self._held) - _may_become(looked_at, self.stops)])
 
     def finish(self) -> str:
-        return self._tell(len(self._held.rstrip() if self.strip else self._held))
+        return self._tell(self._held)
 
-    def _tell(self, count: int) -> str:
+    def _tell(self, text: str) -> str:
+        """All of ``text``, the beginning of what is held, but for space at its end."""
+        count = len(text.rstrip() if self.strip else text)
         said, self._held = self._held[:count], self._held[count:]
+        self._border = max(self._border - count, 0)
         if not self._begun:
             said = said.lstrip()
             self._begun = bool(said)
@@ -118,11 +126,14 @@ class PlainAnswer:
         text = ""
         for index in ids:
             if self.vocab.is_control(index):
-                text += self._characters.finish() + (self.vocab.decode([index]) if self._marks else "")
+                text += self._emitter.feed(self._characters.finish())
+                self._emitter.border()
+                if self._marks:
+                    text += self._emitter.feed(self.vocab.decode([index]))
+                    self._emitter.border()
             else:
-                text += self._characters.feed([index])
-        said = self._emitter.feed(text)
-        return [Said(text=said)] if said else []
+                text += self._emitter.feed(self._characters.feed([index]))
+        return [Said(text=text)] if text else []
 
     def finish(self, *, cut: bool) -> list[Said]:
         """``cut``: by a limit, and not ended by the model."""
@@ -168,6 +179,8 @@ class Answer:
             else:
                 if self._place != "call":
                     self._tell(self._characters.finish())
+                    self._thought.border()
+                    self._text.border()
                 self._control(index, self.vocab.decode([index]))
         return self._taken()
 
@@ -238,4 +251,10 @@ class Answer:
         """A broken call is no call, but text."""
         self._place, self._loose = "text", True
         call, self._call = self._call, []
-        self._tell(self.vocab.decode(call, control=False))
+        for index in call:
+            if self.vocab.is_control(index):
+                self._tell(self._characters.finish())
+                self._text.border()
+            else:
+                self._tell(self._characters.feed([index]))
+        self._tell(self._characters.finish())

@@ -139,6 +139,19 @@ def test_it_says_what_the_generator_says(server, folder):
     assert len([piece for piece in pieces if piece.delta.content]) > 2, "it comes in pieces"
 
 
+def test_a_stop_string_ends_it(server):
+    asked = {"model": "tiny", "messages": said("Hello"), "max_tokens": 40, "seed": 1}
+    whole = server.client().chat.completions.create(**asked)
+    text = whole.choices[0].message.content
+    stop = next(text[n : n + 2] for n in range(8, len(text)) if "\ufffd" not in text[n : n + 2])
+    answer = server.client().chat.completions.create(**asked, stop=stop)
+    assert answer.choices[0].message.content == text[: text.index(stop)].rstrip()
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < whole.usage.completion_tokens
+    chunks = server.client().chat.completions.create(**asked, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+
+
 def test_a_seed_gives_the_same_again(server):
     asked = {"model": "tiny", "messages": said("Hello"), "max_tokens": 20, "seed": 4}
     first, second = (server.client().chat.completions.create(**asked) for _ in range(2))
@@ -255,11 +268,11 @@ def test_hundreds_of_requests_leave_nothing_behind(folder):
         pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    with command(folder, "--max-context", "256", "--max-sequences", "6") as server:
+    with command(folder, "--max-context", "256", "--max-sequences", "6", "--speculate", "2") as server:
         asked = {"model": "tiny", "messages": MIXED, "max_tokens": 20, "temperature": 0}
         first = server.client("any").chat.completions.create(**asked)
-        before = rush(server, 20, 0)
-        after = rush(server, 40, 100)
+        before = rush(server, 12, 0)
+        after = rush(server, 25, 100)
         assert after - before < 40 << 20, (before, after)
         again = server.client("any").chat.completions.create(**asked)
         assert again.choices[0].message.content == first.choices[0].message.content

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmagent.chat import ChatConfig
+from mmagent.generation.stopping import StopStrings
 from mmagent.replies import parse_reply
 from mmagent.serve.spoken import Answer, Characters, Emitter, PlainAnswer, Said
 from mmagent.vocab import NEVER_SAMPLED, SPECIAL_TOKENS
@@ -100,6 +101,29 @@ def test_characters_come_whole(ids, sizes):
         said += piece
         at += size
     assert said + characters.finish() == VOCAB.decode(ids)
+
+
+def test_no_stop_string_reaches_across_a_control_token():
+    """As the generator has it: its text ends there."""
+    ids = ids_of("a b", "<|begin_of_box|>", "c d", "<|end_of_box|>", " e c", "<|user|>")
+    for stops, text, stopped in (
+        (["bc"], "a bc d e c", False),
+        (["b", "c"], "a", True),
+        (["d e"], "a bc d e c", False),
+    ):
+        answer = Answer(VOCAB, ChatConfig(), stops)
+        said = [piece for index in ids for piece in answer.feed([index])] + answer.finish(cut=False)
+        assert "".join(piece.text for piece in said) == text
+        assert answer.stopped == stopped
+
+
+@settings(max_examples=300, deadline=None)
+@given(anything, st.lists(st.text("ab \n€", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_text_ends_where_the_generator_stops(ids, stops):
+    strings = StopStrings(VOCAB, stops)
+    answer = PlainAnswer(VOCAB, stops)
+    said = [piece for index in ids for piece in answer.feed([index])] + answer.finish(cut=False)
+    assert "".join(piece.text for piece in said) == strings.trimmed(ids, control=False)
 
 
 def test_half_a_character_waits():
