@@ -62,6 +62,9 @@ def serve(options: Options) -> int:
     bodies = Bodies(options.max_body, _TOGETHER * options.max_body)
     listening.app = create_app(Service(served, prompts, desk, bodies, options.timeout, key))
 
+    if not key and options.host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"whoever reaches {options.host} may ask: --api-key-variable asks for a key", file=sys.stderr)
+
     def ready() -> None:
         told = "".join(f"  {what}: {figure}\n" for what, figure in notes.items())
         print(f"serving {name} at {url}\n{told}status: {url}/\nask it:\n{served.example}", flush=True)

@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mmagent.serve.answers import ChatTeller, Teller, TextTeller, tokens_body
+from mmagent.serve.answers import ChatTeller, TextTeller, tokens_body
 from mmagent.serve.desk import Desk
 from mmagent.serve.fields import read_json
 from mmagent.serve.prompts import Choice, Prompt, Prompts
@@ -243,6 +243,3 @@ def _windows(app: FastAPI, service: Service) -> None:
     @app.get("/", response_model=None)
     async def status() -> Response:
         return HTMLResponse(status_page(served, desk), headers={"Refresh": str(REFRESH), "Cache-Control": "no-store"})
-
-
-__all__ = ["Service", "Teller", "create_app"]
