@@ -46,7 +46,7 @@ setup(
         "ingest": ["datasets>=4.0,<6", "pyarrow>=20", "pypdfium2>=5,<6", "av>=15"],  # parquet, PDF pages and videos
         "quality": ["py3langid>=0.4,<0.5"],  # tells languages; its model comes with it (4.5 MB)
         "wandb": ["wandb>=0.20"],
-        "serving": [  # transformers serve, for exported folders
+        "serving": [  # python -m mmagent.serve; transformers serve, for exported folders
             "accelerate>=1.15,<1.16",
             "fastapi>=0.160",
             "openai>=3.0",

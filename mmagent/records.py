@@ -205,13 +205,13 @@ def encode_image(pixels: np.ndarray) -> EncodedImage:
     return EncodedImage(buffer.getvalue(), "png")
 
 
-def image_size(image: EncodedImage, key: str, field: str = "image") -> tuple[int, int]:
+def image_size(image: EncodedImage, key: str, field: str = "image", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """``(height, width)`` after EXIF rotation, from the header alone. Raises :class:`RecordError` for what its header
     shows to be unusable (:func:`decode_image`)."""
-    if (size := _size_of_plain_png(image.data)) is not None:
+    if (size := _size_of_plain_png(image.data)) is not None and size[0] * size[1] <= max_pixels:
         return size
     try:
-        opened = _open(image.data, key, field)
+        opened = _open(image.data, key, field, max_pixels)
         sideways = _orientation(opened, image.data) in (5, 6, 7, 8)
     except RecordError:
         raise

@@ -27,7 +27,7 @@ FLOORS = (
     ("models", "losses", "worlds", "dealing"),
     ("interop", "objectives", "generation", "tasks"),
     ("agent", "engine"),
-    ("train", "testing"),
+    ("train", "serve", "testing"),
 )  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

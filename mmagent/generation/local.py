@@ -32,7 +32,7 @@ class _Request:
     limits: Limits
     priority: int
     future: asyncio.Future[Completion]
-    queue: asyncio.Queue[Delta | Exception] | None = None
+    queue: asyncio.Queue[Delta | BaseException] | None = None
     ticket: int = 0
     told: int = 0
 
@@ -93,7 +93,7 @@ class LocalPolicy:
         try:
             while True:
                 delta = await request.queue.get()
-                if isinstance(delta, Exception):
+                if isinstance(delta, BaseException):
                     raise delta
                 yield delta
                 if delta.completion is not None:
@@ -152,7 +152,7 @@ class LocalPolicy:
         prompt: Trajectory,
         limits: Limits,
         priority: int,
-        queue: asyncio.Queue[Delta | Exception] | None = None,
+        queue: asyncio.Queue[Delta | BaseException] | None = None,
     ) -> _Request:
         request = _Request(prompt, limits, priority, asyncio.get_running_loop().create_future(), queue)
         self._waiting.append(request)
@@ -171,8 +171,9 @@ class LocalPolicy:
         try:
             await asyncio.sleep(0)  # whoever is ready to ask does so first
             while (self._waiting or self.generator.busy) and not self._rests():
-                self._hand_over()
-                done = await loop.run_in_executor(self._thread, self.generator.step)
+                refused, done = await loop.run_in_executor(self._thread, self._step)
+                for request, error in refused:
+                    _fail(request, error)
                 for ticket, completion in done.items():
                     self._settle(self._requests.pop(ticket), completion)
                 self._tell_streams()
@@ -192,19 +193,25 @@ class LocalPolicy:
         """Whether the weights may change now."""
         return bool(self._pausing) and not (self._pausing == "finish" and self.generator.in_flight)
 
-    def _hand_over(self) -> None:
-        """To the generator, which is not used by another thread now."""
+    def _step(self) -> tuple[list[tuple[_Request, ValueError]], dict[int, Completion]]:
+        """In the generator's thread: hand over who waits, whose pictures are read for it, and compute. Returns who was
+        refused, and what has ended."""
+        refused = []
         while self._waiting:
             request = self._waiting[0]
             try:
                 request.ticket = self.generator.submit(request.prompt, request.limits, priority=request.priority)
                 self._requests[request.ticket] = request
             except ValueError as error:
-                _fail(request, error)
-            self._waiting.remove(request)
+                refused.append((request, error))
+            if request in self._waiting:
+                self._waiting.remove(request)
+            else:  # its caller has gone meanwhile
+                self._left.append(request)
         left, self._left = self._left, []
         for request in left:
             self.generator.cancel(request.ticket)
+        return refused, self.generator.step()
 
     def _settle(self, request: _Request, completion: Completion) -> None:
         if request.queue is not None:
@@ -224,6 +231,6 @@ class LocalPolicy:
 
 def _fail(request: _Request, error: BaseException) -> None:
     if request.queue is not None:
-        request.queue.put_nowait(error if isinstance(error, Exception) else asyncio.CancelledError())  # type: ignore[arg-type]
+        request.queue.put_nowait(error if isinstance(error, Exception) else asyncio.CancelledError())
     elif not request.future.done():
         request.future.set_exception(error) if isinstance(error, Exception) else request.future.cancel()

@@ -278,6 +278,14 @@ def test_the_limit_can_be_set():
     assert decode_image(PICTURE.data, "k", max_pixels=48).shape == (6, 8, 3)
 
 
+@pytest.mark.parametrize("extension", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_a_limit_of_ones_own_counts_by_the_header(extension):
+    image = picture(9, 11, format=extension)
+    assert image_size(image, "k", max_pixels=99) == (9, 11)
+    with pytest.raises(RecordError, match="11x9 pixels exceed the limit of 98"):
+        image_size(image, "k", max_pixels=98)
+
+
 @given(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF"]), st.data())
 @settings(max_examples=150)
 def test_damaged_bytes_decode_or_are_refused_by_name(extension, data):

@@ -1,0 +1,1 @@
+"""Our generator behind an OpenAI-compatible API: ``python -m mmagent.serve CHECKPOINT``."""

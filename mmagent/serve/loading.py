@@ -1,0 +1,27 @@
+"""A model to serve, from a folder of any format that the library knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mmagent.interop.agent_folder import CONFIG, Agent, build_agent, load_agent
+from mmagent.interop.live_model import load_stored
+from mmagent.interop.model_source import open_source
+
+
+def load(folder: Path, *, device: str, trust_code: bool = False) -> tuple[Agent, list[str]]:
+    """The agent in ``folder``, in evaluation mode, and lines for people about what was found.
+
+    ``folder`` is one of ours, or one that :func:`~mmagent.interop.model_source.open_source` takes; an encoder of its
+    own is imported with ``trust_code`` alone. Raises ``ValueError`` naming what is missing or does not fit.
+    """
+    with open_source(folder, trust_code=trust_code) as source:
+        if (folder / CONFIG).is_file():
+            return load_agent(folder, device), list(source.notes)
+        model = build_agent(source.config)
+        load_stored(model, source.tensors, f"{folder} does not fit {type(model).__name__}", device)
+        config = source.config
+        agent = Agent(model.to(torch.device(device)).eval(), source.vocab, config.geometry, config.chat, config.encoder)
+        return agent, [f"format: {source.format}", *source.notes]

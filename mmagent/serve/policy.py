@@ -1,0 +1,45 @@
+"""What the server needs of a policy; :class:`mmagent.generation.local.LocalPolicy` is one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+from mmagent.generation.generator import Generator
+from mmagent.trajectories import Completion, Limits, Trajectory
+
+
+class Delta(Protocol):
+    """What was sampled since the last one; the last brings the whole ``completion``."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[float]: ...
+    @property
+    def completion(self) -> Completion | None: ...
+
+
+class Policy(Protocol):
+    """Cancelling the task of ``complete``, and closing the iterator of ``stream``, cancels the request."""
+
+    version: int
+
+    async def complete(self, prompt: Trajectory, limits: Limits) -> Completion: ...
+    def stream(self, prompt: Trajectory, limits: Limits) -> AsyncIterator[Delta]: ...
+
+
+def cache_use(policy: object) -> Mapping[str, float]:
+    """Figures about the key-value cache, where the policy has a generator that tells them."""
+    generator = getattr(policy, "generator", None)
+    if not isinstance(generator, Generator):
+        return {}
+    load, counts = generator.load, generator.counts
+    return {
+        "blocks_used": load["blocks"],
+        "blocks_known": load["blocks_known"],
+        "blocks": load["blocks_there"],
+        "tokens_prefilled": counts["prefilled"],
+        "tokens_found": counts["cached"],
+        "sequences_preempted": counts["preempted"],
+    }
