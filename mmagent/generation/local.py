@@ -54,6 +54,7 @@ class LocalPolicy:
         self._requests: dict[int, _Request] = {}
         self._waiting: list[_Request] = []
         self._left: list[_Request] = []  # whose callers have gone
+        self._refused: list[tuple[_Request, ValueError]] = []
         self._pausing = ""  # what becomes of requests in flight, while somebody wants to change the weights
         self._worker: asyncio.Task[None] | None = None
         # one thread for ever: each thread that computes keeps a pool of its own workers
@@ -171,14 +172,14 @@ class LocalPolicy:
         try:
             await asyncio.sleep(0)  # whoever is ready to ask does so first
             while (self._waiting or self.generator.busy) and not self._rests():
-                refused, done = await loop.run_in_executor(self._thread, self._step)
-                for request, error in refused:
-                    _fail(request, error)
+                done = await loop.run_in_executor(self._thread, self._step)
+                self._refuse()
                 for ticket, completion in done.items():
                     self._settle(self._requests.pop(ticket), completion)
                 self._tell_streams()
                 await asyncio.sleep(0)
         except BaseException as error:
+            self._refuse()
             self.generator.abandon()
             waiting = (*self._requests.values(), *self._waiting)
             self._requests.clear()
@@ -193,17 +194,16 @@ class LocalPolicy:
         """Whether the weights may change now."""
         return bool(self._pausing) and not (self._pausing == "finish" and self.generator.in_flight)
 
-    def _step(self) -> tuple[list[tuple[_Request, ValueError]], dict[int, Completion]]:
-        """In the generator's thread: hand over who waits, whose pictures are read for it, and compute. Returns who was
-        refused, and what has ended."""
-        refused = []
+    def _step(self) -> dict[int, Completion]:
+        """In the generator's thread: hand over who waits, whose pictures are read for it, and compute. Returns what has
+        ended."""
         while self._waiting:
             request = self._waiting[0]
             try:
                 request.ticket = self.generator.submit(request.prompt, request.limits, priority=request.priority)
                 self._requests[request.ticket] = request
             except ValueError as error:
-                refused.append((request, error))
+                self._refused.append((request, error))
             if request in self._waiting:
                 self._waiting.remove(request)
             else:  # its caller has gone meanwhile
@@ -211,7 +211,12 @@ class LocalPolicy:
         left, self._left = self._left, []
         for request in left:
             self.generator.cancel(request.ticket)
-        return refused, self.generator.step()
+        return self.generator.step()
+
+    def _refuse(self) -> None:
+        refused, self._refused = self._refused, []
+        for request, error in refused:
+            _fail(request, error)
 
     def _settle(self, request: _Request, completion: Completion) -> None:
         if request.queue is not None:
