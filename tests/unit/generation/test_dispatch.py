@@ -11,6 +11,7 @@ import torch
 from mmagent.generation.dispatch import computes_on, spread
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.local import LocalPolicy
+from mmagent.generation.updates import WeightUpdate, buckets_of_state
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.presets import on_meta
 from mmagent.ops.state import save_weights
@@ -115,6 +116,12 @@ def test_a_spread_model_is_known_by_its_weights(tmp_path):
     here, there, other = (LocalPolicy(Generator(tiny_model(n), tiny_vocab())) for n in (0, 0, 1))
     spread(there.generator.model, {"cpu": 0}, tmp_path / "away")
     assert here.identity() == there.identity() != other.identity()
+
+
+def test_weights_that_are_away_are_not_written_to(tmp_path):
+    generator = Generator(spread(tiny_model(), {"cpu": 0}, tmp_path / "away"), tiny_vocab())
+    with pytest.raises(ValueError, match=r"is offloaded, where nothing is written in place"):
+        WeightUpdate(generator, buckets_of_state(tiny_model(1).state_dict(), 1).manifest)
 
 
 @pytest.mark.gpu
