@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from mmagent.generation.features import chunks
 from mmagent.generation.layer_split import Chunk, LayerSplit, plan_chunks
@@ -25,6 +24,7 @@ from mmagent.generation.peers import Peers
 from mmagent.generation.sampling import check_limits, sample, uniforms
 from mmagent.generation.sequences import prompt_positions
 from mmagent.generation.stopping import Matcher, StopStrings
+from mmagent.generation.weights import require_whole
 from mmagent.models.agent_model import AgentModel, logits
 from mmagent.models.context import Context, deal_images, route
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
@@ -116,7 +116,7 @@ class LayerSplitGenerator:
         problem = ""
         sequences: list[_Sequence] = []
         try:
-            _require_whole_weights(self.model)
+            require_whole(self.model)
             sequences = [self._sequence(prompt, limits) for prompt, limits in requests]
         except ValueError as error:  # raised again, on all ranks
             problem = str(error)
@@ -251,10 +251,3 @@ class LayerSplitGenerator:
         ids, logprobs = drawn.tolist()
         for sequence, token, logprob in zip(sequences, ids, logprobs, strict=True):
             sequence.take(int(token), logprob)
-
-
-def _require_whole_weights(model: AgentModel) -> None:
-    """Ranks that share weights would have to compute every layer in step, and here each has its own."""
-    for name, p in model.named_parameters():
-        if hasattr(p, "ds_tensor") or (isinstance(p, DTensor) and p.device_mesh.size() > 1):  # ZeRO-3, FSDP2
-            raise ValueError(f"{name} is shared by ranks: generate from a whole copy of the model")
