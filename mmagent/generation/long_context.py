@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from mmagent.generation.features import chunks
 from mmagent.generation.layer_split import Chunk, LayerSplit, plan_chunks
 from mmagent.generation.peers import Peers
-from mmagent.generation.sampling import sample, uniforms
+from mmagent.generation.sampling import check_limits, sample, uniforms
 from mmagent.generation.sequences import prompt_positions
+from mmagent.generation.stopping import Matcher, StopStrings
+from mmagent.generation.weights import require_whole
 from mmagent.models.agent_model import AgentModel, logits
 from mmagent.models.context import Context, deal_images, route
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
@@ -52,13 +53,16 @@ class LongContextConfig:
 
 @dataclass
 class _Sequence:
-    """A prompt on its way. ``ids (n,)``, ``positions (3, n)``; ``following`` is the position of the next new token."""
+    """A prompt on its way. ``ids (n,)``, ``positions (3, n)``; ``following`` is the position of the next new token,
+    ``matcher`` looks for stop strings, ``reason`` is why it ended."""
 
     prompt: Trajectory
     limits: Limits
     ids: Tensor
     positions: Tensor
     following: int
+    matcher: Matcher
+    reason: str = ""
     sampled: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -67,18 +71,13 @@ class _Sequence:
             self.following += 1
         self.sampled.append(token)
         self.logprobs.append(logprob)
-
-    @property
-    def stopped(self) -> bool:
-        return bool(self.sampled) and self.sampled[-1] in self.limits.stop_ids
-
-    @property
-    def ended(self) -> bool:
-        return self.stopped or len(self.sampled) >= self.limits.max_tokens
+        if token in self.limits.stop_ids or self.matcher.feed([token]) is not None:
+            self.reason = "stop"
+        elif len(self.sampled) == self.limits.max_tokens:
+            self.reason = "length"
 
     def completion(self) -> Completion:
-        reason = "stop" if self.stopped else "length"
-        return Completion(tuple(self.sampled), tuple(self.logprobs), self.stopped, reason=reason)
+        return Completion(tuple(self.sampled), tuple(self.logprobs), self.reason == "stop", reason=self.reason)
 
 
 class LayerSplitGenerator:
@@ -96,7 +95,7 @@ class LayerSplitGenerator:
         group: ProcessGroup | None = None,
         config: LongContextConfig | None = None,
     ):
-        self.model, self.config = model, config or LongContextConfig()
+        self.model, self.vocab, self.config = model, vocab, config or LongContextConfig()
         self.image_id, self.merge_size = model.config.image_id, model.encoder.merge_size
         self.barred = vocab.barred(model.config.vocab_size)
         self._barred = torch.tensor(self.barred, device=self.device)
@@ -117,7 +116,7 @@ class LayerSplitGenerator:
         problem = ""
         sequences: list[_Sequence] = []
         try:
-            _require_whole_weights(self.model)
+            require_whole(self.model)
             sequences = [self._sequence(prompt, limits) for prompt, limits in requests]
         except ValueError as error:  # raised again, on all ranks
             problem = str(error)
@@ -131,12 +130,10 @@ class LayerSplitGenerator:
     def _sequence(self, prompt: Trajectory, limits: Limits) -> _Sequence:
         if not prompt.input_ids or prompt.status is not Status.RUNNING:
             raise ValueError(f"{prompt.key}: cannot complete a trajectory that is empty or {prompt.status.value}")
-        if limits.max_tokens < 1 or limits.temperature < 0 or not 0 < limits.top_p <= 1:
-            raise ValueError(f"{prompt.key}: {limits} cannot be sampled")
-        if limits.top_k or limits.min_p or limits.stop_strings:
-            raise ValueError(f"{prompt.key}: top_k, min_p and stop strings are not known here, got {limits}")
+        check_limits(limits, prompt.key)
         positions, following = prompt_positions(prompt, self.image_id, self.merge_size)
-        return _Sequence(prompt, limits, torch.tensor(prompt.input_ids), positions, following)
+        matcher = StopStrings(self.vocab, limits.stop_strings).matcher()
+        return _Sequence(prompt, limits, torch.tensor(prompt.input_ids), positions, following, matcher)
 
     def _told(self, requests: Sequence[tuple[Trajectory, Limits]]) -> dict[str, int]:
         """What ranks must have in common, pixels included, as each encodes a share of the images for all."""
@@ -165,13 +162,13 @@ class LayerSplitGenerator:
             hidden = self._prefill(split, number, chunk, sequence, visual[number])
             if chunk.end == len(sequence.ids):
                 self._sample([sequence], hidden[-1:], chunk.last(self.peers.ranks))
-                if sequence.ended:
+                if sequence.reason:
                     split.store.drop(chunk.sequence)
         split.end()
-        while living := [n for n, sequence in enumerate(sequences) if not sequence.ended]:
+        while living := [n for n, sequence in enumerate(sequences) if not sequence.reason]:
             self._decode(split, living, [sequences[n] for n in living])
             for n in living:
-                if sequences[n].ended:
+                if sequences[n].reason:
                     split.store.drop(n)
 
     def _prefill(self, split: LayerSplit, number: int, chunk: Chunk, sequence: _Sequence, visual_VD: Tensor) -> Tensor:
@@ -244,20 +241,13 @@ class LayerSplitGenerator:
             limits = [sequence.limits for sequence in sequences]
             places = np.array([len(sequence.ids) + len(sequence.sampled) for sequence in sequences])
             uniform = torch.from_numpy(uniforms(np.array([limit.seed for limit in limits]), places)).to(self.device)
-            temperature, top_p = (
-                torch.tensor([getattr(limit, name) for limit in limits], device=self.device)
-                for name in ("temperature", "top_p")
+            temperature, top_p, min_p = (
+                torch.tensor([float(value) for value in values], device=self.device)
+                for values in zip(*((limit.temperature, limit.top_p, limit.min_p) for limit in limits), strict=True)
             )
-            narrowed = top_p if any(limit.top_p < 1 for limit in limits) else None
-            drawn[0], drawn[1] = sample(scores, temperature, narrowed, uniform)
+            top_k = torch.tensor([limit.top_k for limit in limits], device=self.device)
+            drawn[0], drawn[1] = sample(scores, temperature, top_p, uniform, top_k, min_p)
         self.peers.broadcast(drawn, source)
         ids, logprobs = drawn.tolist()
         for sequence, token, logprob in zip(sequences, ids, logprobs, strict=True):
             sequence.take(int(token), logprob)
-
-
-def _require_whole_weights(model: AgentModel) -> None:
-    """Ranks that share weights would have to compute every layer in step, and here each has its own."""
-    for name, p in model.named_parameters():
-        if hasattr(p, "ds_tensor") or (isinstance(p, DTensor) and p.device_mesh.size() > 1):  # ZeRO-3, FSDP2
-            raise ValueError(f"{name} is shared by ranks: generate from a whole copy of the model")

@@ -96,11 +96,11 @@ def requests() -> list[tuple[Trajectory, Limits]]:
         prompt("a much longer request about the field " * 3, (picture(4), picture(2, 56, 56))),
         prompt("words alone"),
     ]
-    stops = tiny_vocab().stop_ids
-    kinds = [(1.0, 1.0), (0.0, 1.0), (0.7, 1.0), (1.0, 0.8)]
+    kinds = [{}, {"temperature": 0.0, "top_p": 0.5}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8, "min_p": 0.01}]
+    stops = {"stop_ids": tiny_vocab().stop_ids, "stop_strings": ("e", "ab")}
     return [
-        (text, Limits(4 + 3 * n, temperature, top_p, stop_ids=stops, seed=n))
-        for n, (text, (temperature, top_p)) in enumerate(zip(texts, kinds, strict=True))
+        (text, Limits(6 + 3 * n, seed=n, **kind, **stops))
+        for n, (text, kind) in enumerate(zip(texts, kinds, strict=True))
     ]
 
 
@@ -114,7 +114,7 @@ def test_alone_it_is_the_generator(chunk):
     for one, other in zip(got, wanted, strict=True):
         assert one.ids == other.ids
         assert one.stopped == other.stopped
-        assert one.reason == ("stop" if one.stopped else "length")
+        assert one.reason == other.reason
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)  # as the generator equals a full forward
     assert generator.generate([]) == []
 
@@ -122,9 +122,9 @@ def test_alone_it_is_the_generator(chunk):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (Limits(0), "cannot be sampled"),
-        (Limits(1, top_k=3), "top_k, min_p and stop strings are not known here"),
-        (Limits(1, stop_strings=("x",)), "not known here"),
+        (Limits(0), "words: max_tokens must be"),
+        (Limits(1, top_k=-3), "words: top_k must be"),
+        (Limits(1, stop_strings=("",)), "words: stop_strings must be"),
     ],
 )
 def test_limits_that_cannot_be_kept_are_refused(limits, message):
