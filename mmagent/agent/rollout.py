@@ -22,6 +22,9 @@ from mmagent.trajectories import Completion, Item, Limits, Observation, Status, 
 
 logger = logging.getLogger(__name__)
 
+GIVEN_UP = ("sick", "cancelled")
+"""Reasons of completions that are no answer: a watchdog or somebody else ended them."""
+
 Keep = Callable[[Trajectory], Awaitable[None]]
 """What is awaited with a trajectory when it has ended and been judged; not with one whose environment broke: that is no
 outcome, and may come of a machine that is going down."""
@@ -119,6 +122,11 @@ class Episode:
             logprobs=completion.logprobs,
             routed_experts=completion.routed_experts,
         )
+        if completion.reason in GIVEN_UP:  # half a turn whose numbers nobody vouches for: neither judged nor trained on
+            await self._fail(
+                RuntimeError(f"the policy gave up after {len(completion.ids)} tokens: {completion.reason}")
+            )
+            return
         self._turn += completion.ids
         if not completion.stopped and self._thought_enough():
             self._turn += self.codec.force_answer(self.trajectory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -78,6 +79,18 @@ def test_the_ids_are_those_of_the_renderer():
     assert len(done.images) == 3
     assert codec().actions(done) == ["a"] * 3
     assert done.logprobs == [-0.5 if t else 0.0 for t in done.trainable]
+
+
+@pytest.mark.parametrize("reason", ["sick", "cancelled"])
+def test_what_the_policy_gave_up_is_neither_judged_nor_trained_on(reason):
+    class Sick(ScriptedPolicy):
+        async def complete(self, prompt, limits):
+            said = await super().complete(prompt, limits)
+            return replace(said, stopped=False, reason=reason) if prompt.key.endswith("#1") else said
+
+    done = play(Sick(tiny_vocab(), parrot), EchoTask(), 1, group_size=3)
+    assert [row.status for row in done] == [Status.FINISHED, Status.FAILED, Status.FINISHED]
+    assert done[1].note.endswith(f"tokens: {reason}")
 
 
 class Thinker(ScriptedPolicy):
