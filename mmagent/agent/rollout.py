@@ -122,7 +122,7 @@ class Episode:
             logprobs=completion.logprobs,
             routed_experts=completion.routed_experts,
         )
-        if completion.reason in GIVEN_UP:  # half a turn whose numbers nobody vouches for: neither judged nor trained on
+        if completion.reason in GIVEN_UP:  # half a turn that nobody vouches for: neither judged nor trained on
             await self._fail(
                 RuntimeError(f"the policy gave up after {len(completion.ids)} tokens: {completion.reason}")
             )
