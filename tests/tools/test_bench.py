@@ -10,7 +10,7 @@ import torch
 from mmagent.balance import CostWeights
 from mmagent.models.peaks import peak_of
 from tools import bench
-from tools.benchmarks import balance, encoder
+from tools.benchmarks import balance, encoder, paged
 from tools.benchmarks.row import Row, Settings, smaller_is_better, table, throughput, throughputs
 
 
@@ -193,3 +193,9 @@ def test_encoder_rows_have_their_names_and_a_picture(tmp_path, capsys):
     assert all(row["ratio"] > 0 for row in rows)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "transformers Siglip2" in capsys.readouterr().out
+
+
+def test_attention_over_blocks_is_compared_with_what_gives_the_same():
+    rows = list(paged.rows(Settings(1, True, None, None, "")))
+    assert [row.peer_name for row in rows] == ["padded", "gathered"] * 4
+    assert all(row.ours > 0 and row.peer > 0 for row in rows)
