@@ -68,7 +68,7 @@ def experts_of(place: int) -> np.ndarray:
 
 class TokenServer(http.server.ThreadingHTTPServer):
     """``requests`` in order as (path, body); ``faults`` are for what samples; ``stop_after`` so many tokens the model
-    says the first stop id. ``weights``: the number of the folder that is loaded."""
+    says the first stop id. ``weights``: the number of the folder that is loaded, and ``garbles`` more."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -84,6 +84,7 @@ class TokenServer(http.server.ThreadingHTTPServer):
         self.hung_up = threading.Semaphore(0)
         self.aborted: list[str] = []
         self.refuses_weights = False
+        self.garbles = 0
         self.lock = threading.Lock()
         self.open = self.most_open = self.connections = 0
 
@@ -268,7 +269,7 @@ class SGLangServer(TokenServer):
             case "/health":
                 return {}
             case "/get_model_info":
-                return {"model_path": "/model", "weight_version": self.name}
+                return {"model_path": f"/weights/{self.weights}", "weight_version": self.name}
             case "/abort_request":
                 only(body, "rid", "abort_all")
                 self.aborted.append(body["rid"])
@@ -277,7 +278,8 @@ class SGLangServer(TokenServer):
                 only(body, "model_path", "weight_version", "flush_cache", "abort_all_requests")
                 if self.refuses_weights:
                     return {"success": False, "message": "no such folder", "num_paused_requests": 0}
-                self.weights, self.name = int(body["model_path"].rpartition("/")[2]), body["weight_version"]
+                self.weights = int(body["model_path"].rpartition("/")[2]) + self.garbles
+                self.name = body["weight_version"]
                 return {"success": True, "message": "Succeeded", "num_paused_requests": 0}
             case "/generate":
                 return self.generate(body)
@@ -354,7 +356,9 @@ class VLLMServer(TokenServer):
                 assert body["method"] == "reload_weights"
                 if self.refuses_weights:
                     return 500
-                self.weights = int(body["kwargs"]["weights_path"].rpartition("/")[2])
+                only(body["kwargs"], "weights_path")
+                self.weights = int(body["kwargs"].get("weights_path", f"/{self.weights}").rpartition("/")[2])
+                self.weights += self.garbles
                 return {"results": [None]}
             case "/reset_prefix_cache?reset_running_requests=true":
                 return {"success": not self.keeps_cache}

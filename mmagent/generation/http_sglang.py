@@ -123,7 +123,9 @@ class SGLangPolicy(TokenPolicy):
         except (EndpointUnavailable, EndpointRefused) as error:
             logger.warning("%s may go on with a request that nobody waits for: %s", self.transport.base, error)
 
-    async def load(self, folder: str, version: int) -> None:
+    async def load(self, folder: str | None, version: int) -> None:
+        """SGLang itself waits for what is in flight, and flushes its cache."""
+        folder = folder or str((await self._info())["model_path"])
         body = {"model_path": folder, "weight_version": str(version), "flush_cache": True, "abort_all_requests": False}
         answer = read_object(
             await self.transport.tell("/update_weights_from_disk", body, self.config.update_timeout),
@@ -134,8 +136,10 @@ class SGLangPolicy(TokenPolicy):
 
     async def inspect(self) -> None:
         """That its weights are those this policy takes them for, where it tells."""
-        what = f"{self.transport.base}/get_model_info: the answer"
-        info = read_object(await self.transport.get("/get_model_info"), what)
-        version = self._last(self.transport.base, info)
+        version = self._last(self.transport.base, await self._info())
         if version not in (None, self.version):
             raise EndpointRefused(f"{self.transport.base} serves version {version}, this policy {self.version}")
+
+    async def _info(self) -> dict[str, Any]:
+        what = f"{self.transport.base}/get_model_info: the answer"
+        return read_object(await self.transport.get("/get_model_info"), what)

@@ -117,11 +117,11 @@ class VLLMPolicy(TokenPolicy):
             return None
         return np.load(io.BytesIO(base64.b64decode(told, validate=True)), allow_pickle=False)
 
-    async def load(self, folder: str, version: int) -> None:
+    async def load(self, folder: str | None, version: int) -> None:
         """Requests in flight are frozen meanwhile; what was computed for them is computed again by the new weights. One
         that fails leaves the server paused: it serves nothing half-written."""
         await self._told("/pause?mode=keep")
-        body = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+        body = {"method": "reload_weights", "kwargs": {"weights_path": folder} if folder else {}}
         loaded = await self._told("/collective_rpc", body)
         if any(result is not None for result in loaded.get("results", [body])):
             raise EndpointRefused(f"{self.transport.base}: {folder} was not loaded: {str(loaded)[:300]}")

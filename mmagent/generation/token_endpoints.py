@@ -7,7 +7,9 @@ asked for are errors that name the request, and are not tried again.
 
 Weights. An update holds new requests back, waits for those in flight (or marks them, with ``wait=False``), and counts
 once the server has confirmed it. Until then, and after an update that failed, nobody knows what the server would
-sample from, and nothing is sampled.
+sample from, and nothing is sampled. Servers have confirmed weights that they garbled (vLLM 0.32 on a CPU does, of every
+mixture of experts), so the first update is rehearsed: the server loads once more what it serves already, and must say
+the same afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,18 @@ MAX_ANSWER = 512 << 20
 """Bytes of one answer, which may tell the experts of every token of a long one."""
 UNNAMED = "default"
 """What servers call the weights that they were started with."""
+PROBES = ("a", "one two", "What is there?", "12 + 3 = ")
+"""What a server must go on with as before once it has loaded its own weights again."""
+CLOSE = 0.05
+"""By how much a log-prob may differ then: rounding in 16 bits, in other company."""
 UNLIKELY = -9000.0
 """Log-probs from here down are what servers write where they recorded none."""
 
 
 @dataclass
 class TokenServerConfig(ServerConfig):
-    """``url`` with or without the ``/v1``. An update of the weights may take ``update_timeout`` seconds.
+    """``url`` with or without the ``/v1``. An update of the weights may take ``update_timeout`` seconds; ``rehearse``
+    the first (it takes as long again).
 
     ``moe_layers`` are the decoder layers, of ``layers`` in all, whose ``experts_per_token`` experts are asked for and
     recorded; the server must have been started with ``--enable-return-routed-experts``. None: they are not.
@@ -49,6 +57,7 @@ class TokenServerConfig(ServerConfig):
 
     attempts: int = 4
     update_timeout: float = 900.0
+    rehearse: bool = True
     layers: int = 0
     moe_layers: tuple[int, ...] = ()
     experts_per_token: int = 0
@@ -108,6 +117,7 @@ class TokenPolicy(ABC):
         self._held: asyncio.Event | None = None  # set when new requests may go on
         self._landed: asyncio.Event | None = None  # set when none is in flight
         self._doubt = ""
+        self._rehearsed = not config.rehearse
 
     async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
         """Ids that the server sampled behind ``prompt``, stop token included, with their log-probs at the request's
@@ -144,6 +154,8 @@ class TokenPolicy(ABC):
         try:
             if wait:
                 await self._land()
+            if not self._rehearsed:
+                await self._rehearse()
             self._serving = (*self._serving, version)
             for flight in self._flights:
                 flight.versions.append(version)
@@ -155,13 +167,38 @@ class TokenPolicy(ABC):
             self._held = None
             held.set()
 
+    async def _rehearse(self) -> None:
+        if self._doubt:
+            raise EndpointUnavailable(f"{self.transport.base}: {self._doubt}: no rehearsal could tell")
+        before = await self._probed()
+        self._doubt = "its own weights, loaded again, were never confirmed"
+        await self.load(None, self.version)
+        after = await self._probed()
+        if max(abs(a - b) for a, b in zip(before, after, strict=True)) > CLOSE:
+            told = f"log-probs {before} became {after}"
+            raise EndpointRefused(f"{self.transport.base} garbles weights: it loaded those it serves, and {told}")
+        self._rehearsed, self._doubt = True, ""
+
+    async def _probed(self) -> list[float]:
+        """The log-prob of the likeliest token behind each of :data:`PROBES`."""
+        found = []
+        for text in PROBES:
+            prompt = Trajectory("probe", "probe")
+            prompt.extend(self.vocab.encode(text), trainable=False)
+            limits = Limits(1, temperature=0.0)
+            sampled = await self.transport.retried(partial(self.sample, prompt, limits, ()))
+            believed_ids(sampled, prompt.input_ids, limits, self._impossible, self.rows)
+            found.append(believed_logprobs(sampled)[0])
+        return found
+
     @abstractmethod
     async def sample(self, prompt: Trajectory, limits: Limits, urls: Sequence[str]) -> Sampled:
         """One try; ``urls`` hold the prompt's pictures."""
 
     @abstractmethod
-    async def load(self, folder: str, version: int) -> None:
-        """Have the weights loaded, and what was computed with the old ones forgotten. Returns once that is done."""
+    async def load(self, folder: str | None, version: int) -> None:
+        """Have the weights loaded, those it serves without a ``folder``, and what was computed with the old ones
+        forgotten. Returns once that is done."""
 
     @abstractmethod
     async def inspect(self) -> None:

@@ -329,6 +329,12 @@ def test_weights_are_loaded_and_named(served, tmp_path):
     write(other, tmp_path / "other")
     write(served, tmp_path / "first")
     as_ours(served, prompts, completed(policy, prompts, limits))
+    if served.kind != "glm_ocr":  # vLLM's CPU build does not pack reloaded experts for its kernel, which garbles them
+        with pytest.raises(EndpointRefused, match="garbles weights"):
+            asyncio.run(policy.update_weights(tmp_path / "other", 3))
+        with pytest.raises(EndpointUnavailable, match="never confirmed"):
+            completed(policy, prompts[:1], limits)
+        return
     asyncio.run(policy.update_weights(tmp_path / "other", 3))
     after = completed(policy, prompts, limits)
     as_ours(other, prompts, after)

@@ -169,7 +169,7 @@ def policy(door, server) -> TokenPolicy:
 
 
 def policy_of(door: Any, server: TokenServer, version: int = 0, **settings) -> TokenPolicy:
-    config = TokenServerConfig(server.url, "served", **({"backoff": 0.001} | settings))
+    config = TokenServerConfig(server.url, "served", **({"backoff": 0.001, "rehearse": False} | settings))
     return door.policy(config, VOCAB, GEOMETRY, ROWS, version)
 
 
@@ -406,6 +406,33 @@ def test_weights_that_nobody_confirmed_are_not_sampled_from(door, server, policy
 
     assert asyncio.run(play()).versions == (2,)
     assert len(server.sampled(door.path)) == 1
+
+
+def test_the_first_update_is_rehearsed(door, server):
+    policy = policy_of(door, server, rehearse=True)
+
+    async def play():
+        await policy.update_weights("/weights/1", 1)
+        probes = len(server.sampled(door.path))
+        await policy.update_weights("/weights/2", 2)
+        return probes, await policy.complete(prompt("x"), Limits(4))
+
+    probes, done = asyncio.run(play())
+    assert (probes, len(server.sampled(door.path))) == (8, 9)
+    assert done.versions == (2,)
+
+
+def test_weights_that_a_server_garbles_are_not_sampled_from(door, server):
+    """It confirms them, under the right name."""
+    server.garbles = 1
+    policy = policy_of(door, server, rehearse=True)
+    with pytest.raises(EndpointRefused, match="garbles weights"):
+        asyncio.run(policy.update_weights("/weights/1", 1))
+    assert policy.version == 0
+    with pytest.raises(EndpointUnavailable, match="loaded again, were never confirmed"):
+        complete(policy, prompt("x"), Limits(4))
+    with pytest.raises(EndpointUnavailable, match="no rehearsal could tell"):
+        asyncio.run(policy.update_weights("/weights/1", 1))
 
 
 def test_an_update_gives_up_on_requests_that_do_not_end(door, server):
