@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipelines.shards import ShardWriter
 from mmagent.chat import ChatConfig, assistant, render, user
 from mmagent.geometry import visual_tokens
-from mmagent.interop.agent_folder import Agent
+from mmagent.interop.agent_folder import Agent, save_agent
 from mmagent.prompts import turn
+from mmagent.records import Record, encode_image
 from mmagent.types import Document
 from tests.agent_kit import GEOMETRY, picture, tiny_model, tiny_vocab
 from tools import bench
@@ -87,6 +90,26 @@ def test_prompts_of_trained_agents_end_where_supervision_begins():
     assert prompt.images == [images[0]]
     unsupervised = Document(document.input_ids, torch.zeros_like(document.trainable), images, "talk", "toy")
     assert opening(unsupervised, agent) is None
+
+
+def test_speculation_is_measured_on_a_trained_agent(tmp_path):
+    save_agent(tmp_path / "sft" / "agent", tiny_model(), tiny_vocab(), GEOMETRY, ChatConfig())
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
+    for source, images in (("pages", 1), ("text", 0)):
+        with ShardWriter(tmp_path / "data" / "validation" / source) as writer:
+            for n in range(3):
+                talk = (user(*turn(f"type the word {n}", images)), assistant("click(12,345) into the field"))
+                shown = (encode_image(pixels[n]),) * images
+                writer.write(Record(f"{source}-{n}", source, messages=talk, images=shown))
+    rows_file = tmp_path / "rows.json"
+    arguments = ["--part", "mtp", "--agent", str(tmp_path), "--quick", "--repeats", "1", "--json", str(rows_file)]
+    assert bench.main(["generate", *arguments]) == 0
+    rows = {row["name"]: row for row in json.loads(rows_file.read_text())}
+    assert rows["mtp, sft, 4 requests, 1 drafts"]["peer_name"] == "ours without"
+    for context in ("text_only", "after_image"):
+        assert 0 <= rows[f"mtp, sft, 4 requests, 1 drafts: {context}, draft 1 accepted"]["ours"] <= 100
+    with pytest.raises(ValueError, match="no agent in rl, sft, pretrain"):
+        bench.main(["generate", "--part", "mtp", "--agent", str(tmp_path / "data"), "--quick"])
 
 
 def test_rows_have_their_names_and_a_picture(tmp_path, capsys):

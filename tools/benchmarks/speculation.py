@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -30,12 +30,11 @@ MOST, SHORTEST = 256, 8
 
 
 def mtp_rows(settings: Settings, device: torch.device) -> Iterator[Row]:
-    """Each number of drafts at each number of requests. Raises ``ValueError`` where speculation changes a token."""
+    """Each number of drafts at each number of requests, and what share of each draft was accepted. Raises
+    ``ValueError`` where speculation changes a token."""
     if settings.agent is None:
         print("mtp: left out: it wants a trained agent, --agent RUN names the folder of a quickstart", file=sys.stderr)
         return
-    if "speculate" not in {field.name for field in fields(GeneratorConfig)}:
-        raise ValueError("mtp: this generator does not speculate")
     stage, agent = trained(settings.agent, device)
     if agent.model.mtp is None:
         raise ValueError(f"{settings.agent / stage}: the agent has no multi-token prediction")
@@ -54,6 +53,8 @@ def mtp_rows(settings: Settings, device: torch.device) -> Iterator[Row]:
             name = f"mtp, {stage}, {count} requests, {depth} drafts"
             sides = partial(drafting.generate, requests), partial(plain.generate, requests)
             yield throughput(name, *sides, "ours without", sum(map(len, wanted)), "tokens/s", settings)
+            for draft, share in drafting.accepted().items():
+                yield Row(f"{name}: {draft} accepted", 100 * share, 100.0, "all", share, "%", 0.0)
 
 
 @dataclass
@@ -70,6 +71,16 @@ class Drafting:
         self.generator.forget()
         done: list[Completion] = self.generator.generate(requests)
         return [completion.ids for completion in done]
+
+    def accepted(self) -> dict[str, float]:
+        """The share of drafts that were accepted, of those whose forerunners were, by their number and by whether they
+        came behind an image."""
+        assert self.generator.drafter is not None
+        stats, shares = self.generator.drafter.stats, {}
+        for context, draft in sorted({(context, draft) for context, draft, _ in stats}):
+            tried = stats[context, draft, "tried"]
+            shares[f"{context}, draft {draft}"] = stats[context, draft, "accepted"] / tried if tried else 0.0
+        return shares
 
 
 def trained(run: Path, device: torch.device) -> tuple[str, Agent]:
