@@ -10,8 +10,8 @@ turns are an action, some a page of code), whatever the prompt's. Nothing stops 
 tokens, and only those that were asked for count.
 
 The peer runs in its best form, found by trying: two of its ways of experts and both caches on a short run of the same
-requests; all requests in one batch (padded on the left, until the longest answer is done), and in two and four batches
-of like lengths of answers, which nobody knows in practice. Its continuous batching takes ids alone
+requests; all requests in one batch (padded on the left, until the longest answer is done), and in two, four and eight
+batches of like lengths of answers, which nobody knows in practice. Its continuous batching takes ids alone
 (transformers#43386: no images), so it has rows of its own, `text`, of the same lengths without images; its manager
 stays up between turns, and shares prefixes only where there are some. `hub` rows: the preset as it is, in the class
 that our hub folder brings along. `bf16`: either side the faster of autocast and bf16 weights; continuous batching with
@@ -34,7 +34,7 @@ Our cache is emptied before each turn: nothing is found there because it was the
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ from tools.benchmarks.traffic import (
 
 __all__ = ["PARTS", "SIZES", "plot", "rows"]
 PARTS = ("mixed", "latency", "context", "prefix", "concurrency", "mtp")
-GROUPS = (1, 2, 4)
+GROUPS = (1, 2, 4, 8)
 """Batches that mixed requests are given to the peer in: the fastest counts."""
 LOAD = 1.5
 """Requests under load arrive over so many times what the peer needs for all of them at once."""
@@ -140,7 +140,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     parts |= {"concurrency": concurrency_rows}
     wanted = (settings.part,) if settings.part else PARTS
     with tempfile.TemporaryDirectory() as folder:
-        tries = 0 if settings.quick else 2
+        tries = 0 if settings.quick else 1
         sides = Sides.of(size, device, Path(folder), tries) if set(wanted) - {"mtp"} else None
         for part in wanted:
             yield from mtp_rows(settings, device) if part == "mtp" else parts[part](sides, settings)
@@ -152,31 +152,41 @@ def rows(settings: Settings) -> Iterator[Row]:
 def mixed_rows(sides: Sides, settings: Settings) -> Iterator[Row]:
     """The promised rows: all requests at once."""
     title = f"mixed {len(sides.requests)} requests"
+    ways = sides.peer.choose(sides.requests, GROUPS)
     if sides.device.type == "cpu":
-        yield from at_once(f"{title}, fp32", sides.ours, sides.peer, sides.requests, settings)
+        yield from at_once(f"{title}, fp32", sides.ours, sides.peer, ways, sides.requests, settings)
         yield from text_at_once(f"{title}, text, fp32", sides.ours, sides.peer, sides.texts, settings)
     mine, theirs = sides.in_bf16()
     tries = sides.peer.tries
     ours, peer = (best(either, sides.requests, tries) for either in (mine, theirs))
-    ways = f"ours {ours.name}, theirs {'autocast' if peer.autocast else 'bf16 weights'}"
-    yield from at_once(f"{title}, bf16 ({ways})", ours, peer, sides.requests, settings)
+    kinds = f"ours {ours.name}, theirs {'autocast' if peer.autocast else 'bf16 weights'}"
+    found = peer.choose(sides.requests, GROUPS)
+    yield from at_once(f"{title}, bf16 ({kinds})", ours, peer, found, sides.requests, settings)
     yield from text_at_once(f"{title}, text, bf16", best(mine, sides.texts, tries), theirs[1], sides.texts, settings)
 
     drawn = replace(sides.requests, temperature=1.0, top_p=0.95)
-    yield from at_once(f"{title}, sampled", sides.ours, sides.peer, drawn, settings, memory=False)
+    yield from at_once(f"{title}, sampled", sides.ours, sides.peer, ways, drawn, settings, memory=False)
 
     agent = new_agent(sides.size.config(), sides.agent.vocab, sides.device)
     ours, peer = Ours.of(agent), replace(sides.peer, model=exported(agent, HUB, sides.folder), way=Way())
     same_tokens(ours, sides.requests, {"hub": peer.generate})
-    yield from at_once(f"{title}, hub", ours, peer, sides.requests, settings, memory=False)
+    found = peer.choose(sides.requests, GROUPS)
+    yield from at_once(f"{title}, hub", ours, peer, found, sides.requests, settings, memory=False)
 
 
 def at_once(
-    name: str, ours: Ours, peer: Peer, requests: Requests, settings: Settings, memory: bool = True
+    name: str,
+    ours: Ours,
+    peer: Peer,
+    ways: Mapping[str, Way],
+    requests: Requests,
+    settings: Settings,
+    memory: bool = True,
 ) -> Iterator[Row]:
-    """Against one batch, and against the number of batches that is fastest. ``memory``: what tensors hold at most."""
+    """Against one batch, and against the number of batches that is fastest: ``ways``. ``memory``: what tensors hold at
+    most."""
     mine = partial(ours.generate, requests)
-    calls = {name: partial(peer.generate, requests, way) for name, way in peer.choose(requests, GROUPS).items()}
+    calls = {form: partial(peer.generate, requests, way) for form, way in ways.items()}
     yield from throughputs(name, mine, calls, requests.tokens, "tokens/s", settings)
     if memory:
         own = peak_memory(mine)
@@ -186,7 +196,8 @@ def at_once(
 
 def text_at_once(name: str, ours: Ours, peer: Peer, texts: Requests, settings: Settings) -> Iterator[Row]:
     """Without images: against continuous batching, too."""
-    way = peer.choose(texts, GROUPS)[str(peer.way)]
+    peer.choose(texts, GROUPS)
+    way = peer.way
     with continuous(peer, texts) as served:
         calls = {"continuous batching": partial(served.generate, texts), str(way): partial(peer.generate, texts, way)}
         yield from throughputs(name, partial(ours.generate, texts), calls, texts.tokens, "tokens/s", settings)

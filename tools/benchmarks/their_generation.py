@@ -27,7 +27,7 @@ PAGE = 32
 """Tokens of a page of its paged cache: its default of 256 makes every short request read, and mask, mostly nothing."""
 BATCH = 2048
 """Tokens that continuous batching runs at a time; its mask has as many rows, and what is in the cache for columns."""
-PROBE = 12
+PROBE = 24
 """Tokens a request that are enough to tell which way is faster."""
 
 
@@ -82,7 +82,7 @@ class Peer:
 
     model: nn.Module
     vocab: Vocab
-    tries: int = 2
+    tries: int = 1
     way: Way = field(default_factory=Way)
     autocast: bool = False
 
@@ -169,15 +169,16 @@ class Peer:
         short = requests.cut(PROBE)
         best = fastest({way: partial(self.generate, short, way) for way in self.ways()}, self.tries)
         ways = [replace(best, groups=count) for count in dict.fromkeys(counts)]
-        self.way = fastest({way: partial(self.generate, requests, way) for way in ways}, self.tries)
+        self.way = fastest({way: partial(self.generate, requests, way) for way in ways}, self.tries, warm=False)
         return {str(way): way for way in dict.fromkeys((ways[0], self.way))}
 
 
-def fastest(ways: Mapping[T, Callable[[], object]], tries: int) -> T:
-    """By the best of so many runs, after one that pays for allocations; the first without any."""
+def fastest(ways: Mapping[T, Callable[[], object]], tries: int, warm: bool = True) -> T:
+    """By the best of so many runs, after one that pays for allocations (``warm``); the first where there are none."""
     times = dict.fromkeys(ways, 0.0)
     for way, call in ways.items() if len(ways) > 1 and tries else ():
-        call()
+        if warm:
+            call()
         times[way] = min(seconds(call) for _ in range(tries))
     return min(times, key=lambda way: times[way])
 
