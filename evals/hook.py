@@ -25,8 +25,9 @@ class EvaluationHook:
     ``eval/NAME/high`` and ``eval/NAME/errors``. ``agent`` makes the one who is judged, told the step so that its pins
     can name it. Training goes on as if nothing had happened: random states and the modes of ``model`` are put back.
 
-    On several ranks the main one evaluates and the others wait, no longer than the time limit of their collectives;
-    the model must be whole on each rank (plain, or DDP with the unwrapped module inside ``agent``).
+    On several ranks the main one evaluates and the others wait, no longer than the time limit of their collectives; an
+    error of its is raised on all. The model must be whole on each rank (plain, or DDP with the unwrapped module inside
+    ``agent``).
 
     A run killed within an evaluation finishes it from where it was, once it is back at that step: rows lie in
     ``folder/step-N/NAME``.
@@ -52,11 +53,22 @@ class EvaluationHook:
     def __call__(self, step: int, metrics: dict) -> None:
         if step % self.every:
             return
+        if self.world is None or self.world.size == 1:
+            metrics.update(self.evaluate(step))
+            return
         found: dict[str, float] = {}
-        if self.world is None or self.world.is_main:
-            found = self.evaluate(step)
-        if self.world is not None and self.world.size > 1:
-            found = self.world.gather_objects(found)[0]  # also the barrier: nobody trains on meanwhile
+        failed: Exception | None = None
+        if self.world.is_main:
+            try:
+                found = self.evaluate(step)
+            except Exception as error:  # raised below, once the others know that nobody comes
+                failed = error
+        told = failed and f"{type(failed).__name__}: {failed}"
+        found, told = self.world.gather_objects([found, told])[0]  # also the barrier: nobody trains on meanwhile
+        if failed is not None:
+            raise failed
+        if told:
+            raise ValueError(f"rank 0 could not evaluate: {told}")
         metrics.update(found)
 
     def evaluate(self, step: int) -> dict[str, float]:

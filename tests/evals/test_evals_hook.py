@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from evals.hook import EvaluationHook, smaller
 from evals.store import read_run
+from mmagent.dist import World, run_ranks
 
 
 def test_every_so_often_numbers_arrive(tmp_path):
@@ -44,6 +46,31 @@ def test_fewer_items_while_training(tmp_path):
     hook = EvaluationHook(smaller(guess_suite(9), 2), lambda _: RuleAgent(gold), nn.Linear(1, 1), tmp_path, every=1)
     hook(1, {})
     assert len(read_run(tmp_path / "step-00000001" / "guess").rows) == 4
+
+
+def on_ranks(world: World, folder: str) -> tuple[str, float]:
+    """What every rank hears where rank 0 has no agent to judge, and the score once it has one."""
+
+    def agent(step: int) -> RuleAgent:
+        if step == 1:
+            raise ValueError("no such checkpoint")
+        return RuleAgent(gold)
+
+    hook = EvaluationHook(guess_suite(2), agent, nn.Linear(1, 1), Path(folder), every=1, world=world)
+    try:
+        hook(1, {})
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    metrics: dict[str, float] = {}
+    hook(2, metrics)
+    return said, metrics["eval/guess"]
+
+
+def test_no_rank_waits_for_an_evaluation_that_failed(tmp_path):
+    first, second = run_ranks(on_ranks, 2, str(tmp_path))
+    assert first == ("no such checkpoint", 1.0)
+    assert second == ("rank 0 could not evaluate: ValueError: no such checkpoint", 1.0)
 
 
 def test_every_is_checked(tmp_path):
