@@ -81,6 +81,7 @@ class PagedKV:
                 for x in pair:
                     x[to.to(x.device)] = x[at.to(x.device)]
 
+    @torch.inference_mode()
     def wipe(self, blocks: Sequence[int]) -> None:
         """Zeros where a sequence left what is not finite: the next owner's weights of zero must meet none of it."""
         at = torch.tensor(blocks, device=self.device, dtype=torch.int64)
@@ -299,6 +300,7 @@ class PagedAttention:
             done += shared.size
         entry = np.zeros((S, width), dtype=np.int64)
         entry[pair_row, pair_at] = entry_of
+        entry = np.where(live, entry, entry[:, :1])  # times zero, it must be its own: another's may not be finite
         return _Blocks(
             self._parts(met, live, entry),
             torch.from_numpy(entry.ravel()),

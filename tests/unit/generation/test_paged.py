@@ -156,3 +156,17 @@ def test_a_cache_that_grows_keeps_what_it_holds():
     them.kv.grow(60)
     got, want = them.forward({a: 1})
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sick", [0, 1])
+def test_what_is_not_finite_stays_with_its_row_where_rows_are_of_several_lengths(sick):
+    """Behind the end of a short one, zeros are multiplied with something: it must not be what another has."""
+    them = Sequences((2, 2), 4, seed=6)
+    rows = [them.begin(), them.begin()]
+    them.forward({rows[0]: 3 + 9 * sick, rows[1]: 12 - 9 * sick})
+    for pair in them.kv.layers.values():
+        pair[1][them.tables[rows[sick]]] = float("nan")
+    for many in (1, 2):
+        got, want = them.forward(dict.fromkeys(rows, many))
+        sound = slice(many, None) if sick == 0 else slice(many)
+        torch.testing.assert_close(got[sound], want[sound], rtol=1e-5, atol=1e-6)
