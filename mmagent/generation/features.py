@@ -24,7 +24,8 @@ class ImageFeatures:
 
     def __init__(self, model: AgentModel, at_once: int, most_tokens: int):
         self.model, self.at_once, self.most_tokens = model, at_once, most_tokens
-        self.unit = model.encoder.merge_size**2
+        self.merge_size = model.encoder.merge_size
+        self.unit = self.merge_size**2
         self._keys: dict[int, tuple[weakref.ref[PatchedImage], bytes]] = {}
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self.encoded = 0  # images that went through the encoder
@@ -54,9 +55,12 @@ class ImageFeatures:
             device = computes_on(self.model.embedding)
             visual = self.model.encode(PackedVision.pack([wanted[key] for key in part]).to(device))
             sizes = [self.tokens(wanted[key]) for key in part]
-            found.update(zip(part, visual.split(sizes), strict=True))
+            # copies: a part that is kept longer than the others would keep all of them
+            found.update((key, x.clone()) for key, x in zip(part, visual.split(sizes), strict=True))
             self.encoded += len(part)
         for key in wanted:
+            if key in missing and not bool(found[key].isfinite().all()):
+                continue  # it makes who asked for it sick, and may be as it should the next time
             self._kept[key] = found[key]
             self._kept.move_to_end(key)
         self._shrink()
