@@ -115,6 +115,13 @@ class BlockPool:
         if key not in self._block:
             self._key[block], self._block[key] = key, block
 
+    def untell(self, blocks: Sequence[int]) -> None:
+        """What is in ``blocks``, which are owned, is not found any more."""
+        for block in blocks:
+            assert self.owners[block] > 0, "only what is owned can be in doubt"
+            if block in self._key:
+                self._forget(block)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Give up one reference to each of a sequence's ``blocks``. Of those that are free then, the later ones of the
         sequence go sooner: what begins a sequence is of use to more others."""
@@ -132,6 +139,14 @@ class BlockPool:
         """Nothing can be found any more (the weights changed); who owns blocks keeps them."""
         for block in self._found:
             heapq.heappush(self._unknown, block)
+        self._found.clear()
+        self._key.clear()
+        self._block.clear()
+
+    def clear(self) -> None:
+        """Nobody owns anything any more, and nothing can be found."""
+        self.owners = [0] * len(self)
+        self._unknown = list(range(len(self)))
         self._found.clear()
         self._key.clear()
         self._block.clear()

@@ -11,35 +11,31 @@ decode on are marked with both versions.
 
 from __future__ import annotations
 
-import logging
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequence_
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mmagent.generation.blocks import BlockPool, ChainKeys
+from mmagent.generation.blocks import BlockPool
 from mmagent.generation.dispatch import computes_on
 from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedKV
-from mmagent.generation.runner import Fed, Piece, Runner
+from mmagent.generation.runner import Fed, Piece, Runner, computing
 from mmagent.generation.running import Running
-from mmagent.generation.sampling import check_limits, sample, uniforms
-from mmagent.generation.sequences import Sequence, image_spans, prompt_positions
+from mmagent.generation.sampling import check_limits
+from mmagent.generation.sequences import Sequence, begin
 from mmagent.generation.speculation import Drafter
 from mmagent.generation.stopping import StopStrings
 from mmagent.generation.weights import HalfWritten, require_steady, require_whole, weight_versions
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BURST = 8
@@ -105,7 +101,6 @@ class Generator:
 
     def __init__(self, model: AgentModel, vocab: Vocab, config: GeneratorConfig | None = None):
         self.model, self.vocab, self.config = model, vocab, config or GeneratorConfig()
-        self.image_id, self.merge_size = model.config.image_id, model.encoder.merge_size
         self.barred = vocab.barred(model.config.vocab_size)
         self._barred = torch.tensor(self.barred, device=self.device)
         if self.config.steady:
@@ -139,6 +134,7 @@ class Generator:
         self._filling: list[Sequence] = []
         self._running = Running(self.device)
         self._cancelled: list[int] = []
+        self._ended: dict[int, Completion] = {}  # and not yet handed out
 
     @property
     def device(self) -> torch.device:
@@ -151,11 +147,21 @@ class Generator:
 
         Raises ``ValueError`` naming a prompt that is empty, has ended, or whose images and visual slots disagree.
         """
-        order = [self.submit(prompt, limits) for prompt, limits in requests]
+        order: list[int] = []
         done: dict[int, Completion] = {}
-        while self.busy:
-            done.update(self.step())
-        return [done[ticket] for ticket in order]
+        try:
+            for prompt, limits in requests:
+                order.append(self.submit(prompt, limits))
+            while any(ticket in self._requests for ticket in order):
+                done.update(self.step())
+        except BaseException:  # nobody waits for the others any more
+            self._cancelled += order
+            self._give_up()
+            self._ended = {ticket: completion for ticket, completion in self._ended.items() if ticket not in order}
+            raise
+        answers = [done.pop(ticket) for ticket in order]
+        self._ended |= done  # whose requests came by submit
+        return answers
 
     def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
         """Queue one prompt; its ticket comes back from :meth:`step` with the completion. Higher ``priority`` goes
@@ -169,18 +175,11 @@ class Generator:
                 f"{prompt.key}: {len(prompt)} tokens and {limits.max_tokens} more do not fit the generator's cache of "
                 f"{self._most_blocks * self.pool.block_tokens}; raise cache_tokens"
             )
-        ids = torch.tensor(prompt.input_ids)
-        positions, following = prompt_positions(prompt, self.image_id, self.merge_size)
-        images = tuple(prompt.images)
-        keys = [self.features.key(image) for image in images]
-        self._tickets += 1
-        sequence = Sequence(
-            self._tickets, prompt, limits, priority, list(prompt.input_ids), len(prompt), images,
-            image_spans(ids, self.image_id, images, self.merge_size**2, keys), positions, following,
-            ChainKeys(self.pool.block_tokens, self.image_id),
-        )  # fmt: skip
+        sequence = begin(prompt, limits, self.model.config, self.features, self.pool.block_tokens)
         if limits.stop_strings:
             sequence.matcher = StopStrings(self.vocab, limits.stop_strings).matcher()
+        self._tickets += 1
+        sequence.ticket, sequence.priority = self._tickets, priority
         self._requests[self._tickets] = sequence
         insort(self._waiting, sequence, key=lambda s: s.rank)
         return self._tickets
@@ -197,7 +196,7 @@ class Generator:
 
     @property
     def busy(self) -> bool:
-        return bool(self._requests)
+        return bool(self._requests or self._ended)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -216,12 +215,9 @@ class Generator:
 
     def abandon(self) -> None:
         """Give up everything queued and in flight."""
-        for sequence in self._requests.values():
-            self._drop(sequence)
         self._requests.clear()
-        self._waiting, self._filling, self._cancelled = [], [], []
-        self._running.change([])
-        self.forget()
+        self._cancelled, self._ended = [], {}
+        self._begin_anew()
 
     def forget(self) -> None:
         """Find nothing again of what was computed. A change of weights does this by itself. Prompts that are half read
@@ -241,39 +237,53 @@ class Generator:
             self._wait_again(sequence)
 
     def step(self) -> dict[int, Completion]:
-        """Admit waiting prompts if there is room, feed some of what prompts have, then decode a few tokens a sequence.
-        Returns what has ended."""
+        """Admit waiting prompts if there is room, feed some of what prompts have, then decode a few tokens a sequence:
+        one at least. Returns what has ended.
+
+        Where it raises, what was in flight waits again with the tokens that it has, and nothing is left in the cache:
+        the next step tries again; :meth:`cancel` or :meth:`abandon` what should not be."""
         self._require_weights()
-        with self._inference():
-            done = self._give_up()
-            self._admit()
-            done |= self._fill()
-            for _ in range(BURST):
-                if not len(self._running) or self.interrupt():
-                    break
-                self._decode()
-                done |= self._collect()
-            return done
+        try:
+            with self._computing():
+                self._give_up()
+                self._admit()
+                self._fill()
+                for count in range(BURST):
+                    if not len(self._running) or (count and self.interrupt()):
+                        break
+                    self._decode()
+                    self._collect()
+        except BaseException:
+            self._begin_anew()
+            raise
+        done, self._ended = self._ended, {}
+        return done
+
+    def _begin_anew(self) -> None:
+        """All requests wait, and the cache is empty, whatever state a failure left them in."""
+        self._waiting, self._filling = [], []
+        self._running.change([])
+        self.features.forget()
+        self.pool.clear()
+        self.kv.wipe(range(len(self.pool)))
+        for sequence in list(self._requests.values()):
+            sequence.blocks, sequence.followers = [], []
+            del sequence.experts[max(sequence.produced - 1, 0) :]
+            if sequence.reason:
+                self._end(sequence)
+            else:
+                self._wait_again(sequence)
 
     # ------------------------------------------------------------ weights
 
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        weights = weight_versions(self.model)
+    def _computing(self) -> AbstractContextManager[None]:
+        """With the weights as they are: what was computed with others is forgotten."""
+        weights = (self.version, *weight_versions(self.model))  # writing to a tensor's ``data`` leaves no other trace
         if weights != self._weights:
             require_whole(self.model)
             self.forget()
             self._weights = weights
-        dtype = DTYPES[self.config.dtype]
-        threads = torch.get_num_threads()
-        if self.config.steady and threads > 1:
-            torch.set_num_threads(1)
-        try:
-            with torch.inference_mode(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                yield
-        finally:
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+        return computing(self.device, DTYPES[self.config.dtype], self.config.steady)
 
     def _require_weights(self) -> None:
         if self.writer is not None:
@@ -294,12 +304,22 @@ class Generator:
         return -(-tokens // self.pool.block_tokens)
 
     def _drop(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.fed, sequence.known = [], 0, 0
+        blocks, sequence.blocks, sequence.fed, sequence.known = sequence.blocks, [], 0, 0
+        if sequence.reason == "sick":  # whatever made it so, nobody else is to find it
+            self.pool.untell(blocks)
+        self.pool.release(blocks)
+        if sequence.reason == "sick":
+            self.kv.wipe([block for block in blocks if not self.pool.owners[block]])
 
-    def _push_out(self, sequence: Sequence) -> None:
-        """Back to those that wait, for others' sake."""
-        self._wait_again(sequence)
+    def _push_out(self, some: Iterable[Sequence]) -> None:
+        """Whoever came last of those that matter least is put back, for others' sake. A prompt that several share
+        matters as much as it does to the first of them."""
+        victim = max(some, key=lambda s: s.standing)
+        if victim in self._filling:
+            self._put_back([victim])
+        else:
+            self._running.change(s for s in self._running.sequences if s is not victim)
+            self._wait_again(victim)
         self.counts["preempted"] += 1
 
     def _wait_again(self, sequence: Sequence) -> None:
@@ -333,13 +353,14 @@ class Generator:
 
     def _admit(self) -> None:
         """Let those in that wait, in their order, while there is room."""
-        prompts = {self._content(s): s for s in self._filling}
+        prompts = self._prompts()
         while sequence := next((s for s in self._waiting if s.produced or not self.hold), None):
             inside = len(self._running) + sum(1 + len(s.followers) for s in self._filling)
             leader = None if sequence.resumed else prompts.get(self._content(sequence))
             if inside >= self.config.max_sequences or not (leader or self._begin(sequence)):
                 if not self._make_room(sequence):
                     return
+                prompts = self._prompts()
                 continue
             self._waiting.remove(sequence)
             if leader is not None:
@@ -348,6 +369,11 @@ class Generator:
                 self._filling.append(sequence)
                 if not sequence.resumed:
                     prompts[self._content(sequence)] = sequence
+
+    def _prompts(self) -> dict[tuple[object, ...], Sequence]:
+        """Those that others with the very same prompt may follow. Not who goes on: the token sampled last, which such a
+        prompt has, is not fed with the others."""
+        return {self._content(s): s for s in self._filling if not s.resumed}
 
     def _content(self, sequence: Sequence) -> tuple[object, ...]:
         return (*sequence.ids, *(key for _, _, key in sequence.image_spans))
@@ -375,33 +401,32 @@ class Generator:
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Push out somebody who matters less than ``sequence``."""
-        lower = [s for s in self._running.sequences if s.priority < sequence.priority]
-        if not lower:
-            return False
-        victim = max(lower, key=lambda s: s.rank)
-        self._running.change(s for s in self._running.sequences if s is not victim)
-        self._push_out(victim)
-        return True
+        """Push out somebody who matters less than ``sequence``. Not where sequences are to be steady: what was decoded
+        would be read again as a prompt, by other instructions."""
+        inside = () if self.config.steady else (*self._running.sequences, *self._filling)
+        lower = [s for s in inside if -s.standing[0] < sequence.priority]
+        if lower:
+            self._push_out(lower)
+        return bool(lower)
 
-    def _fill(self) -> dict[int, Completion]:
-        """Feed prompts: as much as one forward may have of those that came first; each whole and alone where sequences
+    def _fill(self) -> None:
+        """Feed prompts: as much as one forward may have of those that matter most; each whole and alone where sequences
         are to be steady."""
         if not self._filling:
-            return {}
+            return
         if self.config.steady:
             for sequence in self._filling[:]:
                 self._fed([Piece(sequence, 0, sequence.target)])
             return self._collect()
         room, pieces = self.config.prefill_tokens, []
-        for sequence in self._filling:
+        for sequence in sorted(self._filling, key=lambda s: s.standing):
             if room <= 0:
                 break
             stop = min(sequence.target, sequence.fed + room)
             pieces.append(Piece(sequence, sequence.fed, stop))
             room -= stop - sequence.fed
         self._fed(pieces)
-        return self._collect()
+        self._collect()
 
     def _fed(self, pieces: list[Piece]) -> None:
         """Run the pieces; whoever is fed whole samples its first token and decodes from then on."""
@@ -410,8 +435,12 @@ class Generator:
             self.drafter.read(pieces, fed)
         ends = np.cumsum(fed.counts) - 1
         self.counts["prefilled"] += int(fed.counts.sum())
+        finite = np.logical_and.reduceat(fed.hidden.isfinite().all(-1).cpu().numpy(), ends - fed.counts + 1)
         whole, at = [], []
-        for piece, end in zip(pieces, ends.tolist(), strict=True):
+        for piece, end, sound in zip(pieces, ends.tolist(), finite.tolist(), strict=True):
+            if not sound:
+                self._stop(piece.sequence, "sick")
+                continue
             piece.sequence.fed = piece.stop
             self._tell(piece.sequence)
             if piece.stop == piece.sequence.target:
@@ -441,7 +470,7 @@ class Generator:
         for member in leader.followers:
             wanted = self._blocks_for(member.most if self.config.steady else member.target + 1) - full
             if not self._have(wanted):
-                insort(self._waiting, member, key=lambda s: s.rank)
+                self._wait_again(member)
                 continue
             self.pool.share(leader.blocks[:full])
             own = self.pool.take(wanted)
@@ -464,7 +493,7 @@ class Generator:
         column = Running(self.device)
         column.change(sequences)
         column.fed -= 1  # all they have is fed, and no token waits
-        ids, logprobs = self._sample(column, hidden_SD)
+        ids, logprobs = self._runner.sample(column, hidden_SD, self._barred)
         for sequence, token, logprob in zip(sequences, ids.tolist(), logprobs.tolist(), strict=True):
             sequence.take([token], [logprob], self.version)
         self.tokens_sampled += len(sequences)
@@ -475,6 +504,8 @@ class Generator:
         """A token for every sequence, or several where its drafts are accepted."""
         run = self._running
         wanted = self._extend()
+        if not len(run):
+            return
         drafts = None if self.drafter is None else self.drafter.draft(run, wanted)
         counts = np.ones(len(run), dtype=np.int64)
         ids, positions = run.last, run.positions
@@ -486,33 +517,25 @@ class Generator:
             positions = (run.positions[:, None] + np.arange(1 + said.shape[1]))[within]
         fed = self._runner.decode(ids, positions, run.table, run.fed, counts)
         if drafts is None:
-            tokens, logprobs = (x[:, None] for x in self._sample(run, fed.hidden))
+            tokens, logprobs = (x[:, None] for x in self._runner.sample(run, fed.hidden, self._barred))
             accepted = np.zeros(len(run), dtype=np.int64)
         else:
             assert self.drafter is not None
             accepted, tokens, logprobs = self.drafter.judge(run, drafts, fed)
-        self._advance(run, fed, counts, accepted, tokens.tolist(), logprobs.tolist())
+        self._advance(run, fed, accepted, tokens, logprobs)
 
-    def _advance(
-        self,
-        run: Running,
-        fed: Fed,
-        counts: np.ndarray,
-        accepted: np.ndarray,
-        tokens: list[list[int]],
-        logprobs: list[list[float]],
-    ) -> None:
+    def _advance(self, run: Running, fed: Fed, accepted: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """Take in the ``accepted`` drafts of each row and the token behind them."""
         routed = fed.routed.cpu().numpy().astype(np.int16) if self._records else None
-        starts = (np.cumsum(counts) - counts).tolist()
+        starts = (np.cumsum(fed.counts) - fed.counts).tolist()
         taken = np.empty(len(run), dtype=np.int64)
         for row, sequence in enumerate(run.sequences):
             many, start = int(accepted[row]) + 1, starts[row]
-            kept = sequence.take(tokens[row][:many], logprobs[row][:many], self.version)
+            kept = sequence.take(tokens[row, :many].tolist(), logprobs[row, :many].tolist(), self.version)
             if routed is not None:
                 sequence.experts.extend(routed[start : start + kept])
             if self.drafter is not None:
-                made = int(counts[row]) - 1
+                made = int(fed.counts[row]) - 1
                 self.drafter.judged(sequence, made, many - 1, fed.hidden[start : start + kept])
             sequence.fed += kept
             taken[row] = kept
@@ -521,7 +544,8 @@ class Generator:
         full = np.flatnonzero((run.fed + taken) // size > run.fed // size) if self.drafter is None else range(len(run))
         run.advance(taken)
         for row in full:
-            self._tell(run.sequences[row])
+            if run.sequences[row].reason != "sick":
+                self._tell(run.sequences[row])
 
     def _extend(self) -> np.ndarray:
         """Room for the next token of every running sequence, and for its drafts, of which it returns how many there are
@@ -535,60 +559,40 @@ class Generator:
                 for row in np.flatnonzero(need > 0).tolist():
                     run.give(row, self.pool.take(int(need[row])))
                 return wanted
-            assert len(run) > 1, "a sequence alone fits, or submit refuses it"
-            victim = max(run.sequences, key=lambda s: s.rank)
-            run.change(s for s in run.sequences if s is not victim)
-            self._push_out(victim)
-
-    def _sample(self, run: Running, hidden_SD: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """A token and its log-prob for each row."""
-        scores = self._runner.scores(hidden_SD, self._barred)
-        pad = (0, scores.shape[0] - len(run))
-        uniform = F.pad(torch.from_numpy(uniforms(run.seeds, run.counters)).to(self.device), pad)
-        columns = [None, None, None]
-        if run.narrowed:
-            idle = zip((run.top_p, run.top_k, run.min_p), (1, 0, 0), strict=True)
-            columns = [F.pad(column, pad, value=value) for column, value in idle]
-        temperature = F.pad(run.temperature, pad, value=1.0)
-        top_p, top_k, min_p = columns
-        ids, logprobs = sample(scores, temperature, top_p, uniform, top_k, min_p)
-        return ids[: len(run)].cpu().numpy(), logprobs[: len(run)].cpu().numpy()
+            inside = [*run.sequences, *self._filling]
+            assert len(inside) > 1, "a sequence alone fits, or submit refuses it"
+            self._push_out(inside)
 
     # ------------------------------------------------------------ ends
 
-    def _give_up(self) -> dict[int, Completion]:
+    def _give_up(self) -> None:
         """End what was cancelled."""
-        for ticket in self._cancelled:
-            sequence = self._requests.get(ticket)
-            if sequence is None:
-                continue
-            sequence.reason = "cancelled"
-            for leader in self._filling:
-                if sequence in leader.followers:
-                    leader.followers.remove(sequence)
-            for follower in sequence.followers:
-                insort(self._waiting, follower, key=lambda s: s.rank)
-            sequence.followers = []
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
-            if sequence in self._filling:
-                self._filling.remove(sequence)
-        ended = [self._requests[ticket] for ticket in dict.fromkeys(self._cancelled) if ticket in self._requests]
-        self._cancelled = []
-        if any(s in self._running.sequences for s in ended):
-            self._running.change(s for s in self._running.sequences if not s.reason)
-        return {s.ticket: self._end(s) for s in ended}
+        cancelled, self._cancelled = self._cancelled, []
+        for sequence in [self._requests[ticket] for ticket in dict.fromkeys(cancelled) if ticket in self._requests]:
+            self._stop(sequence, "cancelled")
 
-    def _collect(self) -> dict[int, Completion]:
-        """Completions of those that have just ended."""
+    def _stop(self, sequence: Sequence, reason: str) -> None:
+        """End it before its time, wherever it is."""
+        sequence.reason = reason
+        if sequence in self._running.sequences:
+            return self._collect()
+        if sequence in self._filling:
+            self._put_back([sequence])
+        for place in (self._waiting, *(s.followers for s in self._filling)):
+            if sequence in place:
+                place.remove(sequence)
+        self._end(sequence)
+
+    def _collect(self) -> None:
+        """End those that are through."""
         ended = [s for s in self._running.sequences if s.reason]
-        if not ended:
-            return {}
-        self._running.change(s for s in self._running.sequences if not s.reason)
-        return {s.ticket: self._end(s) for s in ended}
+        if ended:
+            self._running.change(s for s in self._running.sequences if not s.reason)
+        for sequence in ended:
+            self._end(sequence)
 
-    def _end(self, sequence: Sequence) -> Completion:
+    def _end(self, sequence: Sequence) -> None:
         self._drop(sequence)
         del self._requests[sequence.ticket]
         self.counts[sequence.reason] += 1
-        return sequence.completion()
+        self._ended[sequence.ticket] = sequence.completion()

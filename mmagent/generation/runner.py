@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Sequence_
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,8 @@ from torch import Tensor
 from mmagent.generation.dispatch import computes_on, present
 from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedAttention, PagedKV
+from mmagent.generation.running import Running
+from mmagent.generation.sampling import sample, uniforms
 from mmagent.generation.sequences import Sequence
 from mmagent.models.agent_model import AgentModel, logits
 from mmagent.models.decoder import Attend
@@ -42,6 +46,20 @@ class Fed(NamedTuple):
     positions: Tensor
     counts: np.ndarray
     attend: PagedAttention
+
+
+@contextmanager
+def computing(device: torch.device, dtype: torch.dtype, steady: bool) -> Iterator[None]:
+    """How forwards run: without gradients, in ``dtype``, on one thread where sequences are to be steady."""
+    threads = torch.get_num_threads()
+    if steady and threads > 1:
+        torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 class LeadingRows:
@@ -115,11 +133,29 @@ class Runner:
         count = rows + -rows % STEADY_ROWS if self.steady else rows
         return count, LeadingRows(attend, rows) if count > rows else attend
 
-    def scores(self, hidden_SD: Tensor, barred: Tensor) -> Tensor:
-        """``(S, V)`` fp32 logits, minus infinity where an id is barred; with rows behind them that nobody reads where
-        sequences are to be steady."""
+    def scores(self, hidden_SD: Tensor, barred: Tensor) -> tuple[Tensor, Tensor]:
+        """``(S, V)`` fp32 logits, minus infinity where an id is barred, and ``(S,)`` bool, which of them are sick: what
+        was not finite is zeros. With rows behind them that nobody reads where sequences are to be steady."""
         missing = -hidden_SD.shape[0] % STEADY_ROWS if self.steady else 0
         hidden = F.pad(hidden_SD, (0, 0, 0, missing)) if missing else hidden_SD
         with present(self.model.embedding if self.model.head is None else self.model.head):
             scores = logits(self.model, hidden.to(self.model.head_weight.device)).to(hidden.device)
-        return scores.index_fill_(1, barred, float("-inf"))
+        sick = ~scores.index_fill_(1, barred, float("-inf")).amax(-1).isfinite()  # of NaN and infinity the most is that
+        if bool(sick.any()):
+            scores[sick] = 0
+        return scores, sick
+
+    def sample(self, run: Running, hidden_SD: Tensor, barred: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """A token and its log-prob for each row: NaN where there is nothing finite to sample from."""
+        scores, sick = self.scores(hidden_SD, barred)
+        pad = (0, scores.shape[0] - len(run))
+        uniform = F.pad(torch.from_numpy(uniforms(run.seeds, run.counters)).to(self.device), pad)
+        columns = [None, None, None]
+        if run.narrowed:
+            idle = zip((run.top_p, run.top_k, run.min_p), (1, 0, 0), strict=True)
+            columns = [F.pad(column, pad, value=value) for column, value in idle]
+        temperature = F.pad(run.temperature, pad, value=1.0)
+        top_p, top_k, min_p = columns
+        ids, logprobs = sample(scores, temperature, top_p, uniform, top_k, min_p)
+        logprobs = logprobs.masked_fill(sick, float("nan"))
+        return ids[: len(run)].cpu().numpy(), logprobs[: len(run)].cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from mmagent.generation.blocks import ChainKeys
+from mmagent.generation.features import ImageFeatures
 from mmagent.generation.stopping import Matcher
 from mmagent.geometry import document_positions
+from mmagent.models.agent_model import AgentModelConfig
 from mmagent.trajectories import Completion, Limits, Trajectory
 from mmagent.types import PatchedImage
 
@@ -63,10 +66,8 @@ class Sequence:
     the token before those that were not, and ``tails (B - 1, D)`` those of the head's depths at the last that was.
     """
 
-    ticket: int
     prompt: Trajectory
     limits: Limits
-    priority: int
     ids: list[int]
     begun: int
     images: tuple[PatchedImage, ...]
@@ -74,6 +75,8 @@ class Sequence:
     positions: Tensor
     following: int
     keys: ChainKeys
+    ticket: int = 0
+    priority: int = 0
     logprobs: list[float] = field(default_factory=list)
     experts: list[np.ndarray] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -95,6 +98,11 @@ class Sequence:
     def rank(self) -> tuple[int, int]:
         """Who goes first has the smaller one."""
         return -self.priority, self.ticket
+
+    @property
+    def standing(self) -> tuple[int, int]:
+        """Its rank, or that of the first of those who begin where it ends."""
+        return min(s.rank for s in (self, *self.followers))
 
     @property
     def target(self) -> int:
@@ -127,17 +135,19 @@ class Sequence:
         return [(start, key) for start, _, key in self.image_spans]
 
     def take(self, ids: Sequence_[int], logprobs: Sequence_[float], version: int) -> int:
-        """Append what was sampled, as far as it goes: a stop or a limit ends it. Returns how many were taken."""
-        if not self.versions or self.versions[-1] != version:
-            self.versions.append(version)
-        count = min(len(ids), self.most - len(self.ids))
-        reason = "length" if count == self.most - len(self.ids) else ""
+        """Append what was sampled, as far as it goes: a stop or a limit ends it. So does a log-prob that is not finite:
+        its token means nothing, and is left out. Returns how many were taken."""
+        sound = next((n for n, logprob in enumerate(logprobs) if not math.isfinite(logprob)), len(ids))
+        count = min(sound, self.most - len(self.ids))
+        reason = "length" if count == self.most - len(self.ids) else "sick" if count < len(ids) else ""
         for n, token in enumerate(ids[:count], start=1):
             if token in self.limits.stop_ids:
                 count, reason = n, "stop"
                 break
         if self.matcher is not None and (found := self.matcher.feed(ids[:count])) is not None:
             count, reason = found, "stop"
+        if count and (not self.versions or self.versions[-1] != version):
+            self.versions.append(version)
         self.ids.extend(ids[:count])
         self.logprobs.extend(logprobs[:count])
         self.reason = reason
@@ -154,6 +164,20 @@ class Sequence:
             ids, tuple(self.logprobs), self.reason == "stop", experts, self.reason, tuple(self.versions),
             self.cached_tokens,
         )  # fmt: skip
+
+
+def begin(
+    prompt: Trajectory, limits: Limits, config: AgentModelConfig, features: ImageFeatures, block_tokens: int
+) -> Sequence:
+    """A request for a model of ``config``. Raises ``ValueError`` naming a prompt with ids that the model does not have,
+    or whose images and visual slots disagree."""
+    if not 0 <= min(prompt.input_ids) <= max(prompt.input_ids) < config.vocab_size:
+        raise ValueError(f"{prompt.key}: ids must be in [0, {config.vocab_size})")
+    ids, images = torch.tensor(prompt.input_ids), tuple(prompt.images)
+    positions, following = prompt_positions(prompt, config.image_id, features.merge_size)
+    spans = image_spans(ids, config.image_id, images, features.unit, [features.key(image) for image in images])
+    keys = ChainKeys(block_tokens, config.image_id)
+    return Sequence(prompt, limits, ids.tolist(), len(prompt), images, spans, positions, following, keys)
 
 
 def image_spans(

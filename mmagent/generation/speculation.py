@@ -232,7 +232,7 @@ class Drafter:
 
     def _say(self, run: Running, rows: np.ndarray, at: int, hidden: Tensor, sampled: bool) -> tuple[Tensor, Tensor]:
         """Draft number ``at + 1`` of ``rows``, and the probabilities that it was drawn from where any row samples."""
-        scores = self.runner.scores(hidden, self.barred)[: len(rows)]
+        scores = self.runner.scores(hidden, self.barred)[0][: len(rows)]
         if not sampled:
             return scores.argmax(-1), scores
         chosen = torch.from_numpy(rows).to(scores.device)
@@ -245,9 +245,10 @@ class Drafter:
 
     def judge(self, run: Running, drafts: Drafts, fed: Fed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """How many drafts of each row stay ``(S,)``, by what the decoder said of them (``fed``); the row's tokens
-        ``(S, K + 1)`` are these and the one behind them, with their log-probs."""
+        ``(S, K + 1)`` are these and the one behind them, with their log-probs: NaN where there is nothing finite to
+        judge by."""
         S, K = drafts.ids.shape
-        scores = self.runner.scores(fed.hidden, self.barred)[: len(fed.hidden)]
+        scores, sick = (x[: len(fed.hidden)] for x in self.runner.scores(fed.hidden, self.barred))
         rows = torch.from_numpy(np.repeat(np.arange(S), fed.counts)).to(self.runner.device)
         starts = torch.from_numpy(np.cumsum(fed.counts) - fed.counts).to(self.runner.device)
         places = starts[:, None] + torch.minimum(torch.arange(K + 1, device=self.runner.device), drafts.counts[:, None])
@@ -267,7 +268,7 @@ class Drafter:
             )
         tokens = torch.cat([drafts.ids, behind[:, None]], dim=1)
         tokens.scatter_(1, accepted[:, None], behind[:, None])
-        chosen = logprobs[places].gather(2, tokens[:, :, None]).squeeze(2)
+        chosen = logprobs[places].gather(2, tokens[:, :, None]).squeeze(2).masked_fill(sick[places], float("nan"))
         return accepted.cpu().numpy(), tokens.cpu().numpy(), chosen.cpu().numpy()
 
     def judged(self, sequence: Sequence, made: int, accepted: int, hidden: Tensor) -> None:
