@@ -239,6 +239,8 @@ class ZeroEngine:
         self._zero.refresh_fp32_params()  # weights may have been loaded since the last step
         self._engine.step()
         assert not self._zero.overflow, "DeepSpeed skipped a step whose gradient is finite"
+        # it writes behind autograd's back, and a generator on these weights knows by their versions that they changed
+        torch.autograd.graph.increment_version(list(self.parameters.values()))
         total, self.role_norms = named_norms(norm, by_role, self._roles)
         return total
 

@@ -56,6 +56,7 @@ class LocalPolicy:
         self._left: list[_Request] = []  # whose callers have gone
         self._refused: list[tuple[_Request, ValueError]] = []
         self._pausing = ""  # what becomes of requests in flight, while somebody wants to change the weights
+        self._outdated = False  # another version was named: what the generator remembers is of the one before
         self._worker: asyncio.Task[None] | None = None
         # one thread for ever: each thread that computes keeps a pool of its own workers
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmagent-generator")
@@ -66,6 +67,7 @@ class LocalPolicy:
 
     @version.setter
     def version(self, version: int) -> None:
+        self._outdated = self._outdated or version != self.generator.version
         self.generator.version = version
 
     @property
@@ -208,6 +210,9 @@ class LocalPolicy:
                 self._waiting.remove(request)
             else:  # its caller has gone meanwhile
                 self._left.append(request)
+        if self._outdated:  # weights may have been written to in ways that they do not tell
+            self._outdated = False
+            self.generator.forget()
         left, self._left = self._left, []
         for request in left:
             self.generator.cancel(request.ticket)

@@ -15,9 +15,14 @@ class HalfWritten(RuntimeError):
 
 
 def weight_versions(model: nn.Module) -> tuple[int, ...]:
-    """Another one whenever a weight was written to. Those that accelerate brings and takes are not counted."""
+    """Another one whenever a weight was written to, or lies elsewhere. Those that accelerate brings and takes are not
+    counted. What is written in place through ``.data`` counts no versions, so who does that says so
+    (``torch.autograd.graph.increment_version``, or a new version of the generator's policy)."""
     tensors = (*model.parameters(), *model.buffers())
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    moved = hasattr(model, "hf_device_map")  # by accelerate, which makes new ones in inference mode
+    versions = ((0 if t.is_inference() else t._version, 0 if moved else t.data_ptr()) for t in local)
+    return tuple(number for both in versions for number in both)
 
 
 def require_whole(model: nn.Module) -> None:

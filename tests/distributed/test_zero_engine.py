@@ -149,10 +149,21 @@ def refused(world: World) -> str:
     return str(caught.value)
 
 
+def unnoticed(world: World, parallel: str) -> list[str]:
+    """Parameters that a step has changed without a generator's notice."""
+    toy = Toy()
+    engine = made(world, parallel, toy)
+    before = [(p.detach().clone(), p._version) for p in toy.parameters()]
+    train_step(toy, engine, one_step(world, 0), world)
+    named = zip(toy.named_parameters(), before, strict=True)
+    return [n for (n, p), (old, version) in named if p._version == version and not torch.equal(p, old)]
+
+
 def look(world: World, folder: str) -> dict[str, Any]:
     """Everything at once, as loading DeepSpeed takes longer than all of it. Nothing warns of what torch will drop."""
     warnings.simplefilter("error", FutureWarning)
     seen: dict[str, Any] = {name: trained(world, name, f"{folder}/{name}") for name in (*STAGES, "ddp", "fsdp2")}
+    seen |= {f"{parallel} unnoticed": unnoticed(world, parallel) for parallel in STAGES if parallel != "zero3"}
     return seen | {f"{parallel} faults": faults(world, parallel) for parallel in STAGES} | {"refused": refused(world)}
 
 
@@ -214,6 +225,12 @@ def test_steps_are_counted_where_a_rank_has_nothing_of_a_parameter(seen, paralle
 
 def test_a_generator_refuses_weights_that_ranks_share(seen):
     assert "is shared by ranks: generate from a whole copy of the model" in seen[0]["refused"]
+
+
+@pytest.mark.parametrize("parallel", ["zero1", "zero2"])
+def test_a_generator_of_the_trained_weights_notices_a_step(seen, parallel):
+    """DeepSpeed writes behind autograd's back: keys and values of the old weights were found again."""
+    assert [rank[f"{parallel} unnoticed"] for rank in seen] == [[], []]
 
 
 def exchange(world: World, folder: str) -> dict[tuple[str, str], Trained]:

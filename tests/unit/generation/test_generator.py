@@ -150,6 +150,26 @@ def test_new_weights_are_noticed():
     torch.testing.assert_close(torch.tensor(second.logprobs), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("told", ["moved", "version"])
+def test_weights_that_count_no_versions_are_noticed_by_where_they_lie_or_by_the_policy_s_version(told):
+    """What is written through ``.data``, as optimizers of others do, leaves the weight's own version as it was."""
+    model = tiny_model()
+    policy = LocalPolicy(Generator(model, tiny_vocab()))
+    episode = prompt("click the red button " * 3, (picture(1),))
+    first = asyncio.run(policy.complete(episode, Limits(4, 1.0, seed=1)))
+    for parameter in model.parameters():
+        if told == "moved":
+            parameter.data = parameter.data * 1.05
+        else:
+            parameter.data.mul_(1.05)
+    if told == "version":
+        policy.version += 1
+    second = asyncio.run(policy.complete(extended(episode, first), Limits(4, 1.0, seed=2)))
+    assert second.cached_tokens == 0
+    expected = recompute(model, extended(episode, second))[-4:]
+    torch.testing.assert_close(torch.tensor(second.logprobs), expected, rtol=0, atol=1e-5)
+
+
 def test_barred_ids_are_never_sampled():
     model, vocab = tiny_model(), tiny_vocab()
     with torch.no_grad():
