@@ -118,7 +118,8 @@ class Generator:
         self.hold = False
         """Where true, nothing new begins: :meth:`step` goes on with what is in flight alone."""
         self.interrupt: Callable[[], bool] = lambda: False
-        """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in."""
+        """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in. One token is
+        decoded in any case: else those who come and go would hold up the others for ever."""
         moe = model.config.decoder.moe_layers
         self._records = self.config.record_routing and moe > 0
         size = BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS["cuda"])
@@ -248,8 +249,8 @@ class Generator:
             done = self._give_up()
             self._admit()
             done |= self._fill()
-            for _ in range(BURST):
-                if not len(self._running) or self.interrupt():
+            for n in range(BURST):
+                if not len(self._running) or (n and self.interrupt()):
                     break
                 self._decode()
                 done |= self._collect()
