@@ -176,8 +176,11 @@ def arguments_of(call: ToolCall, tools: Sequence[Tool]) -> dict[str, JSON]:
     declared = json.loads(tool.declaration)
     schema = declared.get("function", declared).get("parameters") or {}
     properties, required = schema.get("properties") or {}, schema.get("required") or []
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        raise ValueError(f"{call.name}: its declaration is no schema: properties are an object, required is a list")
+    named = isinstance(required, list) and all(isinstance(key, str) for key in required)
+    if not isinstance(properties, dict) or not named:
+        raise ValueError(
+            f"{call.name}: its declaration is no schema: properties are an object, required is a list of names"
+        )
     open_ended = schema.get("additionalProperties", False) is not False
     values: dict[str, JSON] = {}
     for key, text in call.arguments.items():

@@ -113,7 +113,8 @@ class Generator:
         self.hold = False
         """Where true, nothing new begins: :meth:`step` goes on with what is in flight alone."""
         self.interrupt: Callable[[], bool] = lambda: False
-        """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in."""
+        """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in. One token is
+        decoded in any case: else those who come and go would hold up the others for ever."""
         moe = model.config.decoder.moe_layers
         self._records = self.config.record_routing and moe > 0
         size = BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS["cuda"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -55,6 +56,7 @@ class LocalPolicy:
         self._waiting: list[_Request] = []
         self._left: list[_Request] = []  # whose callers have gone
         self._refused: list[tuple[_Request, ValueError]] = []
+        self._door = threading.Lock()  # both threads move requests from one list to another
         self._pausing = ""  # what becomes of requests in flight, while somebody wants to change the weights
         self._outdated = False  # another version was named: what the generator remembers is of the one before
         self._worker: asyncio.Task[None] | None = None
@@ -158,16 +160,18 @@ class LocalPolicy:
         queue: asyncio.Queue[Delta | BaseException] | None = None,
     ) -> _Request:
         request = _Request(prompt, limits, priority, asyncio.get_running_loop().create_future(), queue)
-        self._waiting.append(request)
+        with self._door:
+            self._waiting.append(request)
         if not self._pausing:
             self._go_on()
         return request
 
     def _leave(self, request: _Request) -> None:
-        if request in self._waiting:
-            self._waiting.remove(request)
-        elif request.ticket in self._requests:
-            self._left.append(request)
+        with self._door:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif request.ticket in self._requests:
+                self._left.append(request)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -181,8 +185,9 @@ class LocalPolicy:
                 self._tell_streams()
                 await asyncio.sleep(0)
         except BaseException as error:
+            # in its thread, behind the step that a loop which ends leaves there
+            self._thread.submit(self.generator.abandon).result()
             self._refuse()
-            self.generator.abandon()
             waiting = (*self._requests.values(), *self._waiting)
             self._requests.clear()
             self._waiting.clear()
@@ -199,24 +204,29 @@ class LocalPolicy:
     def _step(self) -> dict[int, Completion]:
         """In the generator's thread: hand over who waits, whose pictures are read for it, and compute. Returns what has
         ended."""
-        while self._waiting:
-            request = self._waiting[0]
+        while request := self._first():
             try:
                 request.ticket = self.generator.submit(request.prompt, request.limits, priority=request.priority)
                 self._requests[request.ticket] = request
             except ValueError as error:
                 self._refused.append((request, error))
-            if request in self._waiting:
-                self._waiting.remove(request)
-            else:  # its caller has gone meanwhile
-                self._left.append(request)
+            with self._door:
+                if request in self._waiting:
+                    self._waiting.remove(request)
+                else:  # its caller has gone meanwhile
+                    self._left.append(request)
         if self._outdated:  # weights may have been written to in ways that they do not tell
             self._outdated = False
             self.generator.forget()
-        left, self._left = self._left, []
+        with self._door:
+            left, self._left = self._left, []
         for request in left:
             self.generator.cancel(request.ticket)
         return self.generator.step()
+
+    def _first(self) -> _Request | None:
+        with self._door:
+            return self._waiting[0] if self._waiting else None
 
     def _refuse(self) -> None:
         refused, self._refused = self._refused, []

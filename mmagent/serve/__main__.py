@@ -138,7 +138,7 @@ def _address(host: str, port: int) -> str:
 
 def _picture_note(options: Options) -> str:
     ways = ["in requests"]
-    ways += [f"files in {options.files}"] if options.files else []
+    ways += [f"files in {options.files.resolve().name}"] if options.files else []
     ways += ["fetched from public addresses"] if options.fetch_images else []
     return f"{', '.join(ways)}; at most {options.max_image_pixels:,} pixels"
 

@@ -54,7 +54,7 @@ class Telling:
         cut = self.reader.stopped or not completion.ids or completion.ids[-1] not in self.choice.limits.stop_ids
         said = self.reader.finish(cut=cut)
         self.told += said
-        self.problem = self.reader.problem
+        self.problem = self.problem or self.reader.problem  # a stream may have told of a call before
         return said
 
     def reason(self, completion: Completion) -> str:
@@ -133,9 +133,8 @@ class ChatTeller(Teller):
         tellings = self._tellings()
         choices = []
         for telling, completion in zip(tellings, done, strict=True):
-            telling.feed(completion.ids)
+            calls = [self._call(telling, said.call) for said in telling.feed(completion.ids) if said.call is not None]
             telling.finish(completion)
-            calls = [self._call(telling, said.call) for said in telling.told if said.call is not None]
             message: dict[str, Any] = {"role": "assistant", "content": telling.text or (None if calls else "")}
             message["refusal"] = None
             if telling.thought or self.chat.thinking:

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from mmagent.serve.answers import ChatTeller, TextTeller, tokens_body
 from mmagent.serve.desk import Desk
 from mmagent.serve.fields import read_json
-from mmagent.serve.prompts import Choice, Prompt, Prompts
+from mmagent.serve.prompts import Choice, Hold, Prompt, Prompts
 from mmagent.serve.refusals import Refused
 from mmagent.serve.requests import MOST_CHOICES, Wish, model_of, read_chat, read_text, read_tokens
 from mmagent.serve.status import REFRESH, Served, health, metrics, status_page
@@ -68,18 +68,16 @@ class Service:
         wish: Wish,
         stack: ExitStack,
         count: int,
-        preparing: Callable[[], Awaitable[list[Prompt]]],
+        preparing: Callable[[Hold], Awaitable[list[Prompt]]],
     ) -> list[Choice]:
         """Seats for ``count`` choices, and what they are sampled from."""
         stack.enter_context(self.desk.seat(count))
 
         async def prepare() -> list[Prompt]:
             async with self.desk.guard(self.seconds):
-                return await preparing()
+                return await preparing(lambda size: stack.enter_context(self.desk.pictures(size)))
 
         prompts = await until_gone(request.receive, prepare())
-        size = sum(image.patches.nbytes for prompt in prompts for image in prompt.images)
-        stack.enter_context(self.desk.pictures(size))
         return self.prompts.choices(prompts, wish)
 
     # ------------------------------------------------------------ the way out
@@ -181,8 +179,8 @@ def _doors(app: FastAPI, service: Service) -> None:
         body = await service.read(request, stack)
         ask = await asyncio.to_thread(read_chat, body)
 
-        async def prepare() -> list[Prompt]:
-            return [await service.prompts.chat_prompt(ask)]
+        async def prepare(hold: Hold) -> list[Prompt]:
+            return [await service.prompts.chat_prompt(ask, hold)]
 
         choices = await service.choices(request, ask.wish, stack, ask.wish.choices, prepare)
         format = service.prompts.chat_of(ask)
@@ -196,7 +194,9 @@ def _doors(app: FastAPI, service: Service) -> None:
         ask = await asyncio.to_thread(read_text, body, service.prompts.vocab)
         count = len(ask.prompts) * ask.wish.choices
         assert count <= MOST_CHOICES
-        choices = await service.choices(request, ask.wish, stack, count, lambda: service.prompts.text_prompts(ask))
+        choices = await service.choices(
+            request, ask.wish, stack, count, lambda hold: service.prompts.text_prompts(ask, hold)
+        )
         teller = TextTeller(service.served.name, service.prompts.vocab, ask.wish, choices)
         return await service.answer(request, stack, ask.wish, choices, teller)
 
@@ -205,8 +205,8 @@ def _doors(app: FastAPI, service: Service) -> None:
         body = await service.read(request, stack, named=False)
         ask = await asyncio.to_thread(read_tokens, body, service.prompts.vocab)
 
-        async def prepare() -> list[Prompt]:
-            return [await service.prompts.token_prompt(ask)]
+        async def prepare(hold: Hold) -> list[Prompt]:
+            return [await service.prompts.token_prompt(ask, hold)]
 
         choices = await service.choices(request, ask.wish, stack, 1, prepare)
         (completion,) = await service.complete(request, choices)

@@ -94,7 +94,7 @@ class Desk:
 
     @contextmanager
     def pictures(self, size: int) -> Iterator[None]:
-        """Memory for patches. Raises :class:`Refused` (429) where others hold too much."""
+        """Memory for pictures and their patches. Raises :class:`Refused` (429) where others hold too much."""
         if self._patches and self._patches + size > self._patch_bytes:
             raise Refused(429, "pictures of others fill the memory: come again", code="busy", retry_after=1)
         self._patches += size

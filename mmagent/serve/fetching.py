@@ -13,7 +13,9 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import h11
@@ -27,6 +29,11 @@ _TRANSLATED = tuple(
     map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10"))
 )
 """IPv6 addresses that stand for an IPv4 address inside (NAT64, 6to4, Teredo, compatible), and the old site-local."""
+
+_AZURE = ipaddress.ip_network("168.63.129.16/32")
+"""What answers every machine of that cloud, and tells it secrets, at an address that looks public."""
+_NAMES = ThreadPoolExecutor(8, thread_name_prefix="mmagent-names")
+"""Looks names up, which nobody can stop: in the loop's own threads a few slow names would hold up every request."""
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -42,13 +49,16 @@ def is_public(address: str) -> bool:
             return is_public(str(ip.ipv4_mapped))
         if ip.scope_id is not None or any(ip in network for network in _TRANSLATED):
             return False
+    elif ip in _AZURE:
+        return False
     barred = ip.is_private, ip.is_loopback, ip.is_link_local, ip.is_multicast, ip.is_reserved, ip.is_unspecified
     return ip.is_global and not any(barred)
 
 
 async def resolve(host: str, port: int) -> list[str]:
     """All addresses of a name. Raises ``OSError`` where it has none."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_NAMES, look)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -110,14 +109,17 @@ class Fields:
             raise self.problem(name, f"must be a whole number from {low} to {high}, got {shown(value)}")
         return value
 
-    def number(self, name: str, low: float, high: float, default: float, *, above: bool = False) -> float:
-        """``above``: ``low`` itself is too little."""
+    def number(
+        self, name: str, low: float, high: float, default: float, *, above: bool = False, below: bool = False
+    ) -> float:
+        """``above``: ``low`` itself is too little; ``below``: ``high`` itself is too much."""
         value = self.take(name)
         if value is None:
             return default
         fits = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-        if not fits or not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        if not fits or not low <= value <= high or (above and value == low) or (below and value == high):
             wanted = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            wanted += ", which itself is too much" if below else ""
             raise self.problem(name, f"must be a number {wanted}, got {shown(value)}")
         return float(value)
 

@@ -8,7 +8,7 @@ import binascii
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -32,7 +32,7 @@ _LONGEST_ADDRESS = 4096
 
 class Pictures:
     """Reads pictures for one model. ``files``: the folder that ``file:`` addresses may lie in; ``fetcher``: who gets
-    those of the web. None: neither is taken. A file or download has at most ``most_bytes``.
+    those of the web. None: neither is taken. Files and downloads of a request have at most ``most_bytes`` together.
 
     Raises ``ValueError`` for a folder that is none, and for a limit above what is ever decoded.
     """
@@ -54,10 +54,11 @@ class Pictures:
         self.folder = None if files is None else files.resolve()
         self._named = None if files is None else files.absolute()
 
-    async def read(self, addresses: tuple[Any, ...]) -> list[bytes]:
+    async def read(self, addresses: tuple[Any, ...], hold: Callable[[int], object]) -> list[bytes]:
         """The bytes of every picture, of whatever. Raises :class:`~mmagent.serve.refusals.Refused` (400) naming the
-        picture by its number."""
-        remote = 0
+        picture by its number, and what ``hold`` does, which is asked for the memory of those that the request itself
+        does not hold."""
+        remote = size = 0
         read = []
         for n, address in enumerate(addresses):
             where = f"picture {n}"
@@ -72,12 +73,17 @@ class Pictures:
                 raise bad(f"{where}: more than {MOST_REMOTE} pictures are not in the request itself")
             if len(address) > _LONGEST_ADDRESS:
                 raise bad(f"{where}: its address has {len(address)} characters, more than {_LONGEST_ADDRESS}")
+            if remote == 1:
+                hold(self.most_bytes)
             if kind == "file":
                 read.append(await asyncio.to_thread(self._from_file, address, where))
             elif kind in ("http", "https"):
                 read.append(await self._from_web(address, where))
             else:
                 raise bad(f"{where}: an address begins with data:, file:, http: or https:, got {shown(address)}")
+            size += len(read[-1])
+            if size > self.most_bytes:
+                raise bad(f"{where}: it and those before it have more than {self.most_bytes} bytes together")
         return read
 
     def grids(self, pictures: Sequence[bytes]) -> list[tuple[int, int, int]]:

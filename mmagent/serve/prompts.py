@@ -24,6 +24,8 @@ from mmagent.types import PatchedImage
 from mmagent.vocab import Vocab
 
 T = TypeVar("T")
+Hold = Callable[[int], object]
+"""Takes so many bytes of memory for a request, or refuses it: asked before there is anything in them."""
 PREPARING = 2
 """Threads that tokenize and decode; so many pictures are decoded at a time."""
 
@@ -63,11 +65,11 @@ class Prompts:
         self._longest = max(len(vocab.bytes_of(index)) for index in range(vocab.size))
         self._threads = ThreadPoolExecutor(PREPARING, thread_name_prefix="mmagent-serve")
 
-    async def chat_prompt(self, ask: ChatAsk) -> Prompt:
+    async def chat_prompt(self, ask: ChatAsk, hold: Hold) -> Prompt:
         """The conversation, ready for an answer. Raises :class:`~mmagent.serve.refusals.Refused` (400)."""
         chat = self.chat_of(ask)
-        self._require_short(_texts(ask.conversation, chat), "messages")
-        data = await self.pictures.read(ask.conversation.pictures)
+        self._require_short(_texts(ask.conversation, chat), "messages", len(ask.conversation.pictures))
+        data = await self.pictures.read(ask.conversation.pictures, hold)
         counts = await self._in_thread(lambda: self._counts(data))
         try:
             ids = await self._in_thread(
@@ -79,26 +81,27 @@ class Prompts:
             )
         except ValueError as error:
             raise bad(f"messages: {error}", "messages") from error
-        return await self._prompt(tuple(ids), data, ask.wish, "messages")
+        return await self._prompt(tuple(ids), data, ask.wish, "messages", hold)
 
     def chat_of(self, ask: ChatAsk) -> ChatConfig:
         """How the answer to ``ask`` is to be read."""
         return self.chat if ask.thinking is None else replace(self.chat, thinking=ask.thinking)
 
-    async def text_prompts(self, ask: TextAsk) -> list[Prompt]:
+    async def text_prompts(self, ask: TextAsk, hold: Hold) -> list[Prompt]:
         """Texts as beginnings of documents; ids as they are. Raises :class:`~mmagent.serve.refusals.Refused` (400)."""
         prompts = []
         for n, asked in enumerate(ask.prompts):
             where = "prompt" if len(ask.prompts) == 1 else f"prompt[{n}]"
-            prompts.append(await self._prompt(await self._ids(asked, where), [], ask.wish, where))
+            prompts.append(await self._prompt(await self._ids(asked, where), [], ask.wish, where, hold))
         return prompts
 
-    async def token_prompt(self, ask: TokenAsk) -> Prompt:
+    async def token_prompt(self, ask: TokenAsk, hold: Hold) -> Prompt:
         """Ids with the pictures they name: one image id for each, or all of its places. Raises
         :class:`~mmagent.serve.refusals.Refused` (400)."""
         where = "text" if isinstance(ask.prompt, str) else "input_ids"
+        self._require_short((), where, len(ask.pictures))
         ids = await self._ids(ask.prompt, where)
-        data = await self.pictures.read(ask.pictures)
+        data = await self.pictures.read(ask.pictures, hold)
         counts = await self._in_thread(lambda: self._counts(data))
         image = self.vocab.image_id
         places = ids.count(image)
@@ -107,7 +110,7 @@ class Prompts:
             ids = tuple(other for index in ids for other in ([image] * next(remaining) if index == image else [index]))
         elif places != sum(counts):
             raise bad(f"{where}: {places} image ids for {len(counts)} pictures of {sum(counts)} visual tokens", where)
-        return await self._prompt(ids, data, ask.wish, where)
+        return await self._prompt(ids, data, ask.wish, where, hold)
 
     def choices(self, prompts: Sequence[Prompt], wish: Wish) -> list[Choice]:
         """All completions that are asked for, those of a prompt next to each other."""
@@ -140,9 +143,9 @@ class Prompts:
         self._require_short([asked], where)
         return (*self._prefix, *await self._in_thread(lambda: self.vocab.encode(asked)))
 
-    def _require_short(self, texts: Sequence[str], where: str) -> None:
-        """Tokenizing costs time: not of what cannot fit, however it is cut into tokens."""
-        fewest = sum(len(text) for text in texts) // self._longest
+    def _require_short(self, texts: Sequence[str], where: str, pictures: int = 0) -> None:
+        """Tokenizing costs time, as does a look at a picture: not of what cannot fit, however it is cut into tokens."""
+        fewest = sum(len(text) for text in texts) // self._longest + pictures
         if fewest > self.context:
             raise self._too_long(f"at least {fewest}", where)
 
@@ -155,7 +158,7 @@ class Prompts:
     def _counts(self, data: Sequence[bytes]) -> list[int]:
         return [visual_tokens(grid, self.pictures.geometry.merge_size) for grid in self.pictures.grids(data)]
 
-    async def _prompt(self, ids: tuple[int, ...], data: Sequence[bytes], wish: Wish, where: str) -> Prompt:
+    async def _prompt(self, ids: tuple[int, ...], data: Sequence[bytes], wish: Wish, where: str, hold: Hold) -> Prompt:
         left = self.context - len(ids)
         if left < 1:
             raise self._too_long(len(ids), where)
@@ -169,6 +172,7 @@ class Prompts:
         size = ids.count(self.vocab.image_id) * self._bytes_a_token
         if size > self.patch_bytes:
             raise bad(f"the pictures take {size} bytes as patches, more than {self.patch_bytes}", where)
+        hold(size)
         images = [
             await self._in_thread(lambda n=n, picture=picture: self.pictures.patches(picture, f"picture {n}"))
             for n, picture in enumerate(data)

@@ -287,7 +287,7 @@ def _wish(
         temperature=fields.number("temperature", 0, 2, 1.0),
         top_p=fields.number("top_p", 0, 1, 1.0, above=True),
         top_k=max(top_k, 0),
-        min_p=fields.number("min_p", 0, 1, 0.0),
+        min_p=fields.number("min_p", 0, 1, 0.0, below=True),
         seed=fields.integer(seed, -(1 << 63), (1 << 63) - 1),
         stop=_stops(fields),
         stop_ids=fields.ids("stop_token_ids", stop_ids, vocab.size) if vocab and stop_ids is not None else (),

@@ -124,6 +124,13 @@ def test_tools(server):
     assert "<arg_value>3</arg_value>" in prompt
 
 
+def test_a_stream_tells_of_a_call_that_fits_no_tool_as_the_whole_does(server):
+    _, whole = server.chat(messages=said("Köln?"))
+    _, stream = server.chat(messages=said("Köln?"), stream=True)
+    last = json.loads(stream.split("\n\n")[-3].removeprefix("data: "))
+    assert last["choices"][0]["format_problem"] == whole["choices"][0]["format_problem"]
+
+
 def test_what_was_called_and_is_no_tool_is_told_as_it_is(server):
     status, answer = server.chat(messages=said("Köln?"))
     assert status == 200

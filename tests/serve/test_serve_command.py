@@ -110,13 +110,19 @@ def test_it_tells_what_it_serves_and_the_line_it_tells_runs(server):
     assert json.loads(answer)["usage"]["completion_tokens"] > 0
 
 
+def test_the_page_tells_strangers_no_path(server, folder):
+    for path in ("/", "/health", "/metrics"):
+        with urllib.request.urlopen(server.url + path, timeout=10) as answer:
+            assert str(folder.parent) not in answer.read().decode()
+
+
 def test_it_says_what_the_generator_says(server, folder):
     """Greedy, with a picture: the same tokens as in process, whole and streamed, from a data: and a file: address."""
     agent = load_agent(folder)
     ask = read_chat({"messages": MIXED})
     import asyncio
 
-    prompt = asyncio.run(prompts_of(context=256).chat_prompt(ask))
+    prompt = asyncio.run(prompts_of(context=256).chat_prompt(ask, int))
     trajectory = Trajectory("mine", "test")
     trajectory.extend(prompt.ids, trainable=False, images=prompt.images)
     limits = Limits(24, 0.0, stop_ids=agent.vocab.stop_ids)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -32,6 +34,8 @@ PRIVATE = [
     "224.0.0.1",
     "239.1.1.1",
     "240.0.0.1",
+    "168.63.129.16",
+    "::ffff:168.63.129.16",
     "255.255.255.255",
     "::1",
     "::",
@@ -171,6 +175,30 @@ def test_a_name_is_resolved_once():
 
     assert get("http://one.test:PORT/", {"/": ok(b"x")}, replace(LOOSE, resolve=changing))[0] == b"x"
     assert next(answers) == ["10.0.0.1"], "not asked again"
+
+
+def test_names_that_are_looked_up_for_long_hold_up_nobody_else(monkeypatch):
+    answered = threading.Event()
+
+    def slow(*_: object, **__: object) -> list:
+        answered.wait(10)
+        raise OSError("no such name")
+
+    async def work() -> float:
+        monkeypatch.setattr(socket, "getaddrinfo", slow)
+        usual = Fetcher(1 << 20, seconds=0.2)
+        tasks = [asyncio.create_task(usual.get(f"http://slow{n}.test/", "picture 0")) for n in range(64)]
+        refused = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all("not sent within 0.2 seconds" in str(one) for one in refused)
+        started = time.monotonic()
+        async with asyncio.timeout(5):
+            await asyncio.to_thread(lambda: None)  # where bodies are read
+        return time.monotonic() - started
+
+    try:
+        assert asyncio.run(work()) < 1
+    finally:
+        answered.set()
 
 
 def test_the_usual_fetcher_asks_nobody_here():

@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from mmagent.serve import wire
-from tests.serve.serve_kit import ScriptedPolicy, ids_of, said, serving, wait_for
+from mmagent.serve.pictures import Pictures
+from tests.serve.serve_kit import ScriptedPolicy, ids_of, image_part, png, png_url, said, serving, wait_for
 
 LONG = ids_of("a long answer, " * 40, "<|user|>")
 
@@ -82,6 +83,39 @@ def test_beyond_the_line_people_are_sent_away():
         wait_for(lambda: server.desk.idle)
         server.policy.pause = 0.0
         assert server.chat()[0] == 200
+
+
+@pytest.mark.parametrize("where", ["patches", "_from_file"])
+def test_who_finds_the_memory_for_pictures_taken_is_sent_away_before_it_is_used(monkeypatch, tmp_path, where):
+    """Hundreds in line would each hold their pictures before the first of them was counted."""
+    (tmp_path / "a.png").write_bytes(png(1))
+    url = png_url(1) if where == "patches" else (tmp_path / "a.png").as_uri()
+    inside, go_on, work = [], threading.Event(), getattr(Pictures, where)
+
+    def slow(self, *args):
+        inside.append(args)
+        assert go_on.wait(20)
+        return work(self, *args)
+
+    monkeypatch.setattr(Pictures, where, slow)
+    asked = {"model": "tiny", "messages": said(image_part(url), "a")}
+    with serving(ScriptedPolicy(ids_of("yes", "<|user|>")), files=tmp_path) as server:
+        server.desk._patch_bytes = 1000  # one alone is taken all the same
+        answers = []
+        first = threading.Thread(target=lambda: answers.append(server.ask("/v1/chat/completions", asked)))
+        first.start()
+        wait_for(lambda: len(inside) == 1)
+        try:
+            status, answer = server.ask("/v1/chat/completions", asked)
+            assert (status, answer["error"]["code"]) == (429, "busy")
+            assert len(inside) == 1
+        finally:
+            server.desk._patch_bytes = 1 << 30
+            go_on.set()
+            first.join(20)
+        assert [status for status, _ in answers] == [200]
+        wait_for(lambda: server.desk.idle)
+        assert server.desk._patches == 0
 
 
 def test_a_request_has_its_time():

@@ -161,6 +161,7 @@ def called(name: str, arguments: str, identity: str = "") -> dict[str, Any]:
         ({"top_p": 0}, "top_p: must be a number above 0"),
         ({"top_k": -2}, "top_k: must be a whole number"),
         ({"min_p": 2}, "min_p: must be a number from 0 to 1"),
+        ({"min_p": 1}, "which itself is too much, got 1"),
         ({"seed": 1 << 64}, "seed: must be a whole number"),
         ({"n": 0}, "n: must be a whole number from 1 to 128"),
         ({"n": 10**6}, "n: must be a whole number from 1 to 128"),
@@ -341,11 +342,11 @@ def test_control_tokens_in_texts_stay_text(token):
     counts = []
     for made, declared in ((messages, tools), (plain, json.loads(json.dumps(tools).replace(token, "#")))):
         ask = read_chat({"messages": made, "tools": declared})
-        prompt = asyncio.run(prompts_of(ChatConfig(), 4000).chat_prompt(ask))
+        prompt = asyncio.run(prompts_of(ChatConfig(), 4000).chat_prompt(ask, int))
         counts.append([index for index in prompt.ids if index in control])
     assert counts[0] == counts[1], "as many control ids as with any other word"
     ask = read_text({"prompt": token}, VOCAB)
-    (prompt,) = asyncio.run(prompts_of().text_prompts(ask))
+    (prompt,) = asyncio.run(prompts_of().text_prompts(ask, int))
     assert not control & set(prompt.ids[2:])
 
 
@@ -488,6 +489,22 @@ def test_more_pictures_than_the_context_holds_are_not_decoded(server, monkeypatc
     flat = base64.b64encode(picture_of("PNG", (28, 28))).decode()
     parts = [image_part("data:image/png;base64," + flat) for _ in range(150)]
     assert "tokens, the context of this server 600" in refused(server, chat(messages=said(*parts)))
+
+
+def test_more_pictures_than_the_context_holds_are_not_even_read(server, monkeypatch):
+    monkeypatch.setattr("mmagent.serve.pictures.from_data_url", lambda *_: pytest.fail("read"))
+    pictures = [image_part("data:image/png;base64,AAAA")] * 601
+    assert "at least 601 tokens" in refused(server, chat(messages=said(*pictures)))
+    asked = {"input_ids": [5], "image_data": ["data:image/png;base64,AAAA"] * 601}
+    assert "at least 601 tokens" in refused(server, asked, "/generate")
+
+
+def test_files_of_one_request_are_no_more_than_a_body(folder):
+    path, most = folder / "a b.png", (folder / "a b.png").stat().st_size * 2
+    with serving(ScriptedPolicy(ANSWER), files=folder, most_bytes=most) as server:
+        asked = [chat(messages=said(*[image_part(path.as_uri())] * count, "a")) for count in (2, 3)]
+        assert server.ask("/v1/chat/completions", asked[0])[0] == 200
+        assert f"more than {most} bytes together" in refused(server, asked[1])
 
 
 # ---------------------------------------------------------------------------------------------- who may ask, and when

@@ -211,7 +211,15 @@ def test_what_a_server_could_not_hand_on_is_refused(kind, text):
         arguments_of(ToolCall("f", {"x": text}), [tool])
 
 
-@pytest.mark.parametrize("schema", [{"properties": [1]}, {"properties": {"x": {}}, "required": "x"}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": [1]},
+        {"properties": {"x": {}}, "required": "x"},
+        {"properties": {"x": {}}, "required": [["x"]]},
+        {"properties": {"x": {}}, "required": [None]},
+    ],
+)
 def test_a_declaration_that_is_no_schema_is_told_so(schema):
     with pytest.raises(ValueError, match="f: its declaration is no schema"):
         arguments_of(ToolCall("f", {"x": "1"}), [Tool(json.dumps({"name": "f", "parameters": schema}))])
