@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmagent.ops.rows import row_blocks
+from mmagent.ops.function import apply
+from mmagent.ops.rows import fits_block, row_blocks
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -16,10 +17,14 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        for rows in row_blocks(out):
-            gate, up = gate_up[rows].chunk(2, dim=-1)
-            torch.mul(F.silu(gate), up, out=out[rows])
+        if fits_block(gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            out = F.silu(gate).mul_(up)
+        else:
+            out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+            for rows in row_blocks(out):
+                gate, up = gate_up[rows].chunk(2, dim=-1)
+                torch.mul(F.silu(gate), up, out=out[rows])
         ctx.save_for_backward(gate_up)
         return out
 
@@ -39,7 +44,7 @@ def swiglu(gate_up: Tensor, limit: float = 0.0) -> Tensor:
     """``(..., 2F)`` to ``(..., F)``. ``limit`` clamps the gate from above and the other half on both sides."""
     if limit:
         return swiglu_reference(gate_up, limit)
-    out = _SwiGLU.apply(gate_up.reshape(-1, gate_up.shape[-1]))
+    out = apply(_SwiGLU, gate_up.reshape(-1, gate_up.shape[-1]))
     return out.view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)  # not -1: there may be no rows
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmagent.ops.function import apply
 from mmagent.ops.rows import permute_rows, row_blocks
 
 
@@ -106,7 +107,7 @@ class _Collect(torch.autograd.Function):
 
 def scatter_to_experts(x_TD: Tensor, dispatch: Dispatch, fan: int) -> Tensor:
     """``(T, D)`` to ``(T*K, D)`` sorted by expert; ``fan`` is K."""
-    return _Scatter.apply(x_TD, dispatch.order, dispatch.inverse, fan)
+    return apply(_Scatter, x_TD, dispatch.order, dispatch.inverse, fan)
 
 
 def sort_by_expert(x_ND: Tensor, arrival: Dispatch) -> Tensor:
@@ -121,7 +122,7 @@ def unsort_by_expert(y_ND: Tensor, arrival: Dispatch) -> Tensor:
 
 def collect_from_experts(y_ND: Tensor, gates_TK: Tensor, dispatch: Dispatch) -> Tensor:
     """``(T*K, D)`` sorted by expert back to ``(T, D)``, weighted by ``gates (T, K)`` in float32 (or wider)."""
-    return _Collect.apply(y_ND, gates_TK, dispatch.order, dispatch.inverse)
+    return apply(_Collect, y_ND, gates_TK, dispatch.order, dispatch.inverse)
 
 
 LEAST_ROWS = 16
@@ -172,9 +173,9 @@ def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor
         x_ND, weight_EOD = x_ND.to(dtype), weight_EOD.to(dtype)
     experts = weight_EOD.shape[0]
     if x_ND.shape[0] == 0:  # what an expert-parallel rank may get; no kernel has to cope with it
-        return _LoopedLinear.apply(x_ND, weight_EOD, (0,) * experts)
+        return apply(_LoopedLinear, x_ND, weight_EOD, (0,) * experts)
     if (x_ND.device.type == "cpu" and experts <= 32) or not _fits_kernel(weight_EOD):
-        return _LoopedLinear.apply(x_ND, weight_EOD, tuple(counts_E.tolist()))
+        return apply(_LoopedLinear, x_ND, weight_EOD, tuple(counts_E.tolist()))
     out = F.grouped_mm(x_ND, weight_EOD.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
     if out.requires_grad:
         out.register_hook(Tensor.contiguous)  # the kernel's backward refuses the gradient of a sum, which is expanded

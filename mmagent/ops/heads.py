@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmagent.ops.function import apply
 from mmagent.ops.norm import inverse_rms, norm_backward, rms_norm_reference
 from mmagent.ops.rotary import Rotation, rotate_reference, turn
-from mmagent.ops.rows import row_blocks
+from mmagent.ops.rows import fits_block, row_blocks
 
 
 class Heads(NamedTuple):
@@ -39,16 +40,25 @@ class _SplitHeads(torch.autograd.Function):
         stacked = qkv.view(qkv.shape[0], heads.queries + 2 * heads.keys, heads.width)
         turning = heads.queries + heads.keys
         normed = q_weight is not None and k_weight is not None
-        q, k = (stacked.new_empty(qkv.shape[0], n, heads.width) for n in (heads.queries, heads.keys))
-        scale = torch.empty(qkv.shape[0] if normed else 0, turning, 1, dtype=torch.float32, device=qkv.device)
         gains = _norm_weights(q_weight, k_weight, heads) if normed else None
-        for rows in row_blocks(stacked):
-            x = stacked[rows, :turning].float()
+        if fits_block(stacked):
+            scale = qkv.new_empty(0, turning, 1, dtype=torch.float32)
+            x = stacked[:, :turning].float()
             if gains is not None:
-                scale[rows] = inverse_rms(x, heads.eps)
-                x = (x * scale[rows]).mul_(gains)
-            x = turn(x, rotation.cos[rows], rotation.sin[rows], rotation.interleaved)
-            q[rows], k[rows] = x[:, : heads.queries], x[:, heads.queries :]
+                scale = inverse_rms(x, heads.eps)
+                x = (x * scale).mul_(gains)
+            x = turn(x, rotation.cos, rotation.sin, rotation.interleaved).to(qkv.dtype)
+            q, k = (part.contiguous() for part in x.split((heads.queries, heads.keys), dim=1))
+        else:
+            q, k = (stacked.new_empty(qkv.shape[0], n, heads.width) for n in (heads.queries, heads.keys))
+            scale = torch.empty(qkv.shape[0] if normed else 0, turning, 1, dtype=torch.float32, device=qkv.device)
+            for rows in row_blocks(stacked):
+                x = stacked[rows, :turning].float()
+                if gains is not None:
+                    scale[rows] = inverse_rms(x, heads.eps)
+                    x = (x * scale[rows]).mul_(gains)
+                x = turn(x, rotation.cos[rows], rotation.sin[rows], rotation.interleaved)
+                q[rows], k[rows] = x[:, : heads.queries], x[:, heads.queries :]
         ctx.save_for_backward(qkv if normed else None, scale, rotation.cos, rotation.sin, q_weight, k_weight)
         ctx.heads, ctx.interleaved = heads, rotation.interleaved
         return q, k, stacked[:, turning:]
@@ -82,7 +92,7 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(T, (H + 2G) d)`` to ``q (T, H, d)``, ``k (T, G, d)``, ``v (T, G, d)``, normalised with gains ``(d,)`` where
     given, then turned. fp32 inside, the dtype of ``qkv`` outside; ``v`` is a view of ``qkv``."""
-    return _SplitHeads.apply(qkv.contiguous(), heads, rotation, q_weight, k_weight)
+    return apply(_SplitHeads, qkv.contiguous(), heads, rotation, q_weight, k_weight)
 
 
 def split_heads_reference(

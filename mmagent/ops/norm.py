@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmagent.ops.rows import row_blocks
+from mmagent.ops.function import apply
+from mmagent.ops.rows import fits_block, row_blocks
 
 
 def inverse_rms(x32: Tensor, eps: float) -> Tensor:
@@ -43,12 +44,17 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         weight32 = weight.float()
-        out = torch.empty(flat.shape, dtype=dtype, device=x.device)
-        scale = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=x.device)
-        for rows in row_blocks(flat):
-            x32 = flat[rows].float()
-            scale[rows] = inverse_rms(x32, eps)
-            out[rows] = (x32 * scale[rows]).mul_(weight32)
+        if fits_block(flat):
+            x32 = flat.float()
+            scale = inverse_rms(x32, eps)
+            out = (x32 * scale).mul_(weight32).to(dtype)
+        else:
+            out = torch.empty(flat.shape, dtype=dtype, device=x.device)
+            scale = torch.empty(flat.shape[0], 1, dtype=torch.float32, device=x.device)
+            for rows in row_blocks(flat):
+                x32 = flat[rows].float()
+                scale[rows] = inverse_rms(x32, eps)
+                out[rows] = (x32 * scale[rows]).mul_(weight32)
         ctx.save_for_backward(flat, scale, weight)
         return out.view(x.shape)
 
@@ -66,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """``x (..., D)``, ``weight (D,)``; computed in fp32, returned in ``dtype`` (default: that of ``x``)."""
-    return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
+    return apply(_RMSNorm, x, weight, eps, dtype or x.dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

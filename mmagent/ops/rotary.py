@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmagent.ops.function import apply
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -113,7 +115,7 @@ class _Rotate(torch.autograd.Function):
 def rotate(x_THd: Tensor, rotation: Rotation) -> Tensor:
     """Turn ``(T, H, d)`` by ``rotation``; fp32 inside, returned in fp32 on a CPU (attention wants it so there),
     else in the dtype of ``x``."""
-    turned = _Rotate.apply(x_THd, rotation.cos, rotation.sin, rotation.interleaved)
+    turned = apply(_Rotate, x_THd, rotation.cos, rotation.sin, rotation.interleaved)
     return turned if turned.device.type == "cpu" else turned.to(x_THd.dtype)
 
 

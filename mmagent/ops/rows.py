@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmagent.ops.function import apply
+
 BLOCK_VALUES = 1 << 18  # values of one temporary: half a megabyte in bf16, one in fp32
 
 
@@ -24,6 +26,11 @@ def row_blocks(x: Tensor) -> Iterator[slice]:
         step = max(1, BLOCK_VALUES * rows // x.numel())
     for start in range(0, rows, step):
         yield slice(start, start + step)
+
+
+def fits_block(x: Tensor) -> bool:
+    """Whether :func:`row_blocks` covers ``x`` with one: then there is nothing to put together."""
+    return x.device.type != "cpu" or x.numel() <= BLOCK_VALUES
 
 
 class _Permute(torch.autograd.Function):
@@ -41,4 +48,4 @@ class _Permute(torch.autograd.Function):
 def permute_rows(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """``out[n] = x[order[n]]`` for ``x (N, ...)``, a permutation ``order (N,)`` and its ``inverse (N,)``. The gradient
     takes the inverse: indexing by autograd would scatter with addition, atomically on an accelerator."""
-    return _Permute.apply(x, order, inverse)
+    return apply(_Permute, x, order, inverse)

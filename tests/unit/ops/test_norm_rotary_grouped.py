@@ -18,6 +18,7 @@ from mmagent.ops.grouped import (
 from mmagent.ops.heads import Heads, split_heads, split_heads_reference
 from mmagent.ops.norm import rms_norm, rms_norm_reference
 from mmagent.ops.rotary import Rotation, angles_1d, angles_2d, angles_3d, default_sections, rotate, rotate_reference
+from mmagent.ops.rows import permute_rows
 
 
 def equal_with_gradients(ours, theirs, inputs, atol=1e-5):
@@ -199,3 +200,46 @@ def test_grouped_kernel_on_the_accelerator_equals_the_loop():
     torch.testing.assert_close(
         grouped_linear(x, weight, counts), grouped_linear_reference(x, weight, counts), atol=0.1, rtol=2e-2
     )  # bf16 sums of 64 terms of size 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 10, 6000])
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_all_are_the_same_bits(dtype, rows, off):
+    """One block of rows, and several."""
+    torch.manual_seed(0)
+    x, gain = torch.randn(rows, 192).to(dtype), torch.rand(64, requires_grad=True)
+    rotation = Rotation.from_angles(torch.randn(rows, 8))
+    chosen, gates = torch.randint(0, 4, (rows, 2)), torch.rand(rows, 2, requires_grad=True)
+    weight = torch.randn(4, 8, 192).to(dtype).requires_grad_()
+
+    def everything():
+        dispatch = plan_dispatch(chosen, 4)
+        sent = scatter_to_experts(x, dispatch, 2)
+        served = grouped_linear(sent, weight, dispatch.counts)
+        return (
+            rms_norm(x, gain.repeat(3), 1e-5, torch.bfloat16),
+            *split_heads(x, Heads(1, 1, 64), rotation, gain, gain),
+            *split_heads(x, Heads(1, 1, 64), rotation),
+            rotate(x.view(rows, 3, 64), rotation),
+            swiglu(x),
+            sent,
+            served,
+            collect_from_experts(served, gates, dispatch),
+            permute_rows(x, dispatch.order[:rows] % rows, dispatch.inverse[:rows]),
+        )
+
+    learning = everything()
+    assert learning[0].requires_grad
+    with off():
+        for ours, theirs in zip(everything(), learning, strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0)
+            assert not ours.requires_grad
+            assert ours.stride() == theirs.stride()
+
+
+def test_without_gradients_no_function_is_applied(monkeypatch):
+    monkeypatch.setattr(torch.autograd.Function, "apply", None)
+    with torch.no_grad():
+        assert swiglu(torch.zeros(2, 4)).shape == (2, 2)
+        assert rms_norm(torch.zeros(2, 4), torch.ones(4), 1e-5).shape == (2, 4)
