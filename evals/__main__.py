@@ -80,7 +80,12 @@ def _run(argv: Sequence[str]) -> int:
         runs.append(asyncio.run(evaluate(suite, agent, out / suite.name, options)))
     print(_score_table(runs))
     print(f"report: {_write_report(out, runs)}")
-    return 0
+    broken = [run for run in runs if run.errors]
+    for run in broken:
+        row = run.errors[-1]
+        print(f"{run.suite}: {len(run.errors)} of {len(run.rows)} failed, --retry-errors tries them again; the last "
+              f"one, {row.key}: {row.error}", file=sys.stderr)  # fmt: skip
+    return 0 if any(run.judged for run in runs) or not broken else 1
 
 
 def _run_parser() -> argparse.ArgumentParser:
@@ -127,7 +132,9 @@ def _agent(args: argparse.Namespace) -> Agent:
     if args.baseline:
         return BaselineAgent(args.baseline)
     if args.url:
-        return EndpointAgent(EndpointConfig(args.url, args.model or "", args.key_variable))
+        if not args.model:
+            raise ValueError("--url wants --model NAME, which the endpoint lists at /models")
+        return EndpointAgent(EndpointConfig(args.url, args.model, args.key_variable))
     from evals.local import LocalAgent  # torch models and the generator are not needed for an endpoint
 
     return LocalAgent.load(args.checkpoint, device=args.device or None)

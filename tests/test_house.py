@@ -347,6 +347,18 @@ def test_no_two_test_files_share_a_name():
     assert not {name for name in names if names.count(name) > 1}
 
 
+def test_no_merge_is_left_half_done():
+    """git lets a conflict be committed with its marks, which no linter sees in a text."""
+    marks = re.compile(r"^(<{7}|>{7}|\|{7}) |^={7}$", re.MULTILINE)
+    found = [
+        f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, mark.start()) + 1}"
+        for path in tracked(".py", ".md", ".sh", ".toml", ".txt", ".yaml", ".yml", ".json")
+        for text in [path.read_text(encoding="utf-8")]
+        for mark in marks.finditer(text)
+    ]
+    assert not found, found
+
+
 def test_no_path_of_one_machine():
     pattern = re.compile(r"(?<![\w.$}/-])/(?:root|home|Users|work)/\w+")
     found = [

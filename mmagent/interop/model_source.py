@@ -37,10 +37,12 @@ from mmagent.models.cogvit import CogViT, CogViTConfig, cogvit_debug
 from mmagent.models.layers import initialise
 from mmagent.models.projector import Projector, ProjectorConfig
 from mmagent.ops.state import unshared
-from mmagent.ops.tensor_files import Stored, TensorFiles, Vanished, WeightsError, stored
+from mmagent.ops.tensor_files import INDEX, WEIGHTS, Stored, TensorFiles, Vanished, WeightsError, stored
 from mmagent.vocab import Vocab
 
 NATIVE, HUB = "native", "hub"
+AGENT = "agent"
+"""Where a run leaves its model."""
 FORMATS = (NATIVE, HUB, *MODELS)
 
 
@@ -101,8 +103,7 @@ def open_source(
     ``ValueError`` naming file and tensor of what is missing, unknown, misshapen, of a wrong dtype, torn or pickled.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+    _require_model(folder)
     if (folder / CONFIG).is_file():
         if encoder:
             raise ValueError(f"{folder} holds an agent with an encoder of its own: it takes no other")
@@ -123,6 +124,19 @@ def open_source(
             require_trust(load_yaml(EncoderConfig(), Path(encoder) / CONFIG).custom, encoder)
         with TensorFiles(folder) as files:
             yield _open_theirs(folder, theirs, files, encoder, seed, without_mtp)
+
+
+def _require_model(folder: Path) -> None:
+    """Raises ``ValueError`` that says what ``folder`` is, where it is easily taken for a model."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name its folder" if folder.exists() else f"{folder}: no such folder")
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)) and (folder / AGENT / CONFIG).is_file():
+        raise ValueError(f"{folder} is a run's folder: its model is {folder / AGENT}")
+    if not any((folder / name).is_file() for name in (CONFIG, THEIRS)):
+        raise ValueError(
+            f"{folder} holds no {THEIRS} and no {CONFIG}: it is no model folder of transformers, nor one that training "
+            f"left in OUTPUT/{AGENT}"
+        )
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -42,21 +44,27 @@ def _require_extra() -> None:
 
 def serve(options: Options) -> int:
     """Load the model, listen, and return when told to stop. Raises ``ValueError`` and ``OSError`` before it listens."""
+    key = _key(options.api_key_variable)
+    with _bound(options.host, options.port) as listener:  # before a large model has been read in vain
+        _serve(options, listener, key)
+    print("stopped", flush=True)
+    return 0
+
+
+def _serve(options: Options, listener: socket.socket, key: str) -> None:
     import uvicorn
 
     from mmagent.serve.app import Service, create_app
     from mmagent.serve.status import Served
     from mmagent.serve.wire import Bodies, Connection, Server
 
-    key = _key(options.api_key_variable)
     prompts, desk, notes = _model(options)
     listening = uvicorn.Config(
         "", options.host, options.port, http=Connection, ws="none", lifespan="on", log_level="warning",
         access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=5, timeout_keep_alive=30,
     )  # fmt: skip
-    socket = listening.bind_socket()
-    url = _address(options.host, socket.getsockname()[1])
+    url = _address(options.host, listener.getsockname()[1])
     name = options.name or options.checkpoint.resolve().name
     served = Served(name, notes, _example(url, name, bool(key)))
     bodies = Bodies(options.max_body, _TOGETHER * options.max_body)
@@ -70,9 +78,20 @@ def serve(options: Options) -> int:
         print(f"serving {name} at {url}\n{told}status: {url}/\nask it:\n{served.example}", flush=True)
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    Server(listening, desk, options.grace, ready).run([socket])
-    print("stopped", flush=True)
-    return 0
+    Server(listening, desk, options.grace, ready).run([listener])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A place that nobody else can take, where nobody is heard yet. Raises ``OSError`` naming it."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        free = "; --port 0 takes one that is free" if error.errno == errno.EADDRINUSE else ""
+        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}{free}") from error
+    return bound
 
 
 def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
@@ -93,6 +112,7 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
         raise ValueError(
             f"a context of {options.max_context} does not fit a cache of {options.cache_tokens}: raise --cache-tokens"
         )
+    _require_device(device)
     agent, found = load(options.checkpoint, device=device, trust_code=options.trust_code)
     for line in found:
         print(line)
@@ -120,6 +140,15 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     }
     desk = Desk(policy, running=options.max_sequences, waiting=options.max_waiting)
     return Prompts(agent.vocab, agent.chat, pictures, context), desk, notes
+
+
+def _require_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def _key(variable: str) -> str:

@@ -137,7 +137,12 @@ def create_app(service: Service) -> FastAPI:
     _doors(app, service)
     _windows(app, service)
 
+    offered = ", ".join(sorted(f"{' '.join(route.methods)} {route.path}" for route in app.routes))
+
     async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):  # the router's: it names nothing
+            asked = f"{request.method} {request.url.path[:200]}"
+            error = HTTPException(error.status_code, f"{asked} is not offered; there are {offered}")
         refused = service.refusal(error)
         return JSONResponse(refused.body, refused.status, refused.headers)
 

@@ -47,11 +47,15 @@ class Options:
     trust_code: bool = False
 
     def __post_init__(self) -> None:
-        least = self.max_sequences, self.cache_tokens, self.max_image_pixels, self.max_body
-        if min(least) < 1 or min(self.max_waiting, self.grace) < 0:
-            raise ValueError("limits must be positive")
-        if self.max_context < 0 or self.timeout <= 0 or not 0 <= self.port < 65536:
-            raise ValueError("max-context, timeout and port must be positive, and a port below 65536")
+        least = dict.fromkeys(("max_sequences", "cache_tokens", "max_image_pixels", "max_body"), 1)
+        least |= dict.fromkeys(("max_context", "max_waiting", "grace", "speculate", "port"), 0)
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                raise ValueError(f"--{name.replace('_', '-')} must be {low} or more, got {value}")
+        if self.timeout <= 0:
+            raise ValueError(f"--timeout must be positive, got {self.timeout}")
+        if self.port > 65535:
+            raise ValueError(f"--port must be 65535 or less, got {self.port}")
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:

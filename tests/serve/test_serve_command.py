@@ -7,7 +7,9 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -201,17 +203,46 @@ def test_who_leaves_frees_the_cache(server):
         (["{folder}", "--files", "{folder}/none"], "none is no folder"),
         (["{folder}", "--max-context", "1000000"], "raise --cache-tokens"),
         (["{folder}", "--api-key-variable", "NO_SUCH_VARIABLE"], "the environment has no NO_SUCH_VARIABLE"),
-        (["{folder}", "--max-sequences", "0"], "limits must be positive"),
+        (["{folder}", "--max-sequences", "0"], "--max-sequences must be 1 or more, got 0"),
+        (["{folder}", "--max-context", "-1"], "--max-context must be 0 or more, got -1"),
+        (["{folder}", "--speculate", "-1"], "--speculate must be 0 or more, got -1"),
+        (["{folder}", "--timeout", "0"], "--timeout must be positive, got 0.0"),
+        (["{folder}", "--port", "70000"], "--port must be 65535 or less, got 70000"),
+        (["{folder}", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port 0: "),
+        (["{folder}", "--device", "nonsense"], "--device nonsense: "),
+        (["{folder}/config.yaml"], "config.yaml is a file: name its folder"),
+        (["{folder}/.."], "holds no config.json and no config.yaml"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_a_line(folder, options, told, capsys):
     from mmagent.serve.__main__ import main
 
-    assert main([option.format(folder=folder) for option in options]) == 2
+    assert main(["--port", "0", *(option.format(folder=folder) for option in options)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_a_run_is_told_from_its_model(folder, tmp_path, capsys):
+    """Both have a config.yaml, and the run is the folder that people named."""
+    from mmagent.serve.__main__ import main
+
+    shutil.copytree(folder, tmp_path / "run" / "agent")
+    shutil.copy(folder / "config.yaml", tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--port", "0"]) == 2
+    assert f"run's folder: its model is {tmp_path / 'run' / 'agent'}" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_read(tmp_path, capsys):
+    from mmagent.serve.__main__ import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([str(tmp_path / "not-looked-at"), "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot listen at 127.0.0.1, port {port}: " in error
+    assert "--port 0 takes one that is free" in error
 
 
 def test_without_the_extra_it_says_what_to_install(folder, monkeypatch, capsys):

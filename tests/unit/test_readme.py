@@ -3,24 +3,31 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mmagent.interop.agent_folder import save_agent
 from mmagent.interop.conversion import export_model
+from mmagent.records import encode_image
 from tests.interop.hub_kit import tiny_agent
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"README.md": 2, "recipes/ENCODER.md": 1}
+PAGES = {"README.md": 3, "recipes/ENCODER.md": 1}
 """And how many examples in Python each has."""
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_in_python_run(page, tmp_path, monkeypatch, module_cache):
-    """In order; the README's command before the last has left a folder ``exported``."""
+    """In order; commands before the README's have left a folder ``exported`` and an agent, and there is a picture."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(examples) == PAGES[page]
     monkeypatch.chdir(tmp_path)  # what they write
-    if "from_pretrained" in examples[-1]:
-        export_model(tmp_path / "exported", tiny_agent(), "hub")
+    if page == "README.md":
+        agent = tiny_agent()
+        export_model(tmp_path / "exported", agent, "hub")
+        save_agent(tmp_path / "runs/mine/agent", agent.model, agent.vocab, agent.geometry, agent.chat)
+        screen = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
+        (tmp_path / "screen.png").write_bytes(encode_image(screen).data)
     for example in examples:
         exec(compile(example, page, "exec"), {"__name__": "readme"})
 
