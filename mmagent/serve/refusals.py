@@ -18,6 +18,9 @@ class Refused(Exception):
         self.message, self.field = _tellable(message), _tellable(field)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type[Refused], tuple[int, str, str, str, int]]:
+        return type(self), (self.status, self.message, self.field, self.code, self.retry_after)
+
     @property
     def body(self) -> dict[str, Any]:
         """The answer's body, as OpenAI's clients read it."""
