@@ -415,7 +415,7 @@ class Play:
     def _onward(self, which: int, limits: int, priority: int) -> None:
         """A prompt that goes on from another request: from what it has so far (one that was pushed out, if there is
         any), or from what it had when it ended."""
-        begun = [s for s in self.generator._requests.values() if s.produced]
+        begun = [s for s in self.generator.scheduler.requests.values() if s.produced]
         pushed_out = [s for s in begun if s.resumed]
         some = [s for s in pushed_out if s.blocks] or pushed_out or begun
         sources = [(tuple(s.ids), self.flights[s.ticket].request) for s in some]
@@ -449,7 +449,7 @@ class Play:
                 self.generator.cancel(ticket)
 
     def _update(self, _: int) -> None:
-        for ticket in self.generator._requests:
+        for ticket in self.generator.scheduler.requests:
             flight, (ids, _) = self.flights[ticket], self.generator.sampled(ticket)
             if ids and flight.seen is None:
                 flight.seen = (self.generator.version, tuple(ids))
@@ -472,7 +472,7 @@ class Play:
             if next(left) <= 0:
                 raise Broken
 
-        block, runner = self.world.model.decoder.blocks[1], self.generator._runner
+        block, runner = self.world.model.decoder.blocks[1], self.generator.runner
         scores = runner.scores
         if where == 0:
             runner.scores = lambda *args: (fail(), scores(*args))[1]
@@ -488,7 +488,7 @@ class Play:
 
     def _corrupt(self, which: int) -> None:
         """Something not finite gets into a block that is one request's alone."""
-        running = [s for s in self.generator._running.sequences if s.fed % SIZE]
+        running = [s for s in self.generator.scheduler.running.sequences if s.fed % SIZE]
         if running:
             victim = running[which % len(running)]
             block = victim.blocks[victim.fed // SIZE]
@@ -501,17 +501,22 @@ class Play:
 
     def check(self) -> None:
         generator = self.generator
-        requests = generator._requests
-        assert requests.keys() | generator._ended.keys() == self.flights.keys()
+        requests = generator.scheduler.requests
+        assert requests.keys() | generator.scheduler.ended.keys() == self.flights.keys()
         generator.pool.check([s.blocks for s in requests.values()])
-        followers = [f for s in generator._filling for f in s.followers]
-        places = [*generator._waiting, *generator._filling, *followers, *generator._running.sequences]
+        followers = [f for s in generator.scheduler.filling for f in s.followers]
+        places = [
+            *generator.scheduler.waiting,
+            *generator.scheduler.filling,
+            *followers,
+            *generator.scheduler.running.sequences,
+        ]
         assert sorted(s.ticket for s in places) == sorted(requests), "a request is nowhere, or in two places"
-        assert generator._waiting == sorted(generator._waiting, key=lambda s: s.rank)
-        assert not any(s.blocks for s in (*generator._waiting, *followers)), "who waits has blocks"
-        inside = len(places) - len(generator._waiting)
+        assert generator.scheduler.waiting == sorted(generator.scheduler.waiting, key=lambda s: s.rank)
+        assert not any(s.blocks for s in (*generator.scheduler.waiting, *followers)), "who waits has blocks"
+        inside = len(places) - len(generator.scheduler.waiting)
         assert inside <= generator.config.max_sequences
-        assert len(generator.pool) == generator.kv.blocks <= generator._most_blocks
+        assert len(generator.pool) == generator.kv.blocks <= generator.scheduler.most_blocks
         if self.watch is not None:
             self.watch.check()
 

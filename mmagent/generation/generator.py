@@ -11,12 +11,11 @@ decode on are marked with both versions.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,10 +24,12 @@ from torch import Tensor
 from mmagent.generation.blocks import BlockPool
 from mmagent.generation.dispatch import computes_on
 from mmagent.generation.features import ImageFeatures
+from mmagent.generation.health import Action, HealthConfig, Watchdogs
 from mmagent.generation.paged import PagedKV
 from mmagent.generation.runner import Fed, Piece, Runner, computing
 from mmagent.generation.running import Running
 from mmagent.generation.sampling import check_limits
+from mmagent.generation.scheduler import Scheduler
 from mmagent.generation.sequences import Sequence, begin
 from mmagent.generation.speculation import Drafter
 from mmagent.generation.stopping import StopStrings
@@ -59,6 +60,8 @@ class GeneratorConfig:
     ``speculate_least``. Greedy tokens are those without drafts, sampled ones have the same distribution; which ones
     they are depends on these two settings and on the sequence alone.
 
+    ``health``: when a request counts as sick (looping, garbled), and what becomes of it; by default it is counted.
+
     ``steady``: what a sequence gets depends on itself alone, to the last bit, and not on who else is decoded or in
     which order they came. Prompts and images are run one at a time, and nothing is found again: a later turn runs its
     whole trajectory anew, all on one thread. It is what CPUs are known to keep; elsewhere it is refused."""
@@ -73,6 +76,7 @@ class GeneratorConfig:
     speculate: int = 0
     speculate_least: float = 0.35
     steady: bool = False
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -107,39 +111,39 @@ class Generator:
             require_steady(self.device, model.config.decoder.moe.experts)
         self.version = 0
         self.tokens_sampled = 0
-        self.counts: Counter[str] = Counter()
-        """What happened since it was made: tokens ``prefilled`` and ``cached``, sequences ``preempted``, ..."""
         self.writer: object | None = None
-        self.hold = False
-        """Where true, nothing new begins: :meth:`step` goes on with what is in flight alone."""
         self.interrupt: Callable[[], bool] = lambda: False
         """Asked between two tokens: true makes :meth:`step` return early, for somebody waits to be let in. One token is
         decoded in any case: else those who come and go would hold up the others for ever."""
         moe = model.config.decoder.moe_layers
         self._records = self.config.record_routing and moe > 0
         size = BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS["cuda"])
-        self._most_blocks = max(-(-self.config.cache_tokens // size), 1)
-        self.pool = BlockPool(min(FIRST_BLOCKS, self._most_blocks), size)
+        most_blocks = max(-(-self.config.cache_tokens // size), 1)
+        self.pool = BlockPool(min(FIRST_BLOCKS, most_blocks), size)
         self.kv = PagedKV(len(self.pool), size, self.device)
         at_once = 1 if self.config.steady else self.config.prefill_tokens
         self.features = ImageFeatures(model, at_once, self.config.feature_tokens)
-        self._runner = Runner(model, self.kv, self.features, self.config.steady)
+        self.runner = Runner(model, self.kv, self.features, self.config.steady)
         self.drafter: Drafter | None = None
         if self.config.speculate:
             least = self.config.speculate_least
-            self.drafter = Drafter(self._runner, self.config.speculate, least, self._barred)
+            self.drafter = Drafter(self.runner, self.config.speculate, least, self._barred)
+        self.scheduler = Scheduler(
+            self.pool, self.kv, self.drafter, max_sequences=self.config.max_sequences, most_blocks=most_blocks,
+            finds=self.config.reuse and not self.config.steady, steady=self.config.steady,
+        )  # fmt: skip
+        self.watchdogs = Watchdogs(self.config.health, vocab)
         self._tickets = 0
         self._weights: tuple[int, ...] = ()
-        self._requests: dict[int, Sequence] = {}
-        self._waiting: list[Sequence] = []
-        self._filling: list[Sequence] = []
-        self._running = Running(self.device)
-        self._cancelled: list[int] = []
-        self._ended: dict[int, Completion] = {}  # and not yet handed out
 
     @property
     def device(self) -> torch.device:
         return computes_on(self.model.embedding)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What happened since it was made: tokens ``prefilled`` and ``cached``, sequences ``preempted``, ..."""
+        return self.scheduler.counts
 
     # ------------------------------------------------------------ interface
 
@@ -153,15 +157,16 @@ class Generator:
         try:
             for prompt, limits in requests:
                 order.append(self.submit(prompt, limits))
-            while any(ticket in self._requests for ticket in order):
+            while any(ticket in self.scheduler.requests for ticket in order):
                 done.update(self.step())
         except BaseException:  # nobody waits for the others any more
-            self._cancelled += order
-            self._give_up()
-            self._ended = {ticket: completion for ticket, completion in self._ended.items() if ticket not in order}
+            self.scheduler.cancelled += order
+            self.scheduler.give_up()
+            for ticket in order:
+                self.scheduler.ended.pop(ticket, None)
             raise
         answers = [done.pop(ticket) for ticket in order]
-        self._ended |= done  # whose requests came by submit
+        self.scheduler.ended |= done  # whose requests came by submit
         return answers
 
     def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
@@ -171,71 +176,59 @@ class Generator:
         if not prompt.input_ids or prompt.status is not Status.RUNNING:
             raise ValueError(f"{prompt.key}: cannot complete a trajectory that is empty or {prompt.status.value}")
         check_limits(limits, prompt.key)
-        if len(prompt) + limits.max_tokens > self._most_blocks * self.pool.block_tokens:
+        if len(prompt) + limits.max_tokens > self.scheduler.most_blocks * self.pool.block_tokens:
             raise ValueError(
                 f"{prompt.key}: {len(prompt)} tokens and {limits.max_tokens} more do not fit the generator's cache of "
-                f"{self._most_blocks * self.pool.block_tokens}; raise cache_tokens"
+                f"{self.scheduler.most_blocks * self.pool.block_tokens}; raise cache_tokens"
             )
         sequence = begin(prompt, limits, self.model.config, self.features, self.pool.block_tokens)
+        sequence.health = self.watchdogs.request(limits.temperature)
         if limits.stop_strings:
             sequence.matcher = StopStrings(self.vocab, limits.stop_strings).matcher()
         self._tickets += 1
         sequence.ticket, sequence.priority = self._tickets, priority
-        self._requests[self._tickets] = sequence
-        insort(self._waiting, sequence, key=lambda s: s.rank)
+        self.scheduler.queue(sequence)
         return self._tickets
 
     def cancel(self, ticket: int) -> None:
         """Give up one request; what it sampled so far comes with the next :meth:`step`. Nothing where it has ended."""
-        if ticket in self._requests:
-            self._cancelled.append(ticket)
+        if ticket in self.scheduler.requests:
+            self.scheduler.cancelled.append(ticket)
 
     def sampled(self, ticket: int) -> tuple[list[int], list[float]]:
         """Ids and log-probs that a request in flight has so far."""
-        sequence = self._requests[ticket]
+        sequence = self.scheduler.requests[ticket]
+        sequence.told = sequence.produced > 0
         return sequence.ids[sequence.begun :], list(sequence.logprobs)
 
     @property
     def busy(self) -> bool:
-        return bool(self._requests or self._ended)
+        return bool(self.scheduler.requests or self.scheduler.ended)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
         """Tickets of requests that have begun: something of theirs is computed already, or is being."""
-        filling = [m for s in self._filling for m in (s, *s.followers)]
-        begun = [s for s in self._waiting if s.produced]  # they were pushed out
-        return tuple(s.ticket for s in (*self._running.sequences, *filling, *begun))
+        return self.scheduler.in_flight
 
     @property
     def load(self) -> dict[str, int]:
         """How many requests wait, are being read, and decode; blocks of the cache that are owned, known and there."""
-        filling = len(self._filling) + sum(len(s.followers) for s in self._filling)
-        owned = len(self.pool) - self.pool.free
-        return {"waiting": len(self._waiting), "filling": filling, "running": len(self._running), "blocks": owned,
-                "blocks_known": self.pool.known, "blocks_there": len(self.pool)}  # fmt: skip
+        return self.scheduler.load
 
     def abandon(self) -> None:
         """Give up everything queued and in flight."""
-        self._requests.clear()
-        self._cancelled, self._ended = [], {}
-        self._begin_anew()
+        self.features.forget()
+        self.scheduler.abandon()
+
+    def reread(self) -> None:
+        """Everything in flight gives up its keys and values, and is read again, with what it has sampled."""
+        self.scheduler.reread()
 
     def forget(self) -> None:
         """Find nothing again of what was computed. A change of weights does this by itself. Prompts that are half read
         begin again, for nothing they sample would tell that two versions had read them."""
         self.features.forget()
-        self.pool.forget()
-        self._put_back([s for s in self._filling if s.fed])
-        for sequence in self._requests.values():
-            sequence.stale = sequence.fed > 0
-
-    def reread(self) -> None:
-        """Everything in flight gives up its keys and values, and is read again, with what it has sampled."""
-        self._put_back(self._filling)
-        running = self._running.sequences
-        self._running.change([])
-        for sequence in running:
-            self._wait_again(sequence)
+        self.scheduler.forget()
 
     def step(self) -> dict[int, Completion]:
         """Admit waiting prompts if there is room, feed some of what prompts have, then decode a few tokens a sequence:
@@ -246,34 +239,19 @@ class Generator:
         self._require_weights()
         try:
             with self._computing():
-                self._give_up()
-                self._admit()
+                self.scheduler.give_up()
+                self.scheduler.admit()
                 self._fill()
                 for count in range(BURST):
-                    if not len(self._running) or (count and self.interrupt()):
+                    if not len(self.scheduler.running) or (count and self.interrupt()):
                         break
                     self._decode()
-                    self._collect()
+                    self.scheduler.collect()
         except BaseException:
-            self._begin_anew()
+            self.features.forget()
+            self.scheduler.begin_anew()
             raise
-        done, self._ended = self._ended, {}
-        return done
-
-    def _begin_anew(self) -> None:
-        """All requests wait, and the cache is empty, whatever state a failure left them in."""
-        self._waiting, self._filling = [], []
-        self._running.change([])
-        self.features.forget()
-        self.pool.clear()
-        self.kv.wipe(range(len(self.pool)))
-        for sequence in list(self._requests.values()):
-            sequence.blocks, sequence.followers = [], []
-            del sequence.experts[max(sequence.produced - 1, 0) :]
-            if sequence.reason:
-                self._end(sequence)
-            else:
-                self._wait_again(sequence)
+        return self.scheduler.hand_out()
 
     # ------------------------------------------------------------ weights
 
@@ -290,148 +268,30 @@ class Generator:
         if self.writer is not None:
             raise HalfWritten(str(self.writer))
 
-    # ------------------------------------------------------------ room
-
-    def _have(self, blocks: int) -> bool:
-        """Whether so many blocks can be had; the cache grows for it before it forgets anything."""
-        missing = blocks - self.pool.unknown
-        if missing > 0 and len(self.pool) < self._most_blocks:
-            wanted = max(len(self.pool) + missing, len(self.pool) * 3 // 2)
-            self.pool.grow(min(wanted, self._most_blocks))
-            self.kv.grow(len(self.pool))
-        return self.pool.free >= blocks
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.pool.block_tokens)
-
-    def _drop(self, sequence: Sequence) -> None:
-        blocks, sequence.blocks, sequence.fed, sequence.known = sequence.blocks, [], 0, 0
-        if sequence.reason == "sick":  # whatever made it so, nobody else is to find it
-            self.pool.untell(blocks)
-        self.pool.release(blocks)
-        if sequence.reason == "sick":
-            self.kv.wipe([block for block in blocks if not self.pool.owners[block]])
-
-    def _push_out(self, some: Iterable[Sequence]) -> None:
-        """Whoever came last of those that matter least is put back, for others' sake. A prompt that several share
-        matters as much as it does to the first of them."""
-        victim = max(some, key=lambda s: s.standing)
-        if victim in self._filling:
-            self._put_back([victim])
-        else:
-            self._running.change(s for s in self._running.sequences if s is not victim)
-            self._wait_again(victim)
-        self.counts["preempted"] += 1
-
-    def _wait_again(self, sequence: Sequence) -> None:
-        """What it has sampled is kept, and goes in again as a whole."""
-        self._drop(sequence)
-        sequence.resumed, sequence.stale = sequence.produced > 0, False
-        if not sequence.resumed:
-            sequence.cached_tokens = 0
-        insort(self._waiting, sequence, key=lambda s: s.rank)
-
-    def _put_back(self, filling: list[Sequence]) -> None:
-        """Prompts that are half read, and those that wait for them."""
-        self._filling = [s for s in self._filling if s not in filling]
-        for sequence in filling:
-            followers, sequence.followers = sequence.followers, []
-            for member in (sequence, *followers):
-                self._wait_again(member)
-
-    def _tell(self, sequence: Sequence) -> None:
-        """Blocks that have become full can be found from now on."""
-        fed = sequence.fed if self.drafter is None else min(sequence.fed, sequence.headed)
-        full = fed // self.pool.block_tokens
-        if full <= sequence.known or sequence.stale or self.config.steady or not self.config.reuse:
-            return
-        keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], sequence.spans())
-        for n in range(sequence.known, full):
-            self.pool.tell(sequence.blocks[n], keys[n])
-        sequence.known = full
-
     # ------------------------------------------------------------ prompts
-
-    def _admit(self) -> None:
-        """Let those in that wait, in their order, while there is room."""
-        prompts = self._prompts()
-        while sequence := next((s for s in self._waiting if s.produced or not self.hold), None):
-            inside = len(self._running) + sum(1 + len(s.followers) for s in self._filling)
-            leader = None if sequence.resumed else prompts.get(self._content(sequence))
-            if inside >= self.config.max_sequences or not (leader or self._begin(sequence)):
-                if not self._make_room(sequence):
-                    return
-                prompts = self._prompts()
-                continue
-            self._waiting.remove(sequence)
-            if leader is not None:
-                leader.followers.append(sequence)
-            else:
-                self._filling.append(sequence)
-                if not sequence.resumed:
-                    prompts[self._content(sequence)] = sequence
-
-    def _prompts(self) -> dict[tuple[object, ...], Sequence]:
-        """Those that others with the very same prompt may follow. Not who goes on: the token sampled last, which such a
-        prompt has, is not fed with the others."""
-        return {self._content(s): s for s in self._filling if not s.resumed}
-
-    def _content(self, sequence: Sequence) -> tuple[object, ...]:
-        return (*sequence.ids, *(key for _, _, key in sequence.image_spans))
-
-    def _begin(self, sequence: Sequence) -> bool:
-        """Blocks for all it has to be fed; false where there are none."""
-        keys: Sequence_[bytes] = ()
-        if self.config.reuse and not self.config.steady:
-            keys = sequence.keys.extend(sequence.ids, sequence.spans())
-            keys = keys[: (sequence.target - 1) // self.pool.block_tokens]  # a token is left, to say what comes next
-        found = self.pool.match(keys)
-        wanted = self._blocks_for(sequence.most if self.config.steady else sequence.target + 1) - len(found)
-        if not self._have(wanted + (0 if self.config.steady else len(self._running))):
-            alone = not (self._running.sequences or self._filling)
-            if not (alone and self._have(wanted)):
-                self.pool.release(found)
-                return False
-        sequence.blocks = found + self.pool.take(wanted)
-        sequence.known = len(found)
-        sequence.fed = len(found) * self.pool.block_tokens
-        sequence.cached_tokens = max(sequence.cached_tokens, min(sequence.fed, sequence.begun))
-        self.counts["cached"] += sequence.fed
-        if self.drafter is not None:
-            self.drafter.begin(sequence)
-        return True
-
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Push out somebody who matters less than ``sequence``. Not where sequences are to be steady: what was decoded
-        would be read again as a prompt, by other instructions."""
-        inside = () if self.config.steady else (*self._running.sequences, *self._filling)
-        lower = [s for s in inside if -s.standing[0] < sequence.priority]
-        if lower:
-            self._push_out(lower)
-        return bool(lower)
 
     def _fill(self) -> None:
         """Feed prompts: as much as one forward may have of those that matter most; each whole and alone where sequences
         are to be steady."""
-        if not self._filling:
+        if not self.scheduler.filling:
             return
         if self.config.steady:
-            for sequence in self._filling[:]:
+            for sequence in self.scheduler.filling[:]:
                 self._fed([Piece(sequence, 0, sequence.target)])
-            return self._collect()
+            return self.scheduler.collect()
         room, pieces = self.config.prefill_tokens, []
-        for sequence in sorted(self._filling, key=lambda s: s.standing):
+        for sequence in sorted(self.scheduler.filling, key=lambda s: s.standing):
             if room <= 0:
                 break
             stop = min(sequence.target, sequence.fed + room)
             pieces.append(Piece(sequence, sequence.fed, stop))
             room -= stop - sequence.fed
         self._fed(pieces)
-        self._collect()
+        self.scheduler.collect()
 
     def _fed(self, pieces: list[Piece]) -> None:
         """Run the pieces; whoever is fed whole samples its first token and decodes from then on."""
-        fed = self._runner.feed(pieces)
+        fed = self.runner.feed(pieces)
         if self.drafter is not None:
             self.drafter.read(pieces, fed)
         ends = np.cumsum(fed.counts) - 1
@@ -440,19 +300,19 @@ class Generator:
         whole, at = [], []
         for piece, end, sound in zip(pieces, ends.tolist(), finite.tolist(), strict=True):
             if not sound:
-                self._stop(piece.sequence, "sick")
+                self.scheduler.stop(piece.sequence, "sick", self._once_more(piece.sequence))
                 continue
             piece.sequence.fed = piece.stop
-            self._tell(piece.sequence)
+            self.scheduler.tell(piece.sequence)
             if piece.stop == piece.sequence.target:
                 whole.append(piece.sequence)
                 at.append(end)
         if not whole:
             return
-        self._filling = [s for s in self._filling if s not in whole]
+        self.scheduler.filling = [s for s in self.scheduler.filling if s not in whole]
         first, rows = [], []
         for sequence, end in zip(whole, at, strict=True):
-            for member in (sequence, *self._forked(sequence)):
+            for member in (sequence, *self.scheduler.forked(sequence)):
                 if not member.resumed:
                     first.append(member)
                     rows.append(end)
@@ -461,50 +321,41 @@ class Generator:
         joined = [*whole, *(s for s in first if s not in whole)]
         for sequence in joined:
             sequence.resumed = False
-        self._running.change([*self._running.sequences, *joined])
-
-    def _forked(self, leader: Sequence) -> list[Sequence]:
-        """Those with the very same prompt: they share its full blocks and get a copy of the one that is not."""
-        size, members = self.pool.block_tokens, []
-        full = leader.fed // size
-        sources, targets = [], []
-        for member in leader.followers:
-            wanted = self._blocks_for(member.most if self.config.steady else member.target + 1) - full
-            if not self._have(wanted):
-                self._wait_again(member)
-                continue
-            self.pool.share(leader.blocks[:full])
-            own = self.pool.take(wanted)
-            member.blocks, member.fed, member.known = leader.blocks[:full] + own, leader.fed, full
-            member.keys.keys = list(leader.keys.keys[:full])
-            member.cached_tokens = leader.fed
-            self.counts["cached"] += leader.fed
-            if leader.fed % size:
-                sources.append(leader.blocks[full])
-                targets.append(own[0])
-            if self.drafter is not None:
-                self.drafter.fork(leader, member)
-            members.append(member)
-        leader.followers = []
-        self.kv.copy(sources, targets)
-        return members
+        self.scheduler.running.change([*self.scheduler.running.sequences, *joined])
 
     def _first(self, sequences: list[Sequence], hidden_SD: Tensor) -> None:
         """The first token of each."""
         column = Running(self.device)
         column.change(sequences)
         column.fed -= 1  # all they have is fed, and no token waits
-        ids, logprobs = self._runner.sample(column, hidden_SD, self._barred)
+        ids, logprobs = self.runner.sample(column, hidden_SD, self._barred)
         for sequence, token, logprob in zip(sequences, ids.tolist(), logprobs.tolist(), strict=True):
-            sequence.take([token], [logprob], self.version)
+            self._watch(sequence, sequence.take([token], [logprob], self.version))
         self.tokens_sampled += len(sequences)
+
+    def _watch(self, sequence: Sequence, taken: int, drafted: int = 0, accepted: int = 0) -> None:
+        """Show the watchdogs the tokens that were ``taken`` just now. Who has ended is not called sick any more."""
+        if sequence.reason == "sick":  # what it would have taken is not finite
+            sequence.retry = self._once_more(sequence)
+            return
+        ids, logprobs = sequence.ids[len(sequence.ids) - taken :], sequence.logprobs[len(sequence.logprobs) - taken :]
+        assert sequence.health is not None
+        found = sequence.health.feed(ids, logprobs, drafted, accepted)
+        if found is None or sequence.reason:
+            return
+        action = self.watchdogs.decide(sequence.retries, sequence.told)
+        if action is not Action.NONE:
+            sequence.reason, sequence.retry = "sick", action is Action.RETRY
+
+    def _once_more(self, sequence: Sequence) -> bool:
+        return self.watchdogs.not_finite(sequence.retries, sequence.told)
 
     # ------------------------------------------------------------ decoding
 
     def _decode(self) -> None:
         """A token for every sequence, or several where its drafts are accepted."""
-        run = self._running
-        wanted = self._extend()
+        run = self.scheduler.running
+        wanted = self.scheduler.extend()
         if not len(run):
             return
         drafts = None if self.drafter is None else self.drafter.draft(run, wanted)
@@ -516,9 +367,9 @@ class Generator:
             within = np.arange(1 + said.shape[1]) < counts[:, None]
             ids = np.concatenate([run.last[:, None], said], axis=1)[within]
             positions = (run.positions[:, None] + np.arange(1 + said.shape[1]))[within]
-        fed = self._runner.decode(ids, positions, run.table, run.fed, counts)
+        fed = self.runner.decode(ids, positions, run.table, run.fed, counts)
         if drafts is None:
-            tokens, logprobs = (x[:, None] for x in self._runner.sample(run, fed.hidden, self._barred))
+            tokens, logprobs = (x[:, None] for x in self.runner.sample(run, fed.hidden, self._barred))
             accepted = np.zeros(len(run), dtype=np.int64)
         else:
             assert self.drafter is not None
@@ -538,6 +389,7 @@ class Generator:
             if self.drafter is not None:
                 made = int(fed.counts[row]) - 1
                 self.drafter.judged(sequence, made, many - 1, fed.hidden[start : start + kept])
+            self._watch(sequence, kept, int(fed.counts[row]) - 1, many - 1)
             sequence.fed += kept
             taken[row] = kept
         self.tokens_sampled += int(taken.sum())
@@ -546,54 +398,4 @@ class Generator:
         run.advance(taken)
         for row in full:
             if run.sequences[row].reason != "sick":
-                self._tell(run.sequences[row])
-
-    def _extend(self) -> np.ndarray:
-        """Room for the next token of every running sequence, and for its drafts, of which it returns how many there are
-        to be; who came last or matters least steps back if there is none."""
-        run = self._running
-        while True:
-            wanted = np.zeros(len(run), dtype=np.int64) if self.drafter is None else self.drafter.wanted(run)
-            have = np.array([len(s.blocks) for s in run.sequences])
-            need = -(-(run.fed + 1 + wanted) // self.pool.block_tokens) - have
-            if self._have(int(need.clip(0).sum())):
-                for row in np.flatnonzero(need > 0).tolist():
-                    run.give(row, self.pool.take(int(need[row])))
-                return wanted
-            inside = [*run.sequences, *self._filling]
-            assert len(inside) > 1, "a sequence alone fits, or submit refuses it"
-            self._push_out(inside)
-
-    # ------------------------------------------------------------ ends
-
-    def _give_up(self) -> None:
-        """End what was cancelled."""
-        cancelled, self._cancelled = self._cancelled, []
-        for sequence in [self._requests[ticket] for ticket in dict.fromkeys(cancelled) if ticket in self._requests]:
-            self._stop(sequence, "cancelled")
-
-    def _stop(self, sequence: Sequence, reason: str) -> None:
-        """End it before its time, wherever it is."""
-        sequence.reason = reason
-        if sequence in self._running.sequences:
-            return self._collect()
-        if sequence in self._filling:
-            self._put_back([sequence])
-        for place in (self._waiting, *(s.followers for s in self._filling)):
-            if sequence in place:
-                place.remove(sequence)
-        self._end(sequence)
-
-    def _collect(self) -> None:
-        """End those that are through."""
-        ended = [s for s in self._running.sequences if s.reason]
-        if ended:
-            self._running.change(s for s in self._running.sequences if not s.reason)
-        for sequence in ended:
-            self._end(sequence)
-
-    def _end(self, sequence: Sequence) -> None:
-        self._drop(sequence)
-        del self._requests[sequence.ticket]
-        self.counts[sequence.reason] += 1
-        self._ended[sequence.ticket] = sequence.completion()
+                self.scheduler.tell(run.sequences[row])

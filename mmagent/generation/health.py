@@ -29,6 +29,7 @@ class Sickness(StrEnum):
     LOOP = "loop"
     IMPROBABLE = "improbable"
     BROKEN_TEXT = "broken_text"
+    NOT_FINITE = "not_finite"
 
 
 class Action(StrEnum):
@@ -41,8 +42,9 @@ class Action(StrEnum):
 
 @dataclass
 class HealthConfig:
-    """``action`` on a sick request: "none" counts it and lets it go on, "abort" ends it, "retry" runs it again, at most
-    ``retries`` times, and ends it then. ``acceptance``, ``loops`` and ``garbage`` say which watchdogs are awake.
+    """``action`` on a sick request: "none" counts it and lets it go on (as far as its numbers are finite), "abort" ends
+    it, "retry" runs it again from its prompt, with another seed and nothing found in the cache, at most ``retries``
+    times, and ends it then. ``acceptance``, ``loops`` and ``garbage`` say which watchdogs are awake.
 
     Acceptance, from the ``accept_after``-th token that came with drafts: fewer than ``min_accept_length`` tokens a
     round (drafts that stayed and the one behind them), or a larger share of drafts than ``max_accept_rate``. The share
@@ -213,7 +215,7 @@ class RequestHealth:
 
     def __init__(self, watchdogs: Watchdogs, temperature: float):
         config = watchdogs.config
-        self._watchdogs = watchdogs
+        self._watchdogs, self._temperature = watchdogs, temperature
         self._acceptance = AcceptanceWatch(config) if config.acceptance else None
         self._loops = LoopWatch(config) if config.loops else None
         self._garbage = GarbageWatch(config, watchdogs.vocab, temperature) if config.garbage else None
@@ -239,6 +241,10 @@ class RequestHealth:
             self._watchdogs.found[found] += 1
         return found
 
+    def anew(self) -> RequestHealth:
+        """For the same request from its beginning."""
+        return RequestHealth(self._watchdogs, self._temperature)
+
 
 class Watchdogs:
     """Those of all requests of one generator. ``found`` counts sick requests by kind, ``actions`` what was done."""
@@ -252,10 +258,16 @@ class Watchdogs:
         """For a new request, or one that starts again; ``temperature`` it is sampled at."""
         return RequestHealth(self, temperature)
 
-    def decide(self, retried: int) -> Action:
-        """What to do with a request that was just found sick, and was ``retried`` so many times before. Counted."""
+    def not_finite(self, retried: int, told: bool) -> bool:
+        """A request whose numbers are not finite ends in any case; whether it is to be tried again."""
+        self.found[Sickness.NOT_FINITE] += 1
+        return self.decide(retried, told) is Action.RETRY
+
+    def decide(self, retried: int, told: bool = False) -> Action:
+        """What to do with a request that was just found sick, and was ``retried`` so many times before. Where somebody
+        was ``told`` what it sampled (a stream), that cannot be taken back, and it ends. Counted."""
         action = Action(self.config.action)
-        if action is Action.RETRY and retried >= self.config.retries:
+        if action is Action.RETRY and (told or retried >= self.config.retries):
             action = Action.ABORT
         self.actions[action] += 1
         return action

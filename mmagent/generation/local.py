@@ -122,7 +122,7 @@ class LocalPolicy:
         update = WeightUpdate(self.generator, manifest, in_flight, cast)
         self._pausing = in_flight
         try:
-            self.generator.hold = True
+            self.generator.scheduler.hold = True
             if self._worker is not None and not self._worker.done():
                 await asyncio.wait({self._worker})
             with update:
@@ -130,7 +130,7 @@ class LocalPolicy:
                     self._settle(self._requests.pop(ticket), completion)
                 yield update
         finally:
-            self._pausing, self.generator.hold = "", False
+            self._pausing, self.generator.scheduler.hold = "", False
             self._go_on()
 
     async def update(self, source: Source, in_flight: str = "finish", cast: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmagent.generation.blocks import ChainKeys
 from mmagent.generation.features import ImageFeatures
+from mmagent.generation.health import RequestHealth
 from mmagent.generation.stopping import Matcher
 from mmagent.geometry import document_positions
 from mmagent.models.agent_model import AgentModelConfig
@@ -62,6 +63,10 @@ class Sequence:
     image, where its first visual token stands, how many there are, and the key of what it shows. ``resumed``: it was
     pushed out with its last token sampled but not fed, and goes on there. ``known``: blocks whose content was told.
 
+    ``health`` are its watchdogs. ``retry``: they found it sick, and it is to begin again; it has done so ``retries``
+    times, and is ``anew`` since: it finds nothing in the cache, which may be what made it sick. ``told``: somebody has
+    seen what it sampled, which cannot be taken back.
+
     With drafts: ``headed`` tokens were fed to the MTP head, ``unheaded`` are the decoder's states, each ``(n, D)``, at
     the token before those that were not, and ``tails (B - 1, D)`` those of the head's depths at the last that was.
     """
@@ -88,6 +93,10 @@ class Sequence:
     versions: list[int] = field(default_factory=list)
     reason: str = ""
     matcher: Matcher | None = None
+    health: RequestHealth | None = None
+    retry: bool = False
+    retries: int = 0
+    told: bool = False
     hopes: Hopes | None = None
     headed: int = 0
     unheaded: list[Tensor] = field(default_factory=list)
@@ -103,6 +112,10 @@ class Sequence:
     def standing(self) -> tuple[int, int]:
         """Its rank, or that of the first of those who begin where it ends."""
         return min(s.rank for s in (self, *self.followers))
+
+    @property
+    def anew(self) -> bool:
+        return self.retries > 0
 
     @property
     def target(self) -> int:
@@ -153,6 +166,19 @@ class Sequence:
         self.reason = reason
         return count
 
+    def begin_again(self) -> None:
+        """As it came, but for its seed: the same numbers would lead it the same way."""
+        assert not self.blocks, "who begins again owns nothing"
+        self.retries, self.retry, self.reason, self.resumed, self.stale = self.retries + 1, False, "", False, False
+        self.limits = replace(self.limits, seed=_further(self.limits.seed))
+        del self.ids[self.begun :], self.logprobs[:], self.experts[:], self.versions[:]
+        del self.keys.keys[self.begun // self.keys.block_tokens :]
+        self.cached_tokens, self.hopes = 0, None
+        if self.matcher is not None:
+            self.matcher = self.matcher.anew()
+        if self.health is not None:
+            self.health = self.health.anew()
+
     def completion(self) -> Completion:
         ids = tuple(self.ids[self.begun :])
         experts: tuple[Tensor, ...] = ()
@@ -164,6 +190,11 @@ class Sequence:
             ids, tuple(self.logprobs), self.reason == "stop", experts, self.reason, tuple(self.versions),
             self.cached_tokens,
         )  # fmt: skip
+
+
+def _further(seed: int) -> int:
+    """Another seed, which comes of this one alone (a step of SplitMix64), in its range: 64 bits, signed."""
+    return (seed + 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def begin(

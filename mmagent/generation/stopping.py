@@ -128,6 +128,10 @@ class Matcher:
         """Bytes at the end of the text that a stop string begins with; 0 once one was found."""
         return 0 if self.found else self._strings._depth[self._node]
 
+    def anew(self) -> Matcher:
+        """For the same request from its beginning."""
+        return Matcher(self._strings)
+
     def feed(self, ids: Iterable[int]) -> int | None:
         """Take in the tokens that come next. How many of them the completion has, the one that completes a stop string
         included, or None if none is completed. The rest is not read, and neither is what comes later."""

@@ -342,13 +342,13 @@ class WeightUpdate:
         generator.writer = self
 
     def _finish(self) -> None:
-        generator, held = self.generator, self.generator.hold
-        generator.hold = True
+        generator, held = self.generator, self.generator.scheduler.hold
+        generator.scheduler.hold = True
         try:
             while generator.in_flight:
                 self.ended.update(generator.step())
         finally:
-            generator.hold = held
+            generator.scheduler.hold = held
 
     def write(self, bucket: Bucket) -> None:
         """Raises :class:`WeightsError`, and writes nothing of it, for a bucket of another version or layout, one that

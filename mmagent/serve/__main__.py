@@ -99,6 +99,7 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     import torch
 
     from mmagent.generation.generator import Generator, GeneratorConfig
+    from mmagent.generation.health import HealthConfig
     from mmagent.generation.local import LocalPolicy
     from mmagent.serve.desk import Desk
     from mmagent.serve.fetching import Fetcher
@@ -126,8 +127,9 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
         fetcher=Fetcher(options.max_body) if options.fetch_images else None,
     )
     config = GeneratorConfig(
-        options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype, speculate=options.speculate
-    )
+        options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype, speculate=options.speculate,
+        health=HealthConfig(options.watchdogs),
+    )  # fmt: skip
     policy = LocalPolicy(Generator(agent.model, agent.vocab, config))
     notes = {
         "folder": options.checkpoint.resolve().name,  # where it lies is nothing for a page that anybody may look at

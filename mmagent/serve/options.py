@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmagent.generation.health import Action
+
 DESCRIPTION = """Serve a checkpoint behind an OpenAI-compatible API.
 
   python -m mmagent.serve runs/quickstart/rl/agent
@@ -44,6 +46,7 @@ class Options:
     timeout: float = 600.0
     grace: float = 30.0
     speculate: int = 0
+    watchdogs: str = "none"
     trust_code: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +83,11 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="default: bfloat16 on a GPU")
     add(model, "device", str, "DEVICE", "default: cuda if there is one, else cpu")
     add(model, "speculate", int, "N", "tokens at most that the model's MTP head drafts at a time (default: none)")
+    model.add_argument(
+        "--watchdogs", choices=tuple(Action), default=usual.watchdogs, type=str,
+        help="what becomes of an answer that goes round in circles or is garbled: none counts it, abort ends it with "
+        "an error, retry samples it once more, unless it is streamed (default: none)",
+    )  # fmt: skip
     model.add_argument("--trust-code", action="store_true", help="import the encoder of its own that CHECKPOINT names")
     limits = parser.add_argument_group("limits")
     add(limits, "max-context", int, "TOKENS", "of a prompt and its answer (default: the model's own, else 8192)")

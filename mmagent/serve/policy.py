@@ -43,3 +43,11 @@ def cache_use(policy: object) -> Mapping[str, float]:
         "tokens_found": counts["cached"],
         "sequences_preempted": counts["preempted"],
     }
+
+
+def sick(policy: object) -> Mapping[str, int]:
+    """How many answers the watchdogs found sick, by what they found."""
+    generator = getattr(policy, "generator", None)
+    if not isinstance(generator, Generator):
+        return {}
+    return {kind.value: count for kind, count in sorted(generator.watchdogs.found.items())}

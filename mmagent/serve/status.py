@@ -12,7 +12,7 @@ import mmagent
 from mmagent.html.charts import line_chart
 from mmagent.html.pieces import Section, code, facts, grid, number, page, tiles
 from mmagent.serve.desk import Desk, Moment
-from mmagent.serve.policy import cache_use
+from mmagent.serve.policy import cache_use, sick
 
 REFRESH = 5
 """Seconds after which a browser loads the page again."""
@@ -39,6 +39,7 @@ def health(served: Served, desk: Desk) -> dict[str, Any]:
         "queued": desk.waiting,
         "tokens_served": ledger.tokens,
         "uptime_seconds": round(ledger.uptime, 1),
+        "sick": dict(sick(desk.policy)),
         "cache": dict(cache_use(desk.policy)),
     }
 
@@ -64,6 +65,10 @@ def metrics(served: Served, desk: Desk) -> str:
         add("first_token_seconds", "gauge", "Median time to the first token of recent streams.", {
             "": statistics.median(ledger.first_token)
         })  # fmt: skip
+    if found := sick(desk.policy):
+        add("sick_total", "counter", "Answers that a watchdog found looping or garbled.", {
+            f'{{kind="{kind}"}}': count for kind, count in found.items()
+        })  # fmt: skip
     for name, value in cache_use(desk.policy).items():
         add(f"cache_{name}", "gauge", "Of the key-value cache.", {"": value})
     return "\n".join(lines) + "\n"
@@ -87,6 +92,7 @@ def status_page(served: Served, desk: Desk) -> str:
     }
     charts = grid([_speed(moments), _load(moments)])
     told = dict(served.notes) | {"up": _span(ledger.uptime), "policy version": desk.policy.version}
+    told |= {f"sick: {kind.replace('_', ' ')}": str(count) for kind, count in sick(desk.policy).items()}
     told |= {f"cache: {name.replace('_', ' ')}": number(value) for name, value in cache_use(desk.policy).items()}
     answers = {f"status {status}": f"{count:,}" for status, count in sorted(ledger.answers.items())}
     sections = [

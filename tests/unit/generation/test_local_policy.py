@@ -17,7 +17,7 @@ def alone(text: str) -> tuple[int, ...]:
 
 def test_a_loop_that_ends_while_the_thread_computes_leaves_nothing_behind():
     policy = LocalPolicy(Generator(tiny_model(), tiny_vocab()))
-    feed = policy.generator._runner.feed
+    feed = policy.generator.runner.feed
 
     def slow(*args):
         fed = feed(*args)
@@ -29,9 +29,9 @@ def test_a_loop_that_ends_while_the_thread_computes_leaves_nothing_behind():
         await asyncio.sleep(0.1)  # the thread is in the middle of their prompts
         return tasks
 
-    policy.generator._runner.feed = slow
+    policy.generator.runner.feed = slow
     asyncio.run(leave())
-    policy.generator._runner.feed = feed
+    policy.generator.runner.feed = feed
     assert asyncio.run(policy.complete(prompt("three"), LIMITS)).ids == alone("three")
     assert policy.generator.load["running"] == policy.generator.load["blocks"] == 0
     policy.generator.pool.check([])

@@ -74,12 +74,12 @@ def test_who_decodes_steps_back_for_a_prompt_that_came_before():
     generator = Generator(toy(), tiny_vocab(), GeneratorConfig(cache_tokens=100, prefill_tokens=2))
     long, late = words(70, 9), words(5)
     tickets = [generator.submit(long, Limits(4)), generator.submit(late, Limits(60), priority=0)]
-    generator._requests[tickets[1]].priority = 1  # so that it is read first,
-    generator._waiting.sort(key=lambda s: s.rank)
+    generator.scheduler.requests[tickets[1]].priority = 1  # so that it is read first,
+    generator.scheduler.waiting.sort(key=lambda s: s.rank)
     for _ in range(4):
         generator.step()
-    assert len(generator._running) == 1
-    generator._requests[tickets[1]].priority = 0  # and matters no more than the other
+    assert len(generator.scheduler.running) == 1
+    generator.scheduler.requests[tickets[1]].priority = 0  # and matters no more than the other
     done = finished(generator)
     assert generator.counts["preempted"]
     same(done[tickets[0]], undisturbed(long, Limits(4)))
@@ -166,7 +166,11 @@ def test_one_that_is_cancelled_ends_once_wherever_it_is():
     generator = Generator(toy(), tiny_vocab(), GeneratorConfig(prefill_tokens=3, max_sequences=3))
     tickets = [generator.submit(words(9), Limits(5, seed=n)) for n in range(5)]
     generator.step()
-    states = [len(generator._filling), len(generator._filling[0].followers), len(generator._waiting)]
+    states = [
+        len(generator.scheduler.filling),
+        len(generator.scheduler.filling[0].followers),
+        len(generator.scheduler.waiting),
+    ]
     assert states == [1, 2, 2]
     for ticket in (tickets[0], tickets[2], tickets[4], tickets[4]):  # who is read, who follows, who waits
         generator.cancel(ticket)
@@ -248,8 +252,8 @@ def test_a_step_that_fails_may_be_tried_again(where):
     if where == "reading":
         model.decoder.blocks[1].register_forward_pre_hook(fail)
     else:
-        scores = generator._runner.scores
-        generator._runner.scores = lambda *args: (fail(), scores(*args))[1]
+        scores = generator.runner.scores
+        generator.runner.scores = lambda *args: (fail(), scores(*args))[1]
     done: dict[int, Completion] = {}
     failures = 0
     while generator.busy:
@@ -317,7 +321,7 @@ def test_one_that_falls_sick_on_the_way_keeps_what_was_sound(temperature):
     rows = [words(9), words(30, 2), words(9)]
     tickets = [generator.submit(row, Limits(12, temperature, seed=n)) for n, row in enumerate(rows)]
     generator.step()
-    victim = generator._requests[tickets[0]]
+    victim = generator.scheduler.requests[tickets[0]]
     before = list(victim.ids[9:])
     shared = victim.blocks[0]
     assert generator.pool.owners[shared] == 2  # with the other that has the same prompt
@@ -364,7 +368,7 @@ def test_no_completion_is_of_one_version_by_its_tokens_and_of_two_by_its_cache()
     generator.step()
     tickets = [generator.submit(words(18), Limits(6, seed=n)) for n in range(2)]
     generator.step()
-    assert 0 < generator._filling[0].fed < 18
+    assert 0 < generator.scheduler.filling[0].fed < 18
     change(model)
     generator.version = 1
     later = [generator.submit(words(18), Limits(6, seed=2)), generator.submit(words(16), Limits(6, seed=3))]

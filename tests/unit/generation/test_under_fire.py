@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from mmagent.generation import blocks, features, generator, paged, runner, sequences
+from mmagent.generation import blocks, features, paged, runner, scheduler, sequences
 from mmagent.generation.generator import GeneratorConfig
 from tests.fire_kit import Play, Schedule, World, blamed, random_schedule, toy_world, world
 
@@ -85,25 +85,25 @@ Patch = pytest.MonkeyPatch
 
 def released_twice(patch: Patch) -> None:
     """What is given up is not forgotten."""
-    drop = generator.Generator._drop
+    drop = scheduler.Scheduler.drop
 
     def keep(self, sequence):
         blocks = sequence.blocks
         drop(self, sequence)
         sequence.blocks = blocks
 
-    patch.setattr(generator.Generator, "_drop", keep)
+    patch.setattr(scheduler.Scheduler, "drop", keep)
 
 
 def leaked_where_cancelled(patch: Patch) -> None:
-    drop = generator.Generator._drop
+    drop = scheduler.Scheduler.drop
 
     def leak(self, sequence):
         if sequence.reason == "cancelled":
             sequence.blocks = []
         drop(self, sequence)
 
-    patch.setattr(generator.Generator, "_drop", leak)
+    patch.setattr(scheduler.Scheduler, "drop", leak)
 
 
 def forks_share_the_block_that_is_written(patch: Patch) -> None:
@@ -112,7 +112,7 @@ def forks_share_the_block_that_is_written(patch: Patch) -> None:
 
 def told_before_it_is_full(patch: Patch) -> None:
     """Of the prompt, of which all ids are known, but not all are stored."""
-    tell = generator.Generator._tell
+    tell = scheduler.Scheduler.tell
 
     def early(self, sequence):
         fed, size = sequence.fed, self.pool.block_tokens
@@ -120,7 +120,7 @@ def told_before_it_is_full(patch: Patch) -> None:
         tell(self, sequence)
         sequence.fed = fed
 
-    patch.setattr(generator.Generator, "_tell", early)
+    patch.setattr(scheduler.Scheduler, "tell", early)
 
 
 def told_of_old_weights(patch: Patch) -> None:
@@ -156,21 +156,21 @@ def pictures_without_their_grid(patch: Patch) -> None:
 
 
 def followers_with_another_picture(patch: Patch) -> None:
-    patch.setattr(generator.Generator, "_content", lambda self, sequence: tuple(sequence.ids))
+    patch.setattr(scheduler.Scheduler, "_content", lambda self, sequence: tuple(sequence.ids))
 
 
 def followers_of_who_goes_on(patch: Patch) -> None:
     """One that was pushed out is fed all but its last token; another with these ids as its prompt needs that too."""
-    patch.setattr(generator.Generator, "_prompts", lambda self: {self._content(s): s for s in self._filling})
+    patch.setattr(scheduler.Scheduler, "_prompts", lambda self: {self._content(s): s for s in self.filling})
 
 
 def a_prompt_that_steps_back_takes_its_followers_along(patch: Patch) -> None:
     def put_back(self, filling):
-        self._filling = [s for s in self._filling if s not in filling]
+        self.filling = [s for s in self.filling if s not in filling]
         for sequence in filling:
-            self._wait_again(sequence)
+            self.wait_again(sequence)
 
-    patch.setattr(generator.Generator, "_put_back", put_back)
+    patch.setattr(scheduler.Scheduler, "put_back", put_back)
 
 
 def draws_by_the_row(patch: Patch) -> None:
@@ -184,10 +184,10 @@ def what_is_not_finite_is_sampled(patch: Patch) -> None:
 
 def what_failed_leaves_its_blocks(patch: Patch) -> None:
     def anew(self):
-        self._waiting, self._filling = list(self._requests.values()), []
-        self._running.change([])
+        self.waiting, self.filling = list(self.requests.values()), []
+        self.running.change([])
 
-    patch.setattr(generator.Generator, "_begin_anew", anew)
+    patch.setattr(scheduler.Scheduler, "begin_anew", anew)
 
 
 def another_answer_is_added_with_weight_zero(patch: Patch) -> None:

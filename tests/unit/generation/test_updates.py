@@ -442,7 +442,7 @@ def test_a_prompt_that_is_half_read_is_read_again(in_flight):
     tickets = [generator.submit(text, Limits(5, 1.0, seed=n)) for n in range(2)]  # the second waits for the first
     generator.step()
     generator.step()
-    assert 16 <= generator._filling[0].fed < len(text)
+    assert 16 <= generator.scheduler.filling[0].fed < len(text)
     write(generator, 1, in_flight)
     done = drain(generator)
     expected = fresh(1, steady=False).generate([(text, Limits(5, 1.0, seed=n)) for n in range(2)])
