@@ -33,7 +33,7 @@ from mmagent.generation.scheduler import Scheduler
 from mmagent.generation.sequences import Sequence, begin
 from mmagent.generation.speculation import Drafter
 from mmagent.generation.stopping import StopStrings
-from mmagent.generation.weights import HalfWritten, require_steady, require_whole, weight_versions
+from mmagent.generation.weights import HalfWritten, WeightVersions, require_steady, require_whole
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
@@ -134,6 +134,7 @@ class Generator:
         )  # fmt: skip
         self.watchdogs = Watchdogs(self.config.health, vocab)
         self._tickets = 0
+        self._versions = WeightVersions(model)
         self._weights: tuple[int, ...] = ()
 
     @property
@@ -257,7 +258,7 @@ class Generator:
 
     def _computing(self) -> AbstractContextManager[None]:
         """With the weights as they are: what was computed with others is forgotten."""
-        weights = (self.version, *weight_versions(self.model))  # writing to a tensor's ``data`` leaves no other trace
+        weights = (self.version, *self._versions.of())  # writing to a tensor's ``data`` leaves no other trace
         if weights != self._weights:
             require_whole(self.model)
             self.forget()

@@ -50,14 +50,17 @@ class PagedKV:
         self.head_major = device.type == "cpu"
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write(self, layer: int, blocks: Tensor, places: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
-        """Store T tokens of ``layer`` at ``places (T,)`` of ``blocks (T,)``."""
-        keys, values = self._layer(layer, k_TGd)
-        for stored, x in ((keys, k_TGd), (values, v_TGd)):
-            if self.head_major:
-                stored[blocks, :, places] = x.to(stored.dtype)
-            else:
-                stored[blocks, places] = x.to(stored.dtype)
+    def places(self, blocks: Tensor, places: Tensor, groups: int) -> Tensor:
+        """``(T * G,)``: rows of ``d`` numbers for the heads of T tokens, at ``places (T,)`` of ``blocks (T,)``."""
+        heads = torch.arange(groups, device=blocks.device)
+        if self.head_major:
+            return ((blocks[:, None] * groups + heads) * self.block_tokens + places[:, None]).flatten()
+        return ((blocks * self.block_tokens + places)[:, None] * groups + heads).flatten()
+
+    def write(self, layer: int, rows: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> None:
+        """Store T tokens of ``layer`` in what :meth:`places` gave."""
+        for stored, x in zip(self._layer(layer, k_TGd), (k_TGd, v_TGd), strict=True):
+            stored.view(-1, stored.shape[-1]).index_copy_(0, rows, x.reshape(-1, x.shape[-1]).to(stored.dtype))
 
     def _layer(self, layer: int, like_TGd: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
@@ -104,13 +107,12 @@ class PagedKV:
 
 class _Part(NamedTuple):
     """Blocks and the queries that are compared with them in one product: ``owners (n, m)`` are rows of queries for each
-    of ``n`` blocks. ``blocks`` is a slice where they are read where they lie. ``cut (c,)``: entries, of n * m, of
-    blocks with places that some query of their row must not see, and ``unseen (c, 1, N, 1, block_tokens)`` which."""
+    of ``n`` blocks. ``blocks`` is a slice where they are read where they lie. ``bias (n * m, 1, N, 1, block_tokens)``
+    is added to scores: minus infinity at places that a query of the row must not see, else 0."""
 
     blocks: slice | Tensor
     owners: Tensor
-    cut: Tensor
-    unseen: Tensor
+    bias: Tensor
 
 
 class _Blocks(NamedTuple):
@@ -157,7 +159,7 @@ class PagedAttention:
         self._starts = starts
         self._prepared: _Blocks | None = None
         self._depths: dict[int, PagedAttention] = {}
-        self._where: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._where: dict[tuple[torch.device, int], Tensor] = {}
 
     def behind(self, first: int) -> PagedAttention:
         """The same forward for sequences of which the first places are not there."""
@@ -168,7 +170,7 @@ class PagedAttention:
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         kv = self.kv
         with torch.autocast(q_THd.device.type, enabled=False):
-            kv.write(layer, *self._written(k_TGd.device), k_TGd, v_TGd)
+            kv.write(layer, self._written(k_TGd), k_TGd, v_TGd)
             if not self.history.any() and self.counts.min() > self.first and self.counts.max() > 1:
                 return self._fresh(q_THd, k_TGd, v_TGd)
             q_THd = q_THd.to(kv.layers[layer][0].dtype)
@@ -178,11 +180,12 @@ class PagedAttention:
                 return self._by_rows(layer, q_THd)
             return self._by_blocks(layer, q_THd)
 
-    def _written(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Blocks and places of the new tokens, on a layer's device."""
-        if device not in self._where:
-            self._where[device] = self._write_blocks.to(device), self._write_places.to(device)
-        return self._where[device]
+    def _written(self, k_TGd: Tensor) -> Tensor:
+        """Where the new tokens lie, on a layer's device."""
+        device, groups = k_TGd.device, k_TGd.shape[1]
+        if (device, groups) not in self._where:
+            self._where[device, groups] = self.kv.places(self._write_blocks, self._write_places, groups).to(device)
+        return self._where[device, groups]
 
     def _fresh(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Nothing is stored of any sequence: the new tokens are a pack of documents."""
@@ -220,17 +223,20 @@ class PagedAttention:
         M = rows.shape[2]
         rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, 1))  # one that nobody is, for blocks nobody owns
         results = [self._meet(part, rows, keys, values, N) for part in plan.parts]
-        top, total, out = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*results, strict=True))
+        top, total, out = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
         top = top.index_select(0, plan.entry).view(S, -1, G, M).masked_fill_(plan.dead, float("-inf"))
-        share = top.sub_(top.amax(1, keepdim=True).clamp_min(-1e30)).exp_()
-        total = total.index_select(0, plan.entry).view_as(share).mul_(share).sum(1, keepdim=True)
-        share.div_(total.clamp_min_(1e-30))  # no place is there: zeros, not 0 / 0
+        share = top.sub_(top.amax(1, keepdim=True)).exp_()
+        share.div_(total.index_select(0, plan.entry).view_as(share).mul_(share).sum(1, keepdim=True))
         parts = out.index_select(0, plan.entry).view(*share.shape, d)
         joined = parts.mul_(share.unsqueeze(-1)).sum(1).to(values.dtype)
         if N > 1:
             joined = joined.view(S, G, N, H // G, d).transpose(1, 2).reshape(S * N, H, d)
-            return joined.index_select(0, self._padded)
-        return joined.reshape(T, H, d)
+            joined = joined.index_select(0, self._padded)
+        else:
+            joined = joined.reshape(T, H, d)
+        if self.first:  # a token at a place that is not there sees none
+            joined[torch.from_numpy(self.history[self._rows] + self._offsets < self.first)] = 0
+        return joined
 
     def _meet(
         self, part: _Part, rows: Tensor, keys: Tensor, values: Tensor, queries: int
@@ -248,12 +254,9 @@ class PagedAttention:
         if many > 1:
             scores = scores.view(n, G, many, M, size).transpose(1, 2)
         scores = scores.reshape(n * many, G, M, size)
-        if part.cut.numel():
-            seen = scores.index_select(0, part.cut).view(-1, G, queries, M // queries, size)
-            seen = seen.masked_fill_(part.unseen, float("-inf")).view(-1, G, M, size)
-            scores.index_copy_(0, part.cut, seen)
+        scores.view(n * many, G, queries, M // queries, size).add_(part.bias)
         top = scores.amax(-1)
-        weights = scores.sub_(top.clamp_min(-1e30).unsqueeze(-1)).exp_()
+        weights = scores.sub_(top.clamp_min(-1e30).unsqueeze(-1)).exp_()  # a block may show nothing
         total = weights.sum(-1)
         if many > 1:
             weights = weights.view(n, many, G, M, size).transpose(1, 2)
@@ -321,14 +324,10 @@ class PagedAttention:
         parts, done = [], 0
         for blocks, owners in met:
             own = (cut >= done) & (cut < done + owners.size)
-            parts.append(
-                _Part(
-                    blocks if isinstance(blocks, slice) else torch.from_numpy(blocks),
-                    torch.from_numpy(owners),
-                    torch.from_numpy(cut[own] - done),
-                    torch.from_numpy(unseen[own])[:, None, :, None],
-                )
-            )
+            bias = np.zeros((owners.size, 1, queries, 1, size), dtype=np.float32)
+            bias[cut[own] - done, 0, :, 0] = np.where(unseen[own], -np.inf, 0)
+            where = blocks if isinstance(blocks, slice) else torch.from_numpy(blocks)
+            parts.append(_Part(where, torch.from_numpy(owners), torch.from_numpy(bias)))
             done += owners.size
         return tuple(parts)
 

@@ -14,15 +14,24 @@ class HalfWritten(RuntimeError):
     """The weights are being exchanged, or were so in part: nothing is served until they are whole."""
 
 
-def weight_versions(model: nn.Module) -> tuple[int, ...]:
-    """Another one whenever a weight was written to, or lies elsewhere. Those that accelerate brings and takes are not
-    counted. What is written in place through ``.data`` counts no versions, so who does that says so
-    (``torch.autograd.graph.increment_version``, or a new version of the generator's policy)."""
-    tensors = (*model.parameters(), *model.buffers())
-    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    moved = hasattr(model, "hf_device_map")  # by accelerate, which makes new ones in inference mode
-    versions = ((0 if t.is_inference() else t._version, 0 if moved else t.data_ptr()) for t in local)
-    return tuple(number for both in versions for number in both)
+class WeightVersions:
+    """``of()`` is another one whenever a weight of ``model`` was written to, replaced, or lies elsewhere. Those that
+    accelerate brings and takes are not counted. What is written in place through ``.data`` counts no versions, so who
+    does that says so (``torch.autograd.graph.increment_version``, or a new version of the generator's policy)."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules = tuple(model.modules())  # found once: this is asked between two tokens
+
+    def of(self) -> tuple[int, ...]:
+        moved = hasattr(self._model, "hf_device_map")  # by accelerate, which makes new ones in inference mode
+        numbers: list[int] = []
+        for module in self._modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    numbers += (0 if local.is_inference() else local._version, 0 if moved else local.data_ptr())
+        return tuple(numbers)
 
 
 def require_whole(model: nn.Module) -> None:

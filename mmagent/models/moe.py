@@ -25,10 +25,12 @@ from mmagent.models.layers import SwiGLU, matrix_std
 from mmagent.ops.glu import swiglu
 from mmagent.ops.grouped import (
     collect_from_experts,
+    few,
     grouped_linear,
     plan_arrival,
     plan_dispatch,
     scatter_to_experts,
+    serve_few,
     sort_by_expert,
     tally,
     unsort_by_expert,
@@ -243,6 +245,8 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(shared, requires_grad=whole.requires_grad))
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        if self.group is None and few(x_TD, self.gate_up):
+            return serve_few(x_TD, chosen_TK, gates_TK, self.gate_up, self.down)
         dispatch = plan_dispatch(chosen_TK, self.gate_up.shape[0])
         x_ND = scatter_to_experts(x_TD, dispatch, chosen_TK.shape[1])
         if self.group is not None:

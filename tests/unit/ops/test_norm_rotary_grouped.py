@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from mmagent.ops.glu import swiglu, swiglu_reference
 from mmagent.ops.grouped import (
+    LEAST_ROWS,
     collect_from_experts,
+    few,
     grouped_linear,
     grouped_linear_reference,
     plan_dispatch,
     scatter_to_experts,
+    serve_few,
 )
 from mmagent.ops.heads import Heads, split_heads, split_heads_reference
 from mmagent.ops.norm import rms_norm, rms_norm_reference
@@ -147,6 +150,28 @@ def test_many_experts_take_the_grouped_kernel():
     equal_with_gradients(
         grouped_linear(x, weight, counts), grouped_linear_reference(x, weight, counts), (x, weight), atol=2e-5
     )
+
+
+@pytest.mark.parametrize("rows", [1, 7, LEAST_ROWS - 1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_tokens_are_served_as_many_are(rows, autocast):
+    """By every expert, and by those that were chosen: a sum in another order, and rounded twice less in bf16."""
+    torch.manual_seed(rows)
+    x, gate_up, down = torch.randn(rows, 24), torch.randn(5, 32, 24) / 5, torch.randn(5, 24, 16) / 4
+    chosen, gates = torch.rand(rows, 5).topk(2, dim=1).indices, torch.rand(rows, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert few(x, gate_up)
+        ours = serve_few(x, chosen, gates, gate_up, down)
+        dispatch = plan_dispatch(chosen, 5)
+        inner = grouped_linear(scatter_to_experts(x, dispatch, 2), gate_up, dispatch.counts)
+        theirs = collect_from_experts(grouped_linear(swiglu(inner), down, dispatch.counts), gates, dispatch)
+    assert ours.dtype == theirs.dtype == (torch.bfloat16 if autocast else torch.float32)
+    tolerance = 2**-7 if autocast else 1e-6  # of rows about 1: one step of bf16
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    assert not few(x, gate_up), "gradients are on"
+    with torch.no_grad():
+        assert not few(x[:0], gate_up)
+        assert not few(x.repeat(LEAST_ROWS, 1), gate_up)
 
 
 def test_dispatch_and_collect_equal_indexing():
