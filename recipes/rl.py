@@ -18,7 +18,8 @@ from mmagent.config import ConfigError, parse_cli
 from mmagent.engine.build import EngineConfig, build_engine
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig, schedule
-from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.block_decoding import make_generator
+from mmagent.generation.generator import GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.models.memory import MemoryConfig
@@ -112,7 +113,7 @@ async def train(config: Config) -> None:
     model = agent.model
     model.freeze(config.freeze)
     model.set_memory(config.memory)
-    generator = Generator(model.to(world.device), agent.vocab, config.generator)
+    generator = make_generator(model.to(world.device), agent.vocab, config.generator)
     objective = PolicyGradient(model, config.policy, generator.barred)
     engine = build_engine(objective, build_optimizer(model, config.optim), config.engine, world)
     policy, codec = LocalPolicy(generator), Codec(agent.vocab, agent.geometry, agent.chat)

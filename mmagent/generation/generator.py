@@ -345,7 +345,7 @@ class Generator:
         full = fed // self.pool.block_tokens
         if full <= sequence.known or sequence.stale or self.config.steady or not self.config.reuse:
             return
-        keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], sequence.spans())
+        keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], self._runner.spans(sequence))
         for n in range(sequence.known, full):
             self.pool.tell(sequence.blocks[n], keys[n])
         sequence.known = full
@@ -383,7 +383,7 @@ class Generator:
         """Blocks for all it has to be fed; false where there are none."""
         keys: Sequence_[bytes] = ()
         if self.config.reuse and not self.config.steady:
-            keys = sequence.keys.extend(sequence.ids, sequence.spans())
+            keys = sequence.keys.extend(sequence.ids, self._runner.spans(sequence))
             keys = keys[: (sequence.target - 1) // self.pool.block_tokens]  # a token is left, to say what comes next
         found = self.pool.match(keys)
         wanted = self._blocks_for(sequence.most if self.config.steady else sequence.target + 1) - len(found)
@@ -423,7 +423,7 @@ class Generator:
         for sequence in sorted(self._filling, key=lambda s: s.standing):
             if room <= 0:
                 break
-            stop = min(sequence.target, sequence.fed + room)
+            stop = self._runner.cut(sequence, min(sequence.target, sequence.fed + room))
             pieces.append(Piece(sequence, sequence.fed, stop))
             room -= stop - sequence.fed
         self._fed(pieces)

@@ -33,7 +33,8 @@ ROLES = ("encoder", "projector", "embedding", "decoder", "mtp", "head")
 @dataclass
 class AgentModelConfig:
     """``image_id`` stands in the stream at every visual slot; ``vocab_size`` counts it. ``max_positions``: the
-    longest context that servers of an export allow; 0 where it is not known."""
+    longest context that servers of an export allow; 0 where it is not known. ``denoises``: so many tokens of an answer
+    are said together, by discrete diffusion; 0: one after the other."""
 
     vocab_size: int = 151552
     image_id: int = 151363
@@ -42,10 +43,13 @@ class AgentModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     max_positions: int = 0
+    denoises: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_id < self.vocab_size:
             raise ValueError(f"image_id {self.image_id} is outside the vocabulary of {self.vocab_size}")
+        if self.denoises < 0:
+            raise ValueError(f"denoises {self.denoises} must not be negative")
 
 
 class AgentModel(nn.Module):
