@@ -15,12 +15,13 @@ Everything is drawn from a seed made of the document's key, so that noise does n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmagent.dist import stable_seed
+from mmagent.vocab import Vocab
 
 
 @dataclass
@@ -54,6 +55,13 @@ class NoiseIds:
     fill: int
     barred: tuple[int, ...]
     others: np.ndarray
+
+    @classmethod
+    def of_vocab(cls, vocab: Vocab, rows: int) -> NoiseIds:
+        """The mask that pads packs, and the end of a text; edits put in what a policy may say. What documents teach
+        beside that stays possible: only the mask is never predicted."""
+        ids = cls.of(vocab.pad_id, vocab.end_id, rows)
+        return replace(ids, others=np.setdiff1d(ids.others, vocab.barred(rows)))
 
     @classmethod
     def of(cls, mask: int, fill: int, rows: int, barred: tuple[int, ...] = ()) -> NoiseIds:

@@ -189,7 +189,7 @@ def test_tokens_of_a_block_see_each_other_and_no_further(apart, counts):
         got = PagedAttention(kv, tables, history, new, apart, reach=np.array(reach))(0, q, k, v)
         stored.append((k, v))
         at = 0
-        for row, (begin, count) in enumerate(zip(history.tolist(), new.tolist(), strict=True)):
+        for row, count in enumerate(new.tolist()):
             own = slice(sum(counts[:row]), sum(counts[: row + 1]))
             keys, values = (torch.cat([pair[side][own] for pair in stored]) for side in (0, 1))
             for n in range(count):
