@@ -82,6 +82,7 @@ def train(config: Config, title: str, learns: Learns | None = None) -> None:
         agent = new_agent(config.model, Vocab.load(config.tokenizer), config.geometry, config.chat, config.encoder)
     model, vocab = agent.model, agent.vocab
     model.set_memory(config.memory)
+    model.config.denoises = 0  # unless what it learns by says otherwise
     objective, state = (LanguageModeling(model, config.objective), {}) if learns is None else learns(agent)
     engine = build_engine(objective, build_optimizer(model, config.optim), config.engine, world)
     work = Work(config.work, config.engine, model, world, frozen_longest(config.phases), config.memory.recompute)
