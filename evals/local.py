@@ -11,7 +11,8 @@ from evals.endpoint import describe_geometry
 from evals.suite import Play, Played
 from mmagent.agent.codec import Codec
 from mmagent.agent.rollout import Episode, RolloutConfig, run_freely
-from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.block_decoding import make_generator
+from mmagent.generation.generator import GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import Agent, fingerprint, load_agent
 from mmagent.protocols import Task
@@ -26,7 +27,7 @@ class LocalAgent:
 
     def __init__(self, agent: Agent, name: str, *, generator: GeneratorConfig | None = None, max_context: int = 8192):
         self.codec = Codec(agent.vocab, agent.geometry, agent.chat)
-        self.generator = Generator(agent.model, agent.vocab, generator)
+        self.generator = make_generator(agent.model, agent.vocab, generator)
         self._pins = {
             "policy.checkpoint": name,
             "image_geometry": describe_geometry(agent.geometry),

@@ -149,8 +149,11 @@ def digit_places(ids: Sequence[int], trainable: Sequence[bool], click: Click, vo
 @torch.no_grad()
 def read_digits(agent: Agent, views: Sequence[View], screens: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Under ``screens``, one a view: log-probabilities ``(I, 2)`` float64 of the first digits of x and y, and whether
-    they are the likeliest tokens, ``(I, 2)`` bool."""
+    they are the likeliest tokens, ``(I, 2)`` bool. Raises ``ValueError`` for a model that says blocks: no state of its
+    says what the next token is."""
     model, vocab = agent.model, agent.vocab
+    if model.config.denoises:
+        raise ValueError("look: this model says blocks of tokens, and is not asked for the next one")
     device = model.head_weight.device
     barred = torch.tensor(vocab.barred(model.config.vocab_size), dtype=torch.long, device=device)
     logprobs, right = [], []

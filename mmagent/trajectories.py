@@ -130,6 +130,45 @@ class PolicyBatch:
 
 
 @dataclass(frozen=True)
+class UnmaskingBatch:
+    """A pack of documents whose responses were said in a known order, by a decoder of blocks.
+
+    ``order (T,)`` int64: the step of its block that revealed a token, -1 where none did. ``advantages (T,)`` float32:
+    how much better a document was than others that answer the same; None where all are to be followed."""
+
+    stream: PackedBatch
+    order: Tensor
+    advantages: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        total = self.stream.input_ids.shape
+        for name in ("order", "advantages"):
+            value = getattr(self, name)
+            if value is not None and value.shape != total:
+                raise ValueError(f"{name} {tuple(value.shape)} for a stream of {tuple(total)} tokens")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.stream.keys
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stream.num_tokens
+
+    @property
+    def num_patches(self) -> int:
+        return self.stream.num_patches
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> UnmaskingBatch:
+        advantages = self.advantages
+        return UnmaskingBatch(
+            self.stream.to(device, non_blocking),
+            self.order.to(device, non_blocking=non_blocking),
+            None if advantages is None else advantages.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
 class Limits:
     """How long and how a completion is sampled. ``temperature`` 0 is greedy; ``stop_ids`` end it, included, and so does
     the token with which its text comes to hold one of ``stop_strings``.
@@ -154,7 +193,8 @@ class Completion:
 
     ``reason`` it ended for: "stop" (an id or a string), "length", "cancelled", or "sick" (a watchdog gave it up); empty
     where nobody knows. ``versions`` of the policy that sampled it, in order: more than one where the weights changed on
-    the way. ``cached_tokens`` of the prompt were found in the generator's cache.
+    the way. ``cached_tokens`` of the prompt were found in the generator's cache. ``revealed``: of a decoder of blocks,
+    the step of its block that said each id.
     """
 
     ids: tuple[int, ...]
@@ -164,6 +204,7 @@ class Completion:
     reason: str = ""
     versions: tuple[int, ...] = ()
     cached_tokens: int = 0
+    revealed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

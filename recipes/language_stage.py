@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from data_pipelines.held_out import HeldOut, ValidationConfig
 from data_pipelines.stream import PackStream, StreamConfig
@@ -14,11 +16,12 @@ from mmagent.engine.checkpoint import gather_weights
 from mmagent.engine.merging import MergeConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.geometry import GeometryConfig
-from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
+from mmagent.interop.agent_folder import Agent, load_agent, new_agent, save_agent
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModelConfig
 from mmagent.models.memory import MemoryConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.objectives.routed import RoutedObjective
 from mmagent.train.hooks import Every, RunConfig, Validate, run_settings, usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.merged import JudgeMerged, merged_in_place
@@ -63,8 +66,13 @@ class Config(RunConfig):
         self.validation.check(self.validate_every)
 
 
-def train(config: Config, title: str) -> None:
-    """Build all parts of a run, then fit phase after phase. Supervised fine-tuning is the same over other data."""
+Learns = Callable[[Agent], tuple[RoutedObjective, Mapping[str, Any]]]
+"""What an agent learns by, and what of that belongs to the state of the run."""
+
+
+def train(config: Config, title: str, learns: Learns | None = None) -> None:
+    """Build all parts of a run, then fit phase after phase. Supervised fine-tuning is the same over other data,
+    discrete diffusion the same with another objective (``learns``)."""
     config = replace(config, data=replace(config.data, quarantine=config.data.quarantine.within(config.output)))
     world = dist.init().with_context(config.engine.context_parallel)
     dist.seed_everything(config.seed)
@@ -74,12 +82,13 @@ def train(config: Config, title: str) -> None:
         agent = new_agent(config.model, Vocab.load(config.tokenizer), config.geometry, config.chat, config.encoder)
     model, vocab = agent.model, agent.vocab
     model.set_memory(config.memory)
-    objective = LanguageModeling(model, config.objective)
+    model.config.denoises = 0  # unless what it learns by says otherwise
+    objective, state = (LanguageModeling(model, config.objective), {}) if learns is None else learns(agent)
     engine = build_engine(objective, build_optimizer(model, config.optim), config.engine, world)
     work = Work(config.work, config.engine, model, world, frozen_longest(config.phases), config.memory.recompute)
     stream = PackStream(config.data, vocab, agent.geometry, agent.chat, world, work.weights)
     held_out = HeldOut(config.validation, stream) if config.validate_every else None
-    parts = {"model": model, "engine": engine, "stream": stream}
+    parts = {"model": model, "engine": engine, "stream": stream, **state}
     run = Run(config.output, world, parts, config=config, **run_settings(config))
     if world.is_main:
         print(stream.describe(), *([held_out.describe()] if held_out else []), sep="\n", flush=True)

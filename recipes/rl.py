@@ -18,11 +18,11 @@ from mmagent.config import ConfigError, parse_cli
 from mmagent.engine.build import EngineConfig, build_engine
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.engine.schedule import ScheduleConfig, schedule
-from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.block_decoding import GeneratorConfig, make_generator
 from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.models.memory import MemoryConfig
-from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
+from mmagent.objectives.block_policy import PolicyGradientConfig, policy_objective
 from mmagent.packing import Size
 from mmagent.tasks import easy_task_names, open_tasks
 from mmagent.train.hooks import LeaveOnSignal, RunConfig, run_settings, tell, usual_hooks
@@ -112,12 +112,12 @@ async def train(config: Config) -> None:
     model = agent.model
     model.freeze(config.freeze)
     model.set_memory(config.memory)
-    generator = Generator(model.to(world.device), agent.vocab, config.generator)
-    objective = PolicyGradient(model, config.policy, generator.barred)
+    generator = make_generator(model.to(world.device), agent.vocab, config.generator)
+    objective = policy_objective(model, config.policy, agent.vocab)
     engine = build_engine(objective, build_optimizer(model, config.optim), config.engine, world)
     policy, codec = LocalPolicy(generator), Codec(agent.vocab, agent.geometry, agent.chat)
     work = Work(config.work, config.engine, model, world, config.freeze, config.memory.recompute)
-    how = {"estimator": config.collector.advantages.estimator, "share_prompts": not objective.depths}
+    how = {"estimator": config.collector.advantages.estimator, "share_prompts": objective.shares_prompts}
     how |= {"budget": Size(config.tokens_per_microbatch, config.patches_per_microbatch), **work.dealing}
     async with open_tasks(config.tasks, processes=config.browsers, pages=config.pages, max_steps=most) as tasks:
         collector = Collector(tasks, policy, codec, config.collector, world, config.seed, f"{config.output}/rollouts")

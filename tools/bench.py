@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", help="of an area that has several (model)")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of the device, for shares of it (model)")
     parser.add_argument(
-        "--agent", type=Path, metavar="RUN", help="a quickstart's folder, for a trained agent (generate)"
+        "--agent", type=Path, metavar="RUN", help="a folder of trained agents (generate: of a quickstart, diffusion)"
     )
     args = parser.parse_args(argv)
     module = importlib.import_module(f"tools.benchmarks.{args.area}")
-    for option, needed in (("size", "SIZES"), ("plot", "plot"), ("agent", "mtp_rows")):
+    for option, needed in (("size", "SIZES"), ("plot", "plot"), ("agent", "TAKES_AGENT")):
         if getattr(args, option) and not hasattr(module, needed):
             parser.error(f"{args.area} has no --{option}")
     print(f"{args.area}: {(module.__doc__ or '').strip().splitlines()[0]}", flush=True)

@@ -284,7 +284,7 @@ class Generator:
         for sequence in sorted(self.scheduler.filling, key=lambda s: s.standing):
             if room <= 0:
                 break
-            stop = min(sequence.target, sequence.fed + room)
+            stop = self.runner.cut(sequence, min(sequence.target, sequence.fed + room))
             pieces.append(Piece(sequence, sequence.fed, stop))
             room -= stop - sequence.fed
         self._fed(pieces)

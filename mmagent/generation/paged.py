@@ -127,7 +127,9 @@ class _Blocks(NamedTuple):
 class PagedAttention:
     """One forward over ``counts (S,)`` new tokens behind ``history (S,)`` stored ones, of S sequences whose blocks are
     ``tables``. ``apart``: every row is attended to by itself, over its own length alone, so that what a row gets
-    depends on no other, to the last bit. ``first`` places of each sequence are not there (for MTP depths)."""
+    depends on no other, to the last bit. ``first`` places of each sequence are not there (for MTP depths). ``reach
+    (T,)`` is the last place of its sequence that each new token sees, itself by default; a decoder of blocks lets the
+    tokens of a block see each other."""
 
     def __init__(
         self,
@@ -137,11 +139,12 @@ class PagedAttention:
         counts: np.ndarray,
         apart: bool = False,
         first: int = 0,
+        reach: np.ndarray | None = None,
     ):
         assert len(tables) == len(history) == len(counts)
         assert counts.min() > 0
         self.kv, self.tables, self.history, self.counts = kv, tables, history, counts
-        self.apart, self.first = apart, first
+        self.apart, self.first, self.reach = apart, first, reach
         size = kv.block_tokens
         total = int(counts.sum())
         starts = np.cumsum(counts) - counts
@@ -164,19 +167,22 @@ class PagedAttention:
     def behind(self, first: int) -> PagedAttention:
         """The same forward for sequences of which the first places are not there."""
         if first not in self._depths:
-            self._depths[first] = PagedAttention(self.kv, self.tables, self.history, self.counts, self.apart, first)
+            self._depths[first] = PagedAttention(
+                self.kv, self.tables, self.history, self.counts, self.apart, first, self.reach
+            )
         return self._depths[first]
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         kv = self.kv
         with torch.autocast(q_THd.device.type, enabled=False):
             kv.write(layer, self._written(k_TGd), k_TGd, v_TGd)
-            if not self.history.any() and self.counts.min() > self.first and self.counts.max() > 1:
+            causal = self.reach is None
+            if causal and not self.history.any() and self.counts.min() > self.first and self.counts.max() > 1:
                 return self._fresh(q_THd, k_TGd, v_TGd)
             q_THd = q_THd.to(kv.layers[layer][0].dtype)
-            if kv.device.type == "cuda":
+            if kv.device.type == "cuda" and causal:
                 return self._by_kernel(layer, q_THd)
-            if self.apart or self.counts.max() > FEW:
+            if self.apart or self.counts.max() > FEW or kv.device.type == "cuda":
                 return self._by_rows(layer, q_THd)
             return self._by_blocks(layer, q_THd)
 
@@ -204,7 +210,8 @@ class PagedAttention:
             start = int(self._starts[row])
             blocks = torch.from_numpy(self._table[row, : -(-(history + count) // self.kv.block_tokens)])
             k, v = self.kv.gather(layer, blocks, self.first, history + count)
-            out.append(_behind(q_THd[start : start + count], k, v, history - self.first))
+            reach = None if self.reach is None else self.reach[start : start + count] - self.first
+            out.append(_behind(q_THd[start : start + count], k, v, history - self.first, reach))
         return torch.cat(out)
 
     # ------------------------------------------------------------ blocks where they lie
@@ -319,8 +326,7 @@ class PagedAttention:
         row, at = np.nonzero(live & ((begins + size > self.history[:, None] + 1) | (begins < self.first)))
         cut = entry[row, at]
         places = begins[at][:, None, None] + np.arange(size)
-        last = (self.history[row][:, None] + np.arange(queries))[:, :, None]
-        unseen = (places > last) | (places < self.first)
+        unseen = (places > self._last(queries)[row][:, :, None]) | (places < self.first)
         parts, done = [], 0
         for blocks, owners in met:
             own = (cut >= done) & (cut < done + owners.size)
@@ -330,6 +336,13 @@ class PagedAttention:
             parts.append(_Part(where, torch.from_numpy(owners), torch.from_numpy(bias)))
             done += owners.size
         return tuple(parts)
+
+    def _last(self, queries: int) -> np.ndarray:
+        """``(S, queries)``: the last place that each new token of a row sees; rows with fewer are padded."""
+        last = self.history[:, None] + np.arange(queries)
+        if self.reach is not None:
+            last[self._rows, self._offsets] = self.reach
+        return last
 
     # ------------------------------------------------------------ accelerators
 
@@ -381,22 +394,27 @@ def _powers(most: int) -> list[tuple[int, int]]:
     return out
 
 
-def _behind(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, history: int) -> Tensor:
+def _behind(q_nHd: Tensor, k_LGd: Tensor, v_LGd: Tensor, history: int, reach_n: np.ndarray | None = None) -> Tensor:
     """Attention of ``n`` tokens that stand at places ``history ...`` of a sequence of L: each sees itself and those
-    before it. Where there are none (places that are not there), zeros."""
+    before it, or all up to its ``reach``. Where there are none (places that are not there), zeros."""
     n, H, d = q_nHd.shape
     L, G = k_LGd.shape[:2]
     skipped = max(-history, 0)  # queries at places that are not there themselves
     if skipped:
         nothing = q_nHd.new_zeros(min(skipped, n), H, d)
-        return nothing if skipped >= n else torch.cat([nothing, _behind(q_nHd[skipped:], k_LGd, v_LGd, 0)])
+        if skipped >= n:
+            return nothing
+        later = None if reach_n is None else reach_n[skipped:]
+        return torch.cat([nothing, _behind(q_nHd[skipped:], k_LGd, v_LGd, 0, later)])
+    reach = torch.from_numpy(np.arange(history, history + n) if reach_n is None else reach_n).to(q_nHd.device)
     k, v = k_LGd.transpose(0, 1), v_LGd.transpose(0, 1)  # (G, L, d)
     out = []
     for at in range(0, n, TILE):
         part = q_nHd[at : at + TILE]
-        m, end = part.shape[0], min(history + at + TILE, L)
+        m = part.shape[0]
+        end = min(history + at + TILE, L) if reach_n is None else int(reach_n[at : at + TILE].max()) + 1
         rows = part.view(m, G, H // G, d).permute(1, 0, 2, 3).reshape(G, m * (H // G), d)
-        seen = torch.arange(end, device=k.device) <= history + at + torch.arange(m, device=k.device)[:, None]
+        seen = torch.arange(end, device=k.device) <= reach[at : at + m, None]
         mask = None if m == 1 else seen.repeat_interleave(H // G, dim=0)
         got = F.scaled_dot_product_attention(rows[None], k[None, :, :end], v[None, :, :end], attn_mask=mask)[0]
         out.append(got.view(G, m, H // G, d).permute(1, 0, 2, 3).reshape(m, H, d))

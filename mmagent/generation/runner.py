@@ -96,10 +96,18 @@ class Runner:
         tables = [s.blocks for s, _, _ in pieces]
         history = np.array([start for _, start, _ in pieces])
         counts = np.array([stop - start for _, start, stop in pieces])
-        attend = PagedAttention(self.kv, tables, history, counts, apart=self.steady)
+        attend = PagedAttention(self.kv, tables, history, counts, apart=self.steady, reach=self.reach(pieces))
         out = self.model.decoder(embeddings, positions, attend)
         head = self.model.mtp.inputs(text, embeddings, slots) if self.model.mtp is not None else text
         return Fed(out.hidden.to(text.device), out.routed().to(text.device), head, positions, counts, attend)
+
+    def reach(self, pieces: Sequence_[Piece]) -> np.ndarray | None:
+        """``(T,)``: the last place that each token of the pieces sees; None for itself."""
+        return None
+
+    def cut(self, sequence: Sequence, stop: int) -> int:
+        """Where a piece ends that may go up to ``stop``: anywhere, where tokens see only what is before them."""
+        return stop
 
     def _visual(self, pieces: Sequence_[Piece]) -> list[Tensor]:
         """Visual embeddings of the image tokens in the pieces, in their order: of images that a piece cuts, a part."""
@@ -115,12 +123,19 @@ class Runner:
         return [tokens[low:high] for tokens, (_, low, high) in zip(features, wanted, strict=True)]
 
     def decode(
-        self, ids: np.ndarray, positions: np.ndarray, table: np.ndarray, history: np.ndarray, counts: np.ndarray
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        table: np.ndarray,
+        history: np.ndarray,
+        counts: np.ndarray,
+        reach: np.ndarray | None = None,
     ) -> Fed:
         """One forward over ``counts (S,)`` text tokens of each of S sequences, ``ids (T,)`` at ``positions (T,)``,
-        behind ``history (S,)`` stored ones, whose blocks are the rows of ``table``."""
+        behind ``history (S,)`` stored ones, whose blocks are the rows of ``table``. ``reach`` as in
+        :class:`~mmagent.generation.paged.PagedAttention`."""
         total = len(ids)
-        attend = PagedAttention(self.kv, table, history, counts, apart=self.steady)
+        attend = PagedAttention(self.kv, table, history, counts, apart=self.steady, reach=reach)
         count, led = self.led(attend, total)
         places = torch.from_numpy(np.pad(positions, (0, count - total))).to(self.device).expand(3, -1)
         embeddings = self.model.embed_tokens(torch.from_numpy(np.pad(ids, (0, count - total))).to(self.device))

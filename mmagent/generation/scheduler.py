@@ -107,11 +107,15 @@ class Scheduler:
     def _content(self, sequence: Sequence) -> tuple[object, ...]:
         return (*sequence.ids, *(key for _, _, key in sequence.image_spans))
 
+    def _spans(self, sequence: Sequence) -> list[tuple[int, bytes]]:
+        """What the keys and values of a sequence depend on beside the ids up to each, and where that begins."""
+        return sequence.spans()
+
     def _begin(self, sequence: Sequence) -> bool:
         """Blocks for all it has to be fed; false where there are none."""
         keys: Sequence_[bytes] = ()
         if self.finds and not sequence.anew:
-            keys = sequence.keys.extend(sequence.ids, sequence.spans())
+            keys = sequence.keys.extend(sequence.ids, self._spans(sequence))
             keys = keys[: (sequence.target - 1) // self.pool.block_tokens]  # a token is left, to say what comes next
         found = self.pool.match(keys)
         wanted = self.blocks_for(sequence.most if self.steady else sequence.target + 1) - len(found)
@@ -271,7 +275,7 @@ class Scheduler:
         full = fed // self.pool.block_tokens
         if full <= sequence.known or sequence.stale or not self.finds:
             return
-        keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], sequence.spans())
+        keys = sequence.keys.extend(sequence.ids[: full * self.pool.block_tokens], self._spans(sequence))
         for n in range(sequence.known, full):
             self.pool.tell(sequence.blocks[n], keys[n])
         sequence.known = full

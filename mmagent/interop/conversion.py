@@ -150,6 +150,9 @@ class Plan:
                 f"use {NATIVE}"
             )
         if to != NATIVE:
+            if source.config.model.denoises:
+                learnt = f"this model learnt blocks of {source.config.model.denoises}"
+                raise ValueError(f"{to} says token by token, and {learnt}: use {NATIVE}")
             check_numbers(source.vocab, to)
         self.source = source = source.cast(dtype)
         if to in (NATIVE, HUB):

@@ -33,7 +33,8 @@ ROLES = ("encoder", "projector", "embedding", "decoder", "mtp", "head")
 @dataclass
 class AgentModelConfig:
     """``image_id`` stands in the stream at every visual slot; ``vocab_size`` counts it. ``max_positions``: the
-    longest context that servers of an export allow; 0 where it is not known."""
+    longest context that servers of an export allow; 0 where it is not known. ``denoises``: so many tokens of an answer
+    are said together, by discrete diffusion; 0: one after the other."""
 
     vocab_size: int = 151552
     image_id: int = 151363
@@ -42,10 +43,13 @@ class AgentModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     max_positions: int = 0
+    denoises: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_id < self.vocab_size:
             raise ValueError(f"image_id {self.image_id} is outside the vocabulary of {self.vocab_size}")
+        if self.denoises < 0:
+            raise ValueError(f"denoises {self.denoises} must not be negative")
 
 
 class AgentModel(nn.Module):
@@ -141,18 +145,20 @@ class AgentModel(nn.Module):
         *,
         routed: Tensor | None = None,
         detach_mtp: bool = False,
+        attend: Attend | None = None,
     ) -> ModelOutput:
         """Hidden states of decoder and MTP, and router statistics.
 
         ``routed (T, M, K)`` replays recorded experts in the decoder. ``detach_mtp`` keeps the MTP loss from the
         trunk and the embedding table (detach :attr:`head_weight` in that loss, too): only MTP parameters learn.
+        ``attend`` says who sees whom over the whole pack, in place of causal attention within its documents.
         """
         head, context = (self.mtp if mtp else None), self.context
         total, depths = batch.segments.total, (head.config.depths if head is not None else 0)
         rows, near = Window.over(batch.segments, context.rows(total), depths)
         text = self.embed_tokens(batch.input_ids[near])
         merged = self._merge(text, batch, ahead=depths if head is not None and head.config.mode == "fused" else 0)
-        attend = self._attention(batch, mtp)
+        attend = self._attention(batch, mtp, attend)
         documents = None
         if self.config.decoder.moe_layers:
             documents = Documents(batch.segments, batch.tail, rows=rows, total=context.sum)
@@ -171,9 +177,11 @@ class AgentModel(nn.Module):
         balance = sum((r.balance for r in (*out.routings, *mtp_routings)), start=nothing)
         return ModelOutput(out.hidden, mtp_hidden, self._load(out.routings, mtp_routings), balance, out.replayed())
 
-    def _attention(self, batch: PackedBatch, mtp: bool) -> Attend:
-        attend: Attend = PackedAttention(batch.segments)
+    def _attention(self, batch: PackedBatch, mtp: bool, given: Attend | None) -> Attend:
+        attend: Attend = PackedAttention(batch.segments) if given is None else given
         if batch.prefix_of is not None:
+            if given is not None:
+                raise ValueError(f"pack of {batch.keys[:3]}...: a given attention knows no shared prefixes")
             if mtp and self.mtp is not None:  # the prefix's last token lacks the one after it, which MTP would embed
                 raise ValueError(
                     f"pack of {batch.keys[:3]}...: MTP needs every document whole, without shared prefixes"

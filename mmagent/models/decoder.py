@@ -12,6 +12,7 @@ generator passes its key-value cache.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from mmagent.models.layers import Linear, Recomputed, RMSNorm, SwiGLU
 from mmagent.models.moe import Documents, MoE, MoEConfig, Routing
 from mmagent.ops.attention import varlen_attention
+from mmagent.ops.block_attention import block_attention, block_masks
 from mmagent.ops.heads import Heads, split_heads
 from mmagent.ops.rotary import Rotation, angles_1d, angles_3d, default_sections
 from mmagent.ops.shared_prefix import shared_prefix_attention
@@ -37,12 +39,31 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within each document of a pack."""
+    """Attention within each document of a pack: causal, or both ways."""
 
     segments: Segments
+    causal: bool = True
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        return varlen_attention(q_THd, k_TGd, v_TGd, self.segments, causal=True)
+        return varlen_attention(q_THd, k_TGd, v_TGd, self.segments, causal=self.causal)
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """Attention by blocks within each document of a pack, some of them copied behind it; ``blocks (T,)`` and ``copies
+    (T,)`` int64 as in :mod:`mmagent.ops.block_attention`."""
+
+    segments: Segments
+    blocks: Tensor
+    copies: Tensor
+
+    @cached_property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Made once for all layers."""
+        return block_masks(self.segments, self.blocks, self.copies)
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
+        return block_attention(q_THd, k_TGd, v_TGd, self.masks)
 
 
 @dataclass(frozen=True)

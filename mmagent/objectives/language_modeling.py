@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mmagent import dist
-from mmagent.losses.balance import max_violation
 from mmagent.losses.language import LanguageLoss, by_source, draft_metrics, language_counts, language_loss
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.flops import model_flops
+from mmagent.objectives.routed import RoutedObjective
 from mmagent.types import IGNORE, PackedBatch, Ratio, StepOutput
 
 
@@ -28,18 +27,13 @@ class LanguageModelingConfig:
     chunk: int = 0  # rows whose logits exist at one time; 0 chooses by the vocabulary
 
 
-class LanguageModeling(nn.Module):
+class LanguageModeling(RoutedObjective):
     """Implements :class:`mmagent.protocols.Objective` over :class:`~mmagent.types.PackedBatch`."""
 
     def __init__(self, model: AgentModel, config: LanguageModelingConfig):
-        super().__init__()
-        self.model = model
+        super().__init__(model, config.bias_rate)
         self.config = config
         self.depths = model.config.mtp.depths
-        # Not a buffer: data-parallel wrappers overwrite buffers with those of rank 0, and this one is a local sum.
-        self._load: Tensor | None = None
-        self.router_load: Tensor | None = None
-        """``(M, E)`` of the last whole step, over all ranks; rows as in ``model.router_names()``."""
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -77,8 +71,7 @@ class LanguageModeling(nn.Module):
             chunk=self.config.chunk,
             rows=self.model.context.rows(batch.segments.total),
         )
-        if self.training and torch.is_grad_enabled():
-            self._load = output.router_load if self._load is None else self._load + output.router_load
+        self.gather_load(output.router_load)
         sums = {"lm": loss.next_token.total, "balance": output.balance}
         sums |= {f"mtp_{k}": depth.total for k, depth in enumerate(loss.mtp, start=1)}
         with torch.no_grad():
@@ -99,20 +92,3 @@ class LanguageModeling(nn.Module):
         for source, pair in by_source(loss.next_token.losses, counted, segments, batch.sources, rows).items():
             metrics[f"loss_by_source/{source}"] = Ratio(*pair.unbind())
         return metrics
-
-    def forget(self) -> None:
-        """Drop the router's load of a step that is not taken."""
-        self._load = self.router_load = None
-
-    def after_step(self) -> dict[str, float]:
-        """Move the router bias by the load of the whole step over all ranks, forget that load, and say how uneven it
-        was (``router/max_vio``: the largest load of a layer over its mean, minus 1)."""
-        if self._load is None or not self._load.numel():
-            return {}
-        load = dist.all_reduce(self._load)
-        self._load, self.router_load = None, load
-        if self.config.bias_rate:
-            self.model.update_router_bias(load, self.config.bias_rate)
-        violation = max_violation(load).tolist()
-        layers = {f"router/max_vio_{layer}": value for layer, value in enumerate(violation)}
-        return {"router/max_vio": sum(violation) / len(violation), **layers}

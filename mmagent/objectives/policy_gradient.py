@@ -91,11 +91,18 @@ class PolicyGradient(nn.Module):
 
     def __init__(self, model: AgentModel, config: PolicyGradientConfig, barred: Sequence[int] = ()):
         super().__init__()
+        if model.config.denoises:
+            raise ValueError("policy: this model says blocks, whose tokens are asked for by BlockPolicyGradient")
         self.model, self.config, self.barred = model, config, tuple(barred)
         self.depths = model.config.mtp.depths if config.mtp_weight else 0
         # a largest value cannot be summed over micro-batches: it waits for after_step
         self._drift_peak: Tensor | None = None
         self._replayed: list[_Replayed] = []
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether trajectories of a group may have their prompt in common."""
+        return not self.depths
 
     @property
     def weights(self) -> Mapping[str, float]:

@@ -98,7 +98,8 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     """What prepares prompts, who completes them, and lines for people about both."""
     import torch
 
-    from mmagent.generation.generator import Generator, GeneratorConfig
+    from mmagent.generation.block_decoding import make_generator
+    from mmagent.generation.generator import GeneratorConfig
     from mmagent.generation.health import HealthConfig
     from mmagent.generation.local import LocalPolicy
     from mmagent.serve.desk import Desk
@@ -130,7 +131,7 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
         options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype, speculate=options.speculate,
         health=HealthConfig(options.watchdogs),
     )  # fmt: skip
-    policy = LocalPolicy(Generator(agent.model, agent.vocab, config))
+    policy = LocalPolicy(make_generator(agent.model, agent.vocab, config))
     notes = {
         "folder": options.checkpoint.resolve().name,  # where it lies is nothing for a page that anybody may look at
         "parameters": f"{sum(p.numel() for p in agent.model.parameters()):,}",

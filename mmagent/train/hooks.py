@@ -29,7 +29,7 @@ from mmagent.train.ranks import RankLog
 from mmagent.train.run import Run
 
 if TYPE_CHECKING:  # stages without a language model need not load one
-    from mmagent.objectives.language_modeling import LanguageModeling
+    from mmagent.objectives.routed import RoutedObjective
 
 __all__ = [
     "Every",
@@ -173,7 +173,7 @@ def usual_hooks(
     config: RunConfig,
     *,
     figures: Sequence[str] = ("loss",),
-    routed: LanguageModeling | None = None,
+    routed: RoutedObjective | None = None,
     engine: Engine | None = None,
 ) -> list[Callable[[int, Record], None]]:
     """What a recipe's run is watched by: a line for people, logs beside its checkpoints, saving in time. The load of

@@ -16,7 +16,7 @@ from mmagent import dist
 from mmagent.files import write_text
 
 if TYPE_CHECKING:  # stages without a language model need not load one
-    from mmagent.objectives.language_modeling import LanguageModeling
+    from mmagent.objectives.routed import RoutedObjective
 
 Record = dict[str, float]
 MACHINE = ("time/", "memory/", "data/retries")
@@ -162,7 +162,7 @@ class RouterLog:
 
     segment = "logging"
 
-    def __init__(self, path: str | Path, objective: LanguageModeling):
+    def __init__(self, path: str | Path, objective: RoutedObjective):
         self.path, self.objective = Path(path), objective
         self._last: int | None = None
 

@@ -86,6 +86,12 @@ def test_the_log_probabilities_are_those_of_a_rollout(agent):
     torch.testing.assert_close(got[0].float(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_says_blocks_is_not_asked_for_the_next_token(agent):
+    agent.model.config.denoises = 4
+    with pytest.raises(ValueError, match="says blocks"):
+        read_digits(agent, views(2), [view.screen for view in views(2)])
+
+
 def test_the_right_screen_in_place_of_another_gains_exactly_nothing(agent):
     chosen = views(20)
     looks = measure(agent, chosen, [view.screen for view in chosen])

@@ -693,3 +693,14 @@ def test_pieces_are_small_and_each_is_read_once(tmp_path, sound, monkeypatch):
     turned = sum(t.nbytes * (t.numel() // 500) for t in tensors.values() if t.ndim > 2)
     copies = sum(t.nbytes for n, t in tensors.items() if n.endswith((".embed_tokens.weight", "head.weight")))
     assert sum(sizes) <= sum(t.nbytes for t in tensors.values()) + turned + 2 * copies
+
+
+@pytest.mark.parametrize("to", [*KINDS, "hub"])
+def test_a_model_that_says_blocks_is_no_stock_class(tmp_path, to):
+    agent = agent_of(KINDS[0])
+    agent.model.config.denoises = 4
+    save_agent(tmp_path / "ours", agent.model, agent.vocab, agent.geometry, agent.chat)
+    assert load_agent(tmp_path / "ours").model.config.denoises == 4
+    with pytest.raises(ValueError, match="learnt blocks of 4"):
+        convert(tmp_path / "ours", tmp_path / "theirs", to)
+    assert not (tmp_path / "theirs").exists()

@@ -21,7 +21,7 @@ from mmagent.worlds.questions import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-RECIPES = ("teacher-siglip2", "teacher-dinov3", "distill", "align", "pretrain", "sft")
+RECIPES = ("teacher-siglip2", "teacher-dinov3", "distill", "align", "pretrain", "sft", "diffusion")
 STEPS = 4
 BROKEN = "boxes-5"
 
@@ -90,6 +90,7 @@ def arguments(recipe: str, root: Path, output: Path) -> list[str]:
         ],
         "pretrain": ["recipes.pretrain", "--preset", "debug", f"encoder={root}/align/encoder", tokenizer, shards, *end],
         "sft": ["recipes.sft", "--preset", "debug", f"init={root}/pretrain/agent", shards, *end],
+        "diffusion": ["recipes.diffusion", "--preset", "debug", f"init={root}/pretrain/agent", shards, *end],
     }[recipe]
 
 

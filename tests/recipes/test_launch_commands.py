@@ -26,6 +26,7 @@ BY_HAND = {
     "recipes.evaluate_encoder",
     "recipes.ablate_encoder",
     "recipes.ablate_mtp",
+    "recipes.ablate_diffusion",
     "recipes.ablate_merging",
 }  # no config to print
 LAUNCH = re.compile(r"^ {4}(?:torchrun|python) .*?-m ((?:recipes|data_pipelines)\.\w+)(.*)$", re.MULTILINE)

@@ -18,15 +18,18 @@ from safetensors.torch import load_file
 from data_pipelines.documents import read_quarantine
 from data_pipelines.held_out import HeldOut, ValidationConfig
 from data_pipelines.stream import PackStream
+from evals.local import LocalAgent
 from mmagent.config import ConfigError, resolve
 from mmagent.engine.build import build_engine
 from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.generation.block_decoding import BlockGenerator
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.hooks import evaluate, read_jsonl
+from mmagent.trajectories import Limits, Trajectory
 from recipes import align_encoder, pretrain
 from tests.data_pipelines.image_samples import encoded, pixels, write
 from tests.engine_kit import ALONE
@@ -35,7 +38,7 @@ from tests.recipes.recipe_kit import BROKEN, RECIPES, STEPS, run_here, start, tr
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 """``{recipe: loss after every step}``; ``MMAGENT_RECORD_GOLDEN=1 pytest tests/recipes/test_recipes.py`` writes it anew,
 which is right only where a change of the losses is what was wanted."""
-SLOW = {"teacher-siglip2", "teacher-dinov3", "sft"}  # the same code as others
+SLOW = {"teacher-siglip2", "teacher-dinov3", "sft", "diffusion"}  # the same code as others
 SOME = [pytest.param(recipe, marks=pytest.mark.slow) if recipe in SLOW else recipe for recipe in RECIPES]
 
 
@@ -96,10 +99,27 @@ def test_every_recipe_leaves_what_the_next_one_opens(lineage):
     root = lineage[0]
     for name in ("distill", "align"):
         assert load_encoder(root / name / "encoder").model.width == 32
-    for name in ("pretrain", "sft"):
+    for name in ("pretrain", "sft", "diffusion"):
         agent = load_agent(root / name / "agent")
         assert agent.vocab.image_id == agent.model.config.image_id
+        assert agent.model.config.denoises == (4 if name == "diffusion" else 0)
     assert all([row["step"] for row in rows] == list(range(1, len(rows) + 1)) for rows in lineage[1].values())
+
+
+def test_diffusion_learns_masks_and_then_edits_and_is_decoded_by_blocks(lineage):
+    """The last half of the debug run has edited copies; the encoder and the MTP head are those it began with."""
+    root, rows = lineage
+    assert ["loss/edit" in row for row in rows["diffusion"]] == [False, False, True, True]
+    before, after = (load_agent(root / name / "agent") for name in ("pretrain", "diffusion"))
+    for role in ("encoder", "mtp"):
+        same = zip(getattr(before.model, role).parameters(), getattr(after.model, role).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+    player = LocalAgent.load(root / "diffusion" / "agent", device="cpu")
+    assert isinstance(player.generator, BlockGenerator)
+    asked = Trajectory("asked", "test")
+    asked.extend(after.vocab.encode("what is drawn here"), trainable=False)
+    (said,) = player.generator.generate([(asked, Limits(9, 0.0))])
+    assert len(said.revealed) == len(said.ids)
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,15 @@ def test_attention_over_blocks_is_compared_with_what_gives_the_same():
     rows = list(paged.rows(Settings(1, True, None, None, "")))
     assert [row.peer_name for row in rows] == ["padded", "gathered"] * 4
     assert all(row.ours > 0 and row.peer > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_blocks_are_compared_with_one_by_one_at_the_quality_that_each_has(tmp_path):
+    rows_file = tmp_path / "rows.json"
+    assert bench.main(["diffusion", "--quick", "--repeats", "1", "--json", str(rows_file)]) == 0
+    rows = {(row["name"], row["peer_name"]): row for row in json.loads(rows_file.read_text())}
+    names = ("4 requests, 0.9", "tokens a forward, 0.9", "exact, 0.9")
+    assert set(rows) == {(name, peer) for name in names for peer in ("one by one", "drafts")}
+    assert rows["tokens a forward, 0.9", "one by one"]["peer"] == 1
+    assert rows["tokens a forward, 0.9", "one by one"]["ours"] > 0.5  # it may look at places behind the end
+    assert rows["tokens a forward, 0.9", "drafts"]["peer"] >= 1

@@ -69,6 +69,7 @@ from tools.benchmarks.traffic import (
 
 __all__ = ["PARTS", "SIZES", "plot", "rows"]
 PARTS = ("mixed", "latency", "context", "prefix", "concurrency", "mtp")
+TAKES_AGENT = True
 GROUPS = (1, 2, 4, 8)
 """Batches that mixed requests are given to the peer in: the fastest counts."""
 LOAD = 1.5

@@ -170,3 +170,33 @@ def test_what_is_not_finite_stays_with_its_row_where_rows_are_of_several_lengths
         got, want = them.forward(dict.fromkeys(rows, many))
         sound = slice(many, None) if sick == 0 else slice(many)
         torch.testing.assert_close(got[sound], want[sound], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("counts", [(3, 5, 1), (16, 2, 9), (40, 7, 20)])
+def test_tokens_of_a_block_see_each_other_and_no_further(apart, counts):
+    """Each new token up to its reach, by a softmax of its own; few tokens and many, with and without a history."""
+    torch.manual_seed(0)
+    kv, tables = PagedKV(40, 8, torch.device("cpu")), [list(range(n * 12, n * 12 + 12)) for n in range(3)]
+    stored = []
+    for history in (np.array([0, 0, 0]), np.array(counts)):
+        new = np.array(counts)
+        q, k, v = (torch.randn(int(new.sum()), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+        reach = []
+        for begin, count in zip(history.tolist(), new.tolist(), strict=True):
+            ends = [min((n // 4) * 4 + 3, count - 1) for n in range(count)]
+            reach += [begin + end for end in ends]
+        got = PagedAttention(kv, tables, history, new, apart, reach=np.array(reach))(0, q, k, v)
+        stored.append((k, v))
+        at = 0
+        for row, count in enumerate(new.tolist()):
+            own = slice(sum(counts[:row]), sum(counts[: row + 1]))
+            keys, values = (torch.cat([pair[side][own] for pair in stored]) for side in (0, 1))
+            for n in range(count):
+                for head in range(4):
+                    seen = slice(0, reach[at + n] + 1)
+                    weights = (keys[seen, head // 2] @ q[at + n, head] / 8**0.5).softmax(0)
+                    torch.testing.assert_close(
+                        got[at + n, head], weights @ values[seen, head // 2], rtol=1e-5, atol=1e-5
+                    )
+            at += count

@@ -1,0 +1,79 @@
+"""What discrete diffusion is compared on, and the ablation at its smallest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from unittest import mock
+
+import pytest
+
+from mmagent.trajectories import Completion
+from recipes import ablate_diffusion
+from recipes.diffusion_report import FIGURES, gather, write
+from recipes.diffusion_tasks import KINDS, alike, document, exact, packs, questions, told, vocabulary
+
+
+def test_questions_of_the_splits_are_never_the_same_and_kinds_come_in_turn():
+    train, test = (list(islice(questions(split, 0), 600)) for split in ("train", "test"))
+    assert not {asked.question for asked in train} & {asked.question for asked in test}
+    assert [asked.kind for asked in test[:8]] == [*KINDS, *KINDS]
+    again = list(islice(questions("train", 0), 600))
+    assert again == train
+    assert len({asked.key for asked in (*train, *test)}) == 1200
+
+
+def test_edits_ask_for_what_they_say():
+    for asked in islice(questions("test", 1), 200):
+        if asked.kind == "page edit":
+            page, instruction = asked.question.rsplit("\n", 1)
+            assert asked.answer != page
+            if instruction.startswith("remove "):
+                assert asked.answer == page.replace(f"<li>{instruction[7:]}</li>\n", "")
+            elif instruction.startswith("item "):
+                old, new = instruction[5:].split(" becomes ")
+                assert asked.answer == page.replace(f"<li>{old}</li>", f"<li>{new}</li>")
+        if asked.kind == "function":
+            assert compile(asked.answer, "said", "exec")
+
+
+def test_the_right_answer_is_judged_right_and_others_are_not():
+    vocab = vocabulary()
+    asked = next(questions("test", 0))
+    ids = tuple(told(asked, vocab))
+    right = Completion(ids, (0.0,) * len(ids), True)
+    assert exact(asked, right, vocab) == alike(asked, right, vocab) == 1
+    assert exact(asked, Completion(ids[:-1], (0.0,) * (len(ids) - 1), False), vocab) == 0
+    assert exact(asked, Completion(ids[2:], (0.0,) * (len(ids) - 2), True), vocab) == 0
+    assert 0.5 < alike(asked, Completion(ids[4:], (0.0,) * (len(ids) - 4), True), vocab) < 1
+    one = document(asked, vocab)
+    assert tuple(one.input_ids[one.trainable].tolist()) == ids
+    pack = next(packs("train", 0, vocab, 512))
+    assert pack.num_tokens <= 512
+    assert len(pack.keys) > 2
+
+
+def test_the_report_compares_seed_by_seed(tmp_path):
+    for n, arm in enumerate(ablate_diffusion.ARMS):
+        for seed in range(2):
+            figures = dict.fromkeys(FIGURES, n + 0.5 * seed)
+            (tmp_path / f"{arm.replace(' ', '-')}-{seed}.json").write_text(json.dumps(figures))
+    tables = write(tmp_path, ablate_diffusion.ARMS, 2)
+    assert "edits in the noise: edits - masks | +1.000 [+1.000, +1.000]" in tables
+    assert "best orders: best orders - any orders | -1.000 [-1.000, -1.000]" in tables
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"edits-2\.json is missing"):
+        gather(tmp_path, ["edits"], 3)
+
+
+@pytest.mark.slow
+def test_the_ablation_runs_goes_on_and_reports(tmp_path, capsys):
+    told_size = ["--tokens", "6000", "--rounds", "1", "--questions", "4", "--seeds", "2"]
+    with mock.patch.object(sys, "argv", ["ablate", "--output", str(tmp_path), *told_size]):
+        assert ablate_diffusion.main() == 0
+        first = capsys.readouterr().out
+        assert first.count("exact ") >= 14
+        assert ablate_diffusion.main() == 0
+    assert "seed 0" not in capsys.readouterr().out  # nothing is trained twice
+    assert "best orders" in (tmp_path / "report.html").read_text()
