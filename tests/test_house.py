@@ -24,7 +24,7 @@ FLOORS = (
      "packing", "packing_check", "balance", "actions", "prompts", "files", "retries", "signatures", "contamination",
      "html"),
     ("dist", "ops", "browser"),
-    ("models", "losses", "worlds", "dealing"),
+    ("models", "losses", "worlds", "dealing", "sparsity"),
     ("interop", "objectives", "generation", "tasks"),
     ("agent", "engine"),
     ("train", "serve", "testing"),
