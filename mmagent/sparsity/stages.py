@@ -37,6 +37,15 @@ class SparsityConfig:
         """Steps of the run that ends with the fine-tuning of its last level; 0 where nothing is pruned."""
         return self.score + self.steps * len(self.levels) if self.levels else 0
 
+    def within(self, steps: int) -> SparsityConfig:
+        """Itself. Raises ``ValueError`` where a run of ``steps`` ends before the last level and its fine-tuning."""
+        if steps < self.total:
+            raise ValueError(
+                f"sparsity: {self.score} steps to score and {self.steps} after each of {len(self.levels)} levels are "
+                f"{self.total}, the run has {steps}"
+            )
+        return self
+
     def stage(self, step: int) -> int:
         """How many levels are reached once ``step`` steps are done."""
         if step < self.score:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from mmagent import dist
 from mmagent.engine.optim import few
 from mmagent.engine.pieces import shard_of
 from mmagent.engine.sharding import as_sharded, gather_like, local_part, shard_like, whole_shape
+from mmagent.interop.packed_folder import save_masks
 from mmagent.models.layers import encoder_roles, trainable_blocks
 from mmagent.ops.state import check_weights, shapes_of
 from mmagent.sparsity.patterns import density, make_masks, restored
@@ -168,10 +170,24 @@ class Sparsifier:
             for name, p in self._parameters().items()
         }
 
-    def applied(self, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``weights`` with zeros where a mask of :meth:`whole_masks` says so: averages of steps and of checkpoints
-        remember what was there before it was pruned."""
+    def leave(self, weights: Mapping[str, Tensor], path: Path, part: str = "") -> dict[str, Tensor]:
+        """``weights``, gathered by all ranks, with zeros where they were dropped: averages of steps and of checkpoints
+        remember what was there before. The main rank writes the masks to ``path``, those of the child module ``part``
+        by their names in it, or all. A collective. Without levels nothing is done."""
+        masks = self.whole_masks()
+        if masks and dist.is_main():
+            prefix = f"{part}." if part else ""
+            save_masks(
+                path,
+                {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)},
+                self.config.pattern,
+            )
         return {n: t * (masks[n] != 0).to(t.device) if n in masks else t for n, t in weights.items()}
+
+    @property
+    def parts(self) -> dict[str, Sparsifier]:
+        """What a run keeps of it: itself, to be listed after the model; nothing without levels."""
+        return {"sparsity": self} if self.config.levels else {}
 
     def _tell(self, step: int) -> None:
         masks = self.whole_masks()

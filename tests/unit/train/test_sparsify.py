@@ -10,6 +10,7 @@ import torch
 from mmagent.engine.build import build_engine
 from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
+from mmagent.interop.packed_folder import load_masks
 from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.sparsity.patterns import PatternConfig, density, make_masks
 from mmagent.sparsity.stages import SparsityConfig
@@ -81,7 +82,7 @@ def test_zeros_stay_zeros_and_are_forgotten(muon):
     assert (sparsifier.scores[NAME][mask == 0] == 0).all()  # and what is gone scores nothing
 
 
-def test_masks_are_made_of_the_scores():
+def test_masks_are_made_of_the_scores(tmp_path):
     objective, engine, sparsifier = toy(1.0)
     for step in range(2):
         train_step(objective, engine, batches(step, 2), ALONE)
@@ -90,9 +91,12 @@ def test_masks_are_made_of_the_scores():
     assert torch.equal(sparsifier.masks[NAME], wanted[NAME])
     assert torch.equal(sparsifier.whole_masks()[NAME], wanted[NAME])
     remembered = {NAME: torch.ones(9, 6), "other": torch.ones(2)}
-    cleaned = sparsifier.applied(remembered, sparsifier.whole_masks())
+    cleaned = sparsifier.leave(remembered, tmp_path / "masks", "stacked")
     assert torch.equal(cleaned[NAME], wanted[NAME].float())
     assert cleaned["other"] is remembered["other"]
+    masks, pattern = load_masks(tmp_path / "masks")
+    assert pattern == sparsifier.config.pattern
+    assert torch.equal(masks["weight"], wanted[NAME])
 
 
 def train(folder: Path, upto: int, config: SparsityConfig, **options):
