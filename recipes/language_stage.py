@@ -97,7 +97,7 @@ def train(config: Config, title: str) -> None:
         if config.merge.count:
             merged = Validate(objective, held_out, world, engine, "merged/")
             judges.append(JudgeMerged(run, "model", config.merge, merged))
-        hooks[1:1] = [Every(config.validate_every, judge, total) for judge in judges]
+        hooks[:0] = [Every(config.validate_every, judge, total) for judge in judges]
     for phase in config.phases:
         start, end = end, end + phase.steps
         model.freeze(phase.freeze)

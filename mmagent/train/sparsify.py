@@ -69,10 +69,12 @@ def prunable(model: nn.Module, roles: list[str] | None = None) -> dict[str, str]
 
 
 class Sparsifier:
-    """Scores, prunes and keeps pruned, as ``config`` says. Make it after the engine, with the optimizer that the engine
-    was given; one of a run's parts, after the model, and of its hooks, before those that validate.
+    """Scores, prunes and keeps pruned, as ``config`` says. Make it after the engine, with the optimizer that it was
+    given; one of a run's parts, after the model, and of its hooks: after those that validate, so that what is judged
+    at the end of a stage is what that stage made of its level, and before those that log.
 
-    A config without levels does nothing. The record gets ``sparsity/asked`` and ``sparsity/density``, which is counted.
+    A config without levels does nothing. The record gets ``sparsity/asked`` and ``sparsity/density``, which is counted:
+    of the weights that the step was taken with.
     """
 
     shared_state = True
@@ -135,11 +137,11 @@ class Sparsifier:
                 "ZeRO step another one; use ddp, fsdp2 or hsdp"
             )
         self._stepped = False
+        record["sparsity/asked"] = self.config.levels[self.stage - 1] if self.stage else 0.0
+        record["sparsity/density"] = self.density
         if self.config.stage(step) > self.stage:
             self.prune(self.config.stage(step))
             self._tell(step)
-        record["sparsity/asked"] = self.config.levels[self.stage - 1] if self.stage else 0.0
-        record["sparsity/density"] = self.density
 
     @torch.no_grad()
     def prune(self, stage: int) -> None:
