@@ -78,7 +78,18 @@ class Packed(nn.Module):
         return unpack(self.matrix(), self.layout.inputs)
 
 
-class PackedLinear(nn.Module):
+class Inference(nn.Module):
+    """What cannot learn says so, where a run would train all around it."""
+
+    def train(self, mode: bool = True) -> Inference:
+        if mode:
+            raise ValueError(
+                "packed layers do not train: go on from the dense folder (tools/pack.py --dense makes one)"
+            )
+        return super().train(mode)
+
+
+class PackedLinear(Inference):
     """``nn.Linear`` with a packed weight."""
 
     def __init__(self, weight: Packed, bias: nn.Parameter | None):
@@ -91,7 +102,7 @@ class PackedLinear(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(Inference):
     """:class:`~mmagent.models.moe.Experts` on one rank, each expert's matrices packed by themselves."""
 
     group = None

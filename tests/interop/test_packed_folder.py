@@ -12,15 +12,18 @@ from mmagent.chat import ChatConfig
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.agent_folder import load_agent, save_agent
+from mmagent.interop.conversion import convert
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.interop.packed_folder import MASKS, PACKING, load_masks, save_masks
 from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.models.packed import layout_of
+from mmagent.serve.loading import load
 from mmagent.sparsity.patterns import PatternConfig, make_masks
 from mmagent.train.sparsify import prunable
 from mmagent.trajectories import Limits
 from mmagent.types import PackedVision
 from tests.agent_kit import picture, prompt, tiny_model, tiny_vocab
+from tests.conversion_kit import released
 from tests.model_kit import image_patches
 from tools import pack as tool
 
@@ -93,6 +96,39 @@ def test_an_encoder_in_all_forms(tmp_path, capsys):
         wanted = encoder(vision).tokens
         torch.testing.assert_close(load_encoder(tmp_path / "packed").model(vision).tokens, wanted, atol=1e-4, rtol=1e-4)
         assert torch.equal(load_encoder(tmp_path / "dense").model(vision).tokens, wanted)
+
+
+def test_serving_reads_packed_folders_and_training_refuses_them(agents):
+    agent, told = load(agents / "packed", device="cpu")
+    assert layout_of(agent.model)
+    assert told == ["packed: layers hold what pruning left of them"]
+    with pytest.raises(ValueError, match="packed layers do not train"):
+        agent.model.train()
+    with pytest.raises(ValueError, match="is packed: make it dense first"):
+        convert(agents / "packed", agents / "elsewhere", "hub")
+
+
+def test_dense_with_zeros_is_loaded_by_a_stock_class(tmp_path):
+    """A released GLM-4.5V of small numbers comes in, is pruned, goes out, and its own class reads it whole."""
+    released(tmp_path / "theirs", "glm4v_moe", dtype=torch.float32)
+    convert(tmp_path / "theirs", tmp_path / "ours", "native")
+    agent = load_agent(tmp_path / "ours")
+    masks = prune(agent.model)
+    save_agent(tmp_path / "sparse", *agent[:4])
+    convert(tmp_path / "sparse", tmp_path / "back", "glm4v_moe")
+    from transformers import Glm4vMoeForConditionalGeneration
+
+    stock, told = Glm4vMoeForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not told["missing_keys"]
+    dropped = {  # MTP layers have no place in the stock class
+        role: sum(int((masks[name] == 0).sum()) for name, own in prunable(agent.model).items() if own == role)
+        for role in ("encoder", "decoder")
+    }
+    parts = {"encoder": stock.model.visual, "decoder": stock.model.language_model}
+    for role, part in parts.items():
+        zeros = sum(int((p == 0).sum()) for p in part.parameters() if p.ndim > 1)
+        assert dropped[role] > 0
+        assert zeros >= dropped[role], role
 
 
 def test_masks_come_back_with_their_pattern(agents):
