@@ -109,7 +109,7 @@ def main() -> None:
     own = kinds != KINDS  # a map of plain images cannot mean the widgets that our own screens have
     gallery = pictures(config, geometry, world, kinds=kinds, captions=texts, maps=own, classes="")
     stream = pair_stream(config.data, gallery, geometry, vocab, config.max_text, world)
-    run, weights = train(config, "align", objective, stream, world)
+    run, weights = train(config, "align", objective, stream, world, part="encoder")
     if world.is_main:
         whole = part_of(weights, "encoder")
         save_encoder(run.directory / "encoder", encoder, geometry, custom=custom, weights=whole)

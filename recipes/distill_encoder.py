@@ -128,7 +128,7 @@ def main() -> None:
         objective.calibrate(batch.to(world.device) for step in islice(first, config.calibration) for batch in step)
         first.close()
 
-    run, weights = train(config, "distill", objective, stream, world, calibrate)
+    run, weights = train(config, "distill", objective, stream, world, calibrate, part="student")
     if world.is_main:
         whole = part_of(weights, "student")
         save_encoder(run.directory / "encoder", encoder, geometry, custom=custom, weights=whole)

@@ -22,12 +22,15 @@ from mmagent.engine.optim import OptimConfig, build_optimizer, check_known
 from mmagent.engine.schedule import ScheduleConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import Encoder, can_hide, is_factory, open_encoder
+from mmagent.interop.packed_folder import MASKS
 from mmagent.models.cogvit import CogViT, CogViTConfig
+from mmagent.sparsity.stages import SparsityConfig
 from mmagent.testing import check_encoder
 from mmagent.train.hooks import RunConfig, run_settings, usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.phases import Phase
 from mmagent.train.run import Run
+from mmagent.train.sparsify import Sparsifier
 
 
 @dataclass
@@ -35,8 +38,8 @@ class StageConfig(RunConfig):
     """``mix`` weighs where pictures come from: galleries that are drawn here (``scenes``, ``panels``, ``charts``,
     ``icons``, ``digits`` and kinds of photographs), and your own ``sources`` by name: a folder, webdataset shards or
     ``datasets:ID``, whose ``columns`` can be named; ``split=train`` leaves out what ``evaluate_encoder`` judges by.
-    ``role_schedules``: roles whose learning rate follows a schedule of its own. With ``average.decay`` the averaged
-    weights are what is handed on."""
+    ``role_schedules``: roles whose learning rate follows a schedule of its own. ``sparsity``: prune on the way. With
+    ``average.decay`` the averaged weights are what is handed on."""
 
     output: str = "runs/encoder"
     steps: int = 1000
@@ -48,6 +51,7 @@ class StageConfig(RunConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup=10))
     role_schedules: dict[str, ScheduleConfig] = field(default_factory=dict)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     quarantine: QuarantineConfig = field(default_factory=QuarantineConfig)
@@ -108,8 +112,10 @@ def train(
     stream: VisionStream[Any],
     world: World,
     begin: Callable[[], None] = lambda: None,
+    part: str = "",
 ) -> tuple[Run, dict[str, Any]]:
-    """Build engine, average and run; ``begin()`` where there is nothing to resume; fit.
+    """Build engine, average and run; ``begin()`` where there is nothing to resume; fit. What was pruned has masks in
+    ``OUTPUT/sparsity.safetensors``, of ``part`` of the objective by the names there.
 
     Returns the run and the objective's full state dict (on rank 0; averaged, if so configured).
     """
@@ -117,21 +123,23 @@ def train(
     optimizer = build_optimizer(objective, config.optim)
     check_known(config.role_schedules, (group["role"] for group in optimizer.param_groups), "role_schedules")
     engine = build_engine(objective, optimizer, config.engine, world)
+    sparsifier = Sparsifier(objective, optimizer, config.sparsity.within(config.steps))
     average = WeightAverage(objective, config.average)
-    parts = {"objective": objective, "engine": engine, "stream": stream, "average": average}
+    parts = {"objective": objective, "engine": engine, "stream": stream, "average": average, **sparsifier.parts}
     run = Run(config.output, world, parts, config=config, **run_settings(config))
     first = run.resume(config.steps)
     if not first:
         begin()
     if first == config.steps and world.is_main:
         print(f"{title}: {config.output} stands at step {first} of {first}, nothing is left to train", file=sys.stderr)
-    hooks = [average, *usual_hooks(run, title, config.steps, config, engine=engine)]
+    hooks = [average, sparsifier, *usual_hooks(run, title, config.steps, config, engine=engine)]
     rate = Phase(steps=config.steps, schedule=config.schedule).rate(0)
     own = {role: Phase(steps=config.steps, schedule=s).rate(0) for role, s in config.role_schedules.items()}
     fit(run, objective, engine, stream, steps=config.steps, schedule=rate, role_schedules=own, hooks=hooks)
     stream.close()
     with average.in_place():
         weights = gather_weights(objective)  # by all ranks, for it may be sharded
+        weights = sparsifier.leave(weights, run.directory / MASKS, part)
         return run, {name: tensor.clone() for name, tensor in weights.items()}
 
 

@@ -17,16 +17,19 @@ from mmagent.engine.merging import MergeConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.agent_folder import Agent, load_agent, new_agent, save_agent
+from mmagent.interop.packed_folder import MASKS
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModelConfig
 from mmagent.models.memory import MemoryConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.objectives.routed import RoutedObjective
+from mmagent.sparsity.stages import SparsityConfig
 from mmagent.train.hooks import Every, RunConfig, Validate, run_settings, usual_hooks
 from mmagent.train.loop import fit
 from mmagent.train.merged import JudgeMerged, merged_in_place
 from mmagent.train.phases import Phase, frozen_longest
 from mmagent.train.run import Run
+from mmagent.train.sparsify import Sparsifier
 from mmagent.train.work import Work, WorkConfig
 from mmagent.vocab import Vocab
 
@@ -35,7 +38,7 @@ from mmagent.vocab import Vocab
 class Config(RunConfig):
     """``init`` starts from an agent folder; else the model is new, with ``encoder`` if given: the folder of stage 2, or
     ``package.module:factory`` of a custom one. ``memory``: what a step keeps for its backward. The loss on held-out
-    data is taken every ``validate_every`` steps and at the last; 0: never.
+    data is taken every ``validate_every`` steps and at the last; 0: never. ``sparsity``: prune on the way.
     ``merge``: the newest checkpoints are averaged, judged beside the newest one, and left in ``output/merged``."""
 
     output: str = "runs/pretrain"
@@ -55,6 +58,7 @@ class Config(RunConfig):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     work: WorkConfig = field(default_factory=WorkConfig)
     phases: list[Phase] = field(default_factory=lambda: [Phase()])
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
 
     def __post_init__(self) -> None:
@@ -84,17 +88,19 @@ def train(config: Config, title: str, learns: Learns | None = None) -> None:
     model.set_memory(config.memory)
     model.config.denoises = 0  # unless what it learns by says otherwise
     objective, state = (LanguageModeling(model, config.objective), {}) if learns is None else learns(agent)
-    engine = build_engine(objective, build_optimizer(model, config.optim), config.engine, world)
+    total, end = sum(phase.steps for phase in config.phases), 0
+    optimizer = build_optimizer(model, config.optim)
+    engine = build_engine(objective, optimizer, config.engine, world)
+    sparsifier = Sparsifier(model, optimizer, config.sparsity.within(total))
     work = Work(config.work, config.engine, model, world, frozen_longest(config.phases), config.memory.recompute)
     stream = PackStream(config.data, vocab, agent.geometry, agent.chat, world, work.weights)
     held_out = HeldOut(config.validation, stream) if config.validate_every else None
-    parts = {"model": model, "engine": engine, "stream": stream, **state}
+    parts = {"model": model, "engine": engine, "stream": stream, **state, **sparsifier.parts}
     run = Run(config.output, world, parts, config=config, **run_settings(config))
     if world.is_main:
         print(stream.describe(), *([held_out.describe()] if held_out else []), sep="\n", flush=True)
 
-    total, end = sum(phase.steps for phase in config.phases), 0
-    hooks = usual_hooks(run, title, total, config, routed=objective, engine=engine)
+    hooks = [sparsifier, *usual_hooks(run, title, total, config, routed=objective, engine=engine)]
     if held_out:
         judges = [Validate(objective, held_out, world, engine)]
         if config.merge.count:
@@ -111,6 +117,7 @@ def train(config: Config, title: str, learns: Learns | None = None) -> None:
 
     def leave(name: str) -> None:
         weights = gather_weights(model)  # by all ranks, for they may be sharded
+        weights = sparsifier.leave(weights, run.directory / MASKS)
         if world.is_main:
             whole = (model, vocab, agent.geometry, agent.chat)
             save_agent(run.directory / name, *whole, encoder=agent.encoder, weights=weights)

@@ -3,6 +3,7 @@
 ``FOLDER/config.yaml``         :class:`AgentConfig`: model, image geometry, chat
 ``FOLDER/model.safetensors``   every parameter and persistent buffer; of a large model in numbered files with an index
 ``FOLDER/tokenizer.json``      the vocabulary
+``FOLDER/packing.json``        of a packed model alone: what its layers look like (:mod:`mmagent.interop.packed_folder`)
 
 A folder is written beside its place and moved there whole, so a reader never sees half of one.
 """
@@ -25,8 +26,10 @@ from mmagent.files import require_own
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.encoder_folder import EncoderConfig, build_encoder, check_geometry, is_factory, open_encoder
 from mmagent.interop.live_model import folder_together, is_sharded, live_tensors, load_stored, together
+from mmagent.interop.packed_folder import PACKING, read_layout, write_layout
 from mmagent.models.agent_model import AgentModel, AgentModelConfig
 from mmagent.models.cogvit import CogViT
+from mmagent.models.packed import prepare_packed
 from mmagent.ops.tensor_files import INDEX, WEIGHTS, Progress, Stored, TensorFiles, weight_files, write_files
 from mmagent.vocab import Vocab
 
@@ -108,9 +111,9 @@ def save_agent(
     sharded = weights is None and is_sharded(model)
     with together(sharded, f"write to {folder}"):
         if not sharded or dist.is_main():
-            require_own(Path(folder), "agent folder", (CONFIG, TOKENIZER, "model*.safetensors"), (INDEX,))
+            require_own(Path(folder), "agent folder", (CONFIG, TOKENIZER, "model*.safetensors"), (INDEX, PACKING))
     tensors = live_tensors(model if weights is None else weights).values()
-    write_agent(folder, config, vocab, tensors, shard_size, sharded=sharded)
+    write_agent(folder, config, vocab, tensors, shard_size, sharded=sharded, packed=model)
 
 
 def write_agent(
@@ -122,14 +125,18 @@ def write_agent(
     progress: Progress | None = None,
     *,
     sharded: bool = False,
+    packed: AgentModel | None = None,
 ) -> None:
     """The folder from its parts, weights piece by piece, as :func:`~mmagent.ops.tensor_files.write_files` does.
-    ``sharded``: reading is a collective; all ranks call, the main one writes."""
+    ``sharded``: reading is a collective; all ranks call, the main one writes. ``packed``: the model whose layers these
+    are, where some are packed."""
     with folder_together(Path(folder), sharded) as beside:
         write_files(beside, tensors, shard_size, progress, together=sharded)
         if beside is not None:
             vocab.save(beside / TOKENIZER)
             (beside / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+            if packed is not None:
+                write_layout(beside, packed)
 
 
 def load_agent(folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Agent:
@@ -142,6 +149,7 @@ def load_agent(folder: Path | str, device: torch.device | str = "cpu", dtype: to
     folder = Path(folder)
     config, vocab = read_agent_config(folder)
     model = build_agent(config, dtype)
+    prepare_packed(model, read_layout(folder))
     with TensorFiles(folder) as files:
         load_stored(model, files, f"{folder} does not fit {type(model).__name__}", device)
     return Agent(model.to(device).eval(), vocab, config.geometry, config.chat, config.encoder)

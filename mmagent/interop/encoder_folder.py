@@ -3,6 +3,7 @@ through which any other encoder comes in.
 
 ``FOLDER/config.yaml``         :class:`EncoderConfig`: the tower and its image geometry
 ``FOLDER/model.safetensors``   every parameter
+``FOLDER/packing.json``        of a packed encoder alone: see :mod:`mmagent.interop.packed_folder`
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from mmagent.config import first_line, load_yaml, locate, to_yaml
 from mmagent.files import new_folder, require_own
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.live_model import load_weights
+from mmagent.interop.packed_folder import PACKING, read_layout, write_layout
 from mmagent.models.backbones import BackboneEncoder, architecture, from_architecture, load_backbone
 from mmagent.models.cogvit import CogViT, CogViTConfig
+from mmagent.models.packed import prepare_packed
 from mmagent.ops.state import save_weights
 from mmagent.protocols import VisionEncoder
 
@@ -143,7 +146,7 @@ def save_encoder(
     :class:`EncoderConfig`. ``weights`` is the full state dict of a sharded encoder, gathered by all ranks; one rank
     writes. Raises ``ValueError`` for an encoder that is no CogViT and without ``custom``, and for a folder that holds
     anything but an encoder."""
-    require_own(Path(folder), "encoder folder", (CONFIG, WEIGHTS))
+    require_own(Path(folder), "encoder folder", (CONFIG, WEIGHTS), (PACKING,))
     if custom:
         config = EncoderConfig(geometry=geometry, custom=custom)
     elif type(encoder) is CogViT:  # a subclass may compute something else
@@ -153,6 +156,7 @@ def save_encoder(
     with new_folder(Path(folder)) as beside:
         save_weights(encoder if weights is None else weights, beside / WEIGHTS)
         (beside / CONFIG).write_text(to_yaml(config), encoding="utf-8")
+        write_layout(beside, encoder)
 
 
 def load_encoder(folder: Path | str) -> Encoder:
@@ -170,5 +174,6 @@ def load_encoder(folder: Path | str) -> Encoder:
         )
     config = load_yaml(EncoderConfig(), folder / CONFIG)
     model = build_encoder(config)
+    prepare_packed(model, read_layout(folder))
     load_weights(model, folder / WEIGHTS)
     return Encoder(model.eval(), config.geometry, config.custom)

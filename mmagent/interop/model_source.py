@@ -24,6 +24,7 @@ from mmagent.interop.glm import MODELS, agent_adapter, agent_config, text_prefix
 from mmagent.interop.glm_config import declared_mtp, not_kept, own_aspect, own_chat, own_mtp, read_config, their_config
 from mmagent.interop.hub_folder import CONFIG as THEIRS
 from mmagent.interop.hub_folder import is_hub, read_hub
+from mmagent.interop.packed_folder import PACKING
 from mmagent.interop.processor_files import (
     GENERATION,
     generation,
@@ -99,11 +100,14 @@ def open_source(
     :func:`~mmagent.interop.encoder_folder.open_encoder` takes; without it a tiny CogViT. That one and the projector
     start fresh, by ``seed``. ``trust_code``: a folder of ours, that of the encoder too, may name an encoder that is
     imported and called; without it that is refused. ``without_mtp``: MTP layers that ``config.json`` names and the
-    files lack are left out, as stock classes do that save what they loaded; else they are missing. Raises
+    files lack are left out, as stock classes do that save what they loaded; else they are missing. A packed folder is
+    for :func:`~mmagent.interop.agent_folder.load_agent` alone, and is refused. Raises
     ``ValueError`` naming file and tensor of what is missing, unknown, misshapen, of a wrong dtype, torn or pickled.
     """
     folder = Path(folder)
     _require_model(folder)
+    if (folder / PACKING).is_file():
+        raise ValueError(f"{folder} is packed: make it dense first, by tools/pack.py {folder} --dense --into FOLDER")
     if (folder / CONFIG).is_file():
         if encoder:
             raise ValueError(f"{folder} holds an agent with an encoder of its own: it takes no other")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
-from mmagent.interop.agent_folder import CONFIG, Agent, build_agent, load_agent
+from mmagent.interop.agent_folder import CONFIG, Agent, build_agent, load_agent, read_agent_config
+from mmagent.interop.encoder_folder import require_trust
 from mmagent.interop.live_model import load_stored
 from mmagent.interop.model_source import open_source
+from mmagent.interop.packed_folder import PACKING
 
 
 def load(folder: Path, *, device: str, trust_code: bool = False) -> tuple[Agent, list[str]]:
@@ -17,6 +19,10 @@ def load(folder: Path, *, device: str, trust_code: bool = False) -> tuple[Agent,
     ``folder`` is one of ours, or one that :func:`~mmagent.interop.model_source.open_source` takes; an encoder of its
     own is imported with ``trust_code`` alone. Raises ``ValueError`` naming what is missing or does not fit.
     """
+    if (folder / PACKING).is_file():
+        if not trust_code:
+            require_trust(read_agent_config(folder)[0].encoder, str(folder))
+        return load_agent(folder, device), ["packed: layers hold what pruning left of them"]
     with open_source(folder, trust_code=trust_code) as source:
         if (folder / CONFIG).is_file():
             return load_agent(folder, device), list(source.notes)

@@ -28,6 +28,7 @@ BY_HAND = {
     "recipes.ablate_mtp",
     "recipes.ablate_diffusion",
     "recipes.ablate_merging",
+    "recipes.ablate_sparsity",
 }  # no config to print
 LAUNCH = re.compile(r"^ {4}(?:torchrun|python) .*?-m ((?:recipes|data_pipelines)\.\w+)(.*)$", re.MULTILINE)
 MADE = {f"runs/data/{stage}/{maker.name}" for stage, known in makers(BuildConfig()).items() for maker in known}

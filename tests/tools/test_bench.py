@@ -128,6 +128,7 @@ def test_model_rows_have_their_names_a_share_of_the_peak_and_a_picture(tmp_path,
         "data",
         "contrastive",
         "checkpoint",
+        "sparsity",
         *(pytest.param(area, marks=pytest.mark.slow) for area in ("muon", "ingest", "pages", "worlds")),
     ],
 )

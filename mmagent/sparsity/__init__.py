@@ -1,0 +1,1 @@
+"""Which weights to drop: patterns ranked over all layers, and when they are dropped."""
