@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evals.suite import Suite
+from evals.suites.coding import design2code
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.worlds import worlds
 
-SUITES: dict[str, Callable[[], Suite]] = {
+SUITES: dict[str, Callable[..., Suite]] = {
+    "design2code": design2code,
     "miniwob": miniwob,
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
     "worlds": worlds,
 }
+"""Those whose items can be chosen take ``data``, a folder or the name of a dataset."""
