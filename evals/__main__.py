@@ -22,6 +22,7 @@ from evals.suite import Agent, Suite, choose_tasks
 from evals.suites import SUITES
 from evals.summary import compare_runs, summarise
 from mmagent.browser import BrowserError, require_chromium
+from mmagent.sandbox import SandboxUnavailable
 
 DESCRIPTION = """Judge a multimodal agent.
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EvaluationBroken as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, BrowserError) as error:
+    except (ValueError, BrowserError, SandboxUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -5,7 +5,7 @@ waits. For every job it forks a keeper, which reads the job from the socket (so 
 another), goes into namespaces of its own and forks the first process of the cell, which forks the program:
 
 * no network: an empty network namespace, and no socket can be made;
-* files: a root of its own with what Python needs, read-only, and ``/work``, a small memory disk; no ``/proc``;
+* files: a root of its own with what Python needs, read-only, and ``/box``, a small memory disk; no ``/proc``;
 * processes: a process namespace that dies as a whole, and a user namespace in which they are counted;
 * rights: nobody's user, no capability, none to be gained, and no call that changes mounts, namespaces or the kernel;
 * time, memory, files: limits that the program cannot raise.
@@ -40,7 +40,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVA
 )  # fmt: skip
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
-WORK = "/work"
+WORK = "/box"
 DEVICES = ("null", "zero", "urandom")
 ROOT_LINKS = ("lib", "lib32", "lib64", "bin", "sbin")
 MOST_INODES = 512

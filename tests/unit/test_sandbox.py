@@ -75,17 +75,17 @@ ESCAPES = {
     "raw packets": "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
     "a name": "import urllib.request; urllib.request.urlopen('http://example.com')",
     "users of the machine": "open('/etc/passwd').read()",
-    "keys": "import os; os.listdir('/root/.ssh')",
+    "keys": "import os; os.listdir(os.path.expanduser('~root'))",
     "other processes": "import os; os.listdir('/proc')",
     "the kernel's files": "import os; os.listdir('/sys')",
     "disks": "import os; os.listdir('/dev/disk')",
-    "a device": "import os, stat; os.mknod('/work/disk', 0o600 | stat.S_IFBLK, os.makedev(8, 0))",
+    "a device": "import os, stat; os.mknod('disk', 0o600 | stat.S_IFBLK, os.makedev(8, 0))",
     "writing to the system": "open('/usr/lib/x', 'w')",
     "writing to Python": "import os; open(os.path.dirname(os.__file__) + '/x.py', 'w')",
     "writing to the root": "open('/x', 'w')",
     "another user": "import os; os.setuid(0)",
-    "a mount": "call('mount', b'none', b'/work', b'tmpfs', 0, None)",
-    "taking a mount away": "call('umount2', b'/work', 2)",
+    "a mount": "call('mount', b'none', b'/box', b'tmpfs', 0, None)",
+    "taking a mount away": "call('umount2', b'/box', 2)",
     "a user namespace": "call('unshare', 0x10000000)",
     "a clone with one": "syscall(56, 0x10000000 | 17, 0, 0, 0, 0)",
     "a newer clone": "syscall(435, 0, 0)",
@@ -101,7 +101,7 @@ ESCAPES = {
     "a thread": "import threading; threading.Thread(target=print).start()",
     "the cell's first process": "import os; os.kill(1, 9); os.kill(os.getppid(), 9); raise OSError",
     "all processes": "import os; os.kill(-1, 9); raise OSError",
-    "a file of its own": "import os\nopen('x', 'w').write('')\nos.chmod('x', 0o755)\nos.execv('/work/x', ['x'])",
+    "a file of its own": "import os\nopen('x', 'w').write('')\nos.chmod('x', 0o755)\nos.execv('/box/x', ['x'])",
     "more memory": "x = bytearray(1 << 30)",
     "a large file": "open('x', 'wb').write(bytes(16 << 20))",
     "many files": "[open(f'f{n}', 'w').close() for n in range(100_000)]",
@@ -221,7 +221,7 @@ find = ctypes.CDLL(None).getenv
 find.restype = ctypes.c_char_p
 print(find(b"OPENAI_API_KEY"), find(b"HOME"))
 """
-    assert run(memory).out == b"None b'/work'\n"
+    assert run(memory).out == b"None b'/box'\n"
 
 
 def test_a_cancelled_program_ends_at_once_and_its_place_is_free():
