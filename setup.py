@@ -43,6 +43,7 @@ setup(
     extras_require={
         "datasets": ["datasets>=4.0,<6"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
+        "evals": ["beautifulsoup4>=4.13,<5"],  # Design2Code reads pages as its authors do
         "ingest": ["datasets>=4.0,<6", "pyarrow>=20", "pypdfium2>=5,<6", "av>=15"],  # parquet, PDF pages and videos
         "quality": ["py3langid>=0.4,<0.5"],  # tells languages; its model comes with it (4.5 MB)
         "wandb": ["wandb>=0.20"],
@@ -53,6 +54,7 @@ setup(
             "uvicorn>=0.50",
         ],
         "dev": [
+            "beautifulsoup4>=4.13,<5",
             "py3langid>=0.4,<0.5",
             "datasets>=4.0,<6",
             "pyarrow>=20",

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from evals.suite import Agent, Suite, choose_tasks
 from evals.suites import SUITES
 from evals.summary import compare_runs, summarise
 from mmagent.browser import BrowserError, require_chromium
+from mmagent.sandbox import SandboxUnavailable
 
 DESCRIPTION = """Judge a multimodal agent.
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EvaluationBroken as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (ValueError, BrowserError) as error:
+    except (ValueError, BrowserError, SandboxUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -104,6 +106,7 @@ def _run_parser() -> argparse.ArgumentParser:
     how.add_argument("--limit", type=int, metavar="N", help="at most N items a suite, spread over its tasks")
     how.add_argument("--samples", type=int, default=1, metavar="K", help="tries of each item, for pass@k (default 1)")
     how.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, named in full or by their ends")
+    how.add_argument("--data", metavar="SET", help="published items: a folder, or a name that `datasets` knows")
     how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
     how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
     how.add_argument("--concurrency", type=int, metavar="N", help="items at once (default 32, 8 for an endpoint)")
@@ -118,7 +121,9 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise ValueError(f"no suite {name!r}; " + (f"did you mean {near[0]}?" if near else f"see: {', '.join(SUITES)}"))
-    suite = SUITES[name]()
+    if args.data and "data" not in inspect.signature(SUITES[name]).parameters:
+        raise ValueError(f"suite {name} makes its own items and takes no --data")
+    suite = SUITES[name](data=args.data) if args.data else SUITES[name]()
     if args.tasks:
         suite = choose_tasks(suite, args.tasks)
     changes = {"temperature": args.temperature, "max_tokens": args.max_tokens}

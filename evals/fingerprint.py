@@ -30,6 +30,7 @@ from mmagent.signatures import shingles
 from mmagent.tasks.base import retried
 from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.trajectories import Item, Observation
 
 SIGNED = 2
@@ -88,6 +89,8 @@ async def _gold(task: Task, item: Item) -> list[str]:
             return await retried(lambda: task.demonstrate(item))
         case GroundingTask():
             return [await task.answer(item)]
+        case UiRepairTask():
+            return [(await task.broken(item)).source.html]
         case _:  # in this thread, with which it may share what it remembers
             return list(task.gold(item))
 

@@ -87,6 +87,7 @@ class Suite:
     """``open(tasks)`` gives the tasks of these names for as long as they are needed (it may start a browser).
 
     ``prompt``, ``judge`` and ``version`` are pinned: raise ``version`` whenever items or scoring change.
+    ``data``: what the items come from, where that can be chosen; pinned, too.
     ``exhibit(task, item, episode)`` finds what a person may want to look at; it is for the report alone.
     """
 
@@ -101,24 +102,30 @@ class Suite:
     play: Play
     seed: int = 0
     needs_browser: bool = True
+    data: str = ""
     exhibit: Callable[[Any, Item, Episode], Awaitable[Exhibit]] | None = None
 
     def pins(self) -> dict[str, str]:
         """What a score depends on. Raises :class:`~mmagent.browser.BrowserMissing` where a browser is needed."""
         play = self.play
         browser = {"browser": browser_version()} if self.needs_browser else {}
-        return browser | {
-            "suite.name": self.name,
-            "suite.version": str(self.version),
-            "suite.seed": str(self.seed),
-            "suite.tasks": _listed(self.tasks),
-            "prompt": self.prompt,
-            "rules": hashlib.sha256(play.rules.encode()).hexdigest()[:12],
-            "judge": self.judge,
-            "action_frame": f"integers 0..{FRAME - 1} of the image",
-            "limits": f"{play.max_steps} steps of {play.max_tokens} tokens, temperature {play.temperature:g}, "
-            f"top_p {play.top_p:g}",
-        }
+        data = {"data": self.data} if self.data else {}
+        return (
+            browser
+            | data
+            | {
+                "suite.name": self.name,
+                "suite.version": str(self.version),
+                "suite.seed": str(self.seed),
+                "suite.tasks": _listed(self.tasks),
+                "prompt": self.prompt,
+                "rules": hashlib.sha256(play.rules.encode()).hexdigest()[:12],
+                "judge": self.judge,
+                "action_frame": f"integers 0..{FRAME - 1} of the image",
+                "limits": f"{play.max_steps} steps of {play.max_tokens} tokens, temperature {play.temperature:g}, "
+                f"top_p {play.top_p:g}",
+            }
+        )
 
     def items(self, tasks: Sequence[Task], limit: int | None = None) -> list[tuple[Task, Item]]:
         """The first items of every task in turn, so that any ``limit`` leaves the tasks balanced. With one, tasks come

@@ -199,6 +199,25 @@ class Page:
             finally:
                 await self.resize(width, before, scale)
 
+    async def whole(self, *, max_width: int = 4096, max_height: int = 16384) -> np.ndarray:
+        """``(height, width, 3)`` uint8: the whole document as it lies in its viewport, down and right to these pixels.
+
+        Unlike a :meth:`screenshot` of the full page it does not enlarge the viewport for it, so that what is a share of
+        the window's height stays that, and what is fixed to the window shows once: as Playwright takes full pages.
+        """
+        async with self._limited("a picture of the whole page"):
+            await self._answers()
+            size = (await self._send("Page.getLayoutMetrics"))["cssContentSize"]
+            width = min(max(math.ceil(size["width"]), self.width), max_width)
+            height = min(max(math.ceil(size["height"]), self.height), max_height)
+            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+            taken = self._post("Page.captureScreenshot", **_PNG, captureBeyondViewport=True, clip=clip)
+            while not taken.done() and self._browser.begin_frame:  # it waits for frames, which come when asked for
+                await self._frame()
+                await asyncio.wait([taken], timeout=INPUT_PATIENCE[0])
+            encoded = base64.b64decode((await taken)["data"])
+            return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
     async def frame(self) -> None:
         """Let the page draw once: animation callbacks run, scheduled input arrives."""
         async with self._limited("a frame"):

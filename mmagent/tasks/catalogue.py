@@ -9,16 +9,28 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from mmagent.browser import BrowserPool
 from mmagent.config import ConfigError, locate
 from mmagent.protocols import Task
+from mmagent.sandbox import Sandbox
 from mmagent.tasks.base import Screens
+from mmagent.tasks.chart_to_code import PRELOAD, ChartToCodeTask, GeneratedCharts
+from mmagent.tasks.design2code import SIZE, Design2CodeTask, GeneratedDesigns
 from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
+from mmagent.tasks.svg_code import GeneratedDrawings, SvgCodeTask
+from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.tasks.worlds import WorldTask
 from mmagent.worlds import miniwob
 from mmagent.worlds.catalogue import all_worlds
 
 DOCUMENT_SIZE = (320, 240)
 """Width and height of the pages of grounding and screenshot-to-HTML."""
+CHARTS = "chart-to-code"
+CODING = ("design2code", "svg-code", "ui-polish", "ui-edit", CHARTS)
+"""Tasks whose answers are code; the last runs in cells and needs no browser."""
+MOST_DESIGNS = 4
+"""Whole pages that are looked at at a time; three pictures of each are held."""
+CELLS = 2
+"""Programs that run at a time."""
 WORLDS = "worlds/"
 """Before the name of a world: a task that needs no browser."""
 
@@ -26,7 +38,7 @@ WORLDS = "worlds/"
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
     pages = (f"miniwob/{page}" for page in miniwob.TASKS)
-    return (*pages, "grounding", "screenshot-to-html", *(task.name for task in _world_tasks()))
+    return (*pages, "grounding", "screenshot-to-html", *CODING, *(task.name for task in _world_tasks()))
 
 
 def _world_tasks() -> Iterator[WorldTask]:
@@ -67,26 +79,33 @@ async def open_tasks(
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
-        if pool is None and any(name in known and not name.startswith(WORLDS) for name in names):
-            per_process = -(-2 * pages // processes)  # of either size
+        apart = (CHARTS, WORLDS)
+        if pool is None and any(name in known and not name.startswith(apart) for name in names):
+            per_process = -(-3 * pages // processes)  # of each size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
         desk = Desk(pool, pages) if pool is not None else None
         if desk is not None:
             stack.push_async_callback(desk.close)
-        yield [_make(name, desk, max_steps) for name in names]
+        sandbox = await stack.enter_async_context(Sandbox(CELLS, PRELOAD)) if CHARTS in names else None
+        yield [
+            ChartToCodeTask(sandbox, GeneratedCharts()) if sandbox and name == CHARTS else _make(name, desk, max_steps)
+            for name in names
+        ]
 
 
 class Desk:
-    """The pages that tasks share: MiniWoB++'s, and those of rendered documents, which run no scripts."""
+    """The pages that tasks share: MiniWoB++'s, and small and whole ones of rendered documents, which run no scripts."""
 
     def __init__(self, pool: BrowserPool, pages: int):
         self.miniwob = Screens(pool, miniwob.WIDTH, miniwob.HEIGHT, pages)
         self.documents = Screens(pool, *DOCUMENT_SIZE, pages, scripts=False)
+        self.designs = Screens(pool, *SIZE, min(pages, MOST_DESIGNS), scripts=False)
 
     async def close(self) -> None:
         await self.miniwob.close()
         await self.documents.close()
+        await self.designs.close()
 
 
 def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
@@ -102,4 +121,10 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
         return GroundingTask(desk.documents)
     if name == "screenshot-to-html":
         return ScreenshotToHtmlTask(desk.documents)
+    if name == "design2code":
+        return Design2CodeTask(desk.designs, GeneratedDesigns(desk.designs))
+    if name == "svg-code":
+        return SvgCodeTask(desk.documents, GeneratedDrawings())
+    if name in ("ui-polish", "ui-edit"):
+        return UiRepairTask(desk.documents, "polish" if name == "ui-polish" else "edit")
     return MiniWobTask(name.removeprefix("miniwob/"), desk.miniwob, max_steps)

@@ -1,0 +1,334 @@
+"""Design2Code (Si et al. 2024): the HTML of a web page from its screenshot, judged by blocks of text and by looks.
+
+The value is the mean of five: ``block``, ``text``, ``position`` and ``color`` as published
+(:mod:`mmagent.tasks.page_blocks`, :mod:`mmagent.tasks.block_match`), and ``visual``
+(:mod:`mmagent.tasks.visual`), which needs no download, where the published mean has the cosine of CLIP's ViT-B/32 after
+the text has been painted over. Values are therefore near published ones, and not the same. Pages are drawn as there, at
+1280 x 720 with the whole document in the picture, but without scripts and without network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmagent.browser import BrowserError
+from mmagent.tasks.base import Screens, malformed, retried, score_of
+from mmagent.tasks.block_match import BlockScores, compare_blocks
+from mmagent.tasks.page_blocks import Block, TooManyElements, TooMuchWork, cleaned, coloured, find_blocks
+from mmagent.tasks.rendered import PageScenes
+from mmagent.tasks.screenshot_to_html import MAX_CHARACTERS, extract_html
+from mmagent.tasks.visual import visual_similarity
+from mmagent.trajectories import Item, Observation, Score, Trajectory
+
+SIZE = (1280, 720)
+"""Width and height of the window."""
+MAX_WIDTH, MAX_HEIGHT = 1920, 16384
+"""What is seen of a page at most; an endless one must not fill the memory."""
+LOOKED_AT = 320
+"""Width in pixels at which the looks of two pages are compared."""
+PLACEHOLDER = "rick.jpg"
+REMEMBERED = 16
+REQUEST = (
+    "You are an expert web developer who specializes in HTML and CSS.\n"
+    "A user will provide you with a screenshot of a webpage.\n"
+    "You need to return a single html file that uses HTML and CSS to reproduce the given website.\n"
+    "Include all CSS code in the HTML file itself.\n"
+    'If it involves any images, use "rick.jpg" as the placeholder.\n'
+    "Some images on the webpage are replaced with a blue rectangle as the placeholder, "
+    'use "rick.jpg" for those as well.\n'
+    "Do not hallucinate any dependencies to external files. "
+    "You do not need to include JavaScript scripts for dynamic interactions.\n"
+    "Pay attention to things like size, text, position, and color of all the elements, as well as the overall layout.\n"
+    "Respond with the content of the HTML+CSS file:\n"
+)
+"""The benchmark's direct prompt, word for word."""
+_PLACEHOLDERS = re.compile(r"""(["'(=\s])(?:\./)?rick\.jpg""")
+
+
+@dataclass(frozen=True)
+class Design:
+    """A page by its ``html``, and its published ``screenshot`` where there is one."""
+
+    html: str
+    screenshot: np.ndarray | None = None
+
+
+class Designs(Protocol):
+    """Where pages come from."""
+
+    def items(self, task: str, split: str, seed: int) -> Iterator[Item]: ...
+
+    def design(self, item: Item) -> Design: ...
+
+
+class GeneratedDesigns:
+    """Pages of :mod:`mmagent.worlds.pages` at the size of ``screens``: endless, of ``levels`` in turn."""
+
+    placeholder: bytes | None = None
+
+    def __init__(self, screens: Screens, levels: tuple[int, int] = (1, 3)):
+        self._scenes = PageScenes(screens, levels)
+
+    def items(self, task: str, split: str, seed: int) -> Iterator[Item]:
+        return self._scenes.items(task, split, seed)
+
+    def design(self, item: Item) -> Design:
+        """With all the tags that browsers would add, for blocks are found below ``body``."""
+        style, end, body = self._scenes.source(item.seed).html.partition("</style>")
+        head = style.replace("<!DOCTYPE html>", "").strip()
+        return Design(f"<!DOCTYPE html>\n<html>\n<head>\n{head}{end}\n</head>\n<body>{body}</body>\n</html>\n")
+
+
+class PublishedDesigns:
+    """The benchmark's own pages, all of them test items: a folder with ``NAME.html`` and ``NAME.png`` (``Design2Code``,
+    ``Design2Code-HARD``) and ``rick.jpg``, a folder that `datasets` saved, or the name of a set that it loads, with the
+    columns ``image`` and ``text`` (``SALT-NLP/Design2Code-hf``).
+
+    Raises ``ValueError`` where there is none.
+    """
+
+    def __init__(self, source: str | Path):
+        path = Path(source)
+        self.placeholder: bytes | None = None
+        if not path.is_dir():
+            self._pages = _from_datasets(str(source))
+            return
+        if (path / "dataset_info.json").is_file():
+            self._pages = _from_datasets(str(source))
+            return
+        files = sorted(path.glob("*.html"), key=lambda file: (len(file.stem), file.stem))
+        if not files:
+            raise ValueError(f"{path}: no NAME.html there, and no saved dataset")
+        self._pages: Mapping[str, tuple[Path | str, Path | Image.Image | None]] = {
+            file.stem: (file, file.with_suffix(".png") if file.with_suffix(".png").is_file() else None)
+            for file in files
+        }
+        if (path / PLACEHOLDER).is_file():
+            self.placeholder = (path / PLACEHOLDER).read_bytes()
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def items(self, task: str, split: str, seed: int) -> Iterator[Item]:
+        for number, name in enumerate(self._pages if split == "test" else ()):
+            yield Item(task, name, number)
+
+    def design(self, item: Item) -> Design:
+        html, picture = self._pages[item.key]
+        text = html.read_text(encoding="utf-8", errors="replace") if isinstance(html, Path) else html
+        if picture is None:
+            return Design(text)
+        with Image.open(picture) if isinstance(picture, Path) else picture as image:
+            return Design(text, np.asarray(image.convert("RGB")))
+
+
+class _Rows(Mapping[str, "tuple[str, Image.Image | None]"]):
+    """The rows of a dataset by number, decoded when they are asked for."""
+
+    def __init__(self, rows: Sequence[Mapping[str, object]]):
+        self._rows = rows
+
+    def __getitem__(self, key: str) -> tuple[str, Image.Image | None]:
+        row = self._rows[int(key)]
+        picture = row.get("image")
+        return str(row["text"]), picture if isinstance(picture, Image.Image) else None
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, range(len(self._rows)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _from_datasets(source: str) -> _Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{source}: no folder, and to load datasets wants pip install -e '.[datasets]'") from error
+    if Path(source).is_dir():
+        rows = datasets.load_from_disk(source)
+    else:
+        try:
+            rows = datasets.load_dataset(source, split="train")  # the only one there is
+        except (FileNotFoundError, ConnectionError) as error:
+            raise ValueError(f"{source}: neither a folder nor a dataset within reach: {error}") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"{source}: no column `text` with pages, but {', '.join(rows.column_names)}")
+    return _Rows(rows)
+
+
+# ---------------------------------------------------------------------------------------------- looking at pages
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A rendered page: ``image (height, width, 3)`` uint8 and its ``blocks`` of text."""
+
+    image: np.ndarray
+    blocks: tuple[Block, ...]
+
+
+class PageReader:
+    """Renders pages and finds their blocks. ``placeholder``: what ``rick.jpg`` shows; a blue rectangle without."""
+
+    def __init__(self, screens: Screens, placeholder: bytes | None = None):
+        self.screens = screens
+        kind, content = ("jpeg", placeholder) if placeholder is not None else ("png", _blue_rectangle())
+        self._uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+    async def look(self, html: str) -> Looked:
+        """Raises :class:`TooManyElements`, and what the browser raises."""
+        pages = await asyncio.to_thread(coloured, html)
+        plain, first, second = await self.pictures((html, pages.first, pages.second))
+        blocks = await asyncio.to_thread(find_blocks, pages.nodes, first, second, plain)
+        return Looked(plain, tuple(blocks))
+
+    async def pictures(self, pages: Sequence[str]) -> list[np.ndarray]:
+        """Whole pages, one after the other in one window."""
+        return await retried(lambda: self._pictures(pages))
+
+    async def _pictures(self, pages: Sequence[str]) -> list[np.ndarray]:
+        taken = []
+        async with self.screens.borrow("designs") as seat:
+            for html in pages:
+                await seat.page.set_content(_PLACEHOLDERS.sub(lambda found: found.group(1) + self._uri, html))
+                taken.append(await seat.page.whole(max_width=MAX_WIDTH, max_height=MAX_HEIGHT))
+        return taken
+
+
+def _blue_rectangle() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200), (0, 0, 255)).save(file, "PNG")
+    return file.getvalue()
+
+
+def likeness(one: np.ndarray, other: np.ndarray) -> float:
+    """:func:`~mmagent.tasks.visual.visual_similarity` of two whole pages, each made 320 pixels wide."""
+    if one.shape == other.shape and np.array_equal(one, other):
+        return 1.0
+    return visual_similarity(_small(one), _small(other))
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    height = max(16, round(image.shape[0] * LOOKED_AT / image.shape[1]))
+    return np.asarray(Image.fromarray(image).resize((LOOKED_AT, height), Image.Resampling.BOX))
+
+
+# ---------------------------------------------------------------------------------------------- the task
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A ``score``, the candidate as it was ``seen`` (None where it could not be), and how its blocks match."""
+
+    score: Score
+    seen: Looked | None = None
+    blocks: BlockScores = field(default_factory=BlockScores)
+
+
+class Design2CodeTask:
+    """Pages of ``designs``, asked for with the benchmark's words. A page that cannot be shown, read or compared within
+    bounds scores 0: its author's fault, as the reference was."""
+
+    category = "ui-to-code"
+
+    def __init__(self, screens: Screens, designs: GeneratedDesigns | PublishedDesigns, name: str = "design2code"):
+        self.name, self.designs = name, designs
+        self.reader = PageReader(screens, designs.placeholder)
+        self._known: OrderedDict[str, asyncio.Task[Looked]] = OrderedDict()
+        self._judged: OrderedDict[tuple[str, str], Judged] = OrderedDict()
+
+    def items(self, split: str, seed: int) -> Iterator[Item]:
+        return self.designs.items(self.name, split, seed)
+
+    def environment(self, item: Item) -> Design2CodeEnvironment:
+        return Design2CodeEnvironment(self, item)
+
+    async def score(self, item: Item, trajectory: Trajectory) -> Score:
+        return score_of(trajectory)
+
+    def gold(self, item: Item) -> Iterator[str]:
+        yield self.designs.design(item).html
+
+    async def reference(self, item: Item) -> Looked:
+        """The page of an item as it is judged; many who ask at once wait for one rendering."""
+        looking = self._known.get(item.key)
+        if looking is None or (looking.done() and (looking.cancelled() or looking.exception() is not None)):
+            looking = asyncio.create_task(self.reader.look(self.designs.design(item).html))
+            self._known[item.key] = looking
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return await asyncio.shield(looking)
+
+    async def shown(self, item: Item) -> np.ndarray:
+        """The published screenshot where there is one, else the page as it is rendered here."""
+        screenshot = self.designs.design(item).screenshot
+        if screenshot is not None:
+            return screenshot
+        (image,) = await self.reader.pictures([self.designs.design(item).html])
+        return image
+
+    async def candidate(self, html: str) -> Looked | None:
+        """An answer as it is judged, or None where no browser shows it and where its blocks cannot be told apart."""
+        try:
+            return await self.reader.look(await asyncio.to_thread(cleaned, html))
+        except (BrowserError, TooManyElements, TooMuchWork):
+            return None
+
+    async def compare(self, item: Item, html: str) -> Score:
+        """Score a page."""
+        return (await self.judge(item, html)).score
+
+    async def judge(self, item: Item, html: str) -> Judged:
+        """The score of a page, and what it comes of; remembered, for who then wants to see it."""
+        key = (item.key, html)
+        if key not in self._judged:
+            self._judged[key] = await self._judge(item, html)
+            while len(self._judged) > REMEMBERED:
+                self._judged.popitem(last=False)
+        return self._judged[key]
+
+    async def _judge(self, item: Item, html: str) -> Judged:
+        reference = await self.reference(item)
+        seen = await self.candidate(html)
+        if seen is None:
+            return Judged(Score(0.0, {"render_failure": 1.0}))
+        try:
+            scores = await asyncio.to_thread(compare_blocks, seen.blocks, reference.blocks)
+        except TooMuchWork:
+            return Judged(Score(0.0, {"too_large": 1.0}), seen)
+        parts = {**scores.parts(), "visual": await asyncio.to_thread(likeness, reference.image, seen.image)}
+        return Judged(Score(sum(parts.values()) / len(parts), parts), seen, scores)
+
+
+class Design2CodeEnvironment:
+    """One screenshot, one answer; a cut answer is judged as far as it goes."""
+
+    def __init__(self, task: Design2CodeTask, item: Item):
+        self.task, self.item = task, item
+
+    async def reset(self) -> Observation:
+        return Observation(REQUEST, (await self.task.shown(self.item),), takes_cut=True)
+
+    async def step(self, action: str) -> Observation:
+        html = extract_html(action)
+        if html is None:
+            return malformed("the answer holds no HTML")
+        if len(html) > MAX_CHARACTERS:
+            return malformed(f"{len(html)} characters of HTML, at most {MAX_CHARACTERS} are rendered")
+        score = await self.task.compare(self.item, html)
+        return Observation("rendered", done=True, reward=score.value, parts=score.parts)
+
+    async def close(self) -> None:
+        """Nothing is held."""
