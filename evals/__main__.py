@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.baselines import BASELINES, BaselineAgent
+from evals.dialects import STYLES
 from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import EvaluationBroken, Options, evaluate, pins_of
 from evals.statistics import Comparison, Estimate
@@ -97,6 +98,9 @@ def _run_parser() -> argparse.ArgumentParser:
     who.add_argument("--checkpoint", metavar="DIR", help="folder with config.yaml, model.safetensors, tokenizer.json")
     who.add_argument("--url", help="endpoint, up to and including /v1")
     who.add_argument("--model", metavar="NAME", help="the endpoint's name of the model")
+    who.add_argument(
+        "--style", choices=tuple(STYLES), help="ask for actions in this model's own format, not in ours (endpoints)"
+    )
     who.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of its key")
     who.add_argument("--baseline", choices=BASELINES, help="no model: the gold answers, empty ones, or random ones")
     who.add_argument("--device", default="", help="where a checkpoint runs (default: cuda if there is one, else cpu)")
@@ -127,6 +131,8 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
 
 
 def _agent(args: argparse.Namespace) -> Agent:
+    if args.style and not args.url:
+        raise ValueError("--style is for an endpoint: it wants --url and --model")
     if sum(map(bool, (args.checkpoint, args.url, args.baseline))) != 1:
         raise ValueError("who is judged? give --checkpoint DIR, or --url URL with --model NAME, or --baseline")
     if args.baseline:
@@ -134,7 +140,7 @@ def _agent(args: argparse.Namespace) -> Agent:
     if args.url:
         if not args.model:
             raise ValueError("--url wants --model NAME, which the endpoint lists at /models")
-        return EndpointAgent(EndpointConfig(args.url, args.model, args.key_variable))
+        return EndpointAgent(EndpointConfig(args.url, args.model, args.key_variable, style=args.style or ""))
     from evals.local import LocalAgent  # torch models and the generator are not needed for an endpoint
 
     return LocalAgent.load(args.checkpoint, device=args.device or None)

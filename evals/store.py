@@ -69,7 +69,7 @@ class StepRecord:
     text: str
     action: str
     note: str = ""
-    points: tuple[tuple[int, int], ...] = ()
+    points: tuple[tuple[float, float], ...] = ()
     said: str = ""
 
 
@@ -107,8 +107,7 @@ class Row:
     def from_json(text: str) -> Row:
         body = json.loads(text)
         steps = tuple(
-            StepRecord(**{**step, "points": tuple((int(x), int(y)) for x, y in step["points"])})
-            for step in body["steps"]
+            StepRecord(**{**step, "points": tuple((x, y) for x, y in step["points"])}) for step in body["steps"]
         )
         return Row(**{**body, "steps": steps, "boxes": tuple(tuple(box) for box in body["boxes"])})
 

@@ -52,7 +52,8 @@ class Play:
     """Limits of one episode: ``max_steps`` actions of at most ``max_tokens`` each, sampled at ``temperature``.
 
     ``rules`` tells a model that was not trained on our format what it may do. ``guess`` is a random answer, for the
-    random baseline.
+    random baseline. ``acts``: answers are actions on the screen that was shown, so a model of another house may give
+    them in its own style (`evals.dialects`).
     """
 
     max_steps: int
@@ -62,6 +63,7 @@ class Play:
     seed: int = 0
     rules: str = ""
     guess: Callable[[random.Random], str] = lambda rng: str(rng.random())
+    acts: bool = False
 
 
 @dataclass(frozen=True)

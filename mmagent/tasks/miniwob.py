@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import count
 
-from mmagent.actions import Action, ActionError, Finished, format_action, parse_action
+from mmagent.actions import ENDINGS, Action, ActionError, Finished, format_action, parse_action
 from mmagent.browser import BrowserPool
 from mmagent.browser.perform import POINTING, perform
 from mmagent.browser.sync import run_sync
@@ -161,7 +161,7 @@ class MiniWobEnvironment:
             parsed = parse_action(action)
         except ActionError as error:
             return malformed(str(error))
-        if isinstance(parsed, Finished):
+        if isinstance(parsed, ENDINGS):
             return Observation("the policy ended the episode", done=True, reward=0.0)
         self._taken = (*self._taken, parsed)
         return await self.task.see(self.item, self._taken, self)
