@@ -161,7 +161,8 @@ class _Judge:
             except Exception as error:  # recorded with its traceback; one bad item must not take the run with it
                 row = self._failed(job, error)
                 break
-        return replace(row, seconds=round(time.monotonic() - started, 3), attempts=attempt)
+        slices = {} if self.suite.slices is None else dict(self.suite.slices(job.task, job.item))
+        return replace(row, seconds=round(time.monotonic() - started, 3), attempts=attempt, slices=slices)
 
     async def _attempt(self, job: _Job) -> Row:
         recorded = _RecordedTask(job.task, self.options.blind)

@@ -77,7 +77,8 @@ class StepRecord:
 class Row:
     """One judged item. ``value`` is None exactly when ``error`` says why nothing could be judged.
 
-    ``key`` is ``TASK/ITEM`` or ``TASK/ITEM#SAMPLE``; ``pictures`` are further artefacts by name, relative paths.
+    ``key`` is ``TASK/ITEM`` or ``TASK/ITEM#SAMPLE``; ``pictures`` are further artefacts by name, relative paths;
+    ``slices`` are groups that it belongs to, by what they are groups of.
     """
 
     key: str
@@ -95,6 +96,7 @@ class Row:
     completion_tokens: int = 0
     seconds: float = 0.0
     attempts: int = 1
+    slices: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.error is not None):

@@ -90,6 +90,8 @@ class Suite:
 
     ``prompt``, ``judge`` and ``version`` are pinned: raise ``version`` whenever items or scoring change.
     ``exhibit(task, item, episode)`` finds what a person may want to look at; it is for the report alone.
+    ``slices(task, item)`` names the groups that an item's score is shown by, beside its task: ``{"platform": "web"}``.
+    ``data`` says what published data are judged on, or that they are made on the spot; pinned where it is not empty.
     """
 
     name: str
@@ -104,23 +106,30 @@ class Suite:
     seed: int = 0
     needs_browser: bool = True
     exhibit: Callable[[Any, Item, Episode], Awaitable[Exhibit]] | None = None
+    slices: Callable[[Any, Item], Mapping[str, str]] | None = None
+    data: str = ""
 
     def pins(self) -> dict[str, str]:
         """What a score depends on. Raises :class:`~mmagent.browser.BrowserMissing` where a browser is needed."""
         play = self.play
         browser = {"browser": browser_version()} if self.needs_browser else {}
-        return browser | {
-            "suite.name": self.name,
-            "suite.version": str(self.version),
-            "suite.seed": str(self.seed),
-            "suite.tasks": _listed(self.tasks),
-            "prompt": self.prompt,
-            "rules": hashlib.sha256(play.rules.encode()).hexdigest()[:12],
-            "judge": self.judge,
-            "action_frame": f"integers 0..{FRAME - 1} of the image",
-            "limits": f"{play.max_steps} steps of {play.max_tokens} tokens, temperature {play.temperature:g}, "
-            f"top_p {play.top_p:g}",
-        }
+        data = {"suite.data": self.data} if self.data else {}
+        return (
+            browser
+            | data
+            | {
+                "suite.name": self.name,
+                "suite.version": str(self.version),
+                "suite.seed": str(self.seed),
+                "suite.tasks": _listed(self.tasks),
+                "prompt": self.prompt,
+                "rules": hashlib.sha256(play.rules.encode()).hexdigest()[:12],
+                "judge": self.judge,
+                "action_frame": f"integers 0..{FRAME - 1} of the image",
+                "limits": f"{play.max_steps} steps of {play.max_tokens} tokens, temperature {play.temperature:g}, "
+                f"top_p {play.top_p:g}",
+            }
+        )
 
     def items(self, tasks: Sequence[Task], limit: int | None = None) -> list[tuple[Task, Item]]:
         """The first items of every task in turn, so that any ``limit`` leaves the tasks balanced. With one, tasks come

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from evals.suite import Suite
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.screens import screen_suites
 from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -14,4 +15,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
     "worlds": worlds,
+    **screen_suites(),
 }
+WITH_DATA = frozenset(screen_suites())
+"""Suites whose builder takes where published data are."""

@@ -12,6 +12,7 @@ from evals.suite import Suite
 from evals.suites import SUITES
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.screens import screen_suites
 from evals.suites.worlds import worlds
 from evals.summary import summarise
 from mmagent.browser import find_chromium
@@ -32,8 +33,10 @@ SMALL = {
     "page_grounding": lambda: page_grounding((1, 5), per_task=5),
     "screenshot_to_html": lambda: screenshot_to_html((1, 2), per_task=3),
     "worlds": lambda: worlds(("counting", "text"), per_task=5),
+    **screen_suites(),
 }
 CEILING = {"miniwob": 0.3, "page_grounding": 0.3, "screenshot_to_html": 0.25, "worlds": 0.2}
+CEILING |= dict.fromkeys(screen_suites(), 0.2)
 """What luck may reach on the few items of these tests."""
 
 
