@@ -8,12 +8,14 @@ from evals.suite import Suite
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
+from evals.suites.sites import sites
 from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[[], Suite]] = {
     "miniwob": miniwob,
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
+    "sites": sites,
     "worlds": worlds,
     **screen_suites(),
 }

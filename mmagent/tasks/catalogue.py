@@ -13,12 +13,15 @@ from mmagent.tasks.base import Screens
 from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
+from mmagent.tasks.sites import SiteTask, site_names
 from mmagent.tasks.worlds import WorldTask
-from mmagent.worlds import miniwob
+from mmagent.worlds import miniwob, sites
 from mmagent.worlds.catalogue import all_worlds
 
 DOCUMENT_SIZE = (320, 240)
 """Width and height of the pages of grounding and screenshot-to-HTML."""
+SITES = "sites/"
+"""Before the name of an errand at a local site: ``sites/shop/buy``."""
 WORLDS = "worlds/"
 """Before the name of a world: a task that needs no browser."""
 
@@ -26,7 +29,8 @@ WORLDS = "worlds/"
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
     pages = (f"miniwob/{page}" for page in miniwob.TASKS)
-    return (*pages, "grounding", "screenshot-to-html", *(task.name for task in _world_tasks()))
+    errands = (f"{SITES}{name}" for name in site_names())
+    return (*pages, *errands, "grounding", "screenshot-to-html", *(task.name for task in _world_tasks()))
 
 
 def _world_tasks() -> Iterator[WorldTask]:
@@ -68,7 +72,7 @@ async def open_tasks(
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
         if pool is None and any(name in known and not name.startswith(WORLDS) for name in names):
-            per_process = -(-2 * pages // processes)  # of either size
+            per_process = -(-3 * pages // processes)  # of any size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
         desk = Desk(pool, pages) if pool is not None else None
@@ -78,14 +82,16 @@ async def open_tasks(
 
 
 class Desk:
-    """The pages that tasks share: MiniWoB++'s, and those of rendered documents, which run no scripts."""
+    """The pages that tasks share: MiniWoB++'s, those of local sites, and those of documents, which run no scripts."""
 
     def __init__(self, pool: BrowserPool, pages: int):
         self.miniwob = Screens(pool, miniwob.WIDTH, miniwob.HEIGHT, pages)
+        self.sites = Screens(pool, sites.WIDTH, sites.HEIGHT, pages)
         self.documents = Screens(pool, *DOCUMENT_SIZE, pages, scripts=False)
 
     async def close(self) -> None:
         await self.miniwob.close()
+        await self.sites.close()
         await self.documents.close()
 
 
@@ -98,6 +104,8 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
     if name.startswith(WORLDS):
         return next(task for task in _world_tasks() if task.name == name)
     assert desk is not None
+    if name.startswith(SITES):
+        return SiteTask(name.removeprefix(SITES), desk.sites)
     if name == "grounding":
         return GroundingTask(desk.documents)
     if name == "screenshot-to-html":
