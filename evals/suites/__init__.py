@@ -8,6 +8,7 @@ from evals.suite import Suite
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
+from evals.suites.search import crop_search, small_search
 from evals.suites.sites import sites
 from evals.suites.worlds import worlds
 
@@ -16,6 +17,8 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
     "sites": sites,
+    "small_search": small_search,
+    "crop_search": crop_search,
     "worlds": worlds,
     **screen_suites(),
 }

@@ -11,11 +11,12 @@ from mmagent.config import ConfigError, locate
 from mmagent.protocols import Task
 from mmagent.tasks.base import Screens
 from mmagent.tasks.grounding import GroundingTask
+from mmagent.tasks.looking import CropTask
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
 from mmagent.tasks.sites import SiteTask, site_names
 from mmagent.tasks.worlds import WorldTask
-from mmagent.worlds import miniwob, sites
+from mmagent.worlds import miniwob, search, sites
 from mmagent.worlds.catalogue import all_worlds
 
 DOCUMENT_SIZE = (320, 240)
@@ -24,13 +25,17 @@ SITES = "sites/"
 """Before the name of an errand at a local site: ``sites/shop/buy``."""
 WORLDS = "worlds/"
 """Before the name of a world: a task that needs no browser."""
+SEARCH = "search/"
+"""Before the name of a search for small things: ``search/read``; ``search/read/crop`` with a tool to look closer."""
+NO_BROWSER = (WORLDS, SEARCH)
 
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
     pages = (f"miniwob/{page}" for page in miniwob.TASKS)
     errands = (f"{SITES}{name}" for name in site_names())
-    return (*pages, *errands, "grounding", "screenshot-to-html", *(task.name for task in _world_tasks()))
+    questions = (task.name for task in _world_tasks())
+    return (*pages, *errands, "grounding", "screenshot-to-html", *_search_tasks(), *questions)
 
 
 def _world_tasks() -> Iterator[WorldTask]:
@@ -38,6 +43,14 @@ def _world_tasks() -> Iterator[WorldTask]:
     for world in all_worlds().values():
         yield WorldTask(world)
         yield from (WorldTask(world, level) for level in range(world.levels))
+
+
+def _search_tasks() -> dict[str, Task]:
+    """Searches for small things by name, at full size and with a tool."""
+    found: dict[str, Task] = {}
+    for world in search.worlds():
+        found |= {world.name: WorldTask(world, name=world.name), f"{world.name}/crop": CropTask(world)}
+    return found
 
 
 def easy_task_names() -> list[str]:
@@ -71,7 +84,7 @@ async def open_tasks(
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
-        if pool is None and any(name in known and not name.startswith(WORLDS) for name in names):
+        if pool is None and any(name in known and not name.startswith(NO_BROWSER) for name in names):
             per_process = -(-3 * pages // processes)  # of any size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
@@ -103,6 +116,8 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
         return task
     if name.startswith(WORLDS):
         return next(task for task in _world_tasks() if task.name == name)
+    if name.startswith(SEARCH):
+        return _search_tasks()[name]
     assert desk is not None
     if name.startswith(SITES):
         return SiteTask(name.removeprefix(SITES), desk.sites)
