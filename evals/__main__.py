@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import dataclasses
 import difflib
-import inspect
 import json
 import re
 import sys
@@ -14,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.baselines import BASELINES, BaselineAgent
+from evals.dialects import STYLES
 from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import EvaluationBroken, Options, evaluate, pins_of
 from evals.statistics import Comparison, Estimate
 from evals.store import Run, RunError, find_runs, read_run
 from evals.suite import Agent, Suite, choose_tasks
-from evals.suites import SUITES
-from evals.summary import compare_runs, summarise
+from evals.suites import SUITES, WITH_DATA
+from evals.summary import compare_runs, compare_slices, summarise
 from mmagent.browser import BrowserError, require_chromium
 from mmagent.sandbox import SandboxUnavailable
 
@@ -99,6 +99,9 @@ def _run_parser() -> argparse.ArgumentParser:
     who.add_argument("--checkpoint", metavar="DIR", help="folder with config.yaml, model.safetensors, tokenizer.json")
     who.add_argument("--url", help="endpoint, up to and including /v1")
     who.add_argument("--model", metavar="NAME", help="the endpoint's name of the model")
+    who.add_argument(
+        "--style", choices=tuple(STYLES), help="ask for actions in this model's own format, not in ours (endpoints)"
+    )
     who.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable of its key")
     who.add_argument("--baseline", choices=BASELINES, help="no model: the gold answers, empty ones, or random ones")
     who.add_argument("--device", default="", help="where a checkpoint runs (default: cuda if there is one, else cpu)")
@@ -106,7 +109,10 @@ def _run_parser() -> argparse.ArgumentParser:
     how.add_argument("--limit", type=int, metavar="N", help="at most N items a suite, spread over its tasks")
     how.add_argument("--samples", type=int, default=1, metavar="K", help="tries of each item, for pass@k (default 1)")
     how.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, named in full or by their ends")
-    how.add_argument("--data", metavar="SET", help="published items: a folder, or a name that `datasets` knows")
+    how.add_argument(
+        "--data", action="append", default=[], metavar="[SUITE=]WHERE",
+        help="published data of a suite: a folder or datasets:ID; without, a small split made on the spot",
+    )  # fmt: skip
     how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
     how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
     how.add_argument("--concurrency", type=int, metavar="N", help="items at once (default 32, 8 for an endpoint)")
@@ -121,9 +127,8 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise ValueError(f"no suite {name!r}; " + (f"did you mean {near[0]}?" if near else f"see: {', '.join(SUITES)}"))
-    if args.data and "data" not in inspect.signature(SUITES[name]).parameters:
-        raise ValueError(f"suite {name} makes its own items and takes no --data")
-    suite = SUITES[name](data=args.data) if args.data else SUITES[name]()
+    where = _data(args).get(name)
+    suite = SUITES[name](where) if where else SUITES[name]()
     if args.tasks:
         suite = choose_tasks(suite, args.tasks)
     changes = {"temperature": args.temperature, "max_tokens": args.max_tokens}
@@ -131,7 +136,26 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
     return dataclasses.replace(suite, play=play)
 
 
+def _data(args: argparse.Namespace) -> dict[str, str]:
+    """``{suite: where its data are}``. Raises ``ValueError`` for data that no suite of the command reads."""
+    readers = {name for name in args.suites if name in WITH_DATA}
+    found = {}
+    for text in args.data:
+        name, given, where = text.partition("=")
+        if not given or name not in SUITES:  # a path may hold an equals sign
+            if len(readers) != 1:
+                raise ValueError(f"--data {text}: whose is it? SUITE=WHERE, SUITE of {', '.join(sorted(WITH_DATA))}")
+            name, where = next(iter(readers)), text
+        if name not in readers:
+            why = "is not asked for" if name in WITH_DATA else "takes no data"
+            raise ValueError(f"--data {text}: {name} {why}")
+        found[name] = where
+    return found
+
+
 def _agent(args: argparse.Namespace) -> Agent:
+    if args.style and not args.url:
+        raise ValueError("--style is for an endpoint: it wants --url and --model")
     if sum(map(bool, (args.checkpoint, args.url, args.baseline))) != 1:
         raise ValueError("who is judged? give --checkpoint DIR, or --url URL with --model NAME, or --baseline")
     if args.baseline:
@@ -139,7 +163,7 @@ def _agent(args: argparse.Namespace) -> Agent:
     if args.url:
         if not args.model:
             raise ValueError("--url wants --model NAME, which the endpoint lists at /models")
-        return EndpointAgent(EndpointConfig(args.url, args.model, args.key_variable))
+        return EndpointAgent(EndpointConfig(args.url, args.model, args.key_variable, style=args.style or ""))
     from evals.local import LocalAgent  # torch models and the generator are not needed for an endpoint
 
     return LocalAgent.load(args.checkpoint, device=args.device or None)
@@ -174,7 +198,7 @@ def _compare(argv: Sequence[str]) -> int:
         print(json.dumps({name: dataclasses.asdict(result) for name, result in results.items()}, indent=1))
     else:
         for name, result in results.items():
-            print(_comparison(name, result))
+            print(_comparison(name, first[name], second[name], result, args.allow))
     if args.html:
         from evals.report import Section, page
         from evals.report.runs import comparison_body
@@ -195,7 +219,7 @@ def _apart(a: str, b: str) -> tuple[str, str]:
     return f"A: {a}", f"B: {b}"
 
 
-def _comparison(name: str, c: Comparison) -> str:
+def _comparison(name: str, a: Run, b: Run, c: Comparison, allow: Sequence[str]) -> str:
     d = c.difference
     lines = [
         f"{name}: A {100 * c.a:.1f} %, B {100 * c.b:.1f} %, difference {100 * d.mean:+.1f} points "
@@ -204,7 +228,38 @@ def _comparison(name: str, c: Comparison) -> str:
     ]
     if c.only_a or c.only_b:
         lines.append(f"  left out: {c.only_a} judged in A alone, {c.only_b} in B alone")
-    return "\n".join(lines)
+    rows = []
+    for what, groups in compare_slices(a, b, allow).items():
+        for group, part in groups.items():
+            d = part.difference
+            rows.append([f"{what} {group}", f"{100 * part.a:.1f} %", f"{100 * part.b:.1f} %", f"{100 * d.mean:+.1f}",
+                         f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", str(d.n)])  # fmt: skip
+    both = [summarise(run.rows) for run in (a, b)]
+    for k in both[0].pass_at.keys() & both[1].pass_at.keys():
+        first, second = (summary.pass_at[k] for summary in both)
+        rows.append([f"pass@{k}", f"{100 * first:.1f} %", f"{100 * second:.1f} %", f"{100 * (second - first):+.1f}"])
+    malformed = [100 * summary.parts.get("malformed", 0.0) for summary in both]
+    if any(malformed):
+        rows.append(["malformed", *(f"{share:.1f} %" for share in malformed), f"{malformed[1] - malformed[0]:+.1f}"])
+    for what, values in (
+        ("tokens read an item", [summary.prompt_tokens_per_item for summary in both]),
+        ("tokens written an item", [summary.tokens_per_item for summary in both]),
+        ("seconds an item", [summary.seconds_per_item for summary in both]),
+    ):
+        rows.append([what, *(f"{value:.1f}" for value in values), f"{values[1] - values[0]:+.1f}"])
+    return "\n".join([*lines, *_aligned([["", "A", "B", "B - A", "95 % interval", "items"], *rows])])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell, the first to the left."""
+    count = max(map(len, rows))
+    full = [[*row, *[""] * (count - len(row))] for row in rows]
+    wide = [max(len(row[n]) for row in full) for n in range(count)]
+    lines = []
+    for row in full:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], wide[1:], strict=True)]
+        lines.append("  ".join([f"  {row[0]:{wide[0]}}", *cells]).rstrip())
+    return lines
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -236,24 +291,27 @@ def _write_report(folder: Path, runs: Sequence[Run]) -> Path:
 
 
 def _score_table(runs: Sequence[Run]) -> str:
-    rows: list[tuple[str, Estimate | float, int | None]] = []
+    """Scores of every run, its tasks and slices; tokens read and written and seconds are means over items."""
+    rows = [["", "score", "95 % interval", "items", "errors", "malformed", "read", "written", "seconds"]]
+
+    def scored(name: str, e: Estimate, *more: str) -> None:
+        known = [f"{100 * e.mean:.1f} %", f"{100 * e.low:.1f} .. {100 * e.high:.1f}"] if e.n else ["–", ""]
+        rows.append([name, *known, str(e.n), *more])
+
     for run in runs:
         summary = summarise(run.rows)
-        rows.append((run.suite, summary.score, summary.errors))
+        malformed = summary.parts.get("malformed")
+        share = "" if malformed is None else f"{100 * malformed:.1f} %"
+        cost = (f"{summary.prompt_tokens_per_item:.0f}", f"{summary.tokens_per_item:.0f}")
+        scored(run.suite, summary.score, str(summary.errors), share, *cost, f"{summary.seconds_per_item:.2f}")
         if len(summary.by_task) > 1:
-            rows += [(f"  {task}", estimate, None) for task, estimate in summary.by_task.items()]
-        rows += [(f"  pass@{k}", value, None) for k, value in summary.pass_at.items()]
-    wide = max(len(name) for name, _, _ in rows)
-    lines = [f"{'':{wide}} {'score':>8}  {'95 % interval':>15}  {'items':>6} {'errors':>6}"]
-    for name, value, errors in rows:
-        e = value if isinstance(value, Estimate) else None
-        mean = value if e is None else e.mean
-        score = f"{100 * mean:.1f} %" if e is None or e.n else "–"
-        interval = f"{100 * e.low:.1f} .. {100 * e.high:.1f}" if e is not None and e.n else ""
-        items = "" if e is None else str(e.n)
-        tail = "" if errors is None else str(errors)
-        lines.append(f"{name:{wide}} {score:>8}  {interval:>15}  {items:>6} {tail:>6}".rstrip())
-    return "\n".join(lines)
+            for task, estimate in summary.by_task.items():
+                scored(f"  {task}", estimate)
+        for what, groups in summary.by_slice.items():
+            for group, estimate in groups.items():
+                scored(f"  {what}: {group}", estimate)
+        rows += [[f"  pass@{k}", f"{100 * value:.1f} %"] for k, value in summary.pass_at.items()]
+    return "\n".join(line.removeprefix("  ") for line in _aligned(rows))
 
 
 def _slug(name: str) -> str:

@@ -30,6 +30,7 @@ from mmagent.signatures import shingles
 from mmagent.tasks.base import retried
 from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.tasks.sites import SiteTask
 from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.trajectories import Item, Observation
 
@@ -85,7 +86,7 @@ async def _sign(suite: Suite, task: Task, item: Item) -> list[Judged]:
 
 async def _gold(task: Task, item: Item) -> list[str]:
     match task:
-        case MiniWobTask():
+        case MiniWobTask() | SiteTask():
             return await retried(lambda: task.demonstrate(item))
         case GroundingTask():
             return [await task.answer(item)]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from evals.store import Row, Run, StepRecord, Store, read_run
 from evals.suite import Agent, Episode, Exhibit, Suite, code_version, item_key
-from mmagent.actions import ActionError, Click, Drag, Scroll, parse_action
+from mmagent.actions import ACTIONS, PHONE_ACTIONS, ActionError, Click, Drag, Move, Scroll, parse_action
 from mmagent.browser import BrowserCrashed
 from mmagent.dist import stable_seed
 from mmagent.protocols import Environment, Task
@@ -161,7 +161,8 @@ class _Judge:
             except Exception as error:  # recorded with its traceback; one bad item must not take the run with it
                 row = self._failed(job, error)
                 break
-        return replace(row, seconds=round(time.monotonic() - started, 3), attempts=attempt)
+        slices = {} if self.suite.slices is None else dict(self.suite.slices(job.task, job.item))
+        return replace(row, seconds=round(time.monotonic() - started, 3), attempts=attempt, slices=slices)
 
     async def _attempt(self, job: _Job) -> Row:
         recorded = _RecordedTask(job.task, self.options.blind)
@@ -252,11 +253,11 @@ def _bounded(text: str) -> str:
     return text if len(text) <= KEPT else f"{text[:KEPT]}\n… {len(text) - KEPT:,} more characters"
 
 
-def action_points(text: str) -> tuple[tuple[int, int], ...]:
+def action_points(text: str) -> tuple[tuple[float, float], ...]:
     """Where an action falls, in thousandths of its screen; nothing for text that has no place or is no action."""
     try:
-        match parse_action(text):
-            case Click(x, y) | Scroll(x, y):
+        match parse_action(text, (*ACTIONS, *PHONE_ACTIONS)):
+            case Click(x, y) | Move(x, y) | Scroll(x, y):
                 return ((x, y),)
             case Drag(x1, y1, x2, y2):
                 return ((x1, y1), (x2, y2))

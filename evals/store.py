@@ -69,7 +69,7 @@ class StepRecord:
     text: str
     action: str
     note: str = ""
-    points: tuple[tuple[int, int], ...] = ()
+    points: tuple[tuple[float, float], ...] = ()
     said: str = ""
 
 
@@ -77,7 +77,8 @@ class StepRecord:
 class Row:
     """One judged item. ``value`` is None exactly when ``error`` says why nothing could be judged.
 
-    ``key`` is ``TASK/ITEM`` or ``TASK/ITEM#SAMPLE``; ``pictures`` are further artefacts by name, relative paths.
+    ``key`` is ``TASK/ITEM`` or ``TASK/ITEM#SAMPLE``; ``pictures`` are further artefacts by name, relative paths;
+    ``slices`` are groups that it belongs to, by what they are groups of.
     """
 
     key: str
@@ -95,6 +96,7 @@ class Row:
     completion_tokens: int = 0
     seconds: float = 0.0
     attempts: int = 1
+    slices: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.error is not None):
@@ -107,8 +109,7 @@ class Row:
     def from_json(text: str) -> Row:
         body = json.loads(text)
         steps = tuple(
-            StepRecord(**{**step, "points": tuple((int(x), int(y)) for x, y in step["points"])})
-            for step in body["steps"]
+            StepRecord(**{**step, "points": tuple((x, y) for x, y in step["points"])}) for step in body["steps"]
         )
         return Row(**{**body, "steps": steps, "boxes": tuple(tuple(box) for box in body["boxes"])})
 

@@ -52,7 +52,8 @@ class Play:
     """Limits of one episode: ``max_steps`` actions of at most ``max_tokens`` each, sampled at ``temperature``.
 
     ``rules`` tells a model that was not trained on our format what it may do. ``guess`` is a random answer, for the
-    random baseline.
+    random baseline. ``acts``: answers are actions on the screen that was shown, so a model of another house may give
+    them in its own style (`evals.dialects`).
     """
 
     max_steps: int
@@ -62,6 +63,7 @@ class Play:
     seed: int = 0
     rules: str = ""
     guess: Callable[[random.Random], str] = lambda rng: str(rng.random())
+    acts: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ class Suite:
     """``open(tasks)`` gives the tasks of these names for as long as they are needed (it may start a browser).
 
     ``prompt``, ``judge`` and ``version`` are pinned: raise ``version`` whenever items or scoring change.
-    ``data``: what the items come from, where that can be chosen; pinned, too.
     ``exhibit(task, item, episode)`` finds what a person may want to look at; it is for the report alone.
+    ``slices(task, item)`` names the groups that an item's score is shown by, beside its task: ``{"platform": "web"}``.
+    ``data`` says what published data are judged on, or that they are made on the spot; pinned where it is not empty.
     """
 
     name: str
@@ -102,14 +105,15 @@ class Suite:
     play: Play
     seed: int = 0
     needs_browser: bool = True
-    data: str = ""
     exhibit: Callable[[Any, Item, Episode], Awaitable[Exhibit]] | None = None
+    slices: Callable[[Any, Item], Mapping[str, str]] | None = None
+    data: str = ""
 
     def pins(self) -> dict[str, str]:
         """What a score depends on. Raises :class:`~mmagent.browser.BrowserMissing` where a browser is needed."""
         play = self.play
         browser = {"browser": browser_version()} if self.needs_browser else {}
-        data = {"data": self.data} if self.data else {}
+        data = {"suite.data": self.data} if self.data else {}
         return (
             browser
             | data

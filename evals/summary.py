@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,7 +18,8 @@ class Summary:
     """``score`` is the mean over tasks of their means; ``errors`` items are in no mean; ``pass_at``: k to pass@k.
 
     ``parts``: means of the scores' named parts; a part that an item lacks (nothing was rendered, the answer was not
-    malformed) counts 0 there.
+    malformed) counts 0 there. ``by_slice``: for everything that items are grouped by, the mean over the items of each
+    group, tasks together. ``tokens_per_item`` were written, ``prompt_tokens_per_item`` shown.
     """
 
     score: Estimate
@@ -30,6 +31,8 @@ class Summary:
     parts: Mapping[str, float]
     tokens_per_item: float
     seconds_per_item: float
+    by_slice: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    prompt_tokens_per_item: float = 0.0
 
 
 def item_values(rows: Iterable[Row]) -> dict[tuple[str, str], list[float]]:
@@ -60,7 +63,23 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> Summary:
         parts={n: float(np.mean([row.parts.get(n, 0.0) for row in judged])) for n in names},
         tokens_per_item=float(np.mean([row.completion_tokens for row in judged])) if judged else 0.0,
         seconds_per_item=float(np.mean([row.seconds for row in judged])) if judged else 0.0,
+        by_slice=_by_slice(judged, seed),
+        prompt_tokens_per_item=float(np.mean([row.prompt_tokens for row in judged])) if judged else 0.0,
     )
+
+
+def _by_slice(rows: Sequence[Row], seed: int) -> dict[str, dict[str, Estimate]]:
+    """``{grouped by: {group: estimate}}``, an item of several samples once."""
+    members: dict[str, dict[tuple[str, str], str]] = {}
+    for row in rows:
+        for what, group in row.slices.items():
+            members.setdefault(what, {})[row.task, row.item] = group
+    values = item_values(rows)
+    found: dict[str, dict[str, Estimate]] = {}
+    for what, groups in sorted(members.items()):
+        estimates = slices(groups.values(), [float(np.mean(values[item])) for item in groups], seed=seed)
+        found[what] = {str(group): estimates[group] for group in sorted(estimates, key=str)}
+    return found
 
 
 def _pass_at(values: Mapping[tuple[str, str], list[float]]) -> dict[int, float]:
@@ -84,3 +103,21 @@ def compare_runs(a: Run, b: Run, allow: Iterable[str] = ()) -> Comparison:
     )
     tasks = {key: task for key, (task, _) in (first | second).items()}
     return compare_paired({k: v for k, (_, v) in first.items()}, {k: v for k, (_, v) in second.items()}, tasks)
+
+
+def compare_slices(a: Run, b: Run, allow: Iterable[str] = ()) -> dict[str, dict[str, Comparison]]:
+    """:func:`compare_runs` within every group of items, ``{grouped by: {group: comparison}}``, tasks together; groups
+    of which the runs share no judged item are left out."""
+    check_comparable(a.pins, b.pins, allow)
+    groups: dict[str, dict[str, set[tuple[str, str]]]] = {}
+    for row in (*a.judged, *b.judged):
+        for what, group in row.slices.items():
+            groups.setdefault(what, {}).setdefault(group, set()).add((row.task, row.item))
+    first, second = ({item: float(np.mean(values)) for item, values in item_values(run.rows).items()} for run in (a, b))
+    found: dict[str, dict[str, Comparison]] = {}
+    for what, named in sorted(groups.items()):
+        for group, items in sorted(named.items()):
+            ours, theirs = ({"/".join(i): run[i] for i in items & run.keys()} for run in (first, second))
+            if ours.keys() & theirs.keys():
+                found.setdefault(what, {})[group] = compare_paired(ours, theirs)
+    return found

@@ -2,18 +2,23 @@
 
 Text form, one action a line and nothing else in it::
 
-    click(x,y)  double_click(x,y)  right_click(x,y)  drag(x1,y1,x2,y2)  scroll(x,y,dx,dy)
-    type("text")  key("Enter")  hotkey("ctrl+a")  wait()  finished("answer")
+    click(x,y)  double_click(x,y)  triple_click(x,y)  right_click(x,y)  middle_click(x,y)  move(x,y)
+    drag(x1,y1,x2,y2)  scroll(x,y,dx,dy)  type("text")  key("Enter")  hotkey("ctrl+a")
+    wait()  finished("answer")  fail("reason")
+    long_press(x,y)  open_app("name")  go_back()  go_home()                                  # phones alone
 
-Coordinates are integers 0..999, thousandths of the image's width and height; :class:`mmagent.geometry.ImageView`
-converts them from and to pixels, and nothing else does. Strings are JSON strings. ``format_action`` writes the
-canonical form; ``parse_action`` also accepts spaces around arguments.
+Coordinates are thousandths of the image's width and height, in [0, 1000); :class:`mmagent.geometry.ImageView` converts
+them from and to pixels, and nothing else does. An integer names a cell, which is what a model is taught. A number with
+a decimal point is an exact point: what a foreign model said in pixels is translated so (`evals.dialects`), for a
+thousandth of a large screen is several pixels. Strings are JSON strings. ``format_action`` writes the canonical form;
+``parse_action`` also accepts spaces around arguments.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -33,10 +38,16 @@ class ActionError(ValueError):
     """A text that is no action; the message says what is wrong with it, in words for the one who wrote it."""
 
 
-def _check_point(name: str, *values: int) -> None:
+Number = int | float
+"""A coordinate: an integer is a cell of the frame, a float an exact point."""
+
+
+def _check_point(name: str, *values: Number) -> None:
     for value in values:
-        if type(value) is not int or not 0 <= value < FRAME:
+        if type(value) is int and not 0 <= value < FRAME:
             raise ActionError(f"{name}: coordinate {value!r} is not an integer in 0..{FRAME - 1}")
+        if type(value) is not int and not (type(value) is float and 0 <= value < FRAME):  # NaN is refused, too
+            raise ActionError(f"{name}: coordinate {value!r} is not a number in [0, {FRAME})")
 
 
 def _check_text(name: str, text: str) -> None:
@@ -60,8 +71,8 @@ class Click:
     """Press and release the left button at a point of the frame."""
 
     name: ClassVar[str] = "click"
-    x: int
-    y: int
+    x: Number
+    y: Number
 
     def __post_init__(self) -> None:
         _check_point(self.name, self.x, self.y)
@@ -75,6 +86,13 @@ class DoubleClick(Click):
 
 
 @dataclass(frozen=True)
+class TripleClick(Click):
+    """Three quick clicks of the left button at a point of the frame: they select a field's line or a paragraph."""
+
+    name: ClassVar[str] = "triple_click"
+
+
+@dataclass(frozen=True)
 class RightClick(Click):
     """Press and release the right button at a point of the frame."""
 
@@ -82,14 +100,33 @@ class RightClick(Click):
 
 
 @dataclass(frozen=True)
+class MiddleClick(Click):
+    """Press and release the middle button at a point of the frame."""
+
+    name: ClassVar[str] = "middle_click"
+
+
+@dataclass(frozen=True)
+class Move:
+    """Move the mouse to a point of the frame and press nothing: what opens under it can be seen."""
+
+    name: ClassVar[str] = "move"
+    x: Number
+    y: Number
+
+    def __post_init__(self) -> None:
+        _check_point(self.name, self.x, self.y)
+
+
+@dataclass(frozen=True)
 class Drag:
     """Press the left button at the first point, move to the second, release."""
 
     name: ClassVar[str] = "drag"
-    x1: int
-    y1: int
-    x2: int
-    y2: int
+    x1: Number
+    y1: Number
+    x2: Number
+    y2: Number
 
     def __post_init__(self) -> None:
         _check_point(self.name, self.x1, self.y1, self.x2, self.y2)
@@ -101,8 +138,8 @@ class Scroll:
     both in thousandths of the screen's height and width."""
 
     name: ClassVar[str] = "scroll"
-    x: int
-    y: int
+    x: Number
+    y: Number
     dx: int
     dy: int
 
@@ -173,11 +210,68 @@ class Finished:
         _check_text(self.name, self.answer)
 
 
-Action = Click | DoubleClick | RightClick | Drag | Scroll | Type | Key | Hotkey | Wait | Finished
-ACTIONS: tuple[type, ...] = (Click, DoubleClick, RightClick, Drag, Scroll, Type, Key, Hotkey, Wait, Finished)
-_BY_NAME = {kind.name: kind for kind in ACTIONS}
+@dataclass(frozen=True)
+class Fail:
+    """What is asked for cannot be done here, or is not on the screen; ``reason`` says why."""
+
+    name: ClassVar[str] = "fail"
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, self.reason)
+
+
+@dataclass(frozen=True)
+class LongPress(Click):
+    """Hold a finger on a point of the frame."""
+
+    name: ClassVar[str] = "long_press"
+
+
+@dataclass(frozen=True)
+class OpenApp:
+    """Start an app of a phone by its name."""
+
+    name: ClassVar[str] = "open_app"
+    app: str
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, self.app)
+        if not self.app:
+            raise ActionError(f"{self.name}: the name is empty")
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """A phone's button to go back."""
+
+    name: ClassVar[str] = "go_back"
+
+
+@dataclass(frozen=True)
+class GoHome:
+    """A phone's button to its first screen."""
+
+    name: ClassVar[str] = "go_home"
+
+
+Action = (
+    Click | DoubleClick | TripleClick | RightClick | MiddleClick | Move | Drag | Scroll | Type | Key | Hotkey | Wait
+    | Finished | Fail | LongPress | OpenApp | GoBack | GoHome
+)  # fmt: skip
+ACTIONS: tuple[type, ...] = (
+    Click, DoubleClick, TripleClick, RightClick, MiddleClick, Move, Drag, Scroll, Type, Key, Hotkey, Wait, Finished,
+    Fail,
+)  # fmt: skip
+"""What a mouse and a keyboard can do."""
+PHONE_ACTIONS: tuple[type, ...] = (
+    Click, DoubleClick, LongPress, Drag, Scroll, Type, Key, OpenApp, GoBack, GoHome, Wait, Finished, Fail,
+)  # fmt: skip
+"""What a finger can do; ``drag`` is a swipe."""
+ENDINGS = (Finished, Fail)
+"""Actions with which an agent ends its episode."""
 _CALL = re.compile(r"\s*([a-z_]+)\s*\((.*)\)\s*", re.DOTALL)
-_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(?P<fraction>\.[0-9]+)?")
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 
@@ -185,13 +279,13 @@ _DECODER = json.JSONDecoder()
 def format_action(action: Action) -> str:
     """The canonical text: ``click(512,340)``, ``type("caf\\u00e9")`` with the character itself, ``finished()``."""
     values = [getattr(action, field.name) for field in fields(action)]
-    if values == [""] and isinstance(action, Finished):
+    if values == [""] and isinstance(action, ENDINGS):
         values = []
     return f"{action.name}({','.join(json.dumps(value, ensure_ascii=False) for value in values)})"
 
 
-def parse_action(text: str) -> Action:
-    """The action that ``text``, apart from space around it, spells out in full.
+def parse_action(text: str, kinds: Sequence[type] = ACTIONS) -> Action:
+    """The action of ``kinds`` that ``text``, apart from space around it, spells out in full.
 
     Raises :class:`ActionError` saying what is wrong: an unknown action, a wrong number or kind of arguments,
     a coordinate outside the frame, or anything before or after.
@@ -199,31 +293,33 @@ def parse_action(text: str) -> Action:
     match = _CALL.fullmatch(text)
     if match is None:
         raise ActionError(f"{_shown(text)} is not of the form name(arguments)")
-    kind = _BY_NAME.get(match[1])
+    kind = next((kind for kind in kinds if kind.name == match[1]), None)
     if kind is None:
-        raise ActionError(f"{match[1]!r} is no action; there are {', '.join(_BY_NAME)}")
+        raise ActionError(f"{_shown(match[1])} is no action; there are {', '.join(kind.name for kind in kinds)}")
     arguments = _arguments(kind.name, match[2])
     wanted = [field.name for field in fields(kind)]
-    least = 0 if kind is Finished else len(wanted)
+    least = 0 if kind in ENDINGS else len(wanted)
     if not least <= len(arguments) <= len(wanted):
         raise ActionError(f"{kind.name} takes ({', '.join(wanted)}), got {len(arguments)} arguments")
     for field, value in zip(fields(kind), arguments, strict=False):
-        if type(value).__name__ != field.type:
-            raise ActionError(f"{kind.name}: {field.name} must be {field.type}, got {_shown(repr(value))}")
+        known = type(value) in (int, float) if field.type == "Number" else type(value).__name__ == field.type
+        if not known:
+            needed = "a number" if field.type == "Number" else field.type
+            raise ActionError(f"{kind.name}: {field.name} must be {needed}, got {_shown(repr(value))}")
     return kind(*arguments)
 
 
-def _arguments(name: str, text: str) -> list[int | str]:
+def _arguments(name: str, text: str) -> list[Number | str]:
     at = _SPACE.match(text).end()
     if at == len(text):
         return []
-    values: list[int | str] = []
+    values: list[Number | str] = []
     while True:
-        number = _INTEGER.match(text, at)
+        number = _NUMBER.match(text, at)
         if number:
-            if len(number[0]) > 9:
+            if len(number[0]) > 12:
                 raise ActionError(f"{name}: the number {_shown(number[0])} is too long")
-            values.append(int(number[0]))
+            values.append(float(number[0]) if number["fraction"] else int(number[0]))
             at = number.end()
         elif text.startswith('"', at):
             try:
@@ -232,7 +328,7 @@ def _arguments(name: str, text: str) -> list[int | str]:
                 raise ActionError(f"{name}: {_shown(text[at:])} is not a JSON string ({error.msg})") from None
             values.append(value)
         else:
-            raise ActionError(f"{name}: {_shown(text[at:])} begins neither an integer nor a string in double quotes")
+            raise ActionError(f"{name}: {_shown(text[at:])} begins neither a number nor a string in double quotes")
         at = _SPACE.match(text, at).end()
         if at == len(text):
             return values
@@ -245,33 +341,54 @@ def _shown(text: str, most: int = 60) -> str:
     return repr(text if len(text) <= most else text[:most] + "...")
 
 
-PROMPT = f"""Act on the screen with exactly one of these, coordinates in thousandths of the image (0-{FRAME - 1}):
+_HEAD = f"Act on the screen with exactly one of these, coordinates in thousandths of the image (0-{FRAME - 1}):"
+PROMPT = f"""{_HEAD}
 click(x,y)
 double_click(x,y)
+triple_click(x,y)  selects a line of text
 right_click(x,y)
+middle_click(x,y)
+move(x,y)  the mouse, without a click
 drag(x1,y1,x2,y2)
 scroll(x,y,dx,dy)  positive dy shows what is below
 type("text")  into the focused field
 key("Enter")  one key
 hotkey("ctrl+a")  a key with modifiers
 wait()
-finished("answer")  when done"""
-"""Describes the action space to a model."""
+finished("answer")  when done
+fail("reason")  when it cannot be done"""
+"""Describes :data:`ACTIONS` to a model."""
+PHONE_PROMPT = f"""{_HEAD}
+click(x,y)  a tap
+double_click(x,y)
+long_press(x,y)
+drag(x1,y1,x2,y2)  a swipe
+scroll(x,y,dx,dy)  positive dy shows what is below
+type("text")  into the focused field
+key("Enter")  one key
+open_app("name")
+go_back()
+go_home()
+wait()
+finished("answer")  when done
+fail("reason")  when it cannot be done"""
+"""Describes :data:`PHONE_ACTIONS` to a model."""
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema of an action as ``{"action": name, **arguments}``, for servers that constrain their output."""
+def schema(kinds: Sequence[type] = ACTIONS) -> dict[str, Any]:
+    """JSON schema of an action of ``kinds`` as ``{"action": name, **arguments}``, coordinates in whole thousandths, for
+    servers that constrain their output."""
     point = {"type": "integer", "minimum": 0, "maximum": FRAME - 1}
     distance = {"type": "integer", "minimum": 1 - FRAME, "maximum": FRAME - 1}
     string = {"type": "string", "maxLength": MAX_TEXT}
     variants = []
-    for kind in ACTIONS:
+    for kind in kinds:
         properties: dict[str, Any] = {"action": {"const": kind.name}}
         for field in fields(kind):
             properties[field.name] = (
                 string if field.type == "str" else distance if field.name in ("dx", "dy") else point
             )
-        required = [name for name in properties if not (kind is Finished and name == "answer")]
+        required = [name for name in properties if kind not in ENDINGS or name == "action"]
         variants.append(
             {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
         )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,8 @@ FRAME = 1000
 """Coordinates of actions and boxes are integers in ``[0, FRAME)``, relative to the image."""
 
 
+_LAST = FRAME - 0.001
+"""The last exact point of the frame."""
 FRAME_TOKENS = (640, 512, 384, 256, 160, 128)
 """Visual tokens that a frame of a video may have, as published for Seed1.5-VL (arXiv 2505.07062)."""
 
@@ -90,12 +93,14 @@ class ImageView:
         height, width = self.original
         return _clamp(math.floor(x / width * FRAME)), _clamp(math.floor(y / height * FRAME))
 
-    def from_frame(self, x: int, y: int) -> tuple[float, float]:
-        """Thousandths to original pixels: the centre of the cell, so that the round trip is exact."""
+    def from_frame(self, x: float, y: float) -> tuple[float, float]:
+        """Thousandths to original pixels. Integers name a cell and give its centre, so that the round trip is exact;
+        a float is the point itself."""
         if not (0 <= x < FRAME and 0 <= y < FRAME):
             raise ValueError(f"point ({x}, {y}) is outside the frame 0..{FRAME - 1}")
         height, width = self.original
-        return (x + 0.5) / FRAME * width, (y + 0.5) / FRAME * height
+        x, y = (value + 0.5 if isinstance(value, Integral) else value for value in (x, y))
+        return x / FRAME * width, y / FRAME * height
 
     def box_to_frame(self, box: Sequence[float]) -> tuple[int, int, int, int]:
         """``(x1, y1, x2, y2)`` in original pixels to thousandths."""
@@ -109,6 +114,14 @@ class ImageView:
     def from_seen(self, x: float, y: float) -> tuple[float, float]:
         """Pixels of the resized image to original pixels (for foreign models that answer in them)."""
         return x / self.seen[1] * self.original[1], y / self.seen[0] * self.original[0]
+
+    def seen_to_frame(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels of the resized image to an exact point of the frame, unrounded (for foreign models). The far edges
+        belong to the image; ``ValueError`` for what lies beyond."""
+        height, width = self.seen
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise ValueError(f"point ({x:g}, {y:g}) is outside the image of {width}x{height} pixels")
+        return min(x / width * FRAME, _LAST), min(y / height * FRAME, _LAST)
 
 
 def _clamp(value: int) -> int:

@@ -73,7 +73,9 @@ def suite_body(run: Run, summary: Summary | None = None) -> Markup:
                 "judged": f"{summary.judged:,}",
                 "errors (in no mean)": f"{summary.errors:,}",
                 **{f"pass@{k}": percent(v) for k, v in summary.pass_at.items()},
-                "tokens an item": number(round(summary.tokens_per_item)),
+                **({"malformed": percent(summary.parts["malformed"])} if "malformed" in summary.parts else {}),
+                "tokens read an item": number(round(summary.prompt_tokens_per_item)),
+                "tokens written an item": number(round(summary.tokens_per_item)),
                 "seconds an item": number(summary.seconds_per_item),
             }
         )
@@ -81,6 +83,10 @@ def suite_body(run: Run, summary: Summary | None = None) -> Markup:
     if len(summary.by_task) > 1:
         parts.append(bar_chart({task: {"score": e} for task, e in summary.by_task.items()}, "By task"))
     parts.append(_task_table(run, summary))
+    for what, groups in summary.by_slice.items():
+        columns = [Column(what, what), Column("score", "score"), Column("items", "items")]
+        rows = [{what: group, "score": estimate, "items": estimate.n} for group, estimate in groups.items()]
+        parts += [heading(f"By {what}"), table(rows, columns)]
     for title, body in (
         ("Screens", screens(run)),
         ("Target beside rendering", pairs(run)),

@@ -8,6 +8,9 @@ from evals.suite import Suite
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.screens import screen_suites
+from evals.suites.search import crop_search, small_search
+from evals.suites.sites import sites
 from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[..., Suite]] = {
@@ -18,6 +21,11 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "screenshot_to_html": screenshot_to_html,
     "svg_code": svg_code,
     "ui_repair": ui_repair,
+    "sites": sites,
+    "small_search": small_search,
+    "crop_search": crop_search,
     "worlds": worlds,
+    **screen_suites(),
 }
-"""Those whose items can be chosen take ``data``, a folder or the name of a dataset."""
+WITH_DATA = frozenset({"chart_to_code", "design2code", "svg_code", *screen_suites()})
+"""Suites whose builder takes where published data are."""

@@ -25,6 +25,6 @@ def miniwob(pages: Sequence[str] = TASKS, per_task: int = 20, seed: int = 0) -> 
         tasks=tuple(f"miniwob/{page}" for page in pages),
         open=open_tasks,
         per_task=per_task,
-        play=Play(max_steps=MAX_STEPS, max_tokens=64, rules=PROMPT, guess=random_action),
+        play=Play(max_steps=MAX_STEPS, max_tokens=64, rules=PROMPT, guess=random_action, acts=True),
         seed=seed,
     )

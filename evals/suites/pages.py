@@ -43,7 +43,7 @@ def page_grounding(levels: Sequence[int] = (1, 2, 3, 4, 5), per_task: int = 40, 
         tasks=tuple(f"grounding{LEVEL}{level}" for level in levels),
         open=_opener(lambda screens, level, name: GroundingTask(screens, (level, level), name)),
         per_task=per_task,
-        play=Play(max_steps=1, max_tokens=64, rules=POINT_RULES, guess=random_action),
+        play=Play(max_steps=1, max_tokens=64, rules=POINT_RULES, guess=random_action, acts=True),
         seed=seed,
         exhibit=_target_box,
     )

@@ -10,10 +10,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mmagent.actions import Action
 from mmagent.browser import BrowserCrashed, BrowserPool, BrowserTimeout, Page
 from mmagent.trajectories import Observation, Score, Status, Trajectory
 
 T = TypeVar("T")
+Actions = tuple[Action, ...]
+Moment = tuple[int, Actions]
+"""A seed and the actions taken since: where an environment is a function, what is seen then is always the same."""
+RESTART = 6.0
+"""To start an episode anew costs about so many actions."""
 logger = logging.getLogger(__name__)
 SPARE = 10.0
 """Added to the cost of a page that another episode would like to find again."""
@@ -29,6 +35,20 @@ def score_of(trajectory: Trajectory) -> Score:
     if trajectory.status is Status.FAILED:
         return Score(0.0, trajectory.parts, error=trajectory.note or "the environment failed")
     return Score(min(max(trajectory.reward, 0.0), 1.0), dict(trajectory.parts))
+
+
+def taken(state: object, moment: Moment) -> int | None:
+    """How many of the moment's actions a page in ``state`` has seen, None if it must start anew."""
+    if not isinstance(state, tuple):
+        return None
+    (shown, before), (seed, actions) = state, moment
+    return len(before) if shown == seed and actions[: len(before)] == before else None
+
+
+def replay_cost(state: object, moment: Moment) -> float:
+    """What it takes to bring a page from ``state`` to ``moment``, in actions."""
+    done = taken(state, moment)
+    return len(moment[1]) + RESTART if done is None else len(moment[1]) - done
 
 
 async def retried(call: Callable[[], Awaitable[T]]) -> T:

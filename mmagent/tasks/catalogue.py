@@ -14,12 +14,14 @@ from mmagent.tasks.base import Screens
 from mmagent.tasks.chart_to_code import PRELOAD, ChartToCodeTask, GeneratedCharts
 from mmagent.tasks.design2code import SIZE, Design2CodeTask, GeneratedDesigns
 from mmagent.tasks.grounding import GroundingTask
+from mmagent.tasks.looking import CropTask
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
+from mmagent.tasks.sites import SiteTask, site_names
 from mmagent.tasks.svg_code import GeneratedDrawings, SvgCodeTask
 from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.tasks.worlds import WorldTask
-from mmagent.worlds import miniwob
+from mmagent.worlds import miniwob, search, sites
 from mmagent.worlds.catalogue import all_worlds
 
 DOCUMENT_SIZE = (320, 240)
@@ -31,14 +33,21 @@ MOST_DESIGNS = 4
 """Whole pages that are looked at at a time; three pictures of each are held."""
 CELLS = 2
 """Programs that run at a time."""
+SITES = "sites/"
+"""Before the name of an errand at a local site: ``sites/shop/buy``."""
 WORLDS = "worlds/"
 """Before the name of a world: a task that needs no browser."""
+SEARCH = "search/"
+"""Before the name of a search for small things: ``search/read``; ``search/read/crop`` with a tool to look closer."""
+NO_BROWSER = (WORLDS, SEARCH, CHARTS)
 
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
     pages = (f"miniwob/{page}" for page in miniwob.TASKS)
-    return (*pages, "grounding", "screenshot-to-html", *CODING, *(task.name for task in _world_tasks()))
+    errands = (f"{SITES}{name}" for name in site_names())
+    questions = (task.name for task in _world_tasks())
+    return (*pages, *errands, "grounding", "screenshot-to-html", *CODING, *_search_tasks(), *questions)
 
 
 def _world_tasks() -> Iterator[WorldTask]:
@@ -46,6 +55,14 @@ def _world_tasks() -> Iterator[WorldTask]:
     for world in all_worlds().values():
         yield WorldTask(world)
         yield from (WorldTask(world, level) for level in range(world.levels))
+
+
+def _search_tasks() -> dict[str, Task]:
+    """Searches for small things by name, at full size and with a tool."""
+    found: dict[str, Task] = {}
+    for world in search.worlds():
+        found |= {world.name: WorldTask(world, name=world.name), f"{world.name}/crop": CropTask(world)}
+    return found
 
 
 def easy_task_names() -> list[str]:
@@ -79,9 +96,8 @@ async def open_tasks(
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
-        apart = (CHARTS, WORLDS)
-        if pool is None and any(name in known and not name.startswith(apart) for name in names):
-            per_process = -(-3 * pages // processes)  # of each size
+        if pool is None and any(name in known and not name.startswith(NO_BROWSER) for name in names):
+            per_process = -(-4 * pages // processes)  # of each size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
         desk = Desk(pool, pages) if pool is not None else None
@@ -95,15 +111,18 @@ async def open_tasks(
 
 
 class Desk:
-    """The pages that tasks share: MiniWoB++'s, and small and whole ones of rendered documents, which run no scripts."""
+    """The pages that tasks share: MiniWoB++'s, those of local sites, and those of documents, small and whole, which run
+    no scripts."""
 
     def __init__(self, pool: BrowserPool, pages: int):
         self.miniwob = Screens(pool, miniwob.WIDTH, miniwob.HEIGHT, pages)
+        self.sites = Screens(pool, sites.WIDTH, sites.HEIGHT, pages)
         self.documents = Screens(pool, *DOCUMENT_SIZE, pages, scripts=False)
         self.designs = Screens(pool, *SIZE, min(pages, MOST_DESIGNS), scripts=False)
 
     async def close(self) -> None:
         await self.miniwob.close()
+        await self.sites.close()
         await self.documents.close()
         await self.designs.close()
 
@@ -116,7 +135,11 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
         return task
     if name.startswith(WORLDS):
         return next(task for task in _world_tasks() if task.name == name)
+    if name.startswith(SEARCH):
+        return _search_tasks()[name]
     assert desk is not None
+    if name.startswith(SITES):
+        return SiteTask(name.removeprefix(SITES), desk.sites)
     if name == "grounding":
         return GroundingTask(desk.documents)
     if name == "screenshot-to-html":

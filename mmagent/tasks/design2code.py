@@ -92,7 +92,7 @@ class GeneratedDesigns:
 
 class PublishedDesigns:
     """The benchmark's own pages, all of them test items: a folder with ``NAME.html`` and ``NAME.png`` (``Design2Code``,
-    ``Design2Code-HARD``) and ``rick.jpg``, a folder that `datasets` saved, or the name of a set that it loads, with the
+    ``Design2Code-HARD``) and ``rick.jpg``, a folder that `datasets` saved, or ``datasets:ID`` of a set that it loads, with the
     columns ``image`` and ``text`` (``SALT-NLP/Design2Code-hf``).
 
     Raises ``ValueError`` where there is none.
@@ -102,7 +102,7 @@ class PublishedDesigns:
         path = Path(source)
         self.placeholder: bytes | None = None
         if not path.is_dir():
-            self._pages = _from_datasets(str(source))
+            self._pages = _from_datasets(str(source).removeprefix("datasets:"))
             return
         if (path / "dataset_info.json").is_file():
             self._pages = _from_datasets(str(source))

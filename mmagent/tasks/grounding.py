@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from mmagent.actions import ActionError, Click, DoubleClick, RightClick, format_action, parse_action
+from mmagent.actions import ActionError, Click, format_action, parse_action
 from mmagent.geometry import ImageView
 from mmagent.prompts import grounding_text
 from mmagent.tasks.base import Screens, malformed, score_of
@@ -78,7 +78,7 @@ class GroundingEnvironment:
             parsed = parse_action(action)
         except ActionError as error:
             return malformed(str(error))
-        if not isinstance(parsed, Click) or isinstance(parsed, DoubleClick | RightClick):
+        if type(parsed) is not Click:
             return malformed(f"{parsed.name} is no click")
         target, _ = await self.task.target(self.item)
         x, y = self.task.view.from_frame(parsed.x, parsed.y)

@@ -13,11 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import count
 
-from mmagent.actions import Action, ActionError, Finished, format_action, parse_action
+from mmagent.actions import ENDINGS, ActionError, Finished, format_action, parse_action
 from mmagent.browser import BrowserPool
 from mmagent.browser.perform import POINTING, perform
 from mmagent.browser.sync import run_sync
-from mmagent.tasks.base import Screens, malformed, retried, score_of
+from mmagent.tasks.base import Actions, Moment, Screens, malformed, replay_cost, retried, score_of, taken
 from mmagent.trajectories import Item, Observation, Score, Trajectory
 from mmagent.worlds import miniwob
 
@@ -35,11 +35,6 @@ LONG = {
 REMEMBERED = 128
 """Moments of a task whose observation is kept."""
 EXPERT_STEPS = 40
-RESTART = 6.0
-"""To start an episode anew costs about so many actions."""
-Actions = tuple[Action, ...]
-Moment = tuple[int, Actions]
-"""A seed and the actions taken since: what is seen then is always the same."""
 
 
 class MiniWobTask:
@@ -111,14 +106,14 @@ class MiniWobTask:
 
     async def _look(self, moment: Moment, owner: object) -> Observation:
         seed, actions = moment
-        async with self.screens.borrow(self.page, owner, lambda seat: _cost(seat.state, moment)) as seat:
-            taken = _taken(seat.state, moment)
+        async with self.screens.borrow(self.page, owner, lambda seat: replay_cost(seat.state, moment)) as seat:
+            seen = taken(seat.state, moment)
             seat.state = None  # nobody can say, should the page break on the way
-            if taken is None:
-                taken = 0
+            if seen is None:
+                seen = 0
                 moves = bool(actions) and isinstance(actions[0], POINTING)
                 await miniwob.restart(seat.page, self.page, seed, park=not moves)
-            for action in actions[taken:]:
+            for action in actions[seen:]:
                 await perform(seat.page, action, miniwob.VIEW)
             done, reward = await miniwob.state(seat.page) if actions else (False, 0.0)
             if done:
@@ -130,20 +125,6 @@ class MiniWobTask:
                 return Observation("")
             screen = await miniwob.observe(seat.page, elements=False)
             return Observation("" if actions else screen.utterance, (screen.image,))
-
-
-def _taken(state: object, moment: Moment) -> int | None:
-    """How many of the moment's actions a page in ``state`` has seen, None if it must start anew."""
-    if not isinstance(state, tuple):
-        return None
-    (shown, before), (seed, actions) = state, moment
-    return len(before) if shown == seed and actions[: len(before)] == before else None
-
-
-def _cost(state: object, moment: Moment) -> float:
-    """What it takes to bring a page from ``state`` to ``moment``, in actions."""
-    taken = _taken(state, moment)
-    return len(moment[1]) + RESTART if taken is None else len(moment[1]) - taken
 
 
 class MiniWobEnvironment:
@@ -161,7 +142,7 @@ class MiniWobEnvironment:
             parsed = parse_action(action)
         except ActionError as error:
             return malformed(str(error))
-        if isinstance(parsed, Finished):
+        if isinstance(parsed, ENDINGS):
             return Observation("the policy ended the episode", done=True, reward=0.0)
         self._taken = (*self._taken, parsed)
         return await self.task.see(self.item, self._taken, self)

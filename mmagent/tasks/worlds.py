@@ -17,11 +17,12 @@ REMEMBERED = 64
 
 
 class WorldTask:
-    """Examples of ``world``, of all its levels in turn or of one ``level``. A rollout's group shares its pictures."""
+    """Examples of ``world``, of all its levels in turn or of one ``level``; ``name`` replaces its own. A
+    rollout's group shares its pictures."""
 
-    def __init__(self, world: World, level: int | None = None):
+    def __init__(self, world: World, level: int | None = None, name: str = ""):
         self.world, self.level = world, level
-        self.name = f"worlds/{world.name}" + ("" if level is None else f"/level-{level}")
+        self.name = name or f"worlds/{world.name}" + ("" if level is None else f"/level-{level}")
         self.category = world.category
         self._known: OrderedDict[int, Example] = OrderedDict()
 

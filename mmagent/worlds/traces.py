@@ -71,7 +71,7 @@ async def play(page: Page, app: App, *, elements: bool = True) -> Trace:
     if await reached(page, app):
         raise TraceError(f"{app.kind}: the goal holds before anything is done")
     for number, step in enumerate(app.steps):
-        async for action, box in _actions(page, step, view, app):
+        async for action, box in step_actions(page, step, view, app.kind):
             if actions and await reached(page, app):
                 raise TraceError(f"{app.kind}: the goal holds before step {number + 1} of {len(app.steps)}")
             await perform(page, action, view)
@@ -92,10 +92,10 @@ async def _seen(page: Page, elements: bool) -> Scene:
     return await look(page) if elements else Scene(await page.screenshot(), "", (), ())
 
 
-async def _point(page: Page, app: App, selector: str, spot: tuple[float, float] | None) -> tuple[float, float]:
+async def _point(page: Page, what: str, selector: str, spot: tuple[float, float] | None) -> tuple[float, float]:
     found = await page.evaluate(_WHERE, selector, spot)
     if found is None:
-        raise TraceError(f"{app.kind}: nothing to reach at {selector}")
+        raise TraceError(f"{what}: nothing to reach at {selector}")
     return found[0], found[1]
 
 
@@ -104,10 +104,11 @@ async def _box(page: Page, selector: str) -> tuple[int, int, int, int]:
     return max(0, int(x1)), max(0, int(y1)), min(page.width, int(x2) + 1), min(page.height, int(y2) + 1)
 
 
-async def _actions(
-    page: Page, step: Step, view: ImageView, app: App
+async def step_actions(
+    page: Page, step: Step, view: ImageView, what: str
 ) -> AsyncIterator[tuple[Action, tuple[int, int, int, int] | None]]:
-    """The actions of a step, computed from the page as it then is, with the box that each is about."""
+    """The actions of a step, computed from the page as it then is, with the box that each is about. Whoever asks
+    carries an action out before asking for the next. Raises :class:`TraceError` that begins with ``what``."""
     match step.kind:
         case "type":
             yield Type(step.text), None
@@ -116,26 +117,26 @@ async def _actions(
         case "hotkey":
             yield Hotkey(step.text), None
         case "scroll":
-            async for action in _scrolls(page, step, view, app):
+            async for action in _scrolls(page, step, view, what):
                 yield action, None
         case "drag":
-            start = view.to_frame(*await _point(page, app, step.at, step.spot))
-            end = await _point(page, app, step.to, step.end)
+            start = view.to_frame(*await _point(page, what, step.at, step.spot))
+            end = await _point(page, what, step.to, step.end)
             yield Drag(*start, *view.to_frame(*end)), await _box(page, step.at)
         case "click" | "double_click" | "right_click":
             kinds = {"click": Click, "double_click": DoubleClick, "right_click": RightClick}
-            at = view.to_frame(*await _point(page, app, step.at, step.spot))
+            at = view.to_frame(*await _point(page, what, step.at, step.spot))
             yield kinds[step.kind](*at), await _box(page, step.at)
 
 
-async def _scrolls(page: Page, step: Step, view: ImageView, app: App) -> AsyncIterator[Action]:
+async def _scrolls(page: Page, step: Step, view: ImageView, what: str) -> AsyncIterator[Action]:
     """Turn the wheel until what is meant lies whole in its box."""
-    at = view.to_frame(*await _point(page, app, step.at, None))
+    at = view.to_frame(*await _point(page, what, step.at, None))
     for _ in range(MOST_SCROLLS):
         top, bottom = await page.evaluate(_ON_SCREEN, step.at)
         first, last = await page.evaluate(_ON_SCREEN, step.to)
         if first >= top and last <= bottom:
             return
         way = 1 if last > bottom else -1
-        yield Scroll(*at, 0, way * max(1, round(0.75 * (bottom - top) / app.height * FRAME)))
-    raise TraceError(f"{app.kind}: {step.to} is not in sight after {MOST_SCROLLS} turns of the wheel")
+        yield Scroll(*at, 0, way * max(1, round(0.75 * (bottom - top) / view.original[0] * FRAME)))
+    raise TraceError(f"{what}: {step.to} is not in sight after {MOST_SCROLLS} turns of the wheel")

@@ -95,7 +95,7 @@ def test_compare(tmp_path, capsys):
         (["gues", "--url", "http://127.0.0.1:9/v1", "--model", "m"], "did you mean guess?"),
         (["guess"], "who is judged?"),
         (["guess", "--checkpoint", "x", "--url", "y"], "who is judged?"),
-        (["guess", "--url", "http://127.0.0.1:9/v1"], "model:"),
+        (["guess", "--url", "http://127.0.0.1:9/v1"], "--model"),
         (["guess", "--url", "http://127.0.0.1:9/v1", "--model", "m", "--limit", "0"], "at least 1"),
         (["guess", "--checkpoint", "/nowhere"], "is no agent folder"),
         (["report", "/nowhere"], "neither a run"),

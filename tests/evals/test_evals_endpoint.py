@@ -22,6 +22,10 @@ from evals.endpoint import EndpointAgent, EndpointConfig, answered, visible
 from evals.runner import Options, evaluate_now
 from evals.suite import Play
 from evals.summary import summarise
+from mmagent.actions import ActionError, DoubleClick, parse_action
+from mmagent.geometry import ImageView
+from mmagent.tasks.base import score_of
+from mmagent.trajectories import Observation
 
 OPTIONS = Options(progress=False, retries=2, backoff=0.001, concurrency=4)
 
@@ -222,3 +226,70 @@ def test_config_is_checked():
         EndpointConfig("localhost:8000", "m")
     with pytest.raises(ValueError, match="model"):
         EndpointConfig("http://127.0.0.1/v1", "")
+
+
+def styled(stub, tmp_path, style: str, said: list[str], **options):
+    """One page_grounding-like item answered in a style: the row, and the requests."""
+    stub.faults[""] = list(said)
+    suite = guess_suite(1, ["dim"], open=_pointing, tasks=("point",), play=Play(4, 64, rules="Ours.", acts=True))
+    agent = EndpointAgent(EndpointConfig(stub.url, "some-model", style=style))
+    run = evaluate_now(suite, agent, tmp_path / style, OPTIONS)
+    return run.rows[0], stub.requests, run.pins
+
+
+@contextlib.asynccontextmanager
+async def _pointing(names):
+    yield [Pointing()]
+
+
+class Pointing(Guess):
+    """A screen of 500 x 400 pixels; right is a double click at pixel (100, 300) after any other action."""
+
+    def __init__(self):
+        super().__init__("point")
+
+    def environment(self, item):
+        return PointingEnvironment()
+
+    async def score(self, item, trajectory):
+        return score_of(trajectory)
+
+
+class PointingEnvironment:
+    async def reset(self):
+        return Observation("Open the file.", (np.zeros((400, 500, 3), np.uint8),))
+
+    async def step(self, action):
+        try:
+            did = parse_action(action)
+        except ActionError as error:
+            return Observation(str(error), done=True, reward=0.0, parts={"malformed": 1.0})
+        if isinstance(did, DoubleClick):
+            x, y = ImageView((400, 500), (400, 500)).from_frame(did.x, did.y)
+            return Observation("", done=True, reward=float(abs(x - 100) < 0.6 and abs(y - 300) < 0.6))
+        return Observation("", (np.full((400, 500, 3), 9, np.uint8),))
+
+    async def close(self):
+        pass
+
+
+def test_a_foreign_model_is_asked_and_understood_in_its_own_style(stub, tmp_path):
+    calls = [{"action": "mouse_move", "coordinate": [100.8, 294]}, {"action": "double_click"}]  # of 504 x 392 pixels
+    said = [f"<tool_call>{json.dumps({'name': 'computer_use', 'arguments': call})}</tool_call>" for call in calls]
+    row, requests, pins = styled(stub, tmp_path, "qwen2.5-vl", said)
+    assert (row.value, row.error) == (1.0, None)
+    assert [step.action for step in row.steps] == ["move(200.0,750.0)", "double_click(200.0,750.0)"]
+    assert row.steps[0].points == ((200.0, 750.0),)
+    assert "computer_use" in requests[0]["messages"][0]["content"]
+    assert "Ours." not in json.dumps(requests)
+    assert "504x392" in json.dumps(requests[0])
+    assert pins["policy.style"] == "qwen2.5-vl, version 1"
+
+
+def test_an_answer_that_cannot_be_read_is_reported_as_such(stub, tmp_path):
+    row, _, _ = styled(stub, tmp_path, "qwen2.5-vl", ["click(200,750)"])  # in our words, which are not its own
+    assert (row.value, row.error, row.parts["malformed"]) == (0.0, None, 1.0)
+    assert "no <tool_call>" in row.steps[0].action
+    assert row.steps[0].said == "click(200,750)"
+    with pytest.raises(ValueError, match="style 'qwen' is none of ui-tars"):
+        EndpointConfig(stub.url, "m", style="qwen")

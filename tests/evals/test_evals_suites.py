@@ -13,6 +13,9 @@ from evals.suites import SUITES
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.screens import screen_suites
+from evals.suites.search import crop_search, small_search
+from evals.suites.sites import sites
 from evals.suites.worlds import worlds
 from evals.summary import summarise
 from mmagent.browser import find_chromium
@@ -37,6 +40,10 @@ SMALL = {
     "page_grounding": lambda: page_grounding((1, 5), per_task=5),
     "screenshot_to_html": lambda: screenshot_to_html((1, 2), per_task=3),
     "worlds": lambda: worlds(("counting", "text"), per_task=5),
+    "small_search": lambda: small_search(per_task=3),
+    "crop_search": lambda: crop_search(per_task=3),
+    "sites": lambda: sites(("shop/buy", "shop/missing", "mail/code", "kanban/drag"), per_task=1),
+    **screen_suites(),
 }
 CEILING = {
     "chart_to_code": 0.45,
@@ -46,8 +53,12 @@ CEILING = {
     "miniwob": 0.3,
     "page_grounding": 0.3,
     "screenshot_to_html": 0.25,
+    "sites": 0.0,
+    "small_search": 0.4,
+    "crop_search": 0.4,
     "worlds": 0.2,
 }
+CEILING |= dict.fromkeys(screen_suites(), 0.2)
 """What luck may reach on the few items of these tests."""
 
 

@@ -12,24 +12,36 @@ from mmagent.actions import (
     ACTIONS,
     KEYS,
     MODIFIERS,
+    PHONE_ACTIONS,
+    PHONE_PROMPT,
     PROMPT,
     ActionError,
     Click,
     DoubleClick,
     Drag,
+    Fail,
     Finished,
+    GoBack,
+    GoHome,
     Hotkey,
     Key,
+    LongPress,
+    MiddleClick,
+    Move,
+    OpenApp,
     RightClick,
     Scroll,
+    TripleClick,
     Type,
     Wait,
     format_action,
     parse_action,
     schema,
 )
+from mmagent.geometry import ImageView
 
-coordinate, distance = st.integers(0, 999), st.integers(-999, 999)
+points = st.integers(0, 999_999).map(lambda n: n / 1000)  # exact points, of up to three decimals
+coordinate, distance = st.integers(0, 999) | points, st.integers(-999, 999)
 text = st.text(max_size=50)
 key = st.sampled_from(KEYS) | st.characters(min_codepoint=33, max_codepoint=126)
 hotkey = st.builds(
@@ -46,6 +58,16 @@ actions = st.one_of(
     st.builds(Hotkey, hotkey),
     st.builds(Wait),
     st.builds(Finished, text),
+    st.builds(TripleClick, coordinate, coordinate),
+    st.builds(MiddleClick, coordinate, coordinate),
+    st.builds(Move, coordinate, coordinate),
+    st.builds(Fail, text),
+)
+phone_actions = st.one_of(
+    st.builds(LongPress, coordinate, coordinate),
+    st.builds(OpenApp, text.filter(bool)),
+    st.builds(GoBack),
+    st.builds(GoHome),
 )
 
 
@@ -53,6 +75,25 @@ actions = st.one_of(
 def test_an_action_survives_its_text(action):
     assert parse_action(format_action(action)) == action
     assert type(parse_action(f"  {format_action(action)}\n")) is type(action)
+
+
+@given(phone_actions)
+def test_what_phones_can_do_is_asked_for_by_name(action):
+    assert parse_action(format_action(action), PHONE_ACTIONS) == action
+    with pytest.raises(ActionError, match="is no action; there are click"):
+        parse_action(format_action(action))
+
+
+def test_a_decimal_point_is_an_exact_point_and_no_cell():
+    assert parse_action("click(512.0,3)") == Click(512.0, 3)
+    assert type(parse_action("click(512.0,3)").x) is float
+    assert type(parse_action("click(512,3)").x) is int
+    view = ImageView((2160, 3840), (2160, 3840))
+    assert view.from_frame(512, 0)[0] == pytest.approx(1968.0)  # the centre of a cell of 3.84 pixels
+    assert view.from_frame(512.0, 0.0) == pytest.approx((1966.08, 0.0))
+    assert view.seen_to_frame(1966.08, 2160) == pytest.approx((512.0, 999.999))
+    with pytest.raises(ValueError, match="outside the image of 3840x2160"):
+        view.seen_to_frame(-1, 5)
 
 
 @given(st.text(max_size=40) | st.builds(lambda a, b: format_action(a) + b, actions, st.text(min_size=1, max_size=3)))
@@ -90,18 +131,22 @@ def test_canonical_form(written, canonical):
         ("click(1,2,3)", "got 3"),
         ("click(1000,2)", "1000 is not an integer in 0..999"),
         ("click(-1,2)", "-1 is not an integer in 0..999"),
-        ("click(1.5,2)", "comma"),
+        ("click(1000.0,2)", r"1000.0 is not a number in \[0, 1000\)"),
+        ("click(-0.5,2)", "not a number in"),
+        ("click(1.,2)", "comma"),
+        ("click(.5,2)", "neither a number"),
+        ("scroll(1,2,0,3.5)", "dy must be int"),
         ("click(01,2)", "comma"),
         ("click(1e2,2)", "comma"),
-        ("click(1,2,)", "neither an integer nor a string"),
-        ('click("1","2")', "x must be int"),
+        ("click(1,2,)", "neither a number nor a string"),
+        ('click("1","2")', "x must be a number"),
         ("click(99999999999999999999,1)", "too long"),
         ("click(1,2) click(3,4)", "comma"),
         ("click(1,2)click(3,4)", "comma"),
         ("I will click(1,2)", "not of the form"),
         ("click(1,2).", "not of the form"),
         ('type("")', "empty"),
-        ("type('a')", "neither an integer nor a string"),
+        ("type('a')", "neither a number nor a string"),
         ("type(5)", "text must be str"),
         ('type("a)', "not a JSON string"),
         ('type("a\nb")', "not a JSON string"),
@@ -125,14 +170,20 @@ def test_errors_say_what_is_wrong(wrong, says):
 
 
 def test_construction_refuses_what_has_no_text():
-    with pytest.raises(ActionError, match="not an integer"):
-        Click(1.0, 2)
-    with pytest.raises(ActionError, match="not an integer"):
+    with pytest.raises(ActionError, match="not a number in"):
+        Click(float("nan"), 2)
+    with pytest.raises(ActionError, match="not a number in"):
         Click(True, 2)
+    with pytest.raises(ActionError, match="name is empty"):
+        OpenApp("")
 
 
 def test_schema_and_prompt_name_every_action():
-    names = [variant["properties"]["action"]["const"] for variant in schema()["oneOf"]]
-    assert names == [kind.name for kind in ACTIONS]
-    assert all(f"{name}(" in PROMPT for name in names)
-    json.dumps(schema())
+    for kinds, prompt in ((ACTIONS, PROMPT), (PHONE_ACTIONS, PHONE_PROMPT)):
+        variants = schema(kinds)["oneOf"]
+        names = [variant["properties"]["action"]["const"] for variant in variants]
+        assert names == [kind.name for kind in kinds]
+        assert [line.partition("(")[0] for line in prompt.splitlines()[1:]] == names
+        assert all(len(v["required"]) == (1 if v["properties"]["action"]["const"] in ("finished", "fail") else
+                                          len(v["properties"])) for v in variants)  # fmt: skip
+        json.dumps(variants)

@@ -1,0 +1,275 @@
+"""Styles of other houses: answers as their documents write them, in their coordinates, to points of our frame."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from evals.dialects import CENTRE, STYLES, Turn, look, moved
+from evals.dialects.base import press, read_call, split_keys
+from mmagent.actions import ACTIONS, PHONE_ACTIONS, ActionError, format_action, parse_action
+from mmagent.geometry import ImageView
+
+HD = (1080, 1920)
+
+
+def told(style: str, text: str, original=HD, cursor=CENTRE) -> list[str]:
+    """The actions of an answer to a screen of ``original`` height and width, in our words."""
+    dialect = STYLES[style]
+    view = ImageView(original, dialect.size(*original))
+    return [format_action(action) for action in dialect.actions(text, view, cursor)]
+
+
+def call(**arguments) -> str:
+    return f"<tool_call>\n{json.dumps({'name': 'computer_use', 'arguments': arguments})}\n</tool_call>"
+
+
+SAID = [
+    # UI-TARS 1.0: thousandths
+    ("ui-tars", "Thought: here.\nAction: click(start_box='(500,250)')", ["click(500.0,250.0)"]),
+    ("ui-tars", "Action: click(start_box='<|box_start|>(100,999)<|box_end|>')", ["click(100.0,999.0)"]),
+    ("ui-tars", "Action: click(point='<point>5 1000</point>')", ["click(5.0,999.999)"]),
+    ("ui-tars", "Action: left_double(start_box='[100, 200, 300, 400]')", ["double_click(200.0,300.0)"]),
+    ("ui-tars", "Action: right_single(start_box='(1,2)')", ["right_click(1.0,2.0)"]),
+    ("ui-tars", "Action: drag(start_box='(1,2)', end_box='(3,4)')", ["drag(1.0,2.0,3.0,4.0)"]),
+    ("ui-tars", "Action: hotkey(key='ctrl shift t')", ['hotkey("ctrl+shift+t")']),
+    ("ui-tars", "Action: hotkey(key='enter')", ['key("Enter")']),
+    ("ui-tars", r"Action: type(content='it\'s 5\n')", ['type("it\'s 5\\n")']),
+    ("ui-tars", "Action: type(content='it's 5')", ['type("it\'s 5")']),
+    ("ui-tars", "Action: scroll(start_box='(500,500)', direction='down')", ["scroll(500.0,500.0,0,463)"]),
+    ("ui-tars", "Action: wait()", ["wait()"]),
+    ("ui-tars", "Action: finished(content='42')", ['finished("42")']),
+    ("ui-tars", "Action: finished()", ["finished()"]),
+    ("ui-tars", "Action: call_user()", ['fail("asked for the user")']),
+    ("ui-tars", "Action: press_back()", ["go_back()"]),
+    ("ui-tars", "Action: long_press(start_box='(7,8)')", ["long_press(7.0,8.0)"]),
+    ("ui-tars", "Action: click(start_box='(1,2)')\n\ntype(content='a')", ["click(1.0,2.0)", 'type("a")']),
+    # UI-TARS 1.5: pixels of the image resized to 1932 x 1092
+    ("ui-tars-1.5", "Action: click(start_box='(966,546)')", ["click(500.0,500.0)"]),
+    ("ui-tars-1.5", "Action: click(point='<point>1932 0</point>')", ["click(999.999,0.0)"]),
+    # GLM-4.5V
+    ("glm-4.5v", "I click.\n<|begin_of_box|>left_click(start_box='[500,250]', element_info='OK')<|end_of_box|>\n"
+     "Memory:\n[]", ["click(500.0,250.0)"]),
+    ("glm-4.5v", "<think>left_click(start_box='[1,1]')</think>left_click(start_box='[9,9]')", ["click(9.0,9.0)"]),
+    ("glm-4.5v", "I press (OK).\nkey(keys='ctrl+c')\nMemory:\n[]", ['hotkey("ctrl+c")']),
+    ("glm-4.5v", "left_drag(start_box='[1,2]', end_box='[3,4]', element_info='')", ["drag(1.0,2.0,3.0,4.0)"]),
+    ("glm-4.5v", "<|begin_of_box|>scroll(start_box='[1,2]', direction='up', step=2)<|end_of_box|>",
+     ["scroll(1.0,2.0,0,-185)"]),
+    ("glm-4.5v", "hover(start_box='[[10,20,30,40]]')", ["move(20.0,30.0)"]),
+    ("glm-4.5v", "type(content='a (b) \"c\"')", ['type("a (b) \\"c\\"")']),
+    ("glm-4.5v", "<|begin_of_box|>DONE()<|end_of_box|>", ["finished()"]),
+    ("glm-4.5v", "<|begin_of_box|>FAIL()<|end_of_box|>", ["fail()"]),
+    # Qwen2.5-VL: pixels of the resized image; without a coordinate where the mouse is
+    ("qwen2.5-vl", call(action="left_click", coordinate=[966, 546]), ["click(500.0,500.0)"]),
+    ("qwen2.5-vl", "I will.\n" + call(action="left_click", coordinate=[0, 1092]), ["click(0.0,999.999)"]),
+    ("qwen2.5-vl", '<tool_call>{"name": "computer_use", "arguments": {"action": "wait", "time": 2}}', ["wait()"]),
+    ("qwen2.5-vl", call(action="left_click"), ["click(500.0,500.0)"]),
+    ("qwen2.5-vl", call(action="left_click_drag", coordinate=[966, 0]), ["drag(500.0,500.0,500.0,0.0)"]),
+    ("qwen2.5-vl", call(action="key", keys=["ctrl", "a"]), ['hotkey("ctrl+a")']),
+    ("qwen2.5-vl", call(action="scroll", pixels=-1092), ["scroll(500.0,500.0,0,999)"]),
+    ("qwen2.5-vl", call(action="scroll", coordinate=[0, 0], pixels=546), ["scroll(0.0,0.0,0,-500)"]),
+    ("qwen2.5-vl", call(action="type", text="café"), ['type("café")']),
+    ("qwen2.5-vl", call(action="terminate", status="success"), ["finished()"]),
+    ("qwen2.5-vl", call(action="terminate", status="failure"), ["fail()"]),
+    ("qwen2.5-vl", call(action="answer", text="7"), ['finished("7")']),
+    ("qwen3-vl", call(action="left_click", coordinate=[500, 500]), ["click(500.0,500.0)"]),
+    # OpenAI: pixels of the screenshot as it is
+    ("openai", '{"type": "click", "button": "left", "x": 960, "y": 540}', ["click(500.0,500.0)"]),
+    ("openai", '{"type": "computer_call", "call_id": "c", "action": {"type": "double_click", "x": 0, "y": 0}}',
+     ["double_click(0.0,0.0)"]),
+    ("openai", '{"type": "computer_call", "actions": [{"type": "move", "x": 96, "y": 54}, {"type": "wait"}]}',
+     ["move(50.0,50.0)", "wait()"]),
+    ("openai", '{"type": "drag", "path": [{"x": 0, "y": 0}, {"x": 5, "y": 5}, {"x": 192, "y": 108}]}',
+     ["drag(0.0,0.0,100.0,100.0)"]),
+    ("openai", '{"type": "scroll", "x": 960, "y": 540, "scroll_x": 0, "scroll_y": 540}',
+     ["scroll(500.0,500.0,0,500)"]),
+    ("openai", '{"type": "keypress", "keys": ["CTRL", "A"]}', ['hotkey("ctrl+a")']),
+    ("openai", '{"type": "keypress", "keys": ["ARROWLEFT"]}', ['key("ArrowLeft")']),
+    ("openai", "The price is 5.", ['finished("The price is 5.")']),
+    # Anthropic: pixels of the screenshot made smaller, here to 1429 x 804
+    ("anthropic", '{"action": "left_click", "coordinate": [1429, 402]}', ["click(999.999,500.0)"]),
+    ("anthropic", 'Now. {"type": "tool_use", "name": "computer", "input": {"action": "key", "text": "Return"}}',
+     ['key("Enter")']),
+    ("anthropic", '{"action": "triple_click", "coordinate": [0, 0]}', ["triple_click(0.0,0.0)"]),
+    ("anthropic", '{"action": "left_click_drag", "start_coordinate": [0, 0], "coordinate": [1429, 804]}',
+     ["drag(0.0,0.0,999.999,999.999)"]),
+    ("anthropic", '{"action": "scroll", "coordinate": [0, 0], "scroll_direction": "up", "scroll_amount": 1}',
+     ["scroll(0.0,0.0,0,-93)"]),
+    ("anthropic", '{"action": "key", "text": "ctrl+shift+Page_Down"}', ['hotkey("ctrl+shift+PageDown")']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("style, text, ours", SAID)
+def test_answers_as_their_houses_write_them(style, text, ours):
+    assert told(style, text) == ours
+    for action in ours:
+        assert format_action(parse_action(action, (*ACTIONS, *PHONE_ACTIONS))) == action
+
+
+@pytest.mark.parametrize(
+    "style, text, says",
+    [
+        ("ui-tars", "click(start_box='(1,2)')", "no 'Action:'"),
+        ("ui-tars", "Action: ", "nothing behind"),
+        ("ui-tars", "Action: click(start_box='(1200,2)')", r"point \(1200, 2\) is outside 0..1000"),
+        ("ui-tars", "Action: click(start_box='here')", "holds no coordinates"),
+        ("ui-tars", "Action: click(1,2)", "cannot read"),
+        ("ui-tars", "Action: click()", "start_box is missing"),
+        ("ui-tars", "Action: fly(start_box='(1,2)')", "'fly' is no action of ui-tars"),
+        ("ui-tars", "Action: wait() and then I rest", "follows an action"),
+        ("ui-tars", "Action: scroll(start_box='(1,2)', direction='sideways')", "is no direction"),
+        ("ui-tars", "Action: hotkey(key='ctrl')", "is not one key"),
+        ("ui-tars", "Action: click(start_box='(1,2,3)')", "neither a point nor a box"),
+        ("ui-tars-1.5", "Action: click(start_box='(1933,2)')", "outside the image of 1932x1092"),
+        ("glm-4.5v", "I do not know.", "no action in"),
+        ("glm-4.5v", "<|begin_of_box|>click it: DONE()<|end_of_box|>", "more than an action"),
+        ("glm-4.5v", "<|begin_of_box|>DONE() DONE()<|end_of_box|>", "follows the action"),
+        ("glm-4.5v", "left_click(start_box='[1001,1]')", "outside 0..1000"),
+        ("qwen2.5-vl", '{"name": "computer_use"}', "no <tool_call>"),
+        ("qwen2.5-vl", "<tool_call>{'name'", "is not JSON"),
+        ("qwen2.5-vl", "<tool_call>[1]</tool_call>", "no JSON object"),
+        ("qwen2.5-vl", '<tool_call>{"name": "bash", "arguments": {}}</tool_call>', "is not the tool"),
+        ("qwen2.5-vl", call(action="left_click", coordinate=[1933, 0]), "outside the image"),
+        ("qwen2.5-vl", call(action="left_click", coordinate="[1, 2]"), "is no point"),
+        ("qwen2.5-vl", call(action="left_click", coordinate=[True, 2]), "is no point"),
+        ("qwen2.5-vl", call(action="terminate"), "neither success nor failure"),
+        ("qwen2.5-vl", call(action="left_mouse_down"), "no action of computer_use"),
+        ("qwen2.5-vl", call(action=["left_click"]), "no action of computer_use"),
+        ("openai", '{"type": "click", "button": "back", "x": 1, "y": 1}', "no button 'back'"),
+        ("openai", '{"type": "click", "x": "1", "y": 1}', "x '1' is no number"),
+        ("openai", '{"type": "click", "x": 1, "y": 1, "keys": ["CTRL"]}', "with keys held"),
+        ("openai", '{"type": "computer_call"}', "computer_call holds None"),
+        ("openai", "", "the answer is empty"),
+        ("anthropic", '{"action": "left_mouse_down"}', "no action of the computer tool"),
+        ("anthropic", '{"action": "left_click", "coordinate": [1, 2], "text": "shift"}', "held cannot be done"),
+        ("anthropic", '{"action": "left_click", "coordinate": [1500, 2]}', "outside the image of 1429x804"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_not_repaired(style, text, says):
+    with pytest.raises(ActionError, match=says) as caught:
+        told(style, text)
+    assert len(str(caught.value)) < 400
+
+
+@given(st.sampled_from(sorted(STYLES)), st.text(max_size=80) | st.sampled_from([text for _, text, _ in SAID]).flatmap(
+    lambda text: st.tuples(st.integers(0, len(text)), st.text(max_size=4)).map(
+        lambda cut: text[: cut[0]] + cut[1] + text[cut[0] + 1 :])))  # fmt: skip
+def test_any_answer_is_actions_or_an_error_that_says_why(style, text):
+    try:
+        actions = told(style, text)
+    except ActionError:
+        return
+    for action in actions:
+        parse_action(action, (*ACTIONS, *PHONE_ACTIONS))
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_long_and_deep_answers_are_read_in_no_time(style):
+    for text in ("Action: " + "click(" * 50_000, "<tool_call>" + "[" * 200_000, "{" * 100_000, '{"a":' * 100_000,
+                 "type(content='" + "\\" * 100_001, "Action: type(content='" + "'a" * 30_000):  # fmt: skip
+        with pytest.raises(ActionError):
+            told(style, text)
+
+
+def published_smart_resize(height: int, width: int, least: int, most: int) -> tuple[int, int]:
+    """As Qwen2-VL's image processor has it, restated."""
+    h, w = max(28, round(height / 28) * 28), max(28, round(width / 28) * 28)
+    if h * w > most:
+        beta = math.sqrt(height * width / most)
+        return math.floor(height / beta / 28) * 28, math.floor(width / beta / 28) * 28
+    if h * w < least:
+        beta = math.sqrt(least / (height * width))
+        return math.ceil(height * beta / 28) * 28, math.ceil(width * beta / 28) * 28
+    return h, w
+
+
+def test_screens_have_the_size_that_the_models_own_processor_would_give_them():
+    rng = random.Random(0)
+    sizes = [HD, (210, 160), (2160, 3840), (768, 1366), (5000, 7000)]
+    sizes += [(rng.randrange(60, 5000), rng.randrange(60, 5000)) for _ in range(300)]
+    for size in sizes:
+        assert STYLES["qwen2.5-vl"].size(*size) == published_smart_resize(*size, 3136, 12845056), size
+        assert STYLES["ui-tars-1.5"].size(*size) == published_smart_resize(*size, 78400, 12845056), size
+    assert STYLES["openai"].size(*HD) == HD
+    for size in sizes:
+        height, width = STYLES["anthropic"].size(*size)
+        assert max(height, width) <= 1568
+        assert height * width <= 1_150_000
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_a_pixel_said_is_the_pixel_meant(style):
+    """The point of a target survives the way to the model and back to within a pixel that the model is shown."""
+    original = (1440, 2560)
+    dialect = STYLES[style]
+    view = ImageView(original, dialect.size(*original))
+    x, y = 1777.0, 333.0
+    sx, sy = (round(v) for v in view.to_seen(x, y))
+    tx, ty = round(x / 2560 * 1000), round(y / 1440 * 1000)
+    text = {
+        "ui-tars": f"Action: click(start_box='({tx},{ty})')",
+        "ui-tars-1.5": f"Action: click(start_box='({sx},{sy})')",
+        "glm-4.5v": f"left_click(start_box='[{tx},{ty}]')",
+        "qwen2.5-vl": call(action="left_click", coordinate=[sx, sy]),
+        "qwen3-vl": call(action="left_click", coordinate=[tx, ty]),
+        "openai": json.dumps({"type": "click", "x": sx, "y": sy}),
+        "anthropic": json.dumps({"action": "left_click", "coordinate": [sx, sy]}),
+    }[style]
+    (action,) = dialect.actions(text, view, CENTRE)
+    back = view.from_frame(*vars(parse_action(format_action(action))).values())
+    pixel = 2.56 if style in ("ui-tars", "glm-4.5v", "qwen3-vl") else original[1] / view.seen[1]
+    assert back == pytest.approx((x, y), abs=pixel / 2 + 0.01)
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_the_task_and_the_last_screens_are_told(style):
+    dialect = STYLES[style]
+    turns = []
+    for n in range(8):
+        image, view = look(np.full((100, 200, 3), 20 * n, np.uint8), dialect)
+        turns.append(
+            Turn("Buy milk." if n == 0 else "", image, view, f"<think>hm</think>answer {n}" if n < 7 else None)
+        )
+    messages = dialect.messages(turns)
+    text = json.dumps(messages)
+    assert text.count("Buy milk.") == 1
+    assert "answer 6" in text
+    assert text.count("data:image/png") == 5
+    last = next(part for part in messages[-1]["content"] if part["type"] == "image_url")
+    data = base64.b64decode(last["image_url"]["url"].partition(",")[2])
+    assert np.asarray(Image.open(io.BytesIO(data)))[0, 0, 0] == 140  # the screen as it is comes first
+    if style in ("qwen2.5-vl", "openai", "anthropic"):
+        height, width = dialect.size(100, 200)
+        assert f"{width}x{height}" in text
+
+
+def test_the_mouse_stays_where_the_last_action_left_it():
+    actions = STYLES["qwen2.5-vl"].actions(call(action="mouse_move", coordinate=[193.2, 109.2]), _hd(), CENTRE)
+    assert moved(actions, CENTRE) == (100.0, 100.0)
+    assert told("qwen2.5-vl", call(action="left_click"), cursor=moved(actions, CENTRE)) == ["click(100.0,100.0)"]
+    assert moved(STYLES["ui-tars"].actions("Action: drag(start_box='(1,2)', end_box='(3,4)')", _hd(), CENTRE),
+                 CENTRE) == (3.0, 4.0)  # fmt: skip
+
+
+def _hd() -> ImageView:
+    return ImageView(HD, (1092, 1932))
+
+
+def test_names_of_keys():
+    for names, key in ((["Return"], 'key("Enter")'), (["page_down"], 'key("PageDown")'), (["KP_Enter"], 'key("Enter")'),
+                       (["cmd", "Shift_L", "4"], 'hotkey("shift+meta+4")'), (["a"], 'key("a")'), (["A"], 'key("A")'),
+                       (split_keys("ctrl++"), 'hotkey("ctrl++")'), (split_keys("+"), 'key("+")')):  # fmt: skip
+        assert format_action(press(names)) == key
+    for names in ([], ["a", "b"], ["hyper", "a"], ["ctrl"]):
+        with pytest.raises(ActionError):
+            press(names)
+    assert read_call("f(a='(', b=\"x\", c=-2.5)").arguments == {"a": "(", "b": "x", "c": "-2.5"}
