@@ -92,8 +92,8 @@ class GeneratedDesigns:
 
 class PublishedDesigns:
     """The benchmark's own pages, all of them test items: a folder with ``NAME.html`` and ``NAME.png`` (``Design2Code``,
-    ``Design2Code-HARD``) and ``rick.jpg``, a folder that `datasets` saved, or ``datasets:ID`` of a set that it loads, with the
-    columns ``image`` and ``text`` (``SALT-NLP/Design2Code-hf``).
+    ``Design2Code-HARD``) and ``rick.jpg``, a folder that `datasets` saved, or ``datasets:ID`` of a set that it loads,
+    with the columns ``image`` and ``text`` (``SALT-NLP/Design2Code-hf``).
 
     Raises ``ValueError`` where there is none.
     """
