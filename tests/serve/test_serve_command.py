@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openai
@@ -24,6 +25,7 @@ import pytest
 
 from mmagent.chat import ChatConfig
 from mmagent.generation.generator import Generator
+from mmagent.generation.http import ChatClient, EndpointRefused, ServerConfig
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.serve.options import parse
 from mmagent.serve.requests import read_chat
@@ -122,8 +124,6 @@ def test_it_says_what_the_generator_says(server, folder):
     """Greedy, with a picture: the same tokens as in process, whole and streamed, from a data: and a file: address."""
     agent = load_agent(folder)
     ask = read_chat({"messages": MIXED})
-    import asyncio
-
     prompt = asyncio.run(prompts_of(context=256).chat_prompt(ask, int))
     trajectory = Trajectory("mine", "test")
     trajectory.extend(prompt.ids, trainable=False, images=prompt.images)
@@ -145,6 +145,30 @@ def test_it_says_what_the_generator_says(server, folder):
     assert [index for piece in pieces for index in getattr(piece, "token_ids", None) or ()] == list(expected.ids)
     assert "".join(piece.delta.content or "" for piece in pieces) == choice.message.content
     assert len([piece for piece in pieces if piece.delta.content]) > 2, "it comes in pieces"
+
+
+def test_our_own_client_gets_the_same(server, monkeypatch):
+    """Whole and streamed; many at once; a wrong key and a wrong model are refused at once, and not tried again."""
+    monkeypatch.setenv("KEY_OF_TEST", KEY)
+    config = ServerConfig(server.url + "/v1", "tiny", "KEY_OF_TEST", concurrency=2, attempts=3, logprobs=True)
+    limits = Limits(24, 0.8, seed=7, top_k=40)
+
+    async def ask() -> None:
+        client = ChatClient(config)
+        whole, *others = await asyncio.gather(*(client.ask(MIXED, limits) for _ in range(5)))
+        assert whole.text
+        for other in others:  # decoded in other company: the last bits of log-probs may differ
+            assert (other.text, other.cut, other.tokens) == (whole.text, whole.cut, whole.tokens)
+            assert other.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
+        assert len(whole.logprobs) == whole.tokens
+        deltas = [delta async for delta in client.stream(MIXED, limits)]
+        assert (deltas[-1].answer.text, deltas[-1].answer.tokens) == (whole.text, whole.tokens)
+        assert "".join(delta.text for delta in deltas) == whole.text
+        for wrong in (replace(config, model="other"), replace(config, key_variable="NO_KEY_OF_TEST")):
+            with pytest.raises(EndpointRefused):
+                await ChatClient(wrong).ask(MIXED, limits)
+
+    asyncio.run(ask())
 
 
 def test_a_stop_string_ends_it(server):
