@@ -34,7 +34,7 @@ def debug() -> Config:
 
 
 def laptop() -> Config:
-    """Three minutes on two cores. Tiles of 32 outputs: matrices here have some hundred, the paper's some thousand."""
+    """140 steps. Tiles of 32 outputs: matrices here have some hundred, the paper's some thousand."""
     schedule = ScheduleConfig("wsd", warmup=5, floor=0.0, decay=0.2)
     sparsity = SparsityConfig(LEVELS, 20, 20, pattern=PatternConfig(granularity=32))
     return replace(

@@ -155,7 +155,8 @@ def _tile_2d(sheets: Sequence[_Sheets], sparsity: float, config: PatternConfig) 
 
 
 def _mean_norm(score: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(score, dim=dim) / score.shape[dim]
+    """In float64, as all norms here: the square of a score, which is one already, is easily below what float32 has."""
+    return torch.linalg.vector_norm(score, dim=dim, dtype=torch.float64) / score.shape[dim]
 
 
 def _segments(

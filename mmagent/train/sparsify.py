@@ -50,7 +50,8 @@ def prunable(model: nn.Module, roles: list[str] | None = None) -> dict[str, str]
     declared = encoder_roles(model)
     inside = {
         id(parameter)
-        for block in trainable_blocks(model)
+        for owner in (model, *model.children())  # an agent that takes images in chunks has no blocks in its encoder
+        for block in trainable_blocks(owner)
         for module in block.modules()
         if not getattr(module, "full_precision", False)
         for parameter in module.parameters(recurse=False)

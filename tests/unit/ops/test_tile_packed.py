@@ -100,3 +100,17 @@ def test_every_pattern_can_be_packed():
     for pattern in PATTERNS:
         weight, packed = case(pattern, (16, 16))
         assert torch.equal(unpack(packed, 16), weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["tile-2d", "tile-element"])
+def test_an_accelerator_computes_the_same(pattern, dtype):
+    """Sums of 96 numbers; TF32 and bfloat16 keep 8 to 11 bits of each factor."""
+    weight, _ = case(pattern, (64, 96))
+    mask = weight.ne(0).to(torch.uint8)
+    low = weight.to("cuda", dtype)
+    packed = pack(low, tiles_of(mask.cuda(), 8), torch.zeros_like(mask, dtype=torch.bool, device="cuda"), 8)
+    x = torch.randn(40, 96).to("cuda", dtype)
+    exact = F.linear(x.double(), low.double())
+    assert (packed_linear(x, packed).double() - exact).abs().max() < 2e-2 * exact.abs().max()

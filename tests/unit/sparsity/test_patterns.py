@@ -96,6 +96,16 @@ def test_the_density_is_what_was_asked_for(pattern):
     assert restored(masks) == pytest.approx(0.02 if pattern == "tile-element" else 0.0, abs=0.003)
 
 
+@pytest.mark.parametrize("pattern", ["tile-1d", "tile-2d", "tile-element", "element", "vector", "block"])
+def test_the_scale_of_scores_does_not_matter(pattern):
+    """Gradients of a large model are small, and their scores are squares: 2^-80 of these, whose squares no float32
+    holds, rank as these do."""
+    config = PatternConfig(pattern, granularity=4, vector=4, block=4)
+    found = scores(5)
+    small = {name: score * 2.0**-80 for name, score in found.items()}
+    assert matrices(make_masks(small, 0.5, config)) == matrices(make_masks(found, 0.5, config))
+
+
 def test_a_matrix_that_matters_less_loses_more():
     """Global ranking: the same numbers a thousand times smaller are all that goes."""
     found = {"big": torch.rand(8, 8) + 1.0, "small": (torch.rand(8, 8) + 1.0) / 1000}

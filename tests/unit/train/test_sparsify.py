@@ -12,6 +12,7 @@ from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.interop.packed_folder import load_masks
 from mmagent.models.cogvit import CogViT, cogvit_debug
+from mmagent.models.memory import MemoryConfig
 from mmagent.sparsity.patterns import PatternConfig, density, make_masks
 from mmagent.sparsity.stages import SparsityConfig
 from mmagent.train.health import HealthConfig
@@ -200,6 +201,8 @@ def test_what_is_pruned_of_an_agent():
     assert routers
     assert not outside & {id(own[name]) for name in found}
     assert set(prunable(model, ["encoder"]).values()) == {"encoder"}
+    model.set_memory(MemoryConfig(chunk_patches=64))
+    assert prunable(model) == found
     with pytest.raises(ValueError, match=r"sparsity\.roles: no matrix in a block has the role projector"):
         prunable(model, ["projector"])
     with pytest.raises(ValueError, match="Linear has no blocks"):
