@@ -9,10 +9,11 @@ import pytest
 from mmagent.interop.agent_folder import save_agent
 from mmagent.interop.conversion import export_model
 from mmagent.records import encode_image
+from mmagent.sandbox import SandboxUnavailable
 from tests.interop.hub_kit import tiny_agent
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"README.md": 3, "recipes/ENCODER.md": 1}
+PAGES = {"README.md": 4, "recipes/ENCODER.md": 1}
 """And how many examples in Python each has."""
 
 
@@ -29,7 +30,10 @@ def test_the_examples_in_python_run(page, tmp_path, monkeypatch, module_cache):
         screen = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
         (tmp_path / "screen.png").write_bytes(encode_image(screen).data)
     for example in examples:
-        exec(compile(example, page, "exec"), {"__name__": "readme"})
+        try:
+            exec(compile(example, page, "exec"), {"__name__": "readme"})
+        except SandboxUnavailable as error:  # of the machine, and told as the page says
+            pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from mmagent.browser import BrowserPool, find_chromium
+from mmagent.sandbox import SandboxUnavailable
+from mmagent.tasks import open_tasks
 from mmagent.tasks.base import Screens
+from mmagent.tasks.catalogue import CODING
 from mmagent.tasks.svg_code import SIDE, GeneratedDrawings, PublishedDrawings, SvgCodeTask, extract_svg, judge
 from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.testing import check_task
@@ -129,3 +132,15 @@ def test_repair_keeps_the_contract_and_what_was_given_scores_nothing(kind):
 def test_a_kind_is_one_of_two():
     with pytest.raises(ValueError, match="none of polish, edit"):
         UiRepairTask(None, "break")
+
+
+def test_the_catalogue_opens_them_all_together():
+    async def inside():
+        async with open_tasks(CODING, pages=2) as tasks:
+            seen = [await task.environment(next(iter(task.items("train", 0)))).reset() for task in tasks]
+            return [task.name for task in tasks], [len(one.images) for one in seen]
+
+    try:
+        assert asyncio.run(inside()) == (list(CODING), [1, 1, 1, 2, 1])
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
