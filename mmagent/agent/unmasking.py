@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mmagent.dist import World, gather_ints
 from mmagent.generation.generator import Generator
-from mmagent.packing import Size, pack, plan_packs
+from mmagent.packing import Size, empty_pack, pack, plan_packs
 from mmagent.trajectories import Completion, Limits, Trajectory, UnmaskingBatch
 
 Judge = Callable[[Trajectory, Completion], float]
@@ -115,6 +116,22 @@ def unmasking_batches(
             worth = torch.tensor([advantages[n] for n in members for _ in range(len(documents[n]))])
         batches.append(UnmaskingBatch(stream, torch.tensor(order), worth))
     return batches
+
+
+def level(batches: Sequence[UnmaskingBatch], world: World, pad_id: int) -> list[UnmaskingBatch]:
+    """As many on every rank as the rank with the most has; packs of padding make up for it. A collective."""
+    stream = empty_pack(pad_id)
+    nothing = UnmaskingBatch(stream, torch.full_like(stream.labels, -1), torch.zeros(stream.labels.shape))
+    return [*batches, *[nothing] * (max(gather_ints(len(batches), world.device)) - len(batches))]
+
+
+def figures(groups: Sequence[Sequence[Way]], block: int) -> dict[str, float]:
+    """Means over all ways: how many are ``right`` and how close their states lie; nothing of no ways."""
+    ways = [way for group in groups for way in group]
+    if not ways:
+        return {}
+    close = [closeness(way.completion, block) for way in ways]
+    return {"right": sum(way.score for way in ways) / len(ways), "closeness": sum(close) / len(ways)}
 
 
 def _steps(way: Way) -> list[int]:

@@ -90,6 +90,10 @@ def arguments(recipe: str, root: Path, output: Path) -> list[str]:
         ],
         "pretrain": ["recipes.pretrain", "--preset", "debug", f"encoder={root}/align/encoder", tokenizer, shards, *end],
         "sft": ["recipes.sft", "--preset", "debug", f"init={root}/pretrain/agent", shards, *end],
+        "own_ways": [
+            *("recipes.own_ways", "--preset", "debug", f"init={root}/diffusion/agent"),
+            *(f"data={root}/data/pretrain", "verify=false", *end),
+        ],
         "diffusion": ["recipes.diffusion", "--preset", "debug", f"init={root}/pretrain/agent", shards, *end],
     }[recipe]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,10 +32,10 @@ from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.train.hooks import evaluate, read_jsonl
 from mmagent.trajectories import Limits, Trajectory
-from recipes import align_encoder, pretrain
+from recipes import align_encoder, own_ways, pretrain
 from tests.data_pipelines.image_samples import encoded, pixels, write
 from tests.engine_kit import ALONE
-from tests.recipes.recipe_kit import BROKEN, RECIPES, STEPS, run_here, start, train_all
+from tests.recipes.recipe_kit import BROKEN, RECIPES, STEPS, arguments, run_here, start, train_all
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 """``{recipe: loss after every step}``; ``MMAGENT_RECORD_GOLDEN=1 pytest tests/recipes/test_recipes.py`` writes it anew,
@@ -120,6 +122,35 @@ def test_diffusion_learns_masks_and_then_edits_and_is_decoded_by_blocks(lineage)
     asked.extend(after.vocab.encode("what is drawn here"), trainable=False)
     (said,) = player.generator.generate([(asked, Limits(9, 0.0))])
     assert len(said.revealed) == len(said.ids)
+
+
+@pytest.mark.parametrize("learn", ["order", "speed"])
+def test_an_agent_learns_from_its_own_ways_and_a_killed_run_goes_on(lineage, tmp_path, learn):
+    """Killed between its two steps: the same questions, ways and weights as without."""
+    root = lineage[0]
+    for name, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        argv = ["own_ways", *arguments("own_ways", root, tmp_path / name)[1:], f"learn={learn}", f"steps={steps}"]
+        with mock.patch.object(sys, "argv", argv):
+            own_ways.main()
+    rows, again = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("whole", "parts"))
+    assert rows == again
+    assert rows[0]["packs"] > 0  # where all ways of a step are as fast, there is nothing to learn from them
+    assert "loss" in rows[0]
+    whole, parts, before = (
+        load_file(folder / "agent" / "model.safetensors")
+        for folder in (tmp_path / "whole", tmp_path / "parts", root / "diffusion")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert any(not torch.equal(whole[name], before[name]) for name in whole)
+    assert load_agent(tmp_path / "whole" / "agent").model.config.denoises == 4
+
+
+@pytest.mark.slow
+def test_ranks_learn_from_the_ways_of_all(lineage, tmp_path):
+    process = start("own_ways", lineage[0], tmp_path / "run", "learn=speed", ranks=2)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said[-3000:]
+    assert [row["step"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize(
