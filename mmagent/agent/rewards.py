@@ -41,15 +41,28 @@ class RewardConfig:
 class Shaping:
     """Carries a :class:`RewardConfig` out; ``max_tokens`` of an episode that ``overlong`` counts back from."""
 
-    def __init__(self, config: RewardConfig, max_tokens: int):
+    def __init__(
+        self,
+        config: RewardConfig,
+        max_tokens: int,
+        aggregate: Callable[[Trajectory], float] | None = None,
+        post_process: Callable[[Sequence[Trajectory], Sequence[float]], Sequence[float]] | None = None,
+    ):
+        """``aggregate`` takes the place of ``weights``, ``post_process`` comes last."""
         if config.overlong >= max_tokens:
             raise ValueError(
                 f"rewards.overlong {config.overlong} must be less than the {max_tokens} tokens of an episode"
             )
         self.config, self.max_tokens = config, max_tokens
+        self.aggregate, self.post_process = aggregate, post_process
         self._groups: dict[str, GroupReward] = {
             task: GROUP_REWARDS.get(rule) or locate(rule) for task, rule in config.groups.items()
         }
+
+    @property
+    def changes(self) -> bool:
+        """Whether any reward may be another than the verifier's."""
+        return self.config != RewardConfig() or self.aggregate is not None or self.post_process is not None
 
     def __call__(self, members: Sequence[Trajectory]) -> list[float]:
         """A reward for each of a group's ``members``, none of which has failed. Raises ``ValueError`` naming what a
@@ -57,6 +70,8 @@ class Shaping:
         config, source = self.config, members[0].source
         weights = config.weights.get(source)
         rewards = [row.reward if weights is None else weighted(row.parts, weights) for row in members]
+        if self.aggregate is not None:
+            rewards = checked([self.aggregate(row) for row in members], len(members), "points.aggregate")
         if source in self._groups:
             rewards = checked(self._groups[source](members), len(members), f"rewards.groups.{source}")
         if config.malformed:
@@ -65,6 +80,8 @@ class Shaping:
         if config.overlong:
             pays = (overlong(sum(row.trainable), self.max_tokens, config.overlong) for row in members)
             rewards = [x + pay for x, pay in zip(rewards, pays, strict=True)]
+        if self.post_process is not None:
+            rewards = checked(self.post_process(members, rewards), len(members), "points.post_process")
         return rewards
 
 
