@@ -47,7 +47,7 @@ class Config(RunConfig):
     points: PointsConfig = field(default_factory=PointsConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     policy: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig(record_routing=True))
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig("constant", warmup=3))
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -70,7 +70,7 @@ def laptop() -> Config:
     return Config(
         steps=45,
         collector=CollectorConfig(prompts=16, rollout=RolloutConfig(group_size=8, max_steps=1, max_context=512)),
-        generator=GeneratorConfig(dtype="bfloat16"),
+        generator=GeneratorConfig(dtype="bfloat16", record_routing=True),
         optim=OptimConfig(lr=6e-4, weight_decay=0.0),
         schedule=ScheduleConfig("wsd", warmup=3, floor=0.1, decay=0.3),
         engine=EngineConfig(dtype="bfloat16"),
@@ -80,7 +80,9 @@ def laptop() -> Config:
 def debug() -> Config:
     """Seconds: for tests."""
     collector = CollectorConfig(prompts=2, rollout=RolloutConfig(group_size=4, max_steps=2, max_tokens=12))
-    return Config(steps=2, pages=2, collector=collector, generator=GeneratorConfig(steady=True), save_every=1)
+    return Config(
+        steps=2, pages=2, collector=collector, generator=GeneratorConfig(steady=True, record_routing=True), save_every=1
+    )
 
 
 def small() -> Config:
@@ -95,7 +97,7 @@ def small() -> Config:
         pages=32,
         browsers=4,
         collector=CollectorConfig(prompts=64, rollout=rollout),
-        generator=GeneratorConfig(max_sequences=512, dtype="bfloat16", cache_tokens=1 << 22),
+        generator=GeneratorConfig(max_sequences=512, dtype="bfloat16", cache_tokens=1 << 22, record_routing=True),
         optim=OptimConfig(lr=2e-6, weight_decay=0.0),
         engine=EngineConfig(dtype="bfloat16"),
         tensorboard=True,

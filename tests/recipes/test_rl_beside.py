@@ -77,6 +77,17 @@ def test_killed_beside_the_trainer_it_trains_every_prompt_once(agent, tmp_path):
     assert sum(map(len, groups)) == len(set().union(*groups)) == 32
 
 
+@pytest.mark.slow
+def test_two_ranks_beside_their_trainers(agent, tmp_path):
+    """Collectives are taken from the threads that train while both event loops go on."""
+    settings = config(agent, tmp_path / "run", "generator.steady=false", stream=StreamConfig(on=True), steps=6)
+    subprocess.run(command(settings, tmp_path, ranks=2), env=ENVIRONMENT, check=True, timeout=240)
+    rows = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert len(rows) == 6
+    assert all(row["rollout/staleness_most"] <= 1 for row in rows)
+    assert all(row["documents"] in (4 * 4, 4 * 5) for row in rows)  # four groups over both ranks
+
+
 def test_a_run_that_only_plays_and_one_that_only_trains(agent, tmp_path):
     played = config(agent, tmp_path / "played", f"collector.record={tmp_path}/kept", train=False, steps=2)
     rows = run(played)

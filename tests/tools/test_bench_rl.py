@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tools.benchmarks.rl import rows
 from tools.benchmarks.row import Settings
 
 
+@pytest.mark.slow
 def test_stages_apart_against_in_step():
     found = {row.name: row for row in rows(Settings(repeats=1, quick=True, part="latency"))}
-    assert list(found)[0] == "asynchronous, latency"
+    assert next(iter(found)) == "asynchronous, latency"
     assert found["asynchronous, latency"].unit == "trajectories/s"
     assert found["asynchronous, latency"].ours > 0
     idle = found["trainer idle, latency"]
