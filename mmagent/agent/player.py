@@ -61,7 +61,8 @@ class Player:
         self._places = asyncio.Semaphore(config.concurrency)
         self._may_speak = asyncio.Event()
         self._may_speak.set()
-        self._speaking: set[asyncio.Task[Any]] = set()
+        self._speaking: set[asyncio.Task[Any]] = set()  # turns that can be cut
+        self._whole: set[asyncio.Task[Any]] = set()  # and those of policies that say a turn at once, or not at all
         self._error: BaseException | None = None
 
     def add(self, prompts: Sequence[tuple[Task, Item]], seed: int) -> None:
@@ -82,8 +83,8 @@ class Player:
         self._may_speak.clear()
         for task in self._speaking:
             task.cancel()
-        while self._speaking:
-            await asyncio.wait(set(self._speaking))
+        while turns := self._speaking | self._whole:
+            await asyncio.wait(turns)
 
     def go_on(self) -> None:
         """Speak again."""
@@ -134,8 +135,8 @@ class Player:
         else:
             ask = self.policy.complete(episode.trajectory, episode.limits())
         task: asyncio.Task[Completion] = asyncio.ensure_future(ask)
-        if speaking:  # others are waited for
-            self._speaking.add(task)
+        turns = self._speaking if speaking else self._whole
+        turns.add(task)
         try:
             return await task
         except asyncio.CancelledError:
@@ -144,7 +145,7 @@ class Player:
             return Completion(tuple(heard.ids), tuple(heard.logprobs), stopped=False, reason=HELD)
         finally:
             task.cancel()
-            self._speaking.discard(task)
+            turns.discard(task)
 
 
 class _Heard:

@@ -308,6 +308,26 @@ class _Endless(EchoEnvironment):
         return self._look()
 
 
+def test_turns_that_cannot_be_cut_are_waited_for_and_no_other_begins():
+    async def run():
+        policy, ended = Half(lambda key: 0.1), []
+        config = RolloutConfig(group_size=2, max_tokens=4, max_steps=3, lockstep=False)
+        player = Player(policy, Codec(tiny_vocab(), GEOMETRY), config, judge_by_task, ended.append)
+        task = EchoTask(steps=3)
+        player.add([(task, next(iter(task.items("train", 0))))], 0)
+        await asyncio.sleep(0.05)
+        await player.hold()
+        asked = len(policy.asked)
+        await asyncio.sleep(0.15)
+        assert len(policy.asked) == asked == 2
+        player.go_on()
+        while player.playing:
+            await asyncio.sleep(0.01)
+        return ended[0].trajectories
+
+    assert [row.reward for row in asyncio.run(run())] == [1.0, 1.0]
+
+
 def test_held_turns_go_on_where_they_were_cut_and_their_log_probs_are_the_models():
     """Cut again and again, at any token: what a trajectory holds in the end is what one forward over it says."""
 
