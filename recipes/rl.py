@@ -42,7 +42,8 @@ async def train(config: Config) -> None:
     model.set_memory(config.memory)
     actor = Actor(model.to(world.device), agent.vocab, config.generator, config.stream, points)
     objective = PolicyGradient(model, config.policy, actor.generator.barred)
-    engine = build_engine(objective, build_optimizer(objective, config.optim), config.engine, world)
+    optimizer = build_optimizer(objective, config.optim)
+    engine = build_engine(objective, optimizer, config.engine, world)
     work = Work(config.work, config.engine, model, world, config.freeze, config.memory.recompute)
     codec = Codec(agent.vocab, agent.geometry, agent.chat)
     budget = Size(config.tokens_per_microbatch, config.patches_per_microbatch)
@@ -60,6 +61,8 @@ async def train(config: Config) -> None:
         for step in run.guard.steps(run.resume(config.steps), config.steps):
             started, sampled = time.perf_counter(), actor.generator.tokens_sampled
             await actor.serve(step)
+            if config.fresh_optimizer:
+                optimizer.state.clear()
             with run.segments("rollout"):
                 collected = await collector.collect(not run.guard.leaves_out(step), lambda: leave.asked)
             if collected.left:

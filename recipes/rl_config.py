@@ -24,7 +24,9 @@ from mmagent.train.work import WorkConfig
 @dataclass
 class Config(RunConfig):
     """``tasks``: :func:`mmagent.tasks.all_task_names` or import paths. ``pages`` and ``browsers`` are a rank's.
-    ``train=false`` only plays. ``reference``: an agent to stay near, or to learn from; see ``policy``."""
+    ``train=false`` only plays. ``fresh_optimizer``: what the optimizer remembers is forgotten whenever new weights are
+    served (GLM-5, arXiv 2602.15763): for steps of several ``updates``. ``reference``: an agent to stay near, or to
+    learn from; see ``policy``."""
 
     output: str = "runs/rl"
     init: str = "runs/sft/agent"
@@ -32,6 +34,7 @@ class Config(RunConfig):
     seed: int = 1
     steps: int = 100
     updates: int = 1
+    fresh_optimizer: bool = False
     train: bool = True
     reference: str = ""
     evaluate_every: int = 0

@@ -118,6 +118,18 @@ def test_algorithms_run_and_go_on_from_a_checkpoint(agent, tmp_path, overrides):
         assert all(row["drift"] < 1e-3 for row in rows if "drift" in row)
 
 
+def test_an_optimizer_that_begins_anew_with_every_policy(agent, tmp_path):
+    fresh = ["fresh_optimizer=true", "updates=2"]
+    rows = run(config(agent, tmp_path / "fresh", *fresh, steps=2))
+    kept = run(config(agent, tmp_path / "kept", "updates=2", steps=2))
+    run(config(agent, tmp_path / "parts", *fresh, steps=1))
+    run(config(agent, tmp_path / "parts", *fresh, steps=2))
+    assert rows[0]["loss"] == kept[0]["loss"]
+    one, other, parts = (weights(tmp_path / name) for name in ("fresh", "kept", "parts"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(one[name], parts[name]) for name in one)
+
+
 def test_what_does_not_go_together_is_said_first(agent, tmp_path):
     with pytest.raises(ConfigError, match=r"policy\.distill_weight need another agent"):
         config(agent, tmp_path / "run", "policy.distill_weight=1")
