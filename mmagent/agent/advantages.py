@@ -34,7 +34,7 @@ Shape = Callable[[Sequence[Trajectory]], Sequence[float]]
 class AdvantageConfig:
     """``estimator``: ``grpo`` centres and divides by the standard deviation of the group (Shao et al. 2024),
     ``dr_grpo`` only centres (Liu et al. 2025), ``rloo`` subtracts the mean of the *others* (Ahmadian et al. 2024).
-    ``reinforce++`` centres and divides by mean and deviation over the whole step, ``reinforce++_baseline`` does so with
+    ``reinforce++`` centres and divides by mean and deviation over all ranks, ``reinforce++_baseline`` does so with
     rewards from which the group's mean was taken (Hu et al. 2025). ``raw`` leaves rewards as they are, for a critic.
     Else the import path of an :data:`Estimator`. ``keep_degenerate``: groups of equal rewards stay, which teach only
     where advantages are not the group's (``reinforce++``, ``raw``, distillation)."""
