@@ -70,6 +70,7 @@ setup(
             "fastapi>=0.160",
             "openai>=3.0",
             "uvicorn>=0.50",
+            "trl>=1.16,<2",  # its losses are what ours are compared with
         ],
     },
 )

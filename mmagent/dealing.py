@@ -26,6 +26,10 @@ from mmagent.trajectories import PolicyBatch
 from mmagent.types import PackedBatch, PackedVision, Segments
 
 Batch = TypeVar("Batch", PackedBatch, PolicyBatch)
+POLICY_TENSORS = (
+    *("advantages", "behavior_logprobs", "reference_logprobs"),
+    *("routed_experts", "old_logprobs", "old_values"),
+)
 
 
 class Hand(NamedTuple):
@@ -183,7 +187,7 @@ def to_bytes(batch: PackedBatch | PolicyBatch) -> Tensor:
     if stream.vision is not None:
         tensors |= {"patches": stream.vision.patches, "grids": stream.vision.grids}
     if isinstance(batch, PolicyBatch):
-        for name in ("advantages", "behavior_logprobs", "reference_logprobs", "routed_experts"):
+        for name in POLICY_TENSORS:
             tensors[name] = getattr(batch, name)
     facts = {
         "lengths": stream.segments.lengths,
@@ -217,5 +221,4 @@ def from_bytes(data: Tensor) -> Any:
     )
     if "advantages" not in tensors:
         return stream
-    names = ("advantages", "behavior_logprobs", "reference_logprobs", "routed_experts")
-    return PolicyBatch(stream, **{name: tensors.get(name) for name in names})
+    return PolicyBatch(stream, **{name: tensors.get(name) for name in POLICY_TENSORS})

@@ -89,17 +89,21 @@ class Trajectory:
 @dataclass(frozen=True)
 class PolicyBatch:
     """A pack of trajectories with what the policy-gradient losses need, all ``(T,)`` float32 and aligned like
-    ``stream.labels``: the value at ``t`` belongs to the token at ``t``."""
+    ``stream.labels``: the value at ``t`` belongs to the token at ``t``. ``behavior_logprobs`` are the sampler's,
+    ``old_logprobs`` and ``old_values`` those of the trainer and its critic before a step's first update,
+    ``reference_logprobs`` another model's."""
 
     stream: PackedBatch
     advantages: Tensor
     behavior_logprobs: Tensor
     reference_logprobs: Tensor | None = None
     routed_experts: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
 
     def __post_init__(self) -> None:
         total = self.stream.input_ids.shape
-        for name in ("advantages", "behavior_logprobs", "reference_logprobs"):
+        for name in ("advantages", "behavior_logprobs", "reference_logprobs", "old_logprobs", "old_values"):
             value = getattr(self, name)
             if value is not None and value.shape != total:
                 raise ValueError(f"{name} {tuple(value.shape)} for a stream of {tuple(total)} tokens")
@@ -126,6 +130,8 @@ class PolicyBatch:
             self.behavior_logprobs.to(device, non_blocking=non_blocking),
             move(self.reference_logprobs),
             move(self.routed_experts),
+            move(self.old_logprobs),
+            move(self.old_values),
         )
 
 

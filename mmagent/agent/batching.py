@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mmagent.agent.advantages import Group, group_advantages
+from mmagent.agent.advantages import Group, estimate
 from mmagent.agent.codec import Codec
 from mmagent.agent.sharing import Unit, make_unit
 from mmagent.balance import CostWeights
@@ -33,23 +33,25 @@ def policy_batches(
     estimator: str = "grpo",
     packs: int = 1,
     share_prompts: bool = True,
+    advantages: Sequence[float] | None = None,
 ) -> list[PolicyBatch]:
     """Micro-batches of at most ``budget`` each, and at least ``packs`` of them.
 
     Ranks that bring different numbers of trajectories agree on one ``packs`` and get as many micro-batches each: the
     heaviest are split, and where nothing is left to split, empty packs follow, which count for nothing.
-    ``share_prompts`` false repeats the prompt for every trajectory.
+    ``share_prompts`` false repeats the prompt for every trajectory. ``advantages`` of all trajectories, group by group,
+    where they are known; else ``estimator`` makes them of these groups alone.
 
     Raises ``ValueError`` naming a trajectory that exceeds the budget, or whose log-probs are not finite numbers (a
     server that does not tell them cannot serve training).
     """
-    rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float64)
-    names = [group.name for group in groups for _ in group.trajectories]
-    advantages = group_advantages(rewards, names, estimator).tolist()
+    values = list(estimate(groups, estimator) if advantages is None else advantages)
     units: list[Unit] = []
     for group in groups:
-        own, advantages = advantages[: len(group.trajectories)], advantages[len(group.trajectories) :]
-        units += make_unit(group.trajectories, own, image_id, merge_size, share_prompts)
+        own, values = values[: len(group.trajectories)], values[len(group.trajectories) :]
+        heard = [n for n in range(len(own)) if n not in group.silent]
+        rows = [group.trajectories[n] for n in heard]
+        units += make_unit(rows, [own[n] for n in heard], image_id, merge_size, share_prompts)
     plan = _split(_fill([part for unit in units for part in _fitting(unit, budget)], budget), packs)
     settings = {"image_id": image_id, "merge_size": merge_size, "pad_id": pad_id}
     return [_build(chosen, settings) for chosen in plan] + [_empty(pad_id)] * (packs - len(plan))
@@ -73,6 +75,7 @@ def rank_batches(
     cost over all ranks (:func:`mmagent.dealing.deal_batches`); without, each trains on what it played, and where it has
     fewer packs than others splits them. A collective.
     """
+    advantages = estimate(groups, estimator, world)
 
     def build(packs: int) -> list[PolicyBatch]:
         return policy_batches(
@@ -81,9 +84,9 @@ def rank_batches(
             image_id=codec.vocab.image_id,
             merge_size=codec.geometry.merge_size,
             pad_id=codec.vocab.pad_id,
-            estimator=estimator,
             packs=packs,
             share_prompts=share_prompts,
+            advantages=advantages,
         )
 
     batches = build(0)

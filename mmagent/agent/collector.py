@@ -14,9 +14,12 @@ from mmagent.agent.advantages import AdvantageConfig, Group, Selection, gather_g
 from mmagent.agent.codec import Codec
 from mmagent.agent.curriculum import Curriculum, CurriculumConfig, ItemStream
 from mmagent.agent.inflight import InFlight
-from mmagent.agent.rollout import RolloutConfig, roll_out
+from mmagent.agent.judges import HttpJudge, JudgeConfig
+from mmagent.agent.points import Points
+from mmagent.agent.rewards import RewardConfig, Shaping
+from mmagent.agent.rollout import Judge, RolloutConfig, roll_out
 from mmagent.agent.store import load_trajectories, save_trajectories
-from mmagent.dist import World, stable_seed
+from mmagent.dist import World, gather_ints, stable_seed
 from mmagent.models.feature_cache import content_key
 from mmagent.protocols import Identified, Policy, Task
 from mmagent.trajectories import Item, Status, Trajectory
@@ -34,20 +37,26 @@ LOOK = 0.1
 class CollectorConfig:
     """``prompts``: groups of one step over all ranks, after those that teach nothing are dropped, as far as the
     curriculum's oversampling reaches. ``record`` is a folder that keeps every rollout; ``replay`` one to take them from
-    instead of playing. ``kept_gb``: what ended episodes may take of the disk, those of all ranks and of all collections
-    since the last checkpoint; what goes beyond is played again after a kill."""
+    instead of playing: a run that only trains. ``refills``: how many times more prompts are drawn and played where too
+    few groups teach, until the step is full to the group. ``kept_gb``: what ended episodes may take of the disk, those
+    of all ranks and of all collections since the last checkpoint; what goes beyond is played again after a kill."""
 
     prompts: int = 16
+    refills: int = 0
     kept_gb: float = 20.0
     record: str = ""
     replay: str = ""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ValueError(f"collector: at least one prompt a step is needed, got {self.prompts}")
+        if self.refills < 0:
+            raise ValueError(f"collector.refills must not be negative, got {self.refills}")
         if self.kept_gb < 0:
             raise ValueError(f"collector.kept_gb must not be negative, got {self.kept_gb} (0 keeps no episode)")
 
@@ -83,12 +92,23 @@ class Collector:
         world: World,
         seed: int,
         folder: str | Path | None = None,
+        points: Points | None = None,
     ):
-        self.policy, self.codec, self.config, self.world, self.seed = policy, codec, config, world, seed
+        self.points = points or Points()
+        self.policy, self.codec = self.points.speaking(policy), codec
+        self.config, self.world, self.seed = config, world, seed
+        self.judge: Judge = self.points.judge
+        if config.judge.url:
+            if self.points.reward is not None:
+                raise ValueError("collector.judge.url and points.reward are both set: one of them judges")
+            self.judge = HttpJudge(config.judge, codec.vocab)
+        most = config.rollout.max_tokens * config.rollout.max_steps
+        self.shaping = Shaping(config.rewards, most, self.points.aggregate, self.points.post_process)
         self.inflight = None
         if folder and config.kept_gb and self._may_keep():
             self.inflight = InFlight(folder, world, policy, 1e9 * config.kept_gb)
-        self.items = ItemStream(tasks, "train", seed)
+        self.items = (self.points.source or ItemStream)(tasks, "train", seed)
+        self.collections = 0
         self.curriculum = Curriculum([task.name for task in tasks], config.curriculum)
 
     async def collect(self, play: bool = True, asked: Callable[[], bool] = lambda: False) -> Collected:
@@ -96,22 +116,39 @@ class Collector:
         the prompts are drawn and dropped: for a step that is left out. ``asked``: whether this rank is to leave; it
         then stops at once, and the others when their episodes have ended, or they are asked as well."""
         started = time.perf_counter()
-        ranks = self.world.size
-        before, number, weights = self.items.state_dict(), self.items.number, self.curriculum.weights()
-        drawn = self.items.draw(self.curriculum.draws(self.config.prompts), weights)
-        if not play:
-            return Collected((), (), {"time/rollout": time.perf_counter() - started})
-        mine = drawn[self.world.rank :: ranks]
-        trajectories = await _unless(asked, self._play(mine, number))
-        if self.world.sum({"left": float(trajectories is None)}, layout="leaving")["left"]:
-            self.items.load_state_dict(before)
-            return Collected((), (), {}, left=True)
-        assert trajectories is not None
-        selection = select(trajectories, self.config.advantages)
-        keep = -(-self.config.prompts // ranks)
+        before, weights = self.items.state_dict(), self.curriculum.weights()
+        trajectories: list[Trajectory] = []
+        lacks, rounds = self.config.prompts, 0
+        while rounds <= (0 if self.config.replay else self.config.refills) and lacks > 0:
+            rounds += 1
+            place = self.items.number
+            drawn = self.items.draw(self.curriculum.draws(lacks), weights)
+            if not play:
+                self.collections += 1
+                return Collected((), (), {"time/rollout": time.perf_counter() - started})
+            mine = drawn[self.world.rank :: self.world.size]
+            played = await _unless(asked, self._play(mine, place))
+            if self.world.sum({"left": float(played is None)}, layout="leaving")["left"]:
+                self.items.load_state_dict(before)
+                return Collected((), (), {}, left=True)
+            assert played is not None
+            trajectories += played
+            selection = self._select(trajectories)
+            found = gather_ints(len(selection.groups), self.world.device)
+            lacks = self.config.prompts - sum(found)
+        if self.config.record:
+            save_trajectories(self._folder(self.config.record, self.collections), trajectories)
+        self.collections += 1
         metrics = self._account(trajectories, selection)
+        metrics["rollout/rounds"] = float(rounds)
         metrics["time/rollout"] = time.perf_counter() - started
+        keep = allot(found, self.config.prompts)[self.world.rank]
         return Collected(selection.groups[:keep], tuple(trajectories), metrics)
+
+    def _select(self, trajectories: Sequence[Trajectory]) -> Selection:
+        shapes = self.shaping if self.shaping.changes else None
+        points = self.points
+        return select(trajectories, self.config.advantages, shapes, points.dynamic_filter, points.sample_filter)
 
     def drop(self, before: int) -> None:
         """Forget what policies older than version ``before`` played: a checkpoint holds what came of it."""
@@ -133,40 +170,42 @@ class Collector:
 
     async def _play(self, prompts: Sequence[tuple[Task, Item]], number: int) -> list[Trajectory]:
         if self.config.replay:
-            return load_trajectories(self._folder(self.config.replay, number))
+            return load_trajectories(self._folder(self.config.replay, self.collections))
         seed, how = stable_seed(self.seed, number), self.config.rollout
         if not prompts:
             played = []
+        elif self.points.rollout is not None:
+            played = await self.points.rollout(prompts, self.policy, self.codec, how, seed)
         elif self.inflight is None:
-            played = await roll_out(prompts, self.policy, self.codec, how, seed)
+            played = await roll_out(prompts, self.policy, self.codec, how, seed, judge=self.judge)
         else:
-            played = await self._play_on(self.inflight, prompts, number, seed)
-        if self.config.record:
-            save_trajectories(self._folder(self.config.record, number), played)
+            played = await self._play_on(self.inflight, prompts, seed)
         return played
 
-    async def _play_on(
-        self, inflight: InFlight, prompts: Sequence[tuple[Task, Item]], number: int, seed: int
-    ) -> list[Trajectory]:
+    async def _play_on(self, inflight: InFlight, prompts: Sequence[tuple[Task, Item]], seed: int) -> list[Trajectory]:
         """What was not played yet."""
         how, codec = self.config.rollout, self.codec
-        seen = (codec.geometry, codec.chat, codec.rules, codec.tools)
-        about = {"collection": number, "seed": seed, "rollout": asdict(how), "seen": repr(seen)}
+        seen = (codec.geometry, codec.chat, codec.rules, codec.tools, self.config.judge)
+        # refills of a collection go on in its file
+        about = {"collection": self.collections, "seed": self.seed, "rollout": asdict(how), "seen": repr(seen)}
         about["vocab"] = content_key(codec.vocab.definition)
         known = inflight.begin(self.policy.version, about)
         if known:
-            logger.info("collection %d: %d episodes had ended before, and are not played again", number, len(known))
+            told = "collection %d: %d episodes had ended before, and are not played again"
+            logger.info(told, self.collections, len(known))
         try:
-            return await roll_out(prompts, self.policy, self.codec, how, seed, known, inflight.keep)
+            return await roll_out(prompts, self.policy, self.codec, how, seed, known, inflight.keep, self.judge)
         finally:
             inflight.end()
 
     def _folder(self, root: str, number: int) -> Path:
         return Path(root) / f"{number:06d}" / f"rank-{self.world.rank:05d}"
 
-    def _account(self, trajectories: Sequence[Trajectory], selection: Selection) -> dict[str, float]:
-        """Sum over ranks, feed the curriculum, and name the figures."""
-        totals = self.world.sum(_totals(trajectories, selection, list(self.items.tasks)), layout="rollouts")
+    def _account(self, trajectories: Sequence[Trajectory], selection: Selection, more: int = 0) -> dict[str, float]:
+        """Sum over ranks, feed the curriculum, and name the figures. ``more`` groups were kept than are selected."""
+        totals = _totals(trajectories, selection, list(self.items.tasks))
+        totals["kept"] += more
+        totals = self.world.sum(totals, layout="rollouts")
         rates: dict[str, float] = {}
         metrics: dict[str, float] = {}
         size = self.config.rollout.group_size
@@ -189,11 +228,23 @@ class Collector:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {"items": self.items.state_dict(), "curriculum": self.curriculum.state_dict()}
+        state = {"items": self.items.state_dict(), "curriculum": self.curriculum.state_dict()}
+        return state | {"collections": self.collections}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.items.load_state_dict(state["items"])
         self.curriculum.load_state_dict(state["curriculum"])
+        self.collections = state.get("collections", self.items.number)
+
+
+def allot(found: Sequence[int], prompts: int) -> list[int]:
+    """How many of the groups that ranks have ``found`` each trains on: ``prompts`` in all, or all there are; as many of
+    every rank's as may be."""
+    given = [0] * len(found)
+    while (lacks := prompts - sum(given)) > 0 and (open_ := [n for n, own in enumerate(found) if given[n] < own]):
+        for n in open_[:lacks]:
+            given[n] += 1
+    return given
 
 
 async def _unless(asked: Callable[[], bool], playing: Coroutine[Any, Any, T]) -> T | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from mmagent.agent.codec import Codec
 from mmagent.dist import stable_seed
 from mmagent.protocols import Environment, Policy, Task
-from mmagent.trajectories import Completion, Item, Limits, Observation, Status, Trajectory
+from mmagent.trajectories import Completion, Item, Limits, Observation, Score, Status, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,18 @@ Keep = Callable[[Trajectory], Awaitable[None]]
 outcome, and may come of a machine that is going down."""
 
 
+HELD = "held"
+"""Reason of a completion whose turn was interrupted, and is to be gone on with."""
+
+Judge = Callable[[Task, Item, Trajectory], Awaitable[Score]]
+"""Scores an ended episode; an error is not a zero."""
+
+
 async def _keep_nothing(trajectory: Trajectory) -> None: ...
+
+
+async def judge_by_task(task: Task, item: Item, trajectory: Trajectory) -> Score:
+    return await task.score(item, trajectory)
 
 
 @dataclass
@@ -73,10 +84,12 @@ class Episode:
         trajectory: Trajectory,
         seed: int,
         keep: Keep = _keep_nothing,
+        judge: Judge = judge_by_task,
     ):
         self.task, self.item, self.codec, self.config = task, item, codec, config
-        self.trajectory, self.seed, self.keep = trajectory, seed, keep
+        self.trajectory, self.seed, self.keep, self.judge = trajectory, seed, keep, judge
         self.steps = 0
+        self.held = False  # in the middle of a turn, at some time
         self._turn: list[int] = []  # what the policy has said since it was last shown something
         self._environment: Environment | None = None
         self._takes_cut = False
@@ -94,7 +107,7 @@ class Episode:
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             stop_ids=self.codec.stop_ids,
-            seed=self.seed,
+            seed=self.seed if not self.held else stable_seed(self.seed, len(self.trajectory)),
         )
 
     async def open(self) -> None:
@@ -128,6 +141,9 @@ class Episode:
             )
             return
         self._turn += completion.ids
+        if completion.reason == HELD:
+            self.held = True
+            return
         if not completion.stopped and self._thought_enough():
             self._turn += self.codec.force_answer(self.trajectory)
             return
@@ -180,7 +196,7 @@ class Episode:
         self.trajectory.status, self.trajectory.note = status, note
         await self._close()
         try:
-            score = await self.task.score(self.item, self.trajectory)
+            score = await self.judge(self.task, self.item, self.trajectory)
         except Exception as error:
             await self._fail(error)
             return
@@ -220,6 +236,7 @@ def make_episodes(
     seed: int,
     version: int,
     keep: Keep = _keep_nothing,
+    judge: Judge = judge_by_task,
 ) -> list[Episode]:
     """``group_size`` episodes for every prompt, group by group. A trajectory's seed depends on ``seed``, the prompt
     and its number in the group, not on its place among the others."""
@@ -228,7 +245,8 @@ def make_episodes(
         group = group_of(task, item)
         for n in range(config.group_size):
             trajectory = Trajectory(f"{group}#{n}", task.name, group, version)
-            episodes.append(Episode(task, item, codec, config, trajectory, stable_seed(seed, group, n), keep))
+            own = stable_seed(seed, group, n)
+            episodes.append(Episode(task, item, codec, config, trajectory, own, keep, judge))
     return episodes
 
 
@@ -277,13 +295,14 @@ async def roll_out(
     seed: int,
     known: Mapping[str, Trajectory] | None = None,
     keep: Keep = _keep_nothing,
+    judge: Judge = judge_by_task,
 ) -> list[Trajectory]:
     """Play every prompt ``group_size`` times and return the ended trajectories, group by group; those that are
     ``known``, by their keys, are not played again. ``keep`` gets the others as they end.
 
     Raises what the policy raises, and ``RuntimeError`` with the first reason when every environment failed.
     """
-    every = make_episodes(prompts, codec, config, seed, policy.version, keep)
+    every = make_episodes(prompts, codec, config, seed, policy.version, keep, judge)
     known = known or {}
     episodes = [episode for episode in every if episode.trajectory.key not in known]
     if config.lockstep:

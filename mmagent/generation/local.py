@@ -145,6 +145,12 @@ class LocalPolicy:
                 writing.exception()  # which says so, and that is all
                 raise
 
+    async def idle(self) -> None:
+        """Returns when nothing is being computed: for who writes to the generator's own weights. Whoever asks after
+        that begins anew."""
+        while self._worker is not None and not self._worker.done():
+            await asyncio.wait({self._worker})
+
     def _go_on(self) -> None:
         """Serve those who wait, or tell them that nobody will."""
         if self._worker is not None and not self._worker.done():

@@ -9,7 +9,11 @@ exp(logprobs - behavior)`` and advantage ``A``:
   dual clip (Ye et al. 2020) bounds the loss of a token with ``A < 0`` by ``-c A``.
 - GSPO (Zheng et al. 2025): one ratio a trajectory, ``s = exp(mean(logprobs - behavior))``, clipped as above.
 - CISPO (MiniMax-M1 2025): ``-sg[min(r, cap)] A logprobs``: no token loses its gradient.
+- Two-sided masking (GLM-5, arXiv 2602.15763): ``-sg[r] A logprobs`` where ``1 - low < r < 1 + high``, else nothing: for
+  ratios against the sampler's own log-probs, where no older policy of the trainer's is known.
 - REINFORCE: ``-A logprobs``, with an importance weight where the sampler and the trainer disagree.
+
+PPO's critic: :func:`generalised_advantages` (Schulman et al. 2016) and :func:`clipped_value`.
 """
 
 from __future__ import annotations
@@ -97,6 +101,23 @@ def cispo(logprobs: Tensor, behavior: Tensor, advantages: Tensor, weights: Tenso
     return PolicySum(loss, ((ratio > cap) & (weights > 0)).sum())
 
 
+def two_sided(
+    logprobs: Tensor,
+    behavior: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    low: float = 0.2,
+    high: float = 0.28,
+) -> PolicySum:
+    """REINFORCE under the importance weight, without the tokens whose ratio has left ``(1 - low, 1 + high)``, whichever
+    way their advantage points."""
+    ratio = _ratio(logprobs.detach(), behavior)
+    inside = (ratio > 1 - low) & (ratio < 1 + high)
+    loss = -(torch.where(inside, ratio, 0.0) * advantages * logprobs * weights).sum()
+    return PolicySum(loss, (~inside & (weights > 0)).sum())
+
+
 def reinforce(logprobs: Tensor, advantages: Tensor, weights: Tensor) -> PolicySum:
     """The plain estimator; multiply ``weights`` by :func:`importance_weights` when sampler and trainer differ."""
     return PolicySum(-(advantages * logprobs * weights).sum(), torch.zeros((), device=logprobs.device))
@@ -124,3 +145,32 @@ def reverse_kl(logprobs: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
     """Sum of the unbiased, never negative estimator ``exp(d) - d - 1`` with ``d = reference - logprobs`` (k3)."""
     d = (reference - logprobs).clamp(-RATIO_LIMIT, RATIO_LIMIT)
     return ((d.exp() - d - 1) * weights).sum()
+
+
+def generalised_advantages(
+    values: Tensor, rewards: Tensor, rows: Tensor, *, gamma: float = 1.0, decay: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns ``(N,)``, detached, of tokens whose trajectories ``rows (N,)`` stand one behind another,
+    each in order. ``values`` are the critic's before each token, ``rewards`` what came right after it: ``A_t = d_t +
+    gamma decay A_(t+1)`` with ``d_t = r_t + gamma V_(t+1) - V_t``, nothing behind the last token; returns ``A + V``.
+    """
+    value, reward, row = values.detach().double().tolist(), rewards.detach().double().tolist(), rows.tolist()
+    out = [0.0] * len(value)
+    carried = following = 0.0
+    for t in reversed(range(len(value))):
+        if t + 1 == len(value) or row[t + 1] != row[t]:
+            carried = following = 0.0
+        carried = reward[t] + gamma * following - value[t] + gamma * decay * carried
+        out[t], following = carried, value[t]
+    advantages = torch.tensor(out, dtype=torch.float64, device=values.device)
+    return advantages.float(), (advantages + values.detach().double()).float()
+
+
+def clipped_value(values: Tensor, before: Tensor, returns: Tensor, weights: Tensor, *, clip: float = 0.2) -> Tensor:
+    """Sum of ``max((V - R)^2, (clip(V, before - clip, before + clip) - R)^2) / 2``: a critic that has moved away from
+    what it said ``before`` learns no further that way. ``clip`` 0: the plain square."""
+    error = (values - returns) ** 2
+    if clip:
+        bounded = before + (values - before).clamp(-clip, clip)
+        error = torch.maximum(error, (bounded - returns) ** 2)
+    return 0.5 * (error * weights).sum()

@@ -9,7 +9,7 @@ for once in each pair of complementary masks (coupled sampling of DiffuCoder, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from mmagent.objectives.noise import Copy, NoiseConfig, NoiseIds, Response, acte
 from mmagent.objectives.noised import noised, responses
 from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
 from mmagent.trajectories import PolicyBatch, UnmaskingBatch
-from mmagent.types import PackedBatch, Ratio, StepOutput
+from mmagent.types import PackedBatch, ParamRole, Ratio, StepOutput
 from mmagent.vocab import Vocab
 
 Batch = PolicyBatch | UnmaskingBatch
@@ -50,7 +50,8 @@ class BlockPolicyGradient(nn.Module):
     is a function of what was said alone."""
 
     depths = 0
-    shares_prompts = False
+    shares_prompts = needs_reference = remembers = False
+    critic = None
 
     def __init__(self, model: AgentModel, config: BlockPolicyConfig, ids: NoiseIds):
         super().__init__()
@@ -84,6 +85,15 @@ class BlockPolicyGradient(nn.Module):
             "asked_nll": Ratio((loss.nll * asked).sum(), many),
         }
         return StepOutput({"policy": loss.sums["policy"]}, metrics)
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        return {f"model.{name}": role for name, role in self.model.roles().items()}
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return self.model.blocks()
+
+    def leaves(self) -> Iterable[nn.Module]:
+        return self.model.leaves()
 
     def after_step(self) -> None:
         """Nothing: the routers' bias stays where supervised training left it."""
@@ -134,7 +144,10 @@ def policy_objective(
     rows = model.config.vocab_size
     if not model.config.denoises:
         return PolicyGradient(model, config, vocab.barred(rows))
-    refused = [name for name in ("kl_weight", "mtp_weight", "entropy_weight") if getattr(config, name)]
+    refused = [
+        name for name in ("kl_weight", "distill_weight", "mtp_weight", "entropy_weight") if getattr(config, name)
+    ]
+    refused += ["critic.weight"] if config.critic.weight else []
     refused += ["temperature"] if config.temperature != 1 else []
     if refused:
         raise ValueError(f"policy: {', '.join(refused)} cannot be had of a model that says blocks")

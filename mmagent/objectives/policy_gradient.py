@@ -8,8 +8,8 @@ sampled tokens without touching trunk, embedding table or head, because entropy 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,61 +17,52 @@ from torch import Tensor, nn
 
 from mmagent import dist
 from mmagent.losses.language import draft_metrics, language_counts
-from mmagent.losses.policy import PolicySum, cispo, gspo, importance_weights, ppo_clip, reinforce, reverse_kl
+from mmagent.losses.policy import clipped_value, generalised_advantages, reverse_kl
 from mmagent.models.agent_model import AgentModel
 from mmagent.models.flops import model_flops
+from mmagent.models.layers import Linear, collect_roles
 from mmagent.models.moe import check_replay
+from mmagent.objectives.surrogates import Surrogate, SurrogateConfig, Tokens
 from mmagent.ops.cross_entropy import TokenLoss, linear_cross_entropies, selected_logprobs
 from mmagent.ops.shift import shift
 from mmagent.trajectories import PolicyBatch
-from mmagent.types import IGNORE, ModelOutput, PackedBatch, Ratio, StepOutput
+from mmagent.types import IGNORE, ModelOutput, PackedBatch, ParamRole, Ratio, Segments, StepOutput
 
-LOSSES = ("ppo", "gspo", "cispo", "reinforce")
-REDUCTIONS = ("trajectory", "token", "constant")
 DRIFT_UNIT = 1e-9
 """Nats; ranks compare their largest drift in whole units."""
 
 
 @dataclass
-class PolicyGradientConfig:
-    """``loss``: the surrogate. ``reduction``: mean over trajectories of their token means (``trajectory``), mean over
-    all tokens (``token``), or sum over tokens divided by trajectories times ``constant_tokens`` (``constant``, Dr.
-    GRPO). ``clip_low`` and ``clip_high`` are for ratios of tokens; ``gspo`` clips those of whole sequences, which move
-    far less, and wants about 3e-4 and 4e-4 (arXiv 2507.18071). ``temperature`` must be the sampler's.
-    ``importance_cap`` truncates the weight of REINFORCE's tokens; ``importance_band`` drops, under any loss, tokens
-    whose ratio leaves it (IcePop). ``entropy_weight`` rewards the entropy of what tokens are drawn from (Williams
-    and Peng 1991): where a policy no longer tries, groups have one reward, which teaches nothing. ``replay_floor``:
-    of the way from chance to full, how far every router of a micro-batch, and all routers over a trajectory, must agree
-    with the experts that they are made to replay; less is an error, for then the record is of other tokens, layers or
-    weights. ``dual_clip``,
-    ``importance_cap``, ``entropy_weight``, ``kl_weight`` and ``mtp_weight`` are off at 0."""
+class PolicyGradientConfig(SurrogateConfig):
+    """Beside the :class:`~mmagent.objectives.surrogates.SurrogateConfig`: ``temperature`` must be the sampler's.
+    ``entropy_weight`` rewards the entropy of what tokens are drawn from (Williams and Peng 1991): where a policy no
+    longer tries, groups have one reward, which teaches nothing. ``kl_weight`` holds the policy near a reference model;
+    ``distill_weight`` adds ``sg[log pi_reference / pi]`` to every token's advantage (on-policy distillation, the
+    reference being the teacher). ``replay_floor``: of the way from chance to full, how far every router of a
+    micro-batch, and all routers over a trajectory, must agree with the experts that they are made to replay; less is an
+    error, for then the record is of other tokens, layers or weights. ``entropy_weight``, ``kl_weight``,
+    ``distill_weight`` and ``mtp_weight`` are off at 0."""
 
-    loss: str = "ppo"
-    reduction: str = "trajectory"
-    constant_tokens: int = 32
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 0.0
-    cispo_cap: float = 5.0
-    importance_cap: float = 2.0
-    importance_band: tuple[float, float] | None = None
     temperature: float = 1.0
     entropy_weight: float = 0.0
     kl_weight: float = 0.0
+    distill_weight: float = 0.0
     mtp_weight: float = 0.0
     replay_floor: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"policy loss {self.loss!r} is none of {', '.join(LOSSES)}")
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction {self.reduction!r} is none of {', '.join(REDUCTIONS)}")
-        if self.constant_tokens < 1 or self.temperature <= 0:
-            raise ValueError(f"policy: constant_tokens and temperature must be positive, got {self}")
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"policy.temperature must be positive, got {self.temperature}")
         if not 0 <= self.replay_floor <= 1:
             raise ValueError(f"policy.replay_floor {self.replay_floor} must lie in [0, 1]")
         if self.entropy_weight < 0:
             raise ValueError(f"policy.entropy_weight: {self.entropy_weight} would reward a policy for not trying")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches must bring reference log-probs."""
+        return bool(self.kl_weight or self.distill_weight)
 
 
 class _Replayed(NamedTuple):
@@ -95,9 +86,24 @@ class PolicyGradient(nn.Module):
             raise ValueError("policy: this model says blocks, whose tokens are asked for by BlockPolicyGradient")
         self.model, self.config, self.barred = model, config, tuple(barred)
         self.depths = model.config.mtp.depths if config.mtp_weight else 0
+        self.surrogate = Surrogate(config)
+        self.critic = Linear(model.head_weight.shape[1], 1, bias=True) if config.critic.weight else None
+        if self.critic is not None:
+            nn.init.zeros_(self.critic.weight)
+            self.critic.to(model.head_weight.device)
         # a largest value cannot be summed over micro-batches: it waits for after_step
         self._drift_peak: Tensor | None = None
         self._replayed: list[_Replayed] = []
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it asks what another model says."""
+        return self.config.needs_reference
+
+    @property
+    def remembers(self) -> bool:
+        """Whether later updates of a step need to know what the model said before the first (:meth:`remember`)."""
+        return self.config.ratio == "trainer" or self.critic is not None
 
     @property
     def shares_prompts(self) -> bool:
@@ -107,6 +113,7 @@ class PolicyGradient(nn.Module):
     @property
     def weights(self) -> Mapping[str, float]:
         beside = {"entropy": self.config.entropy_weight, "kl": self.config.kl_weight}
+        beside["value"] = self.config.critic.weight
         weights = {"policy": 1.0, **{name: weight for name, weight in beside.items() if weight}}
         return weights | {f"mtp_{k}": self.config.mtp_weight / self.depths for k in range(1, self.depths + 1)}
 
@@ -118,13 +125,9 @@ class PolicyGradient(nn.Module):
         if batch.routed_experts is not None:
             decoder = self.model.config.decoder
             check_replay(batch.routed_experts, decoder.moe_layers, decoder.moe)
-        sampled = self._sampled(batch.stream)
-        if self.config.reduction == "token":
-            count = sampled.sum()
-        else:
-            count = batch.stream.segments.ids()[sampled].unique().numel()
-            count = torch.tensor(count * (self.config.constant_tokens if self.config.reduction == "constant" else 1))
-        counts = {name: count for name in self.weights if name in ("policy", "entropy", "kl")}
+        segments = batch.stream.segments
+        count = self.surrogate.count(segments.ids()[self._sampled(batch.stream)], len(segments))
+        counts = {name: count for name in self.weights if name in ("policy", "entropy", "kl", "value")}
         _, *depths = language_counts(batch.stream.labels, batch.stream.segments, self.depths)
         return counts | {f"mtp_{k}": depth for k, depth in enumerate(depths, start=1)}
 
@@ -141,19 +144,24 @@ class PolicyGradient(nn.Module):
             output.hidden, self.model.head_weight, targets, self.config.temperature, self.barred
         )
         logprobs, entropy = logprobs[rows], entropy[rows]
-        behavior, advantages = (
-            shift(x, 1, segments, fill=0)[rows] for x in (batch.behavior_logprobs, batch.advantages)
-        )
+        behavior, advantages = (_at(x, segments, rows) for x in (batch.behavior_logprobs, batch.advantages))
         owner = segments.ids()[rows]
-        weights = self._token_weights(owner, len(segments))
-        policy = self._policy(logprobs, behavior, advantages, weights, owner, len(segments))
-        sums = {"policy": policy.loss}
+        old = self._old(logprobs, behavior, batch, rows)
+        weights = self.surrogate.reduce(owner, len(segments))
+        sums, reference = {}, self._reference(batch, rows)
+        if self.critic is not None:
+            values = self._values(output.hidden[rows])
+            before = values.detach() if batch.old_values is None else _at(batch.old_values, segments, rows)
+            sums["value"], advantages = self._critic_sum(values, before, advantages, owner, weights)
+        if self.config.distill_weight:
+            advantages = advantages + self.config.distill_weight * (reference - logprobs.detach())
+        correction = self.surrogate.correct(logprobs.detach() if self.config.ratio == "sampler" else old, behavior)
+        kept = weights if correction is None else weights * correction
+        policy = self.surrogate(Tokens(logprobs, old, behavior, advantages, kept, owner, len(segments)))
+        sums["policy"] = policy.loss
         if self.config.entropy_weight:
             sums["entropy"] = -(entropy * weights).sum()
         if self.config.kl_weight:
-            if batch.reference_logprobs is None:
-                raise ValueError(f"pack of {stream.keys[:3]}...: kl_weight needs reference log-probs in the batch")
-            reference = shift(batch.reference_logprobs, 1, segments, fill=0)[rows]
             sums["kl"] = reverse_kl(logprobs, reference, weights)
         mtp = self._mtp(output, stream)
         sums |= {f"mtp_{depth}": loss.total for depth, loss in enumerate(mtp, start=1)}
@@ -201,34 +209,82 @@ class PolicyGradient(nn.Module):
     def _sampled(self, stream: PackedBatch) -> Tensor:
         return shift(stream.labels, 1, stream.segments) != IGNORE
 
-    def _token_weights(self, owner: Tensor, trajectories: int) -> Tensor:
-        """1, or one over the number of sampled tokens of the token's trajectory."""
-        if self.config.reduction != "trajectory":
-            return torch.ones(owner.shape, device=owner.device)
-        return 1.0 / torch.bincount(owner, minlength=trajectories)[owner].float()
+    def _old(self, logprobs: Tensor, behavior: Tensor, batch: PolicyBatch, rows: Tensor) -> Tensor:
+        """What ratios are taken against."""
+        if self.config.ratio == "sampler":
+            return behavior if self.config.loss != "reinforce" else logprobs.detach()
+        if batch.old_logprobs is None:
+            return logprobs.detach()
+        return _at(batch.old_logprobs, batch.stream.segments, rows)
 
-    def _policy(
-        self, logprobs: Tensor, behavior: Tensor, advantages: Tensor, weights: Tensor, owner: Tensor, trajectories: int
-    ) -> PolicySum:
-        config = self.config
-        if config.importance_band is not None:
-            inside = importance_weights(logprobs, behavior, cap=None, band=config.importance_band) > 0
-            weights = weights * inside
-        if config.loss == "ppo":
-            bounds = {"low": config.clip_low, "high": config.clip_high, "dual": config.dual_clip or None}
-            return ppo_clip(logprobs, behavior, advantages, weights, **bounds)
-        if config.loss == "gspo":
-            bounds = {"low": config.clip_low, "high": config.clip_high}
-            return gspo(logprobs, behavior, advantages, weights, owner, trajectories, **bounds)
-        if config.loss == "cispo":
-            return cispo(logprobs, behavior, advantages, weights, cap=config.cispo_cap)
-        if config.importance_cap:
-            weights = weights * importance_weights(logprobs, behavior, cap=config.importance_cap)
-        return reinforce(logprobs, advantages, weights)
+    def _reference(self, batch: PolicyBatch, rows: Tensor) -> Tensor:
+        if batch.reference_logprobs is None:
+            if self.config.needs_reference:
+                told = (
+                    f"pack of {batch.keys[:3]}...: kl_weight and distill_weight need reference log-probs in the batch"
+                )
+                raise ValueError(told)
+            return rows.new_zeros(0, dtype=torch.float32)
+        return _at(batch.reference_logprobs, batch.stream.segments, rows)
+
+    def _values(self, hidden_ND: Tensor) -> Tensor:
+        """``(N,)``: what the critic expects, before each sampled token, of the rest of its trajectory."""
+        assert self.critic is not None
+        seen = hidden_ND if self.config.critic.trunk else hidden_ND.detach()
+        with torch.autocast(seen.device.type, enabled=False):
+            return self.critic(seen.float()).squeeze(1)
+
+    def _critic_sum(
+        self, values: Tensor, before: Tensor, rewards: Tensor, owner: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The critic's loss, and the advantages that ``before`` makes of rewards: a trajectory's comes with its last
+        token."""
+        config = self.config.critic
+        last = torch.ones_like(owner, dtype=torch.bool)
+        last[:-1] = owner[1:] != owner[:-1]
+        rewards = torch.where(last, rewards, 0.0)
+        advantages, returns = generalised_advantages(before, rewards, owner, gamma=config.gamma, decay=config.decay)
+        return clipped_value(values, before, returns, weights, clip=config.clip), advantages
+
+    def roles(self) -> Mapping[str, ParamRole]:
+        """Of the model's parameters and the critic's."""
+        roles = {f"model.{name}": role for name, role in self.model.roles().items()}
+        return roles if self.critic is None else roles | collect_roles(self.critic, "critic", "critic.")
+
+    def blocks(self) -> Iterable[nn.Module]:
+        return self.model.blocks()
+
+    def leaves(self) -> Iterable[nn.Module]:
+        return self.model.leaves()
+
+    @torch.no_grad()
+    def remember(self, batch: PolicyBatch, reference: bool = False) -> PolicyBatch:
+        """``batch`` with what model and critic say of its sampled tokens now, as ``old_logprobs`` and ``old_values``:
+        for the second update of a step and later ones. ``reference``: as ``reference_logprobs`` instead, this model
+        being another.
+        """
+        stream, segments = batch.stream, batch.stream.segments
+        hidden = self.model(stream, mtp=False, routed=batch.routed_experts).hidden
+        targets = shift(stream.labels, 1, segments)
+        rows = (targets != IGNORE).nonzero().squeeze(1)
+        said, _ = selected_logprobs(hidden, self.model.head_weight, targets, self.config.temperature, self.barred)
+        places = shift(torch.arange(targets.shape[0], device=targets.device), 1, segments)[rows]
+        logprobs = torch.zeros_like(said).index_copy(0, places, said[rows])
+        if reference:
+            return replace(batch, reference_logprobs=logprobs)
+        values = None
+        if self.critic is not None:
+            values = torch.zeros_like(said).index_copy(0, places, self._values(hidden[rows]))
+        return replace(batch, old_logprobs=logprobs, old_values=values)
 
     def _mtp(self, output: ModelOutput, stream: PackedBatch) -> tuple[TokenLoss, ...]:
         targets = [shift(stream.labels, depth, stream.segments) for depth in range(2, len(output.mtp_hidden) + 2)]
         return linear_cross_entropies(output.mtp_hidden, self.model.head_weight.detach(), targets)
+
+
+def _at(values: Tensor, segments: Segments, rows: Tensor) -> Tensor:
+    """``(N,)``: what ``values (T,)`` hold of the tokens that are predicted at ``rows``."""
+    return shift(values, 1, segments, fill=0)[rows]
 
 
 def _disagreement(rows: Sequence[Sequence[float]], names: Sequence[str], chance: float, floor: float) -> str:

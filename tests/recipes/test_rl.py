@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmagent.agent.collector import Collector
 from mmagent.chat import ChatConfig
 from mmagent.config import ConfigError, resolve, to_yaml
 from mmagent.engine.config import EngineConfig
@@ -193,7 +194,7 @@ def test_a_loss_that_is_not_finite_is_recovered_from_by_every_policy(agent, tmp_
     """What is played and trained again after going back is what it was, to the bit. The weights of the checkpoint, or
     merged ones, are in the generator at once, or its log-probs would not be the trainer's."""
     bad, drawn = 4, [0]
-    collect = rl.Collector.collect
+    collect = Collector.collect
 
     async def watched(self, *arguments):
         drawn[0] = self.items.number
@@ -205,7 +206,7 @@ def test_a_loss_that_is_not_finite_is_recovered_from_by_every_policy(agent, tmp_
             factor = float("nan") if drawn[0] == bad else 1.0
             return replace(output, sums={name: value * factor for name, value in output.sums.items()})
 
-    monkeypatch.setattr(rl.Collector, "collect", watched)
+    monkeypatch.setattr(Collector, "collect", watched)
     monkeypatch.setattr(rl, "PolicyGradient", Spoiled)
     rows = {}
     for action in ("skip", "rollback", "merge"):

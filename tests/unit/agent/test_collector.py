@@ -8,7 +8,7 @@ import pytest
 
 from mmagent.agent.batching import policy_batches
 from mmagent.agent.codec import Codec
-from mmagent.agent.collector import Collector, CollectorConfig
+from mmagent.agent.collector import Collector, CollectorConfig, allot
 from mmagent.agent.curriculum import CurriculumConfig
 from mmagent.agent.rollout import RolloutConfig
 from mmagent.dist import World, init, run_ranks
@@ -146,3 +146,34 @@ def test_a_policy_learns_a_verifiable_task_within_seconds():
         policy.version = step + 1
     assert rewards[0] < 0.7
     assert sum(rewards[-5:]) / 5 > 0.9, rewards
+
+
+class SolvesSome(Sometimes):
+    """All of a group where the letter is an a or b, two of four elsewhere."""
+
+    async def complete(self, prompt, limits):
+        self.right = 4 if last_request(self.vocab.decode(prompt.input_ids)) in "ab" else 2
+        return await super().complete(prompt, limits)
+
+
+def test_refills_fill_the_step_to_the_group():
+    """Of four letters two are solved."""
+    short = collector(SolvesSome(2), [EchoTask(letters="abcd")], prompts=6)
+    assert len(asyncio.run(short.collect()).groups) == 2  # a b c d a b
+    full = collector(SolvesSome(2), [EchoTask(letters="abcd")], prompts=6, refills=4)
+    got = asyncio.run(full.collect())
+    assert len(got.groups) == 6
+    assert got.metrics["rollout/rounds"] > 1
+    assert len({t.key for t in got.trajectories}) == len(got.trajectories)  # no prompt twice
+    again = collector(SolvesSome(2), [EchoTask(letters="abcd")], prompts=6, refills=4)
+    again.load_state_dict(full.state_dict())
+    names = {t.key for t in asyncio.run(again.collect()).trajectories}
+    assert not names & {t.key for t in got.trajectories}
+
+
+def test_ranks_together_train_on_as_many_groups_as_were_asked_for():
+    assert allot([5, 3], 8) == [5, 3]
+    assert allot([5, 3], 6) == [3, 3]
+    assert allot([5, 1], 5) == [4, 1]
+    assert allot([9, 9, 9], 10) == [4, 3, 3]
+    assert allot([0, 2], 4) == [0, 2]

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmagent.losses.policy import cispo, gspo, importance_weights, ppo_clip, reinforce, reverse_kl
+from mmagent.losses.policy import (
+    cispo,
+    clipped_value,
+    generalised_advantages,
+    gspo,
+    importance_weights,
+    ppo_clip,
+    reinforce,
+    reverse_kl,
+    two_sided,
+)
 
 
 def logs(*ratios: float) -> Tensor:
@@ -74,6 +84,40 @@ def test_cispo_keeps_the_gradient_of_a_capped_token():
     assert out.clipped.item() == 1
 
 
+def test_two_sided_masking_by_hand():
+    """Outside of (0.8, 1.28) a token says nothing, whichever way it is pushed; inside it weighs its ratio."""
+    logprobs = logs(0.5, 1.2, 1.2, 2.0)
+    out = two_sided(logprobs, torch.zeros(4), torch.tensor([-1.0, 1.0, -1.0, 1.0]), torch.ones(4))
+    assert out.loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert out.clipped.item() == 2
+    out.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, -1.2, 1.2, 0.0]))
+
+
+def test_generalised_advantages_by_hand():
+    # one trajectory of two tokens, V = 0.5 and 0.2, reward 1 behind the second; another of one token
+    values, rewards = torch.tensor([0.5, 0.2, 0.1]), torch.tensor([0.0, 1.0, -1.0])
+    rows = torch.tensor([0, 0, 4])
+    advantages, returns = generalised_advantages(values, rewards, rows, gamma=0.9, decay=0.5)
+    first = 0.9 * 0.2 - 0.5 + 0.9 * 0.5 * 0.8
+    torch.testing.assert_close(advantages, torch.tensor([first, 0.8, -1.1]))
+    torch.testing.assert_close(returns, torch.tensor([first + 0.5, 1.0, -1.0]))
+    # with gamma and lambda 1 the return is the reward, whatever the critic says
+    _, plain = generalised_advantages(values, rewards, rows, gamma=1.0, decay=1.0)
+    torch.testing.assert_close(plain, torch.tensor([1.0, 1.0, -1.0]))
+
+
+def test_the_clipped_value_by_hand():
+    values = torch.tensor([1.0, 0.1], requires_grad=True)
+    before, returns, weights = torch.tensor([0.0, 0.0]), torch.tensor([2.0, 2.0]), torch.tensor([1.0, 0.5])
+    # 1.0 is held at 0.2: (0.2 - 2)^2 is the larger; 0.1 is within
+    loss = clipped_value(values, before, returns, weights, clip=0.2)
+    assert loss.item() == pytest.approx(0.5 * (1.8**2 + 0.5 * 1.9**2))
+    loss.backward()
+    torch.testing.assert_close(values.grad, torch.tensor([0.0, -0.5 * 1.9]))
+    assert clipped_value(values, before, returns, weights, clip=0).item() == pytest.approx(0.5 * (1 + 0.5 * 1.9**2))
+
+
 def test_importance_weights_truncate_and_mask():
     ratios = logs(0.25, 1.0, 4.0)
     torch.testing.assert_close(importance_weights(ratios, torch.zeros(3), cap=2.0), torch.tensor([0.25, 1.0, 2.0]))
@@ -91,6 +135,7 @@ def test_on_policy_every_loss_has_the_gradient_of_reinforce():
         lambda x: ppo_clip(x, behavior, advantages, ones).loss,
         lambda x: gspo(x, behavior, advantages, ones, rows, 3).loss,
         lambda x: cispo(x, behavior, advantages, ones).loss,
+        lambda x: two_sided(x, behavior, advantages, ones).loss,
         lambda x: reinforce(x, advantages, ones).loss,
     ):
         logprobs = behavior.clone().requires_grad_()
@@ -116,6 +161,7 @@ def test_losses_and_gradients_stay_finite(rows):
         ppo_clip(logprobs, behavior, advantages, ones, dual=3.0),
         gspo(logprobs, behavior, advantages, ones, index, len(rows)),
         cispo(logprobs, behavior, advantages, ones),
+        two_sided(logprobs, behavior, advantages, ones),
     ):
         (gradient,) = torch.autograd.grad(out.loss, logprobs)
         assert torch.isfinite(out.loss)

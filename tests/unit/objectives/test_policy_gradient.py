@@ -19,6 +19,7 @@ from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
+from mmagent.objectives.surrogates import CriticConfig
 from mmagent.packing import Size
 from mmagent.testing import check_objective
 from mmagent.train.step import train_step
@@ -58,7 +59,7 @@ def gradients(module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "reinforce"])
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "two_sided", "reinforce"])
 def test_on_policy_with_advantage_one_it_is_the_gradient_of_minus_logprob(loss):
     model = tiny_model()
     (batch,) = batches(sampled_groups(model))
@@ -103,7 +104,17 @@ def test_the_largest_drift_is_that_of_the_whole_step():
     assert target.after_step()["drift_peak"] == 0.0
 
 
-@pytest.mark.parametrize("settings", [{}, {"loss": "gspo", "reduction": "token"}, {"loss": "cispo"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss": "gspo", "reduction": "token"},
+        {"loss": "cispo"},
+        {"loss": "two_sided"},
+        {"critic": CriticConfig(weight=0.5, trunk=True)},
+        {"reduction": "tests.unit.objectives.test_surrogates:early_tokens"},
+    ],
+)
 def test_the_public_kit_finds_no_fault(settings):
     model = tiny_model()
     groups = sampled_groups(model)

@@ -1,0 +1,121 @@
+"""Who plays: the trainer's own model, or a copy of it that is given the trainer's weights from step to step."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from mmagent.agent.codec import Codec
+from mmagent.agent.collector import Collector, CollectorConfig
+from mmagent.agent.points import Points
+from mmagent.agent.stream import StreamCollector, StreamConfig
+from mmagent.agent.weight_sync import buckets_of
+from mmagent.dist import World
+from mmagent.generation.block_decoding import make_generator
+from mmagent.generation.generator import GeneratorConfig
+from mmagent.generation.local import LocalPolicy
+from mmagent.models.agent_model import AgentModel
+from mmagent.vocab import Vocab
+
+T = TypeVar("T")
+
+
+class Actor:
+    """The policy, and how its stages meet those of the trainer.
+
+    In step, and where nothing ``overlap``s, it decodes with the trainer's own module: nothing is copied, and nothing is
+    said while that learns. Overlapping, it has a copy on the same device; :meth:`serve` brings it up to date while its
+    environments go on, and :meth:`beside` trains in a thread of its own while it speaks.
+    """
+
+    def __init__(
+        self,
+        model: AgentModel,
+        vocab: Vocab,
+        config: GeneratorConfig,
+        stream: StreamConfig,
+        points: Points | None = None,
+    ):
+        self.model, self.stream, self.points = model, stream, points or Points()
+        self.apart = stream.on and stream.overlap
+        if model.config.denoises:  # what reinforces blocks replays no routers, and what says them records none
+            config = replace(config, record_routing=False)
+        self.generator = make_generator(copy.deepcopy(model).eval() if self.apart else model, vocab, config)
+        self.policy = LocalPolicy(self.generator)
+        self.collector: Collector | None = None
+        self.seconds = {"time/weights": 0.0, "time/train": 0.0}
+        self._told = -1
+
+    def collects(
+        self,
+        tasks: list,
+        codec: Codec,
+        config: CollectorConfig,
+        world: World,
+        seed: int,
+        folder: str,
+    ) -> Collector:
+        """A collector for this policy: in step, or beside the trainer."""
+        if self.stream.on:
+            how = (config, self.stream, world, seed, self.points)
+            self.collector = StreamCollector(tasks, self.policy, codec, *how)
+        else:
+            self.collector = Collector(tasks, self.policy, codec, config, world, seed, folder, self.points)
+        return self.collector
+
+    async def serve(self, version: int) -> None:
+        """From here on the policy is the trainer's model as it is now, as ``version``. All ranks call this."""
+        started = time.perf_counter()
+        if self.apart:
+            await self.policy.update(buckets_of(self.model, version), in_flight=self.stream.in_flight)
+        else:
+            await self.policy.idle()
+            self.policy.version = version
+        if isinstance(self.collector, StreamCollector):
+            self.collector.go_on()
+        self.seconds["time/weights"] = time.perf_counter() - started
+        if self.points.weights is not None and version != self._told:
+            self.points.weights(self.policy, version)
+        self._told = version
+
+    async def beside(self, train: Callable[[], T]) -> T:
+        """What ``train`` returns. Apart it runs in a thread, and episodes go on; else they are held until
+        :meth:`serve`."""
+        if isinstance(self.collector, StreamCollector) and not self.apart:
+            await self.collector.hold()
+        if not self.apart:
+            await self.policy.idle()
+        started = time.perf_counter()
+        try:
+            return await asyncio.to_thread(self._on_device, train) if self.apart else train()
+        finally:
+            self.seconds["time/train"] = time.perf_counter() - started
+
+    async def measure(self, step: int, every: int) -> dict[str, float]:
+        """What the user's ``evaluate`` says of the policy after ``step``, every so many; and how long the stages took
+        that are the actor's."""
+        figures = dict(self.seconds)
+        if self.points.evaluate is not None and every and step % every == 0:
+            found = await self.points.evaluate(self.policy, step)
+            figures |= {f"evaluation/{name}": float(value) for name, value in found.items()}
+        return figures
+
+    def _on_device(self, train: Callable[[], T]) -> T:
+        """A new thread knows nothing of the device that the process has chosen."""
+        device = self.model.head_weight.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return train()
+
+    async def __aenter__(self) -> Actor:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if isinstance(self.collector, StreamCollector):
+            await self.collector.close()
