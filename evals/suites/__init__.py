@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evals.suite import Suite
-from evals.suites.miniwob import miniwob
+from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
 from evals.suites.search import crop_search, small_search
@@ -14,6 +14,7 @@ from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[[], Suite]] = {
     "miniwob": miniwob,
+    "miniwob_all": miniwob_all,
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
     "sites": sites,
