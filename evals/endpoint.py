@@ -63,7 +63,11 @@ class EndpointAgent:
         """One episode. Raises :class:`EndpointUnavailable` or :class:`EndpointRefused`."""
         environment = task.environment(item)
         trajectory = Trajectory(item.key, task.name)
-        talk = _Foreign(self.style) if self.style is not None and play.acts else _Own(play.rules, self.config.geometry)
+        talk = (
+            ForeignTalk(self.style)
+            if self.style is not None and play.acts
+            else OwnTalk(play.rules, self.config.geometry)
+        )
         limits = Limits(play.max_tokens, play.temperature, play.top_p, seed=play.seed)
         words: list[str] = []
         try:
@@ -97,7 +101,7 @@ async def _done(environment: Environment, actions: list[str], trajectory: Trajec
     return seen
 
 
-class _Own:
+class OwnTalk:
     """A conversation in our own format: every observation a message, every answer an action as it stands."""
 
     def __init__(self, rules: str, geometry: GeometryConfig):
@@ -130,7 +134,7 @@ class _Own:
         raise ValueError(f"{type(part).__name__} cannot be sent to an endpoint")
 
 
-class _Foreign:
+class ForeignTalk:
     """A conversation in the style of another house, whose answers are translated."""
 
     def __init__(self, style: Dialect):

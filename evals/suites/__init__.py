@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from evals.suite import Suite
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
-from evals.suites.miniwob import miniwob
+from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
 from evals.suites.search import crop_search, small_search
@@ -17,6 +17,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "chart_to_code": chart_to_code,
     "design2code": design2code,
     "miniwob": miniwob,
+    "miniwob_all": miniwob_all,
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
     "svg_code": svg_code,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from evals.baselines import random_action
 from evals.suite import Play, Suite
 from mmagent.actions import PROMPT
 from mmagent.tasks import open_tasks
-from mmagent.worlds.miniwob import TASKS
+from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.trajectories import Item
+from mmagent.worlds.miniwob import RUNNING, TASKS, group_of
 
 MAX_STEPS = 24
 """An outer bound; each page's own is smaller (`mmagent.tasks.miniwob`)."""
 
 
 def miniwob(pages: Sequence[str] = TASKS, per_task: int = 20, seed: int = 0) -> Suite:
-    """``per_task`` test episodes of every page in ``pages``; all supported ones by default."""
+    """``per_task`` test episodes of every page in ``pages``; all that have an expert by default."""
     return Suite(
         name="miniwob",
         version=1,
@@ -27,4 +30,15 @@ def miniwob(pages: Sequence[str] = TASKS, per_task: int = 20, seed: int = 0) -> 
         per_task=per_task,
         play=Play(max_steps=MAX_STEPS, max_tokens=64, rules=PROMPT, guess=random_action, acts=True),
         seed=seed,
+        slices=_slices,
     )
+
+
+def miniwob_all(pages: Sequence[str] = RUNNING, per_task: int = 10, seed: int = 0) -> Suite:
+    """Every page that runs, those without an expert of ours, too: their gold answers are an error, not a score."""
+    summary = "Act in every MiniWoB++ page that runs here, with or without an expert, from the screen alone."
+    return replace(miniwob(pages, per_task, seed), name="miniwob_all", summary=summary)
+
+
+def _slices(task: MiniWobTask, item: Item) -> Mapping[str, str]:
+    return {"group": group_of(task.page)}

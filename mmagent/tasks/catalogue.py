@@ -44,7 +44,7 @@ NO_BROWSER = (WORLDS, SEARCH, CHARTS)
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
-    pages = (f"miniwob/{page}" for page in miniwob.TASKS)
+    pages = (f"miniwob/{page}" for page in miniwob.RUNNING)
     errands = (f"{SITES}{name}" for name in site_names())
     questions = (task.name for task in _world_tasks())
     return (*pages, *errands, "grounding", "screenshot-to-html", *CODING, *_search_tasks(), *questions)

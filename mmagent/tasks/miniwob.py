@@ -38,8 +38,9 @@ EXPERT_STEPS = 40
 
 
 class MiniWobTask:
-    """``page`` is a MiniWoB++ id with an expert (:data:`mmagent.worlds.miniwob.TASKS`). An episode ends after
-    :data:`MAX_STEPS` actions at the latest, or what :data:`LONG` says. Reward: the page's raw one, clipped to [0, 1].
+    """``page`` is a MiniWoB++ id (:data:`mmagent.worlds.miniwob.RUNNING`); one without an expert has no :meth:`gold`:
+    asking for it is a ``ValueError``. An episode ends after :data:`MAX_STEPS` actions at the latest, or what
+    :data:`LONG` says. Reward: the page's raw one, clipped to [0, 1].
 
     ``max_steps`` is after how many actions the caller stops, if that is earlier: from then on nothing is looked at, but
     the episode is not over, for it was not the task that ended it."""
@@ -47,8 +48,9 @@ class MiniWobTask:
     category = "gui"
 
     def __init__(self, page: str, screens: Screens, max_steps: int | None = None):
-        if page not in miniwob.TASKS:
-            raise ValueError(f"MiniWoB++ task {page!r} is not supported; see mmagent.worlds.miniwob.TASKS")
+        if page not in miniwob.RUNNING:
+            why = miniwob.LEFT_OUT.get(page, "see mmagent.worlds.miniwob.RUNNING")
+            raise ValueError(f"MiniWoB++ task {page!r} is not supported: {why}")
         self.name, self.page, self.screens = f"miniwob/{page}", page, screens
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {max_steps}")

@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, v1):
         load_set("screenspot", v1)[0].screen()
 
 
-@settings(deadline=None)
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(0, 50).map(float), min_size=6, max_size=16).filter(lambda n: len(n) % 2 == 0),
        st.integers(-5, 55), st.integers(-5, 55))  # fmt: skip
 def test_points_in_polygons_agree_with_an_independent_reading(corners, x, y):

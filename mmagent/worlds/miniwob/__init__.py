@@ -1,6 +1,7 @@
 """MiniWoB++: small web tasks on a 160 x 210 screen, from the pages of the installed ``miniwob`` package."""
 
 from mmagent.worlds.miniwob.experts import TASKS, Expert, expert
+from mmagent.worlds.miniwob.groups import LEFT_OUT, RUNNING, UNTAUGHT, group_of
 from mmagent.worlds.miniwob.pages import (
     HEIGHT,
     VIEW,
@@ -16,13 +17,17 @@ from mmagent.worlds.seeds import SPLITS, seed_for
 
 __all__ = [
     "HEIGHT",
+    "LEFT_OUT",
+    "RUNNING",
     "SPLITS",
     "TASKS",
+    "UNTAUGHT",
     "VIEW",
     "WIDTH",
     "Expert",
     "Screen",
     "expert",
+    "group_of",
     "html_folder",
     "observe",
     "restart",

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.documents import DocumentBuilder
 from data_pipelines.worlds import record_of
-from evals.endpoint import EndpointAgent, EndpointConfig
+from evals.endpoint import OwnTalk
 from mmagent.agent.codec import Codec
 from mmagent.agent.rollout import RolloutConfig, roll_out
 from mmagent.chat import ChatConfig
@@ -73,7 +73,7 @@ def test_boxed_answers_are_rewarded(name):
 def test_an_endpoint_is_sent_a_video_as_frames_with_their_times():
     task = WorldTask(all_worlds()["videos/when"])
     seen = asyncio.run(task.environment(next(task.items("test", 0))).reset())
-    content = EndpointAgent(EndpointConfig("http://localhost:1/v1", "m"))._content(seen)
+    content = OwnTalk("", GeometryConfig()).asked(seen)[-1]["content"]
     kinds = [part["type"] for part in content]
     assert kinds == [*["image_url", "text"] * len(seen.images), "text"]
     assert [part["text"] for part in content[1:-1:2]] == [f"{t:.1f} seconds" for t in seen.layout[0].timestamps]
