@@ -30,13 +30,13 @@ _MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("spatial/relation", "spatial", 3, _relation, grading.word),
-        Seeded("spatial/order", "spatial", 3, _order, grading.items),
-        Seeded("spatial/depth", "spatial", 3, _depth, grading.word),
-        Seeded("spatial/box", "grounding", 3, _box, grading.box),
+        Seeded("spatial/relation", "spatial-relation", 3, _relation, grading.word),
+        Seeded("spatial/order", "spatial-relation", 3, _order, grading.items),
+        Seeded("spatial/depth", "spatial-relation", 3, _depth, grading.word),
+        Seeded("spatial/box", "box-grounding", 3, _box, grading.box),
         Seeded("spatial/point", "pointing", 3, _point, grading.point),
-        Seeded("spatial/path", "spatial", 3, _path, judge_path),
-        Seeded("spatial/direction", "spatial", 3, _direction, grading.word),
+        Seeded("spatial/path", "spatial-relation", 3, _path, judge_path),
+        Seeded("spatial/direction", "spatial-relation", 3, _direction, grading.word),
     )
 
 
