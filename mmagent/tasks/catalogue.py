@@ -4,36 +4,87 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from mmagent.browser import BrowserPool
 from mmagent.config import ConfigError, locate
 from mmagent.protocols import Task
 from mmagent.tasks.base import Screens
+from mmagent.tasks.functions import FunctionTask
+from mmagent.tasks.games import GAMES, GameTask
 from mmagent.tasks.grounding import GroundingTask
+from mmagent.tasks.image_tools import ImageToolTask
 from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.tasks.perception import PerceptionTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
+from mmagent.tasks.search import SearchTask
+from mmagent.tasks.single_step import SingleStepTask
 from mmagent.tasks.worlds import WorldTask
 from mmagent.worlds import miniwob
 from mmagent.worlds.catalogue import all_worlds
+from mmagent.worlds.drawing import once
 
 DOCUMENT_SIZE = (320, 240)
 """Width and height of the pages of grounding and screenshot-to-HTML."""
-WORLDS = "worlds/"
-"""Before the name of a world: a task that needs no browser."""
+CATEGORIES = (
+    "math", "physics", "chemistry", "biology", "geometry", "logic-puzzle", "chart-qa", "table-qa", "ocr", "formula-ocr",
+    "document-qa", "key-information-extraction", "vqa", "counting", "spatial-relation", "multi-image-comparison",
+    "spot-the-difference", "geo-guess", "video-qa", "video-temporal-grounding", "video-tracking", "box-grounding",
+    "pointing", "3d-grounding", "gui-perception", "gui-grounding", "gui-step", "gui-trajectory", "ui-to-code",
+    "chart-to-code", "svg-drawing", "multimodal-search", "visual-tool-use", "function-calling",
+    "instruction-following", "games",
+)  # fmt: skip
+"""What is trained jointly; tasks of other categories (``text``, ``svg``, ``code``) stand beside."""
+PAGES: dict[str, Callable[[Screens], Task]] = {
+    "grounding": GroundingTask,
+    "perception": PerceptionTask,
+    "screenshot-to-html": ScreenshotToHtmlTask,
+}
+"""By name, tasks on rendered documents."""
 
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
-    pages = (f"miniwob/{page}" for page in miniwob.TASKS)
-    return (*pages, "grounding", "screenshot-to-html", *(task.name for task in _world_tasks()))
+    pages = (f"{kind}/{page}" for kind in ("miniwob", "step") for page in miniwob.TASKS)
+    return (*pages, *PAGES, *_plain_tasks())
 
 
-def _world_tasks() -> Iterator[WorldTask]:
-    """Every world as a task of all its levels in turn, and as one of each level: ``worlds/charts/value/level-2``."""
-    for world in all_worlds().values():
-        yield WorldTask(world)
-        yield from (WorldTask(world, level) for level in range(world.levels))
+def all_tasks() -> dict[str, tuple[str, ...]]:
+    """What ships: every category, those of :data:`CATEGORIES` first, with the names of its tasks for
+    :func:`open_tasks`, each of all its levels."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for task in (factory() for name, factory in _plain_tasks().items() if "/level-" not in name):
+        found[task.category].append(task.name)
+    for page in miniwob.TASKS:
+        found[MiniWobTask.category].append(f"miniwob/{page}")
+        found[SingleStepTask.category].append(f"step/{page}")
+    for kind, name in (
+        (GroundingTask, "grounding"), (PerceptionTask, "perception"), (ScreenshotToHtmlTask, "screenshot-to-html")
+    ):  # fmt: skip
+        found[kind.category].append(name)
+    others = sorted(set(found) - set(CATEGORIES))
+    return {category: tuple(found[category]) for category in (*CATEGORIES, *others)}
+
+
+def needs_browser(name: str) -> bool:
+    """Whether a task of this name wants a browser. Of your own tasks nobody knows: False."""
+    return name in PAGES or name.startswith(("miniwob/", "step/"))
+
+
+@once
+def _plain_tasks() -> dict[str, Callable[[], Task]]:
+    """Tasks that need no browser: of all their levels in turn, and of one level (``worlds/charts/value/level-2``)."""
+    families: list[Callable[[int | None], Task]] = [partial(WorldTask, world) for world in all_worlds().values()]
+    families += [FunctionTask, SearchTask, ImageToolTask, *(partial(GameTask, game) for game in GAMES)]
+    out: dict[str, Callable[[], Task]] = {}
+    for family in families:
+        whole = family(None)
+        out[whole.name] = partial(family, None)
+        for level in range(whole.levels):
+            out[f"{whole.name}/level-{level}"] = partial(family, level)
+    return out
 
 
 def easy_task_names() -> list[str]:
@@ -67,7 +118,7 @@ async def open_tasks(
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
-        if pool is None and any(name in known and not name.startswith(WORLDS) for name in names):
+        if pool is None and any(needs_browser(name) for name in names):
             per_process = -(-2 * pages // processes)  # of either size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
@@ -95,11 +146,12 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
         if not isinstance(task, Task):
             raise ConfigError(f"{name!r} gave a {type(task).__name__}, which is no task (mmagent.protocols.Task)")
         return task
-    if name.startswith(WORLDS):
-        return next(task for task in _world_tasks() if task.name == name)
+    if plain := _plain_tasks().get(name):
+        return plain()
     assert desk is not None
-    if name == "grounding":
-        return GroundingTask(desk.documents)
-    if name == "screenshot-to-html":
-        return ScreenshotToHtmlTask(desk.documents)
-    return MiniWobTask(name.removeprefix("miniwob/"), desk.miniwob, max_steps)
+    if name in PAGES:
+        return PAGES[name](desk.documents)
+    kind, _, page = name.partition("/")
+    if kind == "step":
+        return SingleStepTask(page, desk.miniwob)
+    return MiniWobTask(page, desk.miniwob, max_steps)

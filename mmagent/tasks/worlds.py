@@ -20,7 +20,7 @@ class WorldTask:
     """Examples of ``world``, of all its levels in turn or of one ``level``. A rollout's group shares its pictures."""
 
     def __init__(self, world: World, level: int | None = None):
-        self.world, self.level = world, level
+        self.world, self.level, self.levels = world, level, world.levels
         self.name = f"worlds/{world.name}" + ("" if level is None else f"/level-{level}")
         self.category = world.category
         self._known: OrderedDict[int, Example] = OrderedDict()

@@ -106,18 +106,17 @@ def _rules(random: np.random.Generator, level: int) -> Idea | None:
     if len(chosen) < lines * each:
         return None
     rules = [Rule("words", number=each)] if lines == 1 else [Rule("lines", number=lines), Rule("each", number=each)]
-    more: list[Rule] = [Rule("begins", chosen[0]), Rule("ends", chosen[-1]), Rule("comma")]
     middle = chosen[1 + int(random.integers(len(chosen) - 2))]
-    more.append(Rule("holds", middle))
-    looks = str(random.choice(("lower", "upper", "full stop")))
-    more.append(Rule(looks))
-    if level >= 1 and lines > 1:
-        more.append(Rule("bullets"))
-    if level >= 3:
+    named = [Rule("begins", chosen[0]), Rule("ends", chosen[-1]), Rule("holds", middle)]
+    if level == 3:
         chosen = [middle if n in (2, each + 1) else w for n, w in enumerate(chosen)]
-        more = [rule for rule in more if rule.kind not in ("holds", "begins", "ends")]
-        more.append(Rule("often", middle, chosen.count(middle)))
-    taken = [more[int(n)] for n in random.permutation(len(more))[: (1, 2, 2, 3)[level]]]
+        named = [Rule("often", middle, chosen.count(middle))]
+    more = [Rule("comma"), Rule(str(random.choice(("lower", "upper", "full stop"))))]
+    if lines > 1:
+        more.append(Rule("bullets"))
+    # one names a word, or what somebody says of something else would keep them all
+    taken = [named[int(random.integers(len(named)))]]
+    taken += [more[int(n)] for n in random.permutation(len(more))[: (0, 1, 1, 2)[level]]]
     rules += taken + ([Rule("without", banned)] if banned else [])
     answer = _written(chosen, lines, each, rules)
     if not all(rule.kept(answer) for rule in rules):
