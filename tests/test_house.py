@@ -23,7 +23,7 @@ FLOORS = (
     ("types", "trajectories", "protocols", "config", "geometry", "vocab", "chat", "messages", "replies", "records",
      "packing", "packing_check", "balance", "actions", "prompts", "files", "retries", "signatures", "contamination",
      "html"),
-    ("dist", "ops", "browser"),
+    ("dist", "ops", "browser", "sandbox"),
     ("models", "losses", "worlds", "dealing"),
     ("interop", "objectives", "generation", "tasks"),
     ("agent", "engine"),
