@@ -11,6 +11,7 @@ from functools import partial
 from mmagent.browser import BrowserPool
 from mmagent.config import ConfigError, locate
 from mmagent.protocols import Task
+from mmagent.sandbox import Sandbox
 from mmagent.tasks.base import Screens
 from mmagent.tasks.functions import FunctionTask
 from mmagent.tasks.games import GAMES, GameTask
@@ -18,6 +19,7 @@ from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.image_tools import ImageToolTask
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.tasks.perception import PerceptionTask
+from mmagent.tasks.programs import ProgramTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
 from mmagent.tasks.search import SearchTask
 from mmagent.tasks.single_step import SingleStepTask
@@ -34,7 +36,7 @@ CATEGORIES = (
     "spot-the-difference", "geo-guess", "video-qa", "video-temporal-grounding", "video-tracking", "box-grounding",
     "pointing", "3d-grounding", "gui-perception", "gui-grounding", "gui-step", "gui-trajectory", "ui-to-code",
     "chart-to-code", "svg-drawing", "multimodal-search", "visual-tool-use", "function-calling",
-    "instruction-following", "games",
+    "instruction-following", "text-code", "games",
 )  # fmt: skip
 """What is trained jointly; tasks of other categories (``text``, ``svg``, ``code``) stand beside."""
 PAGES: dict[str, Callable[[Screens], Task]] = {
@@ -48,7 +50,7 @@ PAGES: dict[str, Callable[[Screens], Task]] = {
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
     pages = (f"{kind}/{page}" for kind in ("miniwob", "step") for page in miniwob.TASKS)
-    return (*pages, *PAGES, *_plain_tasks())
+    return (*pages, *PAGES, *_program_levels(), *_plain_tasks())
 
 
 def all_tasks() -> dict[str, tuple[str, ...]]:
@@ -57,6 +59,7 @@ def all_tasks() -> dict[str, tuple[str, ...]]:
     found: defaultdict[str, list[str]] = defaultdict(list)
     for task in (factory() for name, factory in _plain_tasks().items() if "/level-" not in name):
         found[task.category].append(task.name)
+    found[ProgramTask.category].append(ProgramTask.name)
     for page in miniwob.TASKS:
         found[MiniWobTask.category].append(f"miniwob/{page}")
         found[SingleStepTask.category].append(f"step/{page}")
@@ -71,6 +74,16 @@ def all_tasks() -> dict[str, tuple[str, ...]]:
 def needs_browser(name: str) -> bool:
     """Whether a task of this name wants a browser. Of your own tasks nobody knows: False."""
     return name in PAGES or name.startswith(("miniwob/", "step/"))
+
+
+def needs_sandbox(name: str) -> bool:
+    """Whether a task of this name runs programs (:mod:`mmagent.sandbox`)."""
+    return name in _program_levels()
+
+
+def _program_levels() -> dict[str, int | None]:
+    levels = {f"{ProgramTask.name}/level-{level}": level for level in range(ProgramTask.levels)}
+    return {ProgramTask.name: None, **levels}
 
 
 @once
@@ -106,9 +119,10 @@ async def open_tasks(
     A name is one of :func:`all_task_names`, or the import path ``package.module:factory`` of a task of your own, called
     without arguments. Tasks that need a browser share ``pages`` pages of ``processes`` Chromium processes, or those of
     ``pool``; without such tasks none is started. ``max_steps`` is after how many actions the caller stops an episode:
-    MiniWoB++ looks at nothing after the last one.
+    MiniWoB++ looks at nothing after the last one. Tasks that run programs share a sandbox.
 
-    Raises ``ConfigError`` for an unknown name, with the nearest one, and ``ValueError`` for ``max_steps`` below 1.
+    Raises ``ConfigError`` for an unknown name, with the nearest one, ``ValueError`` for ``max_steps`` below 1, and
+    ``SandboxUnavailable`` where programs cannot be held back.
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -125,7 +139,10 @@ async def open_tasks(
         desk = Desk(pool, pages) if pool is not None else None
         if desk is not None:
             stack.push_async_callback(desk.close)
-        yield [_make(name, desk, max_steps) for name in names]
+        sandbox = None
+        if any(needs_sandbox(name) for name in names):
+            sandbox = await stack.enter_async_context(Sandbox(workers=processes + 1))
+        yield [_make(name, desk, max_steps, sandbox) for name in names]
 
 
 class Desk:
@@ -140,7 +157,7 @@ class Desk:
         await self.documents.close()
 
 
-def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
+def _make(name: str, desk: Desk | None, max_steps: int | None, sandbox: Sandbox | None) -> Task:
     if ":" in name:
         task = locate(name)()
         if not isinstance(task, Task):
@@ -148,6 +165,9 @@ def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
         return task
     if plain := _plain_tasks().get(name):
         return plain()
+    if name in _program_levels():
+        assert sandbox is not None
+        return ProgramTask(sandbox, _program_levels()[name])
     assert desk is not None
     if name in PAGES:
         return PAGES[name](desk.documents)
