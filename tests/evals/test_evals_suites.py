@@ -12,6 +12,7 @@ from evals.suite import Suite
 from evals.suites import SUITES
 from evals.suites.miniwob import miniwob
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.tasks import tasks
 from evals.suites.worlds import worlds
 from evals.summary import summarise
 from mmagent.browser import find_chromium
@@ -31,9 +32,10 @@ SMALL = {
     "miniwob": lambda: miniwob(("click-test-2", "enter-text", "click-checkboxes", "drag-box"), per_task=2),
     "page_grounding": lambda: page_grounding((1, 5), per_task=5),
     "screenshot_to_html": lambda: screenshot_to_html((1, 2), per_task=3),
+    "tasks": lambda: tasks(("functions", "search", "games/maze"), per_task=4),
     "worlds": lambda: worlds(("counting", "text"), per_task=5),
 }
-CEILING = {"miniwob": 0.3, "page_grounding": 0.3, "screenshot_to_html": 0.25, "worlds": 0.2}
+CEILING = {"miniwob": 0.3, "page_grounding": 0.3, "screenshot_to_html": 0.25, "tasks": 0.1, "worlds": 0.2}
 """What luck may reach on the few items of these tests."""
 
 
