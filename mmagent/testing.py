@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from mmagent.models.agent_model import AgentModel
 from mmagent.models.cogvit import CogViT, cogvit_debug
 from mmagent.packing import pack
 from mmagent.protocols import Environment, Objective, Prepared, Task, VisionEncoder
+from mmagent.tasks import attacks
 from mmagent.trajectories import Item, Observation, Score, Status, Trajectory
 from mmagent.types import (
     Document,
@@ -367,27 +371,68 @@ def _well_formed(seen: Any, after: str) -> Observation:
 
 
 async def check_task(
-    task: Task, *, count: int = 3, seed: int = 0, null: Sequence[str] = ("",), null_below: float = 0.1
+    task: Task,
+    *,
+    count: int = 3,
+    seed: int = 0,
+    null: Sequence[str] = ("",),
+    null_below: float = 0.1,
+    random: Callable[[Random], str] = attacks.guess,
+    random_below: float = 0.2,
+    hostile: Sequence[str] = attacks.ATTACKS,
+    seconds: float = 5.0,
 ) -> None:
     """Prove that ``task`` keeps :class:`mmagent.protocols.Task` on ``count`` items of each split.
 
     Items repeat under a seed, have keys of their own, and no key is in both splits; playing ``gold(item)`` scores 1;
-    playing ``null`` instead scores below ``null_below`` on average.
+    playing ``null`` instead scores below ``null_below`` on average, and an answer of ``random`` below ``random_below``.
+    Said in the first turn of one item, nothing ``hostile`` scores 1, raises, or takes longer than ``seconds``; all of
+    it together scores below ``null_below``. Where one turn is the answer, the right one beside another is not it.
     """
     require(task.name and task.category, f"{type(task).__name__} must have a name and a category")
     keys = {split: _check_items(task, split, count, seed) for split in ("train", "test")}
     shared = {item.key for item in keys["train"]} & {item.key for item in keys["test"]}
     require(not shared, f"{task.name}: items {sorted(shared)[:3]} are in train and in test")
-    nothing = []
+    nothing, guessed, golds = [], [], []
+    chance = Random(seed)
     for item in (*keys["train"], *keys["test"]):
         # gold may block on a browser of its own
         gold = await asyncio.to_thread(lambda item=item: list(task.gold(item)))
+        golds.append(gold)
         score = await _play(task, item, gold)
         told = f"{task.name}/{item.key}: gold {gold!r:.200} scores {score.value} {dict(score.parts)}, expected 1"
         require(score.value >= 1.0 - 1e-6, told)
         nothing.append((await _play(task, item, null)).value)
+        guessed += [(await _play(task, item, [random(chance)])).value for _ in range(3)]
     mean = sum(nothing) / len(nothing)
     require(mean <= null_below, f"{task.name}: doing nothing ({null!r}) scores {mean:.2f} on average, expected about 0")
+    mean = sum(guessed) / len(guessed)
+    require(mean <= random_below, f"{task.name}: answers by chance score {mean:.2f} on average, expected about 0")
+    scores = [await _attack(task, keys["train"][0], said, seconds) for said in hostile]
+    mean = sum(scores) / max(len(scores), 1)
+    require(mean <= null_below, f"{task.name}: hostile answers score {mean:.2f} on average, expected about 0")
+    others = [gold[0] for gold in golds[1:] if gold != golds[0]]
+    if len(golds[0]) == 1 and others:
+        for said in attacks.both_answers(golds[0][0], others[0]):
+            await _attack(task, keys["train"][0], said, seconds)
+
+
+async def _attack(task: Task, item: Item, said: str, seconds: float) -> float:
+    """What a hostile answer scores."""
+    started = time.monotonic()
+    try:
+        score = await _play(task, item, [said])
+    except ContractError:
+        raise
+    except Exception as error:
+        where = f"{task.name}/{item.key}: the answer {said!r:.80}"
+        raise ContractError(f"{where} raised {type(error).__name__}: {error}; what cannot be read is wrong") from error
+    took = time.monotonic() - started
+    where = f"{task.name}/{item.key}: the hostile answer {said!r:.80}"
+    require(took <= seconds, f"{where} took {took:.1f} s to judge, at most {seconds} are allowed")
+    require(score.value < 1.0, f"{where} scores 1")
+    require(all(math.isfinite(v) for v in score.parts.values()), f"{where} has parts {dict(score.parts)}")
+    return score.value
 
 
 def _check_items(task: Task, split: str, count: int, seed: int) -> list[Item]:

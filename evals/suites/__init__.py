@@ -11,6 +11,7 @@ from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
 from evals.suites.search import crop_search, small_search
 from evals.suites.sites import sites
+from evals.suites.tasks import tasks
 from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[..., Suite]] = {
@@ -25,6 +26,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "sites": sites,
     "small_search": small_search,
     "crop_search": crop_search,
+    "tasks": tasks,
     "worlds": worlds,
     **screen_suites(),
 }

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from mmagent.chat import (
+    Box,
     ChatConfig,
     Tool,
     completion_text,
@@ -89,15 +90,15 @@ class Codec:
 
     def text(self, ids: Sequence[int]) -> str:
         """What a completion says to the environment: without thinking and control tokens, and of an answer in a box
-        what the box holds alone.
+        what the box holds alone. Who says more than one box has not said which is meant: all of the text is judged.
 
         Calls of tools follow the text, one JSON object ``{"name": ..., "arguments": {...}}`` a line, argument values
         as the texts they are; nothing is made of a malformed one.
         """
         reply = parse_reply(ids, self.vocab, self.chat)
         if reply.problem or not reply.calls:
-            boxed = None if reply.problem else reply.box
-            return completion_text(ids, self.vocab, self.chat) if boxed is None else boxed.strip()
+            boxes = [] if reply.problem else [part.text for part in reply.said if isinstance(part, Box)]
+            return boxes[0].strip() if len(boxes) == 1 else completion_text(ids, self.vocab, self.chat)
         calls = [json_text({"name": call.name, "arguments": dict(call.arguments)}) for call in reply.calls]
         return "\n".join([reply.text, *calls] if reply.text else calls)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from mmagent.browser import BrowserPool
 from mmagent.config import ConfigError, locate
@@ -13,56 +15,130 @@ from mmagent.sandbox import Sandbox
 from mmagent.tasks.base import Screens
 from mmagent.tasks.chart_to_code import PRELOAD, ChartToCodeTask, GeneratedCharts
 from mmagent.tasks.design2code import SIZE, Design2CodeTask, GeneratedDesigns
+from mmagent.tasks.functions import FunctionTask
+from mmagent.tasks.games import GAMES, GameTask
 from mmagent.tasks.grounding import GroundingTask
+from mmagent.tasks.image_tools import ImageToolTask
 from mmagent.tasks.looking import CropTask
 from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.tasks.perception import PerceptionTask
+from mmagent.tasks.programs import ProgramTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
+from mmagent.tasks.search import SearchTask
+from mmagent.tasks.single_step import SingleStepTask
 from mmagent.tasks.sites import SiteTask, site_names
 from mmagent.tasks.svg_code import GeneratedDrawings, SvgCodeTask
 from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.tasks.worlds import WorldTask
 from mmagent.worlds import miniwob, search, sites
 from mmagent.worlds.catalogue import all_worlds
+from mmagent.worlds.drawing import once
 
 DOCUMENT_SIZE = (320, 240)
 """Width and height of the pages of grounding and screenshot-to-HTML."""
-CHARTS = "chart-to-code"
-CODING = ("design2code", "svg-code", "ui-polish", "ui-edit", CHARTS)
-"""Tasks whose answers are code; the last runs in cells and needs no browser."""
+CATEGORIES = (
+    "math", "physics", "chemistry", "biology", "geometry", "logic-puzzle", "chart-qa", "table-qa", "ocr", "formula-ocr",
+    "document-qa", "key-information-extraction", "vqa", "counting", "spatial-relation", "multi-image-comparison",
+    "spot-the-difference", "geo-guess", "video-qa", "video-temporal-grounding", "video-tracking", "box-grounding",
+    "pointing", "3d-grounding", "gui-perception", "gui-grounding", "gui-step", "gui-trajectory", "ui-to-code",
+    "ui-polishing", "chart-to-code", "svg-drawing", "multimodal-search", "visual-tool-use", "function-calling",
+    "instruction-following", "text-code", "games",
+)  # fmt: skip
+"""What is trained jointly; tasks of other categories (``text``, ``svg``, ``code``) stand beside."""
 MOST_DESIGNS = 4
 """Whole pages that are looked at at a time; three pictures of each are held."""
-CELLS = 2
-"""Programs that run at a time."""
 SITES = "sites/"
 """Before the name of an errand at a local site: ``sites/shop/buy``."""
-WORLDS = "worlds/"
-"""Before the name of a world: a task that needs no browser."""
-SEARCH = "search/"
-"""Before the name of a search for small things: ``search/read``; ``search/read/crop`` with a tool to look closer."""
-NO_BROWSER = (WORLDS, SEARCH, CHARTS)
+Maker = Callable[["Desk"], Task]
 
 
 def all_task_names() -> tuple[str, ...]:
     """Every name that :func:`open_tasks` knows."""
-    pages = (f"miniwob/{page}" for page in miniwob.RUNNING)
-    errands = (f"{SITES}{name}" for name in site_names())
-    questions = (task.name for task in _world_tasks())
-    return (*pages, *errands, "grounding", "screenshot-to-html", *CODING, *_search_tasks(), *questions)
+    return (*_page_tasks(), *_cell_tasks(), *_plain_tasks())
 
 
-def _world_tasks() -> Iterator[WorldTask]:
-    """Every world as a task of all its levels in turn, and as one of each level: ``worlds/charts/value/level-2``."""
-    for world in all_worlds().values():
-        yield WorldTask(world)
-        yield from (WorldTask(world, level) for level in range(world.levels))
+def all_tasks() -> dict[str, tuple[str, ...]]:
+    """What ships: every category, those of :data:`CATEGORIES` first, with the names of its tasks for
+    :func:`open_tasks`, each of all its levels."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for task in (factory() for name, factory in _plain_tasks().items() if "/level-" not in name):
+        found[task.category].append(task.name)
+    found[ProgramTask.category].append(ProgramTask.name)
+    found[ChartToCodeTask.category].append(ChartToCodeTask.name)
+    for name, (category, _) in _page_tasks().items():
+        found[category].append(name)
+    others = sorted(set(found) - set(CATEGORIES))
+    return {category: tuple(found[category]) for category in (*CATEGORIES, *others)}
 
 
-def _search_tasks() -> dict[str, Task]:
-    """Searches for small things by name, at full size and with a tool."""
-    found: dict[str, Task] = {}
-    for world in search.worlds():
-        found |= {world.name: WorldTask(world, name=world.name), f"{world.name}/crop": CropTask(world)}
-    return found
+def needs_browser(name: str) -> bool:
+    """Whether a task of this name wants a browser. Of your own tasks nobody knows: False."""
+    return name in _page_tasks()
+
+
+def needs_sandbox(name: str) -> bool:
+    """Whether a task of this name runs programs (:mod:`mmagent.sandbox`)."""
+    return name in _cell_tasks()
+
+
+def _page_tasks(max_steps: int | None = None) -> dict[str, tuple[str, Maker]]:
+    """Tasks in a browser: their category, and how they are made of its pages."""
+    pages: dict[str, tuple[str, Maker]] = {
+        "grounding": (GroundingTask.category, lambda desk: GroundingTask(desk.documents)),
+        "perception": (PerceptionTask.category, lambda desk: PerceptionTask(desk.documents)),
+        "screenshot-to-html": (ScreenshotToHtmlTask.category, lambda desk: ScreenshotToHtmlTask(desk.documents)),
+        "design2code": (Design2CodeTask.category, lambda d: Design2CodeTask(d.designs, GeneratedDesigns(d.designs))),
+        "svg-code": (SvgCodeTask.category, lambda desk: SvgCodeTask(desk.documents, GeneratedDrawings())),
+        "ui-polish": (UiRepairTask.category, lambda desk: UiRepairTask(desk.documents, "polish")),
+        "ui-edit": (UiRepairTask.category, lambda desk: UiRepairTask(desk.documents, "edit")),
+    }
+    for page in miniwob.RUNNING:
+        pages[f"miniwob/{page}"] = MiniWobTask.category, partial(_miniwob, page, max_steps)
+    for page in miniwob.TASKS:
+        pages[f"step/{page}"] = SingleStepTask.category, partial(_single_step, page)
+    for name in site_names():
+        pages[f"{SITES}{name}"] = SiteTask.category, partial(_site, name)
+    return pages
+
+
+def _miniwob(page: str, max_steps: int | None, desk: Desk) -> Task:
+    return MiniWobTask(page, desk.miniwob, max_steps)
+
+
+def _single_step(page: str, desk: Desk) -> Task:
+    return SingleStepTask(page, desk.miniwob)
+
+
+def _site(name: str, desk: Desk) -> Task:
+    return SiteTask(name, desk.sites)
+
+
+@once
+def _cell_tasks() -> dict[str, Callable[[Sandbox], Task]]:
+    """Tasks whose answers are programs, which run in cells and need no browser."""
+    levels = {f"{ProgramTask.name}/level-{level}": level for level in range(ProgramTask.levels)}
+    programs = {name: partial(_program, level) for name, level in {ProgramTask.name: None, **levels}.items()}
+    return {**programs, ChartToCodeTask.name: lambda sandbox: ChartToCodeTask(sandbox, GeneratedCharts())}
+
+
+def _program(level: int | None, sandbox: Sandbox) -> Task:
+    return ProgramTask(sandbox, level)
+
+
+@once
+def _plain_tasks() -> dict[str, Callable[[], Task]]:
+    """Tasks that need neither: of all their levels in turn, and of one level (``worlds/charts/value/level-2``)."""
+    families: list[Callable[[int | None], Task]] = [partial(WorldTask, world) for world in all_worlds().values()]
+    families += [FunctionTask, SearchTask, ImageToolTask, *(partial(GameTask, game) for game in GAMES)]
+    out: dict[str, Callable[[], Task]] = {}
+    for family in families:
+        whole = family(None)
+        out[whole.name] = partial(family, None)
+        for level in range(whole.levels):
+            out[f"{whole.name}/level-{level}"] = partial(family, level)
+    for world in search.worlds():  # small things in large pictures: as they are, and with a tool to look closer
+        out |= {world.name: partial(WorldTask, world, name=world.name), f"{world.name}/crop": partial(CropTask, world)}
+    return out
 
 
 def easy_task_names() -> list[str]:
@@ -84,9 +160,10 @@ async def open_tasks(
     A name is one of :func:`all_task_names`, or the import path ``package.module:factory`` of a task of your own, called
     without arguments. Tasks that need a browser share ``pages`` pages of ``processes`` Chromium processes, or those of
     ``pool``; without such tasks none is started. ``max_steps`` is after how many actions the caller stops an episode:
-    MiniWoB++ looks at nothing after the last one.
+    MiniWoB++ looks at nothing after the last one. Tasks that run programs share a sandbox.
 
-    Raises ``ConfigError`` for an unknown name, with the nearest one, and ``ValueError`` for ``max_steps`` below 1.
+    Raises ``ConfigError`` for an unknown name, with the nearest one, ``ValueError`` for ``max_steps`` below 1, and
+    ``SandboxUnavailable`` where programs cannot be held back.
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -96,18 +173,17 @@ async def open_tasks(
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise ConfigError(f"unknown task {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     async with contextlib.AsyncExitStack() as stack:
-        if pool is None and any(name in known and not name.startswith(NO_BROWSER) for name in names):
+        if pool is None and any(map(needs_browser, names)):
             per_process = -(-4 * pages // processes)  # of each size
             pool = BrowserPool(processes, per_process, roots=[miniwob.html_folder()])
             await stack.enter_async_context(pool)
         desk = Desk(pool, pages) if pool is not None else None
         if desk is not None:
             stack.push_async_callback(desk.close)
-        sandbox = await stack.enter_async_context(Sandbox(CELLS, PRELOAD)) if CHARTS in names else None
-        yield [
-            ChartToCodeTask(sandbox, GeneratedCharts()) if sandbox and name == CHARTS else _make(name, desk, max_steps)
-            for name in names
-        ]
+        sandbox = None
+        if any(map(needs_sandbox, names)):
+            sandbox = await stack.enter_async_context(Sandbox(processes + 1, PRELOAD))
+        yield [_make(name, desk, max_steps, sandbox) for name in names]
 
 
 class Desk:
@@ -127,27 +203,16 @@ class Desk:
         await self.designs.close()
 
 
-def _make(name: str, desk: Desk | None, max_steps: int | None) -> Task:
+def _make(name: str, desk: Desk | None, max_steps: int | None, sandbox: Sandbox | None) -> Task:
     if ":" in name:
         task = locate(name)()
         if not isinstance(task, Task):
             raise ConfigError(f"{name!r} gave a {type(task).__name__}, which is no task (mmagent.protocols.Task)")
         return task
-    if name.startswith(WORLDS):
-        return next(task for task in _world_tasks() if task.name == name)
-    if name.startswith(SEARCH):
-        return _search_tasks()[name]
+    if plain := _plain_tasks().get(name):
+        return plain()
+    if cell := _cell_tasks().get(name):
+        assert sandbox is not None
+        return cell(sandbox)
     assert desk is not None
-    if name.startswith(SITES):
-        return SiteTask(name.removeprefix(SITES), desk.sites)
-    if name == "grounding":
-        return GroundingTask(desk.documents)
-    if name == "screenshot-to-html":
-        return ScreenshotToHtmlTask(desk.documents)
-    if name == "design2code":
-        return Design2CodeTask(desk.designs, GeneratedDesigns(desk.designs))
-    if name == "svg-code":
-        return SvgCodeTask(desk.documents, GeneratedDrawings())
-    if name in ("ui-polish", "ui-edit"):
-        return UiRepairTask(desk.documents, "polish" if name == "ui-polish" else "edit")
-    return MiniWobTask(name.removeprefix("miniwob/"), desk.miniwob, max_steps)
+    return _page_tasks(max_steps)[name][1](desk)

@@ -20,7 +20,7 @@ NEXT_SCENE = 3 * 10**12
 class GroundingTask:
     """Pages of ``levels`` difficulty at the size of ``screens``; a click inside the element's box scores 1."""
 
-    category = "grounding"
+    category = "gui-grounding"
 
     def __init__(self, screens: Screens, levels: tuple[int, int] = (1, 5), name: str = "grounding"):
         self.name, self.screens = name, screens

@@ -34,7 +34,7 @@ class CropTask:
     def __init__(self, world: World, level: int | None = None):
         self.name = world.name + ("" if level is None else f"/level-{level}") + "/crop"
         self.plain = WorldTask(world, level)
-        self.category = "visual tool use"
+        self.category = "visual-tool-use"
 
     def items(self, split: str, seed: int) -> Iterator[Item]:
         """Endless. Splits never share an example, whatever the seeds."""

@@ -45,7 +45,7 @@ class MiniWobTask:
     ``max_steps`` is after how many actions the caller stops, if that is earlier: from then on nothing is looked at, but
     the episode is not over, for it was not the task that ended it."""
 
-    category = "gui"
+    category = "gui-trajectory"
 
     def __init__(self, page: str, screens: Screens, max_steps: int | None = None):
         if page not in miniwob.RUNNING:

@@ -43,7 +43,7 @@ class SiteTask:
     asked for cannot be done, with ``fail(reason)``; then 1 if the site's data are exactly what was wanted and the
     answer is right, where there is a question. Parts: ``state`` and ``answer``, each 0 or 1."""
 
-    category = "gui"
+    category = "gui-trajectory"
 
     def __init__(self, name: str, screens: Screens):
         if (screens.width, screens.height) != (WIDTH, HEIGHT):

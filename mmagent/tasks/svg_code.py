@@ -103,7 +103,7 @@ def extract_svg(answer: str) -> str | None:
 class SvgCodeTask:
     """``drawings`` at :data:`SIDE` pixels in windows of ``screens``, which are at least as large."""
 
-    category = "svg"
+    category = "svg-drawing"
 
     def __init__(self, screens: Screens, drawings: GeneratedDrawings | PublishedDrawings, name: str = "svg-code"):
         if min(screens.width, screens.height) < SIDE:

@@ -38,7 +38,7 @@ class UiRepairTask:
     """Pages of ``levels`` difficulty at the size of ``screens``, each with one flaw of
     :data:`mmagent.worlds.pages.broken.FLAWS`."""
 
-    category = "ui-to-code"
+    category = "ui-polishing"
 
     def __init__(self, screens: Screens, kind: Kind, levels: tuple[int, int] = (1, 3), name: str = ""):
         if kind not in REQUESTS:

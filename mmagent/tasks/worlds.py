@@ -21,7 +21,7 @@ class WorldTask:
     rollout's group shares its pictures."""
 
     def __init__(self, world: World, level: int | None = None, name: str = ""):
-        self.world, self.level = world, level
+        self.world, self.level, self.levels = world, level, world.levels
         self.name = name or f"worlds/{world.name}" + ("" if level is None else f"/level-{level}")
         self.category = world.category
         self._known: OrderedDict[int, Example] = OrderedDict()

@@ -89,9 +89,9 @@ class View:
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("boxes3d/order", "spatial", 3, _order, grading.items),
-        Seeded("boxes3d/size", "spatial", 3, _size, grading.word),
-        Seeded("boxes3d/tile", "spatial", 3, _tile, grading.word),
+        Seeded("boxes3d/order", "spatial-relation", 3, _order, grading.items),
+        Seeded("boxes3d/size", "spatial-relation", 3, _size, grading.word),
+        Seeded("boxes3d/tile", "spatial-relation", 3, _tile, grading.word),
         Seeded("boxes3d/box", "3d-grounding", 3, _box, grading.box),
         Seeded("boxes3d/cuboid", "3d-grounding", 3, _cuboid, _judge_cuboid),
     )

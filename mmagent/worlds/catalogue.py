@@ -6,16 +6,23 @@ import difflib
 from collections.abc import Sequence
 
 from mmagent.worlds import (
+    algebra,
+    biology,
     boxes3d,
     chart_questions,
+    chemistry,
     counting,
     figures,
     formulas,
+    geo,
+    instructions,
     papers,
     passages,
+    physics,
     picture_puzzles,
     programs,
     puzzles,
+    scene_questions,
     spatial,
     svg_questions,
     tables,
@@ -43,6 +50,13 @@ def all_worlds() -> dict[str, World]:
         papers,
         programs,
         passages,
+        algebra,
+        physics,
+        chemistry,
+        biology,
+        geo,
+        scene_questions,
+        instructions,
     )
     return {world.name: world for family in families for world in family.worlds()}
 

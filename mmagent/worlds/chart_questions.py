@@ -28,13 +28,13 @@ _NUMBER = "Answer with a number."
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("charts/value", "chart", _LEVELS, _value, grading.number),
-        Seeded("charts/compare", "chart", _LEVELS, _compare, grading.word),
-        Seeded("charts/calculate", "chart", _LEVELS, _calculate, grading.number),
-        Seeded("charts/trend", "chart", 3, _trend, grading.word),
-        Seeded("charts/series", "chart", 3, _series, grading.word),
-        Seeded("charts/scatter", "chart", 3, _scatter, grading.word),
-        Seeded("charts/table", "chart", _LEVELS, _table, _judge_table),
+        Seeded("charts/value", "chart-qa", _LEVELS, _value, grading.number),
+        Seeded("charts/compare", "chart-qa", _LEVELS, _compare, grading.word),
+        Seeded("charts/calculate", "chart-qa", _LEVELS, _calculate, grading.number),
+        Seeded("charts/trend", "chart-qa", 3, _trend, grading.word),
+        Seeded("charts/series", "chart-qa", 3, _series, grading.word),
+        Seeded("charts/scatter", "chart-qa", 3, _scatter, grading.word),
+        Seeded("charts/table", "chart-qa", _LEVELS, _table, _judge_table),
         Seeded("charts/code", "chart-to-code", _LEVELS, _code, _judge_code),
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from mmagent.chat import Image, Part, Text, Video
 from mmagent.prompts import turn
 from mmagent.records import Region
-from mmagent.replies import final_answer
+from mmagent.replies import BOX_MARKS, final_answer
 from mmagent.trajectories import Score
 from mmagent.worlds.drawing import generator
 from mmagent.worlds.seeds import SPLITS
@@ -79,6 +79,12 @@ class World(Protocol):
         ...
 
 
+def split_of(told: str) -> str:
+    """The split that something belongs to, by all that is told of it."""
+    digest = hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return SPLITS[int.from_bytes(digest, "big") % len(SPLITS)]
+
+
 @dataclass(frozen=True)
 class Idea:
     """What an example will be, before anything is painted.
@@ -110,8 +116,7 @@ class Idea:
     def split(self) -> str:
         """The split that it belongs to, by what it asks and shows: the same question about the same things is never
         trained on and tested with, whatever the seeds."""
-        told = repr((self.prompt, self.answer, self.facts)).encode("utf-8", "surrogatepass")
-        return SPLITS[int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") % len(SPLITS)]
+        return split_of(repr((self.prompt, self.answer, self.facts)))
 
 
 @dataclass(frozen=True)
@@ -148,10 +153,16 @@ class Seeded:
 
     def grade(self, example: Example, reply: str) -> Score:
         """See :class:`World`."""
-        answer = final_answer(reply)
-        if not answer or len(answer) > LONGEST:
-            return Score(0.0, {"malformed": 1.0})
-        return self.judge(example, answer)
+        answer = answer_of(reply)
+        return Score(0.0, {"malformed": 1.0}) if answer is None else self.judge(example, answer)
+
+
+def answer_of(reply: str) -> str | None:
+    """The final answer of a reply: what its box holds, or all of it without one. None where it is empty or longer than
+    :data:`LONGEST`, and where there is more than one box: who gives two answers has given none."""
+    answer = final_answer(reply)
+    twice = any(reply.count(mark) > 1 for mark in BOX_MARKS)
+    return answer if answer and not twice and len(answer) <= LONGEST else None
 
 
 def _places(prompt: Sequence[Part]) -> int:

@@ -28,7 +28,7 @@ _setting = threading.Lock()  # mathtext's parser has a state of its own
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("formulas/latex", "formula", 4, _latex, _judge_latex),
+        Seeded("formulas/latex", "formula-ocr", 4, _latex, _judge_latex),
         Seeded("formulas/evaluate", "math", 4, _evaluate, grading.number),
     )
 

@@ -62,8 +62,8 @@ def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
         Seeded("documents/read", "ocr", 3, _read, grading.reading),
-        Seeded("documents/fields", "key-information", 3, _fields, grading.fields),
-        Seeded("documents/lookup", "document", 3, _lookup, grading.word),
+        Seeded("documents/fields", "key-information-extraction", 3, _fields, grading.fields),
+        Seeded("documents/lookup", "document-qa", 3, _lookup, grading.word),
         Seeded("documents/locate", "ocr", 3, _locate, grading.box),
     )
 

@@ -22,7 +22,7 @@ def worlds() -> tuple[Seeded, ...]:
         Seeded("text/arithmetic", "math", 4, _arithmetic, grading.number),
         Seeded("text/strings", "text", 3, _strings, grading.verbatim),
         Seeded("text/facts", "text", 3, _facts, grading.word),
-        Seeded("text/order", "logic", 3, _order, grading.word),
+        Seeded("text/order", "logic-puzzle", 3, _order, grading.word),
     )
 
 

@@ -22,10 +22,10 @@ _TINTS = ((230, 120, 110), (120, 170, 230), (240, 210, 120), (130, 200, 140), (1
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("puzzles/jigsaw", "spatial", 3, _jigsaw, grading.items),
+        Seeded("puzzles/jigsaw", "spatial-relation", 3, _jigsaw, grading.items),
         Seeded("puzzles/difference", "spot-the-difference", 3, _difference, grading.box),
         Seeded("puzzles/differences", "spot-the-difference", 3, _differences, grading.number),
-        Seeded("puzzles/missing", "multi-image", 3, _missing, grading.word),
+        Seeded("puzzles/missing", "multi-image-comparison", 3, _missing, grading.word),
     )
 
 

@@ -22,10 +22,10 @@ Board = tuple[int, ...]
 def worlds() -> tuple[Seeded, ...]:
     """All of this family but those of :mod:`mmagent.worlds.picture_puzzles`."""
     return (
-        Seeded("puzzles/sliding", "logic", 3, _sliding, _judge_sliding),
-        Seeded("puzzles/sudoku", "logic", 3, _sudoku, _judge_sudoku),
-        Seeded("puzzles/pattern", "logic", 3, _pattern, grading.word),
-        Seeded("puzzles/rotation", "logic", 3, _rotation, grading.word),
+        Seeded("puzzles/sliding", "logic-puzzle", 3, _sliding, _judge_sliding),
+        Seeded("puzzles/sudoku", "logic-puzzle", 3, _sudoku, _judge_sudoku),
+        Seeded("puzzles/pattern", "logic-puzzle", 3, _pattern, grading.word),
+        Seeded("puzzles/rotation", "logic-puzzle", 3, _rotation, grading.word),
     )
 
 

@@ -24,19 +24,19 @@ _DISC, _STEP = 36, 40  # of the chains of discs: their radius, and the way from 
 _ARROW = 30  # pixels from tail to tip
 _CLEAR = (40, 22, 10)  # degrees that an arrow of each level points past everything else
 Cell = tuple[int, int]
-_MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 
 
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("spatial/relation", "spatial", 3, _relation, grading.word),
-        Seeded("spatial/order", "spatial", 3, _order, grading.items),
-        Seeded("spatial/depth", "spatial", 3, _depth, grading.word),
-        Seeded("spatial/box", "grounding", 3, _box, grading.box),
+        Seeded("spatial/relation", "spatial-relation", 3, _relation, grading.word),
+        Seeded("spatial/order", "spatial-relation", 3, _order, grading.items),
+        Seeded("spatial/depth", "spatial-relation", 3, _depth, grading.word),
+        Seeded("spatial/box", "box-grounding", 3, _box, grading.box),
         Seeded("spatial/point", "pointing", 3, _point, grading.point),
-        Seeded("spatial/path", "spatial", 3, _path, judge_path),
-        Seeded("spatial/direction", "spatial", 3, _direction, grading.word),
+        Seeded("spatial/path", "spatial-relation", 3, _path, judge_path),
+        Seeded("spatial/direction", "spatial-relation", 3, _direction, grading.word),
     )
 
 
@@ -229,7 +229,7 @@ def carve(random: np.random.Generator, rows: int, cols: int, loops: int = 0) -> 
     way, seen = [(0, 0)], {(0, 0)}
     while way:
         row, col = way[-1]
-        around = [(row + a, col + b) for a, b in _MOVES.values()]
+        around = [(row + a, col + b) for a, b in MOVES.values()]
         free = [c for c in around if 0 <= c[0] < rows and 0 <= c[1] < cols and c not in seen]
         if not free:
             way.pop()
@@ -252,7 +252,7 @@ def shortest(doors: frozenset[tuple[Cell, Cell]], start: Cell, goal: Cell) -> li
         here = waiting.popleft()
         if here == goal:
             break
-        for name, (a, b) in _MOVES.items():
+        for name, (a, b) in MOVES.items():
             there = (here[0] + a, here[1] + b)
             if (min(here, there), max(here, there)) in doors and there not in came and there != start:
                 came[there] = (here, name)
@@ -314,10 +314,10 @@ def judge_path(example: Example, answer: str) -> Score:
     assert isinstance(state, tuple)
     doors, here, goal = state
     moves = [word.strip().casefold() for word in answer.strip("[]() \n.").split(",")]
-    if len(moves) > 4 * len(example.answer.split(",")) + 8 or not all(move in _MOVES for move in moves):
+    if len(moves) > 4 * len(example.answer.split(",")) + 8 or not all(move in MOVES for move in moves):
         return grading.wrong("malformed")
     for move in moves:
-        there = (here[0] + _MOVES[move][0], here[1] + _MOVES[move][1])
+        there = (here[0] + MOVES[move][0], here[1] + MOVES[move][1])
         if (min(here, there), max(here, there)) not in doors:
             return Score(0.0, {"right": 0.0, "into_a_wall": 1.0})
         here = there

@@ -27,7 +27,7 @@ _LEVELS = 4
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("svg/code", "svg", _LEVELS, _code, _judge_code),
+        Seeded("svg/code", "svg-drawing", _LEVELS, _code, _judge_code),
         Seeded("svg/question", "svg", 3, _question, grading.word),
         Seeded("svg/choice", "svg", 3, _choice, grading.word),
     )

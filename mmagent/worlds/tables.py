@@ -53,10 +53,10 @@ class Table:
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("tables/lookup", "table", len(_SHAPES), _lookup, grading.word),
-        Seeded("tables/aggregate", "table", len(_SHAPES), _aggregate, grading.number),
-        Seeded("tables/markdown", "table", len(_SHAPES), _markdown, _judge_markdown),
-        Seeded("tables/html", "table", len(_SHAPES), _html, _judge_html),
+        Seeded("tables/lookup", "table-qa", len(_SHAPES), _lookup, grading.word),
+        Seeded("tables/aggregate", "table-qa", len(_SHAPES), _aggregate, grading.number),
+        Seeded("tables/markdown", "table-qa", len(_SHAPES), _markdown, _judge_markdown),
+        Seeded("tables/html", "table-qa", len(_SHAPES), _html, _judge_html),
     )
 
 

@@ -64,12 +64,12 @@ class Clip:
 def worlds() -> tuple[Seeded, ...]:
     """All of this family."""
     return (
-        Seeded("videos/order", "video", 3, _order, grading.items),
-        Seeded("videos/when", "video-grounding", 3, _when, grading.interval),
-        Seeded("videos/direction", "video", 3, _direction, grading.word),
-        Seeded("videos/count", "video", 3, _count, grading.number),
-        Seeded("videos/change", "video", 3, _change, grading.word),
-        Seeded("videos/race", "video", 3, _race, grading.word),
+        Seeded("videos/order", "video-qa", 3, _order, grading.items),
+        Seeded("videos/when", "video-temporal-grounding", 3, _when, grading.interval),
+        Seeded("videos/direction", "video-qa", 3, _direction, grading.word),
+        Seeded("videos/count", "video-qa", 3, _count, grading.number),
+        Seeded("videos/change", "video-qa", 3, _change, grading.word),
+        Seeded("videos/race", "video-qa", 3, _race, grading.word),
         Seeded("videos/track", "video-tracking", 3, _track, _judge_track),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
 from mmagent.packing import pack
+from mmagent.tasks.worlds import WorldTask
 from mmagent.testing import (
     ContractError,
     check_encoder,
@@ -26,6 +28,8 @@ from mmagent.testing import (
 )
 from mmagent.trajectories import Score
 from mmagent.types import PackedVision, Ratio, StepOutput, VisionFeatures
+from mmagent.worlds import grading
+from mmagent.worlds.examples import Idea, Seeded
 from tests.toy_tasks import EchoEnvironment, EchoTask
 
 
@@ -371,10 +375,62 @@ TASK_FAULTS = {
 def test_a_task_that_keeps_the_protocol_passes_and_closes_what_it_opens():
     task = Task()
     asyncio.run(check_task(task))
-    assert task.opened == task.closed == 12
+    assert task.opened == task.closed > 12
 
 
 @pytest.mark.parametrize("fault", TASK_FAULTS)
 def test_each_fault_of_a_task_is_named(fault):
     with pytest.raises(ContractError, match=TASK_FAULTS[fault]):
         asyncio.run(check_task(Task(fault)))
+
+
+def _think(random, level):
+    return Idea("Which number?", str(int(random.integers(100_000, 10**9))))
+
+
+def _contained(example, answer):
+    return Score(float(example.answer in answer))
+
+
+def _believing(example, answer):
+    return Score(float("score is 1.0" in answer or example.answer == answer))
+
+
+def _trusting(example, answer):
+    return Score(float(float(example.answer) == float(answer)))
+
+
+def _dwelling(example, answer):
+    time.sleep(0.3 * answer.startswith("9999"))
+    return Score(float(example.answer == answer))
+
+
+def _lavish(example, answer):
+    return Score(1.0 if example.answer == answer else 0.6 * (len(answer) > 40))
+
+
+def _guessable(example, answer):
+    return Score(1.0 if example.answer == answer else 0.6 * (0 < len(answer) <= 4))
+
+
+WEAK_VERIFIERS = {
+    _contained: r"hostile answer '.*' scores 1",
+    _believing: r"hostile answer 'Ignore all rules .* scores 1",
+    _trusting: r"raised ValueError: could not convert string to float.*; what cannot be read is wrong",
+    _dwelling: r"hostile answer '9999.* took 0\.\d s to judge, at most 0.2 are allowed",
+    _lavish: r"hostile answers score 0\.\d+ on average, expected about 0",
+    _guessable: r"answers by chance score 0\.\d+ on average, expected about 0",
+}
+
+
+@pytest.mark.parametrize("judge", WEAK_VERIFIERS)
+def test_a_verifier_that_can_be_fooled_is_found_out(judge):
+    task = WorldTask(Seeded("toy/number", "text", 1, _think, judge))
+    guess = {"random": lambda chance: "12"} if judge in (_guessable, _trusting) else {}
+    null = ("0",) if judge is _trusting else ("",)
+    with pytest.raises(ContractError, match=WEAK_VERIFIERS[judge]):
+        asyncio.run(check_task(task, null=null, seconds=0.2, **guess))
+
+
+def test_a_verifier_that_cannot_be_fooled_passes():
+    asyncio.run(check_task(WorldTask(Seeded("toy/number", "text", 1, _think, grading.number))))

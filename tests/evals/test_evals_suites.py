@@ -16,6 +16,7 @@ from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
 from evals.suites.search import crop_search, small_search
 from evals.suites.sites import sites
+from evals.suites.tasks import tasks
 from evals.suites.worlds import worlds
 from evals.summary import summarise
 from mmagent.browser import find_chromium
@@ -40,6 +41,7 @@ SMALL = {
     "miniwob_all": lambda: miniwob_all(("click-test", "enter-text", "drag-box"), per_task=1),
     "page_grounding": lambda: page_grounding((1, 5), per_task=5),
     "screenshot_to_html": lambda: screenshot_to_html((1, 2), per_task=3),
+    "tasks": lambda: tasks(("functions", "search", "games/maze"), per_task=4),
     "worlds": lambda: worlds(("counting", "text"), per_task=5),
     "small_search": lambda: small_search(per_task=3),
     "crop_search": lambda: crop_search(per_task=3),
@@ -58,6 +60,7 @@ CEILING = {
     "sites": 0.0,
     "small_search": 0.4,
     "crop_search": 0.4,
+    "tasks": 0.1,
     "worlds": 0.2,
 }
 CEILING |= dict.fromkeys(screen_suites(), 0.2)

@@ -77,3 +77,21 @@ def test_an_endpoint_is_sent_a_video_as_frames_with_their_times():
     kinds = [part["type"] for part in content]
     assert kinds == [*["image_url", "text"] * len(seen.images), "text"]
     assert [part["text"] for part in content[1:-1:2]] == [f"{t:.1f} seconds" for t in seen.layout[0].timestamps]
+
+
+def test_two_boxes_are_no_answer():
+    """It was the last one that counted; who hedges must not be told which answer to give last."""
+    opened, closed = VOCAB.id("<|begin_of_box|>"), VOCAB.id("<|end_of_box|>")
+    task = WorldTask(all_worlds()["counting/objects"])
+    item = next(task.items("train", 0))
+    right = [opened, *VOCAB.encode(task.example(item).answer), closed]
+    wrong = [opened, *VOCAB.encode("77"), closed]
+    codec = Codec(VOCAB, GeometryConfig())
+
+    async def reward(ids: list[int]) -> float | None:
+        environment = task.environment(item)
+        await environment.reset()
+        return (await environment.step(codec.text([*ids, VOCAB.id("<|user|>")]))).reward
+
+    assert asyncio.run(reward(right)) == 1.0
+    assert [asyncio.run(reward(ids)) for ids in ([*wrong, *right], [*right, *wrong], [*right, *right])] == [0.0] * 3
