@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
+import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +24,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from mmagent.browser import BrowserError
-from mmagent.tasks.base import Screens, malformed, retried, score_of
+from mmagent.browser import BrowserCrashed, BrowserError, BrowserTimeout
+from mmagent.tasks.base import Screens, malformed, score_of
 from mmagent.tasks.block_match import BlockScores, compare_blocks
 from mmagent.tasks.page_blocks import Block, TooManyElements, TooMuchWork, cleaned, coloured, find_blocks
 from mmagent.tasks.rendered import PageScenes
@@ -31,6 +33,7 @@ from mmagent.tasks.screenshot_to_html import MAX_CHARACTERS, extract_html
 from mmagent.tasks.visual import visual_similarity
 from mmagent.trajectories import Item, Observation, Score, Trajectory
 
+logger = logging.getLogger(__name__)
 SIZE = (1280, 720)
 """Width and height of the window."""
 MAX_WIDTH, MAX_HEIGHT = 1920, 16384
@@ -179,11 +182,47 @@ class Looked:
     blocks: tuple[Block, ...]
 
 
+class Turns:
+    """Many at a time, or one alone, who is waited for."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._count, self._alone = 0, False
+
+    @contextlib.asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        """Beside others."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._alone)
+            self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Nobody beside."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._alone)
+            self._alone = True
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._count == 0)
+            yield
+        finally:
+            self._alone = False
+            async with self._changed:
+                self._changed.notify_all()
+
+
 class PageReader:
     """Renders pages and finds their blocks. ``placeholder``: what ``rick.jpg`` shows; a blue rectangle without."""
 
     def __init__(self, screens: Screens, placeholder: bytes | None = None):
-        self.screens = screens
+        self.screens, self._turns = screens, Turns()
         kind, content = ("jpeg", placeholder) if placeholder is not None else ("png", _blue_rectangle())
         self._uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -195,8 +234,15 @@ class PageReader:
         return Looked(plain, tuple(blocks))
 
     async def pictures(self, pages: Sequence[str]) -> list[np.ndarray]:
-        """Whole pages, one after the other in one window."""
-        return await retried(lambda: self._pictures(pages))
+        """Whole pages, one after the other in one window. What breaks there is tried again while no other page is
+        drawn: one that takes the browser's whole time must not cost its neighbours their score."""
+        try:
+            async with self._turns.shared():
+                return await self._pictures(pages)
+        except (BrowserCrashed, BrowserTimeout) as error:
+            logger.warning("a page broke (%s: %s); trying again alone", type(error).__name__, error)
+        async with self._turns.alone():
+            return await self._pictures(pages)
 
     async def _pictures(self, pages: Sequence[str]) -> list[np.ndarray]:
         taken = []

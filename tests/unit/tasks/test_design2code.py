@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmagent.browser import BrowserPool, find_chromium
+from mmagent.browser import BrowserPool, BrowserTimeout, find_chromium
 from mmagent.tasks.base import Screens
 from mmagent.tasks.block_match import color_likeness, compare_blocks, merged_by_box
 from mmagent.tasks.design2code import SIZE, Design2CodeTask, GeneratedDesigns, PageReader, PublishedDesigns, likeness
@@ -367,3 +367,32 @@ def test_likeness_of_pages_of_other_sizes():
     wide[:, ::9] = 40
     assert likeness(tall, tall) == 1.0
     assert 0.0 <= likeness(tall, wide) < 0.7
+
+
+def test_a_page_that_hogs_the_browser_costs_its_neighbours_nothing(monkeypatch):
+    """What times out beside others is drawn again alone; what does so alone is told."""
+    active = 0
+
+    async def drawn(self, pages):
+        nonlocal active
+        active += 1
+        try:
+            await asyncio.sleep(0.01)
+            if active > 1 or pages == ["bad"]:
+                raise BrowserTimeout("too long")
+            return [np.zeros((1, 1, 3), np.uint8)]
+        finally:
+            active -= 1
+
+    monkeypatch.setattr(PageReader, "_pictures", drawn)
+
+    async def work():
+        reader = PageReader(None)
+        pages = (["good"], ["bad"], ["fine"], ["sound"])
+        seen = await asyncio.wait_for(
+            asyncio.gather(*(reader.pictures(page) for page in pages), return_exceptions=True), 10
+        )
+        after = await reader.pictures(["good"])
+        return [type(one) for one in seen], len(after)
+
+    assert asyncio.run(work()) == ([list, BrowserTimeout, list, list], 1)
