@@ -47,6 +47,9 @@ CATEGORIES = (
 """What is trained jointly; tasks of other categories (``text``, ``svg``, ``code``) stand beside."""
 MOST_DESIGNS = 4
 """Whole pages that are looked at at a time; three pictures of each are held."""
+CELLS = 2
+"""Programs that run at a time."""
+CHARTS = "chart-to-code"
 SITES = "sites/"
 """Before the name of an errand at a local site: ``sites/shop/buy``."""
 Maker = Callable[["Desk"], Task]
@@ -64,7 +67,7 @@ def all_tasks() -> dict[str, tuple[str, ...]]:
     for task in (factory() for name, factory in _plain_tasks().items() if "/level-" not in name):
         found[task.category].append(task.name)
     found[ProgramTask.category].append(ProgramTask.name)
-    found[ChartToCodeTask.category].append(ChartToCodeTask.name)
+    found[ChartToCodeTask.category].append(CHARTS)
     for name, (category, _) in _page_tasks().items():
         found[category].append(name)
     others = sorted(set(found) - set(CATEGORIES))
@@ -118,7 +121,7 @@ def _cell_tasks() -> dict[str, Callable[[Sandbox], Task]]:
     """Tasks whose answers are programs, which run in cells and need no browser."""
     levels = {f"{ProgramTask.name}/level-{level}": level for level in range(ProgramTask.levels)}
     programs = {name: partial(_program, level) for name, level in {ProgramTask.name: None, **levels}.items()}
-    return {**programs, ChartToCodeTask.name: lambda sandbox: ChartToCodeTask(sandbox, GeneratedCharts())}
+    return {**programs, CHARTS: lambda sandbox: ChartToCodeTask(sandbox, GeneratedCharts())}
 
 
 def _program(level: int | None, sandbox: Sandbox) -> Task:
@@ -182,7 +185,7 @@ async def open_tasks(
             stack.push_async_callback(desk.close)
         sandbox = None
         if any(map(needs_sandbox, names)):
-            sandbox = await stack.enter_async_context(Sandbox(processes + 1, PRELOAD))
+            sandbox = await stack.enter_async_context(Sandbox(max(CELLS, processes), PRELOAD))
         yield [_make(name, desk, max_steps, sandbox) for name in names]
 
 

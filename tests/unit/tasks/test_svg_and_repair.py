@@ -12,7 +12,6 @@ from mmagent.browser import BrowserPool, find_chromium
 from mmagent.sandbox import SandboxUnavailable
 from mmagent.tasks import open_tasks
 from mmagent.tasks.base import Screens
-from mmagent.tasks.catalogue import CODING
 from mmagent.tasks.svg_code import SIDE, GeneratedDrawings, PublishedDrawings, SvgCodeTask, extract_svg, judge
 from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.testing import check_task
@@ -132,6 +131,9 @@ def test_repair_keeps_the_contract_and_what_was_given_scores_nothing(kind):
 def test_a_kind_is_one_of_two():
     with pytest.raises(ValueError, match="none of polish, edit"):
         UiRepairTask(None, "break")
+
+
+CODING = ("design2code", "svg-code", "ui-polish", "ui-edit", "chart-to-code")
 
 
 def test_the_catalogue_opens_them_all_together():
