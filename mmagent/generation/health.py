@@ -129,7 +129,8 @@ class LoopWatch:
     """Counts how often each stretch of tokens came, by a rolling hash (Karp and Rabin 1987) into a table of 128 KiB.
 
     Stretches that share a cell are counted together: of sound ones, at most one to a cell on average, one in 100,000
-    seems stale for that alone. After as many tokens as cells all counts are halved, so that they stay so few.
+    seems stale for that alone. After as many tokens as cells all counts are halved, so that they stay so few. The table
+    is made with the first stretch: thousands of requests may wait.
     """
 
     def __init__(self, config: HealthConfig):
@@ -137,7 +138,7 @@ class LoopWatch:
         self._stretch: deque[int] = deque()
         self._hash = self._stale = self._counted = 0
         self._leaving = pow(_BASE, config.loop_stretch, _PRIME)
-        self._seen = bytearray(_CELLS)
+        self._seen = bytearray()
 
     def token(self, index: int) -> Sickness | None:
         """The next token."""
@@ -148,6 +149,7 @@ class LoopWatch:
             return None
         if len(stretch) > config.loop_stretch:
             self._hash = (self._hash - (stretch.popleft() + 1) * self._leaving) % _PRIME
+        self._seen = self._seen or bytearray(_CELLS)
         cell = (self._hash * 0x9E3779B97F4A7C15 >> 40) & (_CELLS - 1)
         count = self._seen[cell]
         self._seen[cell] = min(count + 1, 255)

@@ -71,9 +71,11 @@ class PagedKV:
         return self.layers[layer]
 
     def grow(self, blocks: int) -> None:
+        """Have ``blocks`` in all. Where memory ends on the way it may be asked again: some layers have them then."""
         for layer, pair in self.layers.items():
-            more = [x.new_zeros(blocks - self.blocks, *x.shape[1:]) for x in pair]
-            self.layers[layer] = (torch.cat([pair[0], more[0]]), torch.cat([pair[1], more[1]]))
+            if len(pair[0]) < blocks:
+                more = [x.new_zeros(blocks - len(x), *x.shape[1:]) for x in pair]
+                self.layers[layer] = (torch.cat([pair[0], more[0]]), torch.cat([pair[1], more[1]]))
         self.blocks = blocks
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:

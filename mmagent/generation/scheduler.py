@@ -190,9 +190,9 @@ class Scheduler:
         """Whether so many blocks can be had; the cache grows for it before it forgets anything."""
         missing = blocks - self.pool.unknown
         if missing > 0 and len(self.pool) < self.most_blocks:
-            wanted = max(len(self.pool) + missing, len(self.pool) * 3 // 2)
-            self.pool.grow(min(wanted, self.most_blocks))
-            self.kv.grow(len(self.pool))
+            wanted = min(max(len(self.pool) + missing, len(self.pool) * 3 // 2), self.most_blocks)
+            self.kv.grow(wanted)  # first: memory may end here, and then there are no more than there were
+            self.pool.grow(wanted)
         return self.pool.free >= blocks
 
     def blocks_for(self, tokens: int) -> int:

@@ -164,7 +164,7 @@ class Drafter:
         """Drafts behind the token that each row is to be fed next; None where nobody wants any."""
         most = int(wanted.max())
         behind = max(len(s.ids) - s.headed for s in run.sequences)
-        if not most and behind < FEW:
+        if not most and behind < FEW and not self.runner.steady:  # how many at a time must not hang on the others
             return None
         state = self._catch_up(run)
         if not most:

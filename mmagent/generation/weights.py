@@ -20,12 +20,20 @@ class WeightVersions:
     does that says so (``torch.autograd.graph.increment_version``, or a new version of the generator's policy)."""
 
     def __init__(self, model: nn.Module):
-        self._model = model
-        self._modules = tuple(model.modules())  # found once: this is asked between two tokens
+        self._model, self._found = model, 0
+        self._find()
+
+    def _find(self) -> None:
+        """Once, and again where a module was replaced: :meth:`of` is asked between two tokens."""
+        self._found += 1
+        self._modules = tuple(self._model.modules())
+        self._parents = [(m, tuple(m._modules.values())) for m in self._modules if m._modules]
 
     def of(self) -> tuple[int, ...]:
+        if any(tuple(module._modules.values()) != children for module, children in self._parents):
+            self._find()
         moved = hasattr(self._model, "hf_device_map")  # by accelerate, which makes new ones in inference mode
-        numbers: list[int] = []
+        numbers = [self._found]
         for module in self._modules:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:

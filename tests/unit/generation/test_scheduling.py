@@ -414,3 +414,35 @@ def test_a_policy_serves_on_after_a_failure_however_deep():
     for n, answer in enumerate(asyncio.run(ask(5))):
         assert isinstance(answer, Completion)
         same(answer, undisturbed(words(6 + n, n), Limits(7, seed=n)))
+
+
+def test_memory_that_ends_while_the_cache_grows_loses_nobody(monkeypatch):
+    """Some layers have grown by then. Once, the pool had, too: nothing could be begun anew, and all waited for ever."""
+    monkeypatch.setattr(room, "FIRST_BLOCKS", 4)
+    generator = Generator(toy(), tiny_vocab(), GeneratorConfig(cache_tokens=200))
+    requests = [(words(9), Limits(30, seed=1)), (words(12, 5), Limits(20, seed=2))]
+    tickets = [generator.submit(*request) for request in requests]
+    generator.step()
+    left, cat = 3, torch.cat
+
+    def ends(tensors, *args, **options):
+        nonlocal left
+        left -= tensors[0].shape[1:] == generator.kv.layers[0][0].shape[1:]
+        if left == 0:
+            raise RuntimeError("can't allocate memory")
+        return cat(tensors, *args, **options)
+
+    done: dict[int, Completion] = {}
+
+    def on() -> None:
+        while generator.busy:
+            done.update(generator.step())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", ends)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            on()
+    assert sorted(done.keys() | {s.ticket for s in generator.scheduler.waiting}) == tickets
+    done |= finished(generator)
+    for ticket, request in zip(tickets, requests, strict=True):
+        same(done[ticket], undisturbed(*request))

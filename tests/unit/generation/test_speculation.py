@@ -181,6 +181,34 @@ def test_who_is_pushed_out_goes_on_with_the_same_tokens(temperature, monkeypatch
     tight.pool.check([])
 
 
+def test_the_head_of_a_steady_row_reads_as_many_tokens_at_a_time_in_any_company():
+    """It reads them when drafts are wanted; once, when any row wanted some. Sampled tokens hang on a draft's last bit,
+    though hardly ever."""
+    model, rows = tiny_model(), prompts()[:3]
+    limits = [Limits(60, 1.0, seed=3), Limits(60, 1.0, seed=4), Limits(45, 0.7, seed=5)]
+
+    def shares(chosen: list[int]) -> dict[tuple[str, int, int], torch.Tensor]:
+        generator, out = Generator(model, tiny_vocab(), GeneratorConfig(speculate=2, steady=True)), {}
+        say = generator.drafter._say
+
+        def spy(run, at_rows, at, hidden, sampled):
+            ids, share = say(run, at_rows, at, hidden, sampled)
+            for n, row in enumerate(at_rows.tolist()):
+                sequence = run.sequences[row]
+                out[sequence.prompt.key, len(sequence.ids), at] = share[n].clone()
+            return ids, share
+
+        generator.drafter._say = spy
+        generator.generate([(rows[n], limits[n]) for n in chosen])
+        return out
+
+    together = shares([0, 1, 2])
+    for n in range(3):
+        alone = shares([n])
+        assert max(length for _, length, _ in alone) > len(rows[n]) + 2 * PROBE, "it has to stop drafting for a while"
+        assert all(torch.equal(together[what], share) for what, share in alone.items())
+
+
 def test_steady_rows_draft_the_same_bits_in_any_company():
     model = tiny_model()
 

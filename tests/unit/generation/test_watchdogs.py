@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -151,3 +152,16 @@ def test_a_real_loop_ends_long_before_its_limit():
         assert len(completion.ids) < 600
         assert completion.ids == whole.ids[: len(completion.ids)]
     assert there.watchdogs.found[Sickness.LOOP] == 2
+
+
+def test_who_only_waits_has_no_table_of_its_tokens():
+    """128 KiB each: a thousand prompts of a training step wait."""
+    there = generator()
+    tracemalloc.start()
+    try:
+        for n in range(50):
+            there.submit(rows()[1], replace(LIMITS, seed=n))
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 50 << 14
