@@ -11,7 +11,7 @@ import pytest
 
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.health import HealthConfig, RequestHealth, Sickness
-from mmagent.generation.sequences import _further
+from mmagent.generation.sequences import further_seed
 from mmagent.trajectories import Completion, Limits, Trajectory
 from tests.agent_kit import picture, prompt, tiny_model, tiny_vocab
 
@@ -61,7 +61,7 @@ def first_attempts_are_sick(monkeypatch):
 def test_what_is_sick_begins_again_with_another_seed(config, first_attempts_are_sick):
     sound = replace(LIMITS, temperature=0.5)
     first_attempts_are_sick.attempts = 0
-    expected = [alone(rows()[0], replace(LIMITS, seed=_further(3)), **config), alone(rows()[1], sound, **config)]
+    expected = [alone(rows()[0], replace(LIMITS, seed=further_seed(3)), **config), alone(rows()[1], sound, **config)]
     first_attempts_are_sick.attempts = 1
     there = generator("retry", **config)
     there.generate([(rows()[0], replace(sound, max_tokens=1))])  # its prefix is known from now on
