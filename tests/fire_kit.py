@@ -148,6 +148,8 @@ ALIKE = ((0, 1, 2), (3, 4, 0), (5, 6), (7, 0, 2), (8, 9, 10, 13), (11, 12), (0, 
 class World:
     """Two sets of weights, all requests, and what each is answered where nothing disturbs it."""
 
+    make = Generator
+
     def __init__(self, model: nn.Module, **options: object):
         self.options = options
         self.model = model.double()
@@ -217,7 +219,7 @@ class World:
         for version, model in enumerate(self.alone):
             these = [one for one in asked if one[2] % 2 == version and not one[0].sick]
             pairs = [(request.prompt(), limits) for request, limits, _ in these]
-            for one, completion in zip(these, Generator(model, tiny_vocab(), config).generate(pairs), strict=True):
+            for one, completion in zip(these, self.make(model, tiny_vocab(), config).generate(pairs), strict=True):
                 self._answers[_name(*one)] = completion
 
 
@@ -269,13 +271,10 @@ def random_schedule(seed: int, requests: int, **options: object) -> Schedule:
     ops: list[Op] = []
     for name in chance.choices(list(weights), list(weights.values()), k=chance.randint(8, 34)):
         priority = chance.choice([0, 0, 0, 1, -1, 5])
-        if name == "submit":
-            ops.append(("submit", chance.choice(kinds), chance.randrange(len(LIMITS)), priority))
-        elif name == "fork":
-            row = chance.choice(kinds)
-            ops += [("submit", row, chance.randrange(len(LIMITS)), priority) for _ in range(chance.randint(2, 4))]
-        elif name == "sick":
-            ops.append(("submit", 14, chance.randrange(len(LIMITS)), priority))
+        if name in ("submit", "fork", "sick"):
+            row = 14 if name == "sick" else chance.choice(kinds)
+            many = chance.randint(2, 4) if name == "fork" else 1
+            ops += [("submit", row, chance.randrange(len(LIMITS)), priority) for _ in range(many)]
         elif name == "onward":
             ops.append(("onward", chance.randrange(8), chance.randrange(len(LIMITS)), priority))
         elif name == "step":
@@ -399,7 +398,7 @@ class Play:
             patch.setitem(room.BLOCK_TOKENS, "cpu", SIZE)
             patch.setattr(room, "BURST", schedule.burst)
             patch.setattr(room, "FIRST_BLOCKS", schedule.first)
-            self.generator = generator = Generator(world.model, tiny_vocab(), schedule.config)
+            self.generator = generator = world.make(world.model, tiny_vocab(), schedule.config)
             self.watch = Watch(generator) if self.watched else None
             for name, *numbers in schedule.ops:
                 getattr(self, f"_{name}")(*numbers)
