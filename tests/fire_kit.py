@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
 
@@ -21,6 +21,9 @@ from torch import nn
 
 from mmagent.generation import generator as room
 from mmagent.generation.generator import Generator, GeneratorConfig
+from mmagent.generation.health import HealthConfig, Sickness
+from mmagent.generation.sequences import Sequence as Underway
+from mmagent.generation.sequences import further_seed
 from mmagent.models import presets
 from mmagent.models.decoder import Attend
 from mmagent.trajectories import Completion, Limits, Trajectory
@@ -145,6 +148,8 @@ ALIKE = ((0, 1, 2), (3, 4, 0), (5, 6), (7, 0, 2), (8, 9, 10, 13), (11, 12), (0, 
 class World:
     """Two sets of weights, all requests, and what each is answered where nothing disturbs it."""
 
+    make = Generator
+
     def __init__(self, model: nn.Module, **options: object):
         self.options = options
         self.model = model.double()
@@ -214,7 +219,7 @@ class World:
         for version, model in enumerate(self.alone):
             these = [one for one in asked if one[2] % 2 == version and not one[0].sick]
             pairs = [(request.prompt(), limits) for request, limits, _ in these]
-            for one, completion in zip(these, Generator(model, tiny_vocab(), config).generate(pairs), strict=True):
+            for one, completion in zip(these, self.make(model, tiny_vocab(), config).generate(pairs), strict=True):
                 self._answers[_name(*one)] = completion
 
 
@@ -266,13 +271,10 @@ def random_schedule(seed: int, requests: int, **options: object) -> Schedule:
     ops: list[Op] = []
     for name in chance.choices(list(weights), list(weights.values()), k=chance.randint(8, 34)):
         priority = chance.choice([0, 0, 0, 1, -1, 5])
-        if name == "submit":
-            ops.append(("submit", chance.choice(kinds), chance.randrange(len(LIMITS)), priority))
-        elif name == "fork":
-            row = chance.choice(kinds)
-            ops += [("submit", row, chance.randrange(len(LIMITS)), priority) for _ in range(chance.randint(2, 4))]
-        elif name == "sick":
-            ops.append(("submit", 14, chance.randrange(len(LIMITS)), priority))
+        if name in ("submit", "fork", "sick"):
+            row = 14 if name == "sick" else chance.choice(kinds)
+            many = chance.randint(2, 4) if name == "fork" else 1
+            ops += [("submit", row, chance.randrange(len(LIMITS)), priority) for _ in range(many)]
         elif name == "onward":
             ops.append(("onward", chance.randrange(8), chance.randrange(len(LIMITS)), priority))
         elif name == "step":
@@ -281,7 +283,11 @@ def random_schedule(seed: int, requests: int, **options: object) -> Schedule:
             ops.append(("crash", chance.randrange(3), chance.randrange(3), chance.randrange(2)))
         else:
             ops.append((name, chance.randrange(8)))
-    return Schedule(config, chance.choice([1, 2, 8]), chance.choice([1, 3, 64]), tuple(ops))
+    burst, first = chance.choice([1, 2, 8]), chance.choice([1, 3, 64])
+    for _ in range(chance.choice([0, 1, 3])):
+        ops.insert(chance.randrange(len(ops) + 1), ("ill", chance.randrange(8)))
+    action, retries = chance.choice(["none", "abort", "retry", "retry"]), chance.choice([1, 2])
+    return Schedule(replace(config, health=HealthConfig(action, retries)), burst, first, tuple(ops))
 
 
 def shrunk(schedule: Schedule, fails: Callable[[Schedule], bool]) -> Schedule:
@@ -363,11 +369,13 @@ class Watch:
 @dataclass
 class Flight:
     """A request on its way; ``began`` with which version of the weights, ``seen``: what it had sampled before the
-    weights changed for the last time. ``hurt``: something not finite was put in its blocks."""
+    weights changed for the last time. ``hurt``: something not finite was put in its blocks, or a watchdog barks at it.
+    ``sequence`` is what the generator has of it."""
 
     request: Request
     limits: Limits
     began: int
+    sequence: Underway
     seen: tuple[int, tuple[int, ...]] | None = None
     hurt: bool = False
 
@@ -390,7 +398,7 @@ class Play:
             patch.setitem(room.BLOCK_TOKENS, "cpu", SIZE)
             patch.setattr(room, "BURST", schedule.burst)
             patch.setattr(room, "FIRST_BLOCKS", schedule.first)
-            self.generator = generator = Generator(world.model, tiny_vocab(), schedule.config)
+            self.generator = generator = world.make(world.model, tiny_vocab(), schedule.config)
             self.watch = Watch(generator) if self.watched else None
             for name, *numbers in schedule.ops:
                 getattr(self, f"_{name}")(*numbers)
@@ -416,8 +424,8 @@ class Play:
         """A prompt that goes on from another request: from what it has so far (one that was pushed out, if there is
         any), or from what it had when it ended."""
         begun = [s for s in self.generator.scheduler.requests.values() if s.produced]
-        pushed_out = [s for s in begun if s.resumed]
-        some = [s for s in pushed_out if s.blocks] or pushed_out or begun
+        out = [s for s in begun if s.resumed]
+        some = [s for s in out if s.blocks] or out or begun
         sources = [(tuple(s.ids), self.flights[s.ticket].request) for s in some]
         if self.past and (which % 2 or not sources):
             sources = self.past[-3:]
@@ -428,7 +436,8 @@ class Play:
 
     def _ask(self, request: Request, limits: Limits, priority: int) -> None:
         ticket = self.generator.submit(request.prompt(), limits, priority=priority)
-        self.flights[ticket] = Flight(request, limits, self.generator.version)
+        sequence = self.generator.scheduler.requests[ticket]
+        self.flights[ticket] = Flight(request, limits, self.generator.version, sequence)
 
     def _step(self, tokens: int) -> None:
         asked = count()
@@ -497,6 +506,14 @@ class Play:
                     pair[1][block, :, 0] = float("nan")
             self.flights[victim.ticket].hurt = True
 
+    def _ill(self, which: int) -> None:
+        """A watchdog finds something in what one request samples next; not if it is tried again."""
+        flights = [self.flights[ticket] for ticket in self.generator.in_flight]
+        if flights:
+            victim = flights[which % len(flights)]
+            victim.hurt = True
+            victim.sequence.health.feed = lambda *_: Sickness.LOOP
+
     # ------------------------------------------------------------ checks
 
     def check(self) -> None:
@@ -505,24 +522,23 @@ class Play:
         assert requests.keys() | generator.scheduler.ended.keys() == self.flights.keys()
         generator.pool.check([s.blocks for s in requests.values()])
         followers = [f for s in generator.scheduler.filling for f in s.followers]
-        places = [
-            *generator.scheduler.waiting,
-            *generator.scheduler.filling,
-            *followers,
-            *generator.scheduler.running.sequences,
-        ]
+        inside = [*generator.scheduler.filling, *followers, *generator.scheduler.running.sequences]
+        places = [*generator.scheduler.waiting, *inside]
         assert sorted(s.ticket for s in places) == sorted(requests), "a request is nowhere, or in two places"
         assert generator.scheduler.waiting == sorted(generator.scheduler.waiting, key=lambda s: s.rank)
         assert not any(s.blocks for s in (*generator.scheduler.waiting, *followers)), "who waits has blocks"
-        inside = len(places) - len(generator.scheduler.waiting)
-        assert inside <= generator.config.max_sequences
+        assert len(inside) <= generator.config.max_sequences
         assert len(generator.pool) == generator.kv.blocks <= generator.scheduler.most_blocks
         if self.watch is not None:
             self.watch.check()
 
     def judge(self, flight: Flight, got: Completion) -> None:
         self.completed += 1
-        request, limits = flight.request, flight.limits
+        request, limits, retries = flight.request, flight.limits, flight.sequence.retries
+        assert not retries or request.sick or flight.hurt, "a sound request was tried again"
+        assert retries <= (self.generator.config.health.action == "retry") * self.generator.config.health.retries
+        for _ in range(retries):
+            limits = replace(limits, seed=further_seed(limits.seed))
         asked = len(request.ids)
         assert len(got.ids) == len(got.logprobs) <= limits.max_tokens
         assert 0 <= got.cached_tokens <= asked

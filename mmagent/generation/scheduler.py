@@ -156,7 +156,7 @@ class Scheduler:
             own = self.pool.take(wanted)
             member.blocks, member.fed, member.known = leader.blocks[:full] + own, leader.fed, full
             member.keys.keys = list(leader.keys.keys[:full])
-            member.cached_tokens = leader.fed
+            member.cached_tokens = min(leader.fed, member.begun)
             self.counts["cached"] += leader.fed
             if leader.fed % size:
                 sources.append(leader.blocks[full])

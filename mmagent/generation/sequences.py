@@ -170,7 +170,7 @@ class Sequence:
         """As it came, but for its seed: the same numbers would lead it the same way."""
         assert not self.blocks, "who begins again owns nothing"
         self.retries, self.retry, self.reason, self.resumed, self.stale = self.retries + 1, False, "", False, False
-        self.limits = replace(self.limits, seed=_further(self.limits.seed))
+        self.limits = replace(self.limits, seed=further_seed(self.limits.seed))
         del self.ids[self.begun :], self.logprobs[:], self.experts[:], self.versions[:]
         del self.keys.keys[self.begun // self.keys.block_tokens :]
         self.cached_tokens, self.hopes = 0, None
@@ -192,7 +192,7 @@ class Sequence:
         )  # fmt: skip
 
 
-def _further(seed: int) -> int:
+def further_seed(seed: int) -> int:
     """Another seed, which comes of this one alone (a step of SplitMix64), in its range: 64 bits, signed."""
     return (seed + 0x9E3779B97F4A7C15 + (1 << 63)) % (1 << 64) - (1 << 63)
 

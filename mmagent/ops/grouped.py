@@ -195,8 +195,9 @@ def serve_few(x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Te
     """Fewer than ``LEAST_ROWS`` tokens through SwiGLU experts, ``gate_up (E, 2F, D)`` and ``down (E, D, F)``, summed
     by their gates: ``(T, D)``. Forward only.
 
-    Every expert serves all tokens, and a gate of zero leaves out what was not chosen. Sorted by expert they would be
-    filled up to ``LEAST_ROWS`` for each, which is more work, and in three products an expert instead of two in all.
+    Every expert serves all tokens, and a gate of zero leaves out what was not chosen, finite or not. Sorted by expert
+    they would be filled up to ``LEAST_ROWS`` for each, which is more work, and in three products an expert instead of
+    two in all.
     """
     dtype = gate_up_EFD.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
@@ -207,7 +208,8 @@ def serve_few(x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Te
         gate, up = inner_TEF.chunk(2, dim=-1)
         y_ETD = torch.bmm(F.silu(gate).mul_(up).transpose(0, 1), down.transpose(1, 2))
         gates_TE = gates_TK.new_zeros(gates_TK.shape[0], gate_up.shape[0]).scatter_(1, chosen_TK, gates_TK)
-        return (y_ETD * gates_TE.T.unsqueeze(2)).sum(0).to(dtype)
+        gates_ET1 = gates_TE.T.unsqueeze(2)
+        return (y_ETD * gates_ET1).masked_fill_(gates_ET1 == 0, 0).sum(0).to(dtype)
 
 
 def few(x_TD: Tensor, gate_up_EFD: Tensor) -> bool:

@@ -51,3 +51,11 @@ def sick(policy: object) -> Mapping[str, int]:
     if not isinstance(generator, Generator):
         return {}
     return {kind.value: count for kind, count in sorted(generator.watchdogs.found.items())}
+
+
+def treated(policy: object) -> Mapping[str, int]:
+    """What was done with those: "none" (they went on), "retry" or "abort"."""
+    generator = getattr(policy, "generator", None)
+    if not isinstance(generator, Generator):
+        return {}
+    return {action.value: count for action, count in sorted(generator.watchdogs.actions.items())}

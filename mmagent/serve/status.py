@@ -12,7 +12,7 @@ import mmagent
 from mmagent.html.charts import line_chart
 from mmagent.html.pieces import Section, code, facts, grid, number, page, tiles
 from mmagent.serve.desk import Desk, Moment
-from mmagent.serve.policy import cache_use, sick
+from mmagent.serve.policy import cache_use, sick, treated
 
 REFRESH = 5
 """Seconds after which a browser loads the page again."""
@@ -40,6 +40,7 @@ def health(served: Served, desk: Desk) -> dict[str, Any]:
         "tokens_served": ledger.tokens,
         "uptime_seconds": round(ledger.uptime, 1),
         "sick": dict(sick(desk.policy)),
+        "watchdogs": dict(treated(desk.policy)),
         "cache": dict(cache_use(desk.policy)),
     }
 
@@ -69,6 +70,10 @@ def metrics(served: Served, desk: Desk) -> str:
         add("sick_total", "counter", "Answers that a watchdog found looping or garbled.", {
             f'{{kind="{kind}"}}': count for kind, count in found.items()
         })  # fmt: skip
+    if done := treated(desk.policy):
+        add("watchdog_actions_total", "counter", "What was done with them.", {
+            f'{{action="{action}"}}': count for action, count in done.items()
+        })  # fmt: skip
     for name, value in cache_use(desk.policy).items():
         add(f"cache_{name}", "gauge", "Of the key-value cache.", {"": value})
     return "\n".join(lines) + "\n"
@@ -93,6 +98,7 @@ def status_page(served: Served, desk: Desk) -> str:
     charts = grid([_speed(moments), _load(moments)])
     told = dict(served.notes) | {"up": _span(ledger.uptime), "policy version": desk.policy.version}
     told |= {f"sick: {kind.replace('_', ' ')}": str(count) for kind, count in sick(desk.policy).items()}
+    told |= {f"watchdogs: {action}": str(count) for action, count in treated(desk.policy).items()}
     told |= {f"cache: {name.replace('_', ' ')}": number(value) for name, value in cache_use(desk.policy).items()}
     answers = {f"status {status}": f"{count:,}" for status, count in sorted(ledger.answers.items())}
     sections = [

@@ -114,9 +114,9 @@ def gathered(of: Problem) -> Callable[[], Tensor]:
         table, at = _table(of), torch.from_numpy(of.lengths)
         longest = table.shape[1] * BLOCK
         mask = (torch.arange(longest) <= at[:, None])[:, None, None]
-        last = table[torch.arange(S), at // BLOCK]
+        written = of.kv.places(table[torch.arange(S), at // BLOCK], at % BLOCK, G)
         for layer in range(LAYERS):
-            of.kv.write(layer, last, at % BLOCK, of.k, of.v)
+            of.kv.write(layer, written, of.k, of.v)
             keys, values = (x[table].transpose(1, 2).reshape(S, G, longest, 64) for x in of.kv.layers[layer])
             out = _fused(of.q, keys, values, mask)
         return out

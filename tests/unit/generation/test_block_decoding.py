@@ -294,3 +294,19 @@ def test_prompts_that_end_within_a_block_are_refused():
         generator.submit(prompt("w"), Limits(64 - len(prompt("w")) - 1))
     generator.abandon()
     assert not generator.busy
+
+
+def test_who_is_read_again_beside_its_twin_was_found_in_the_cache_up_to_its_prompt():
+    model = tiny_model()
+    generator = BlockGenerator(model, VOCAB, BlockConfig(block=4, threshold=2.0))
+    row = prompt("click the red button")
+    tickets = [generator.submit(row, Limits(24, 0.0)) for _ in range(2)]
+    for _ in range(2):
+        generator.step()
+    assert all(len(generator.sampled(ticket)[0]) >= 4 for ticket in tickets)
+    generator.reread()
+    done: dict[int, Completion] = {}
+    while generator.busy:
+        done |= generator.step()
+    assert done[tickets[0]].ids == done[tickets[1]].ids
+    assert [done[ticket].cached_tokens <= len(row) for ticket in tickets] == [True, True]

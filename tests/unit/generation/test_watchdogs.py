@@ -11,7 +11,10 @@ import pytest
 
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.health import HealthConfig, RequestHealth, Sickness
-from mmagent.generation.sequences import _further
+from mmagent.generation.local import LocalPolicy
+from mmagent.generation.sequences import further_seed
+from mmagent.serve.desk import Desk
+from mmagent.serve.status import Served, health, metrics, status_page
 from mmagent.trajectories import Completion, Limits, Trajectory
 from tests.agent_kit import picture, prompt, tiny_model, tiny_vocab
 
@@ -61,7 +64,7 @@ def first_attempts_are_sick(monkeypatch):
 def test_what_is_sick_begins_again_with_another_seed(config, first_attempts_are_sick):
     sound = replace(LIMITS, temperature=0.5)
     first_attempts_are_sick.attempts = 0
-    expected = [alone(rows()[0], replace(LIMITS, seed=_further(3)), **config), alone(rows()[1], sound, **config)]
+    expected = [alone(rows()[0], replace(LIMITS, seed=further_seed(3)), **config), alone(rows()[1], sound, **config)]
     first_attempts_are_sick.attempts = 1
     there = generator("retry", **config)
     there.generate([(rows()[0], replace(sound, max_tokens=1))])  # its prefix is known from now on
@@ -165,3 +168,15 @@ def test_who_only_waits_has_no_table_of_its_tokens():
     finally:
         tracemalloc.stop()
     assert size < 50 << 14
+
+
+def test_a_server_tells_what_its_watchdogs_found_and_did(first_attempts_are_sick):
+    there = generator("retry")
+    served, desk = Served("tiny", {}, ""), Desk(LocalPolicy(there), running=1, waiting=0)
+    assert "watchdog_actions" not in metrics(served, desk)
+    there.watchdogs.found[Sickness.LOOP] += 1  # whose place the fixture's finding takes
+    there.generate([(rows()[0], LIMITS)])
+    assert 'mmagent_sick_total{kind="loop"} 1' in metrics(served, desk)
+    assert 'mmagent_watchdog_actions_total{action="retry"} 1' in metrics(served, desk)
+    assert health(served, desk)["watchdogs"] == {"retry": 1}
+    assert "watchdogs: retry" in status_page(served, desk)

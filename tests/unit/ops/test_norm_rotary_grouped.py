@@ -152,6 +152,17 @@ def test_many_experts_take_the_grouped_kernel():
     )
 
 
+def test_an_expert_that_nobody_chose_spoils_nothing():
+    """Its weights, or what it makes of tokens it never learnt to serve, need not be finite."""
+    torch.manual_seed(0)
+    x, gate_up, down = torch.randn(5, 24), torch.randn(4, 32, 24) / 5, torch.randn(4, 24, 16) / 4
+    chosen, gates = torch.tensor([[0, 2], [2, 1], [1, 0], [0, 1], [2, 0]]), torch.rand(5, 2)
+    with torch.no_grad():
+        sound = serve_few(x, chosen, gates, gate_up, down)
+        down[3] = float("inf")
+        assert torch.equal(serve_few(x, chosen, gates, gate_up, down), sound)
+
+
 @pytest.mark.parametrize("rows", [1, 7, LEAST_ROWS - 1])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_few_tokens_are_served_as_many_are(rows, autocast):
