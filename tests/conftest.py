@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:  # house tests run where nothing but pytest is installed
     from mmagent.browser import BrowserPool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Code that checkpoints bring is copied to a folder of the session, not into the user's cache. It is named before
+    transformers is imported, for Python knows the package by the place that it was first imported from."""
+    folder = tempfile.mkdtemp(prefix="mmagent-modules-")
+    os.environ["HF_MODULES_CACHE"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
@@ -25,16 +35,3 @@ def browser_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserPo
     run_sync(pool.start())
     yield pool
     run_sync(pool.close())
-
-
-@pytest.fixture(scope="session")
-def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Code that checkpoints bring is copied here, not into the user's cache; once a session, since Python knows the
-    package by the place that it was first imported from."""
-    from transformers import dynamic_module_utils
-
-    folder = tmp_path_factory.mktemp("modules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        patch.syspath_prepend(str(folder))
-        yield folder

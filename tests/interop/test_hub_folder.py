@@ -32,7 +32,7 @@ CHAT = ChatConfig(Generation.GLM47, thinking=True, preserve_thinking=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, module_cache) -> Path:
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "agent"
     export_model(folder, tiny_agent(CHAT), "hub")
     return folder
@@ -88,7 +88,7 @@ def test_the_card_names_what_the_code_needs(folder):
     assert "serving" in metadata("transformers").get_all("Provides-Extra")
 
 
-def test_large_weights_go_into_numbered_files(tmp_path, module_cache):
+def test_large_weights_go_into_numbered_files(tmp_path):
     agent = tiny_agent()
     export_model(tmp_path / "hub", agent, "hub", shard_size=200_000)
     index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())

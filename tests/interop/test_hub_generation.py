@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +59,7 @@ def goes_on(row: Trajectory, turn: int, ids: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory, module_cache: Any) -> list[list[list[int]]]:
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
     """By turn and prompt, of the model that transformers loads from the folder."""
     from transformers import AutoModelForImageTextToText
 

@@ -57,7 +57,7 @@ def expected_ids(
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory, module_cache) -> dict[str, Any]:
+def loaded(tmp_path_factory) -> dict[str, Any]:
     """Processors by generation, as AutoProcessor finds them in exported folders."""
     from transformers import AutoProcessor
 

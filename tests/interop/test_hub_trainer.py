@@ -19,7 +19,7 @@ def chat(n: int) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_the_trainer_learns_and_its_checkpoint_comes_home(tmp_path, module_cache):
+def test_the_trainer_learns_and_its_checkpoint_comes_home(tmp_path):
     """Padded batches, accumulation, recomputation, evaluation; the mask of the renderer gives the labels."""
     pytest.importorskip("accelerate", reason="Trainer needs it")
     from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments

@@ -18,7 +18,7 @@ PAGES = {"README.md": 5, "recipes/ENCODER.md": 1, "recipes/RL.md": 1}
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_examples_in_python_run(page, tmp_path, monkeypatch, module_cache):
+def test_the_examples_in_python_run(page, tmp_path, monkeypatch):
     """In order; commands before the README's have left a folder ``exported`` and an agent, and there is a picture."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(examples) == PAGES[page]
