@@ -156,11 +156,11 @@ def test_ranks_learn_from_the_ways_of_all(lineage, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "parallel"),
     [
-        *(("distill", "fsdp2"), ("pretrain", "fsdp2")),
+        ("pretrain", "fsdp2"),
         pytest.param("pretrain", "ddp engine.expert_parallel=2", marks=pytest.mark.slow),
         pytest.param("pretrain", "fsdp2 engine.context_parallel=2", marks=pytest.mark.slow),
         *(pytest.param(recipe, "ddp", marks=pytest.mark.slow) for recipe in RECIPES),
-        *(pytest.param(recipe, "fsdp2", marks=pytest.mark.slow) for recipe in ("align", "sft")),
+        *(pytest.param(recipe, "fsdp2", marks=pytest.mark.slow) for recipe in ("distill", "align", "sft")),
     ],
 )
 def test_two_ranks_equal_one(lineage, tmp_path, recipe, parallel):

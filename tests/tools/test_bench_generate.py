@@ -112,6 +112,7 @@ def test_speculation_is_measured_on_a_trained_agent(tmp_path):
         bench.main(["generate", "--part", "mtp", "--agent", str(tmp_path / "data"), "--quick"])
 
 
+@pytest.mark.slow
 def test_rows_have_their_names_and_a_picture(tmp_path, capsys):
     rows_file, picture_file = tmp_path / "rows.json", tmp_path / "generate.png"
     arguments = ["generate", "--quick", "--repeats", "1", "--json", str(rows_file), "--plot", str(picture_file)]

@@ -125,7 +125,7 @@ async def replayed(page, trace: Trace, at: int, wrong: Misstep) -> bool:
     return False
 
 
-QUICK = ("sign_up", "renaming", "cells", "long_list")
+QUICK = ("renaming", "cells", "long_list")
 
 
 @pytest.mark.browser

@@ -147,7 +147,7 @@ def test_a_real_loop_ends_long_before_its_limit():
     model, vocab = tiny_model(), tiny_vocab()
     health = HealthConfig(action="abort", garbage=False, loop_stretch=8, loop_repeats=3, loop_tokens=24)
     there = Generator(model, vocab, GeneratorConfig(health=health))
-    limits = Limits(1500, 0.0)
+    limits = Limits(700, 0.0)
     done = there.generate([(row, limits) for row in rows()])
     undisturbed = generator().generate([(row, limits) for row in rows()])
     for completion, whole in zip(done, undisturbed, strict=True):

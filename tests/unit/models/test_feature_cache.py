@@ -248,7 +248,7 @@ def test_processes_share_a_folder(tmp_path):
 import random
 random.seed(int(sys.argv[3]))
 wrong = 0
-for turn in range(1500):
+for turn in range(500):
     number = random.randrange(120)
     found = get(cache, number)
     if found is None:

@@ -293,6 +293,7 @@ for name in ("vit_small_patch16_dinov3.lvd1689m", "naflexvit_base_patch16_siglip
 """
 
 
+@pytest.mark.slow
 def test_an_identity_is_the_same_in_every_process():
     """Order of sets, addresses and what is noted at random would each differ."""
     runs = [

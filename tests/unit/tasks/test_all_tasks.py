@@ -43,7 +43,7 @@ def test_levels_are_tasks_by_name(name):
     asyncio.run(checked([name], count=1, hostile=()))
 
 
-@pytest.mark.parametrize("name", ["grounding", "perception", "screenshot-to-html", "step/click-checkboxes"])
+@pytest.mark.parametrize("name", ["grounding", "perception", "screenshot-to-html"])
 @pytest.mark.browser
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium here")
 def test_tasks_on_pages_keep_their_protocol(name):

@@ -55,6 +55,7 @@ class One(GeneratedCharts):
 ITEM = Item("chart-to-code", "x", 0)
 
 
+@pytest.mark.slow
 def test_the_public_kit_finds_no_fault_on_all_kinds(monkeypatch):
     """One of its hostile answers takes all the time that a program has."""
     monkeypatch.setattr(chart_to_code, "LIMITS", replace(chart_to_code.LIMITS, seconds=6.0, cpu_seconds=4.0))

@@ -278,7 +278,15 @@ class TestCleaning:
 
     @pytest.mark.parametrize(
         "hostile",
-        ["<" * 200_000, "<html" * 40_000, "<div>" * 9_000, "<i>" * 999, "x" * 200_000, "<p a=" * 30_000, NEARLY],
+        [
+            "<" * 200_000,
+            "<html" * 40_000,
+            "<div>" * 9_000,
+            "<i>" * 999,
+            "x" * 200_000,
+            "<p a=" * 30_000,
+            pytest.param(NEARLY, marks=pytest.mark.slow),
+        ],
         ids=["opens", "heads", "depth", "text depth", "one letter", "attributes", "nearly alike"],
     )
     def test_hostile_text_takes_seconds(self, hostile):
@@ -291,6 +299,7 @@ class TestCleaning:
 class TestTask:
     pytestmark = browser
 
+    @pytest.mark.slow
     def test_the_public_kit_finds_no_fault_and_others_score_little(self):
         async def work():
             async with BrowserPool() as pool:

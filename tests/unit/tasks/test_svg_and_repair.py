@@ -65,6 +65,7 @@ HOSTILE_SVG = {
 }
 
 
+@pytest.mark.slow
 def test_hostile_svg_scores_nothing_and_the_pool_lives_on(tmp_path):
     (tmp_path / "red.svg").write_text(RED)
 
@@ -106,7 +107,7 @@ def test_what_is_no_folder_of_drawings_is_refused(tmp_path):
         PublishedDrawings(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["polish", "edit"])
+@pytest.mark.parametrize("kind", ["polish", pytest.param("edit", marks=pytest.mark.slow)])
 def test_repair_keeps_the_contract_and_what_was_given_scores_nothing(kind):
     async def work(screens, pool):
         task = UiRepairTask(screens, kind)

@@ -162,7 +162,11 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("health", POLICIES, ids=lambda health: health.on_spike)
+@pytest.mark.parametrize(
+    "health",
+    [policy if policy.on_spike == "rollback" else pytest.param(policy, marks=pytest.mark.slow) for policy in POLICIES],
+    ids=lambda health: health.on_spike,
+)
 @pytest.mark.parametrize(
     "spoil",
     [{14: math.nan, BAD: 30.0}, pytest.param({5: math.nan, 7: math.nan}, marks=pytest.mark.slow)],
@@ -330,7 +334,7 @@ def ranks(world: World, folder: str, parallel: str, action: str, spoil: dict[int
     return left, equal(mine, hand), [json.dumps(i.to_json()) for i in toy.run.guard.incidents]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", ["skip", "rollback", "merge"])
 def test_two_ranks_decide_alike(tmp_path, parallel, action):
     told = run_ranks(ranks, 2, str(tmp_path), parallel, action, {9: math.nan, BAD: 1e3})

@@ -71,7 +71,7 @@ def taken_up(world: World, folder: str, parallel: str) -> float:
     return max([(found[name].double() - mean).abs().max().item() for name, mean in means.items()], default=0.0)
 
 
-@pytest.mark.parametrize("parallel", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("parallel", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_merge_is_that_of_all_tensors_under_every_sharding(tmp_path, parallel):
     """Within the rounding of a sum of three in float32."""
     assert max(run_ranks(taken_up, 2, str(tmp_path), parallel)) < 1e-6
