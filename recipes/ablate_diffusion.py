@@ -16,10 +16,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 from mmagent import dist
+from mmagent.agent.unmasking import Way
 from mmagent.chat import ChatConfig
 from mmagent.files import write_text
 from mmagent.geometry import GeometryConfig
@@ -29,7 +31,7 @@ from mmagent.models.agent_model import AgentModel
 from recipes.diffusion_arms import Bench, denoise, judged, next_token
 from recipes.diffusion_report import write
 from recipes.diffusion_tasks import questions, vocabulary
-from recipes.diffusion_ways import follow, quicken
+from recipes.diffusion_ways import follow, quicken, tried
 
 ARMS = ("next token", "masks", "edits", "more of the same", "best orders", "any orders", "quickened")
 LR, LATER = 4e-3, 5e-4
@@ -40,8 +42,9 @@ MORE = 0.2
 class Ablation:
     """One seed; agents lie under ``folder``, so that what was trained is not trained again."""
 
-    def __init__(self, folder: Path, seed: int, tokens: int, rounds: int, questions_asked: int):
+    def __init__(self, folder: Path, seed: int, tokens: int, rounds: int, questions_asked: int, begin: int = 0):
         self.folder, self.seed, self.tokens, self.rounds = folder, seed, tokens, rounds
+        self.begin = begin or tokens
         self.bench = Bench(vocabulary(), seed)
         self.asked = list(islice(questions("test", seed), questions_asked))
 
@@ -50,6 +53,8 @@ class Ablation:
         path = self.folder / f"{name.replace(' ', '-')}-{self.seed}.json"
         if not path.is_file():
             found = judged(self.bench, self.agent(name), self.asked)
+            if name in FOLLOW:
+                found["followed"] = float(len(self.ways))
             write_text(path, json.dumps(found, indent=1) + "\n")
             print(f"seed {self.seed}, {name}: exact {found['exact']:.1%}, {found['nats/token']:.3f} nats/token, "
                   f"{found['tokens/forward']:.2f} tokens/forward", flush=True)  # fmt: skip
@@ -65,6 +70,16 @@ class Ablation:
             save_agent(folder, made, self.bench.vocab, GeometryConfig(), ChatConfig())
         return load_agent(folder).model
 
+    @cached_property
+    def ways(self) -> list[list[Way]]:
+        """Own right answers, the same for all arms that follow some of them."""
+        return tried(self.bench, self.agent("edits"), self.later)
+
+    @property
+    def later(self) -> int:
+        """Tokens of what is learnt from own ways."""
+        return int(MORE * self.tokens)
+
     def _new(self) -> AgentModel:
         vocab = self.bench.vocab
         config = presets.laptop(vocab_size=vocab.size, image_id=vocab.image_id)
@@ -72,15 +87,16 @@ class Ablation:
 
 
 TRAINED: dict[str, Callable[[Ablation, AgentModel], object]] = {
-    "base": lambda a, model: next_token(a.bench, model, a.tokens, LR),
+    "base": lambda a, model: next_token(a.bench, model, a.begin, LR),
     "next token": lambda a, model: next_token(a.bench, model, a.tokens, LR),
     "masks": lambda a, model: denoise(a.bench, model, a.tokens, LR, edits=0.0),
     "edits": lambda a, model: denoise(a.bench, model, a.tokens, LR),
-    "more of the same": lambda a, model: denoise(a.bench, model, int(MORE * a.tokens), LATER, edits=0.0),
-    "best orders": lambda a, model: follow(a.bench, model, int(MORE * a.tokens), LATER, "best"),
-    "any orders": lambda a, model: follow(a.bench, model, int(MORE * a.tokens), LATER, "any"),
+    "more of the same": lambda a, model: denoise(a.bench, model, a.later, LATER, edits=0.0),
+    "best orders": lambda a, model: follow(a.bench, model, a.ways, a.later, LATER, "best"),
+    "any orders": lambda a, model: follow(a.bench, model, a.ways, a.later, LATER, "any"),
     "quickened": lambda a, model: quicken(a.bench, model, a.rounds, LATER),
 }
+FOLLOW = ("best orders", "any orders")
 PARENTS = dict.fromkeys(("more of the same", "best orders", "any orders", "quickened"), "edits")
 
 
@@ -90,13 +106,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/ablation-diffusion"))
     parser.add_argument("--seeds", type=int, default=3, help="two at least, for intervals (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="of each training (default: %(default)s)")
+    parser.add_argument("--begin", type=int, default=0, help="tokens of the agent that all go on from; 0: as many")
     parser.add_argument("--rounds", type=int, default=40, help="of reinforcement (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=200, help="held out, for judging (default: %(default)s)")
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("--seeds: an interval needs two at least")
     for seed in range(args.seeds):
-        ablation = Ablation(args.output, seed, args.tokens, args.rounds, args.questions)
+        ablation = Ablation(args.output, seed, args.tokens, args.rounds, args.questions, args.begin)
         for name in ARMS:
             ablation.arm(name)
     print(write(args.output, ARMS, args.seeds))

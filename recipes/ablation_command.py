@@ -27,7 +27,8 @@ def parser(module: str, doc: str | None, output: str, *, seeds: int, steps: int)
     out.add_argument("--seeds", type=int, default=seeds, help="at least two (default: %(default)s)")
     out.add_argument("--steps", type=int, default=steps, help="of every agent (default: %(default)s)")
     cores = len(os.sched_getaffinity(0))
-    out.add_argument("--processes", type=int, default=min(cores, 2), help="of a stage (here: %(default)s)")
+    about = "of a stage; 0: one without torchrun, which keeps to OMP_NUM_THREADS=1 (here: %(default)s)"
+    out.add_argument("--processes", type=int, default=min(cores, 2), help=about)
     out.add_argument("--plan", action="store_true", help="print the commands and exit")
     return out
 
@@ -35,8 +36,8 @@ def parser(module: str, doc: str | None, output: str, *, seeds: int, steps: int)
 def parse(command: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, those that all have judged."""
     args = command.parse_args()
-    if args.seeds < 2 or args.steps <= ADAPTER or args.processes < 1:
-        command.error(f"--seeds must be at least 2, for an interval; --steps above {ADAPTER}; --processes at least 1")
+    if args.seeds < 2 or args.steps <= ADAPTER or args.processes < 0:
+        command.error(f"--seeds must be at least 2, for an interval; --steps above {ADAPTER}; --processes not negative")
     return args
 
 

@@ -7,6 +7,9 @@ The same stage as fine-tuning over the same data, with another objective: first 
 the steps edits as well (Seed Diffusion, arXiv 2508.02193). Prompts and pictures are never noised, and are read as
 before. ``objective.noise.block`` tokens are said together; the agent in ``output/agent`` tells so, and evals, serving
 and ``recipes.rl`` decode it by blocks. The MTP head does not learn, and is not used.
+
+With ``objective.noise.block=0 objective.noise.span=64`` every token sees every other (LLaDA, arXiv 2502.09992), and
+answers of up to 64 tokens stand among as many places. Evals and serving decode that too, with every look anew.
 """
 
 from __future__ import annotations
@@ -43,8 +46,12 @@ class Config(language_stage.Config):
         super().__post_init__()
         if not 0 <= self.edits_share <= 1:
             raise ConfigError(f"edits_share {self.edits_share} is no share of the steps")
-        if not self.objective.noise.block:
-            raise ConfigError("objective.noise.block: 0 denoises whole documents, which nothing here decodes")
+        noise = self.objective.noise
+        if not noise.block and not (noise.span and noise.fill):
+            raise ConfigError(
+                "objective.noise.span: with block 0 and nothing filled up, the number of masks would tell how long an "
+                "answer is, and nothing could decode it; name a span, such as 64"
+            )
         if self.engine.context_parallel > 1:
             raise ConfigError("engine.context_parallel: noised packs are not shared by ranks")
 
@@ -86,11 +93,12 @@ def small() -> Config:
 
 
 def learns(config: Config, agent: Agent) -> tuple[BlockDiffusion, Mapping[str, Any]]:
-    """The objective, and the count of steps that its noise goes by. From now on the model says blocks."""
+    """The objective, and the count of steps that its noise goes by. From now on the model denoises."""
     model = agent.model
     total = sum(phase.steps for phase in config.phases)
     edits = round(total * (1 - config.edits_share)) if config.edits_share else -1
-    model.config.denoises = config.objective.noise.block
+    noise = config.objective.noise
+    model.config.denoises, model.config.bidirectional = noise.block or noise.span, not noise.block
     ids = NoiseIds.of_vocab(agent.vocab, model.config.vocab_size)
     objective = BlockDiffusion(model, replace(config.objective, edits_after=edits), ids)
     return objective, {"draws": objective.draws}

@@ -28,11 +28,13 @@ from mmagent.types import PackedBatch
 from mmagent.vocab import Vocab
 from recipes.diffusion_tasks import Asked, alike, exact, packs, prompt
 
-BLOCK, PACK, MOST = 8, 1024, 96
+BLOCK, PACK, MOST = 8, 512, 96
 """Tokens that are said together, of a pack, and of an answer."""
 RATE = ScheduleConfig("wsd", warmup=10, floor=0.0, decay=0.4)
 EDITS = 0.2
 """Of the steps, the last ones, have edits."""
+JUDGED = 8
+"""Packs of held-out questions that likelihoods are taken of."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ def judged(
         for kind in dict.fromkeys(a.kind for a in asked):
             own = [value for a, value in zip(asked, values, strict=True) if a.kind == kind]
             found[f"{name}, {kind}"] = sum(own) / len(own)
-    return found | {"nats/token": nats(bench, model, 8)}
+    return found | {"nats/token": nats(bench, model, JUDGED)}
 
 
 @torch.no_grad()

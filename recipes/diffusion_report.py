@@ -44,7 +44,7 @@ def write(folder: Path, arms: Sequence[str], seeds: int) -> str:
     """``ablation.json``, ``ablation.md``, ``ablation.svg`` and ``report.html``; returns the tables."""
     found = gather(folder, arms, seeds)
     rows = {arm: {name: [run[name] for run in runs] for name in FIGURES} for arm, runs in found.items()}
-    tables = _table(rows), _differences(rows)
+    tables = _table(rows), _differences(rows), *_followed(found)
     write_text(folder / "ablation.json", json.dumps(found, indent=1) + "\n")
     write_text(folder / "ablation.md", "\n\n".join(tables) + "\n")
     picture = dot_plot(rows, ("exact", "alike", "nats/token", "tokens/forward"))
@@ -52,7 +52,7 @@ def write(folder: Path, arms: Sequence[str], seeds: int) -> str:
     about = f"{seeds} seeds; means with Student's 95 % intervals; differences seed by seed."
     sections = [
         Section("What was found", Markup("<pre>{}</pre>").format(tables[0]), about),
-        Section("Differences", Markup("<pre>{}</pre>").format(tables[1])),
+        Section("Differences", Markup("<pre>{}</pre>").format("\n\n".join(tables[1:]))),
         Section("A picture", Markup(picture) + paragraph("Dots are seeds, bars are intervals.", quiet=True)),
     ]
     write_text(folder / "report.html", page("Discrete diffusion on small pages and functions", sections))
@@ -76,3 +76,9 @@ def _differences(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
                 cells.append(with_interval(t_interval(each), sign=True))
             lines.append(f"| {what}: {mine} - {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _followed(found: Found) -> list[str]:
+    """How many questions own orders were learnt from: without any, such arms are what they began as."""
+    told = {arm: [int(run["followed"]) for run in runs if "followed" in run] for arm, runs in found.items()}
+    return [f"{arm}: own right answers to {each} questions, by seed" for arm, each in told.items() if each]

@@ -26,23 +26,28 @@ WAYS, ROUND = 8, 16
 """Ways that are tried for each question; questions of a round of reinforcement."""
 
 
-def follow(bench: Bench, model: AgentModel, budget: int, lr: float, keep: str) -> int:
-    """Learn from the model's own right answers: of :data:`WAYS` random orders of each the "best", or "any" one. They
-    are seen as often as ``budget`` tokens allow. Returns how many questions had a right answer."""
+def tried(bench: Bench, model: AgentModel, budget: int) -> list[list[Way]]:
+    """Of as many questions as ``budget`` tokens are worth, :data:`WAYS` random orders of each, those that came to the
+    right answer; questions without one are left out."""
     generator = BlockGenerator(model.eval(), bench.vocab, BlockConfig(order="random"))
     asked = list(islice(questions("train", bench.seed + 1), max(budget // 800, 4)))
     groups = explore(generator, *bench.asking(asked), WAYS, judge(bench, asked))
-    right = [[way for way in group if way.score > 0] for group in groups]
-    ways = best(right, 1) if keep == "best" else [group[0] for group in right if group]
-    if not ways:
-        return 0
+    right = ([way for way in group if way.score > 0] for group in groups)
+    return [group for group in right if group]
+
+
+def follow(bench: Bench, model: AgentModel, groups: Sequence[Sequence[Way]], budget: int, lr: float, keep: str) -> None:
+    """Learn from the model's own right answers: of the orders of each question in ``groups`` the "best", or "any" one.
+    They are seen as often as ``budget`` tokens allow; without any, nothing is learnt."""
+    if not groups:
+        return
+    ways = best(groups, 1) if keep == "best" else [group[0] for group in groups]
     objective = BlockDiffusion(model, BlockDiffusionConfig(NoiseConfig(BLOCK)), bench.ids(model))
     made, batches, spent = _packs(bench, ways), [], 0.0
     while spent < budget:
         batches.append(made[len(batches) % len(made)])
         spent += batches[-1].num_tokens + float(objective.counts(batches[-1])["mask"])
     fit(objective, model, batches, lr)
-    return len(ways)
 
 
 def quicken(bench: Bench, model: AgentModel, rounds: int, lr: float, weight: float = 0.5) -> None:

@@ -86,7 +86,7 @@ def train(config: Config, title: str, learns: Learns | None = None) -> None:
         agent = new_agent(config.model, Vocab.load(config.tokenizer), config.geometry, config.chat, config.encoder)
     model, vocab = agent.model, agent.vocab
     model.set_memory(config.memory)
-    model.config.denoises = 0  # unless what it learns by says otherwise
+    model.config.denoises, model.config.bidirectional = 0, False  # unless what it learns by says otherwise
     objective, state = (LanguageModeling(model, config.objective), {}) if learns is None else learns(agent)
     total, end = sum(phase.steps for phase in config.phases), 0
     optimizer = build_optimizer(model, config.optim)

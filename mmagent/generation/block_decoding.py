@@ -5,6 +5,9 @@ past, and says what it is sure of, one token at least (Fast-dLLM, arXiv 2505.226
 more as it is, in the same forward that opens the next block: then its keys and values are those that training saw, and
 are never computed again. Prompts, pages of the cache, pushing out, cancelling and new weights are those of
 :class:`~mmagent.generation.generator.Generator`, and :class:`~mmagent.generation.local.LocalPolicy` serves both.
+
+A model whose tokens all see each other (LLaDA, arXiv 2502.09992) says blocks in the same way, left to right, but its
+prompt sees what is said: nothing that was computed stays true, and every look computes all of it anew.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmagent.generation.features import chunks
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.runner import Piece, Runner
 from mmagent.generation.running import Running
@@ -81,7 +85,7 @@ def make_generator(model: AgentModel, vocab: Vocab, config: GeneratorConfig | No
     of a plain ``config`` hold for both. Raises ``ValueError`` for blocks of a model that never learnt any."""
     if model.config.denoises:
         own = config if isinstance(config, BlockConfig) else BlockConfig(**vars(config or GeneratorConfig()))
-        return BlockGenerator(model, vocab, own)
+        return (WholeGenerator if model.config.bidirectional else BlockGenerator)(model, vocab, own)
     if isinstance(config, BlockConfig):
         raise ValueError("generator: this model says token by token (denoises 0); it learnt no blocks")
     return Generator(model, vocab, config)
@@ -123,6 +127,13 @@ class BlockRunner(Runner):
         return sorted([*sequence.spans(), *blocks])
 
 
+class WholeRunner(BlockRunner):
+    """Reads a sequence as a model does whose tokens all see each other, to the last mask."""
+
+    def reach(self, pieces: Sequence_[Piece]) -> np.ndarray | None:
+        return np.concatenate([np.full(stop - start, stop - 1) for _, start, stop in pieces])
+
+
 class BlockScheduler(Scheduler):
     """Who goes in and out while each says a block: ``opened`` are those blocks, by ticket."""
 
@@ -161,14 +172,22 @@ class BlockGenerator(Generator):
     token; its log-probs are those under which they were said. ``counts["looks"]`` are forwards of sequences: tokens
     sampled, divided by it, are tokens a forward."""
 
+    whole = False
+    """Whether it is for models whose tokens all see each other."""
+
     def __init__(self, model: AgentModel, vocab: Vocab, config: BlockConfig | None = None):
         config = config or BlockConfig()
         super().__init__(model, vocab, config)
+        if model.config.bidirectional != self.whole:
+            raise ValueError(
+                f"generator: bidirectional is {model.config.bidirectional}, which {type(self).__name__} is not for; "
+                f"make_generator takes the right one"
+            )
         self.block = config.block or model.config.denoises
         if not self.block:
             raise ValueError("generator.block: this model says token by token (denoises 0), so name a size")
         self._settings = config
-        self.runner = BlockRunner(self.runner, self.block)
+        self.runner = (WholeRunner if self.whole else BlockRunner)(self.runner, self.block)
         self._mask = vocab.pad_id
         self._open: dict[int, _Open] = {}
         self.scheduler = BlockScheduler(self.scheduler, self.runner, self._open)
@@ -176,20 +195,23 @@ class BlockGenerator(Generator):
     def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
         """As :meth:`Generator.submit`. Blocks are counted from where an answer begins, so a prompt that ends within an
         answer must end with a whole block of it."""
-        said = prompt.trainable[::-1]
-        trailing = said.index(False) if False in said else len(said)
-        if trailing % self.block:
+        if not self.whole and _begun(prompt) % self.block:
             raise ValueError(
-                f"{prompt.key}: the prompt ends with {trailing} tokens of an answer, no multiple of {self.block}"
+                f"{prompt.key}: the prompt ends with {_begun(prompt)} tokens of an answer, no multiple of {self.block}"
             )
-        whole = -(-limits.max_tokens // self.block) * self.block
+        last = len(prompt) + (limits.max_tokens - 1) // self.block * self.block  # where the last block begins
+        more = self._until(prompt, last) - len(prompt)
         room = self.scheduler.most_blocks * self.pool.block_tokens
-        if limits.max_tokens > 0 and len(prompt) + whole > room:
+        if limits.max_tokens > 0 and len(prompt) + more > room:
             raise ValueError(
-                f"{prompt.key}: {len(prompt)} tokens and {whole} more, in whole blocks, do not fit the generator's "
+                f"{prompt.key}: {len(prompt)} tokens and {more} more, in whole blocks, do not fit the generator's "
                 f"cache of {room}; raise cache_tokens"
             )
         return super().submit(prompt, limits, priority=priority)
+
+    def _until(self, prompt: Trajectory, has: int) -> int:
+        """How many places a look has at a sequence that has so many tokens."""
+        return has + self.block
 
     def _first(self, sequences: list[Sequence], hidden_SD: Tensor) -> None:
         """Nothing is said by the prompt's last token; the first block opens with the next forward."""
@@ -229,7 +251,11 @@ class BlockGenerator(Generator):
         for sequence, more in zip(run.sequences, pending.tolist(), strict=True):
             sequence.fed += more
         last = (np.cumsum(counts)[:, None] - self.block + np.arange(self.block)).ravel()
-        tokens, logprobs = self._sampled(run, opened, fed.hidden[torch.from_numpy(last).to(self.device)])
+        self._take_in(run, opened, fed.hidden[torch.from_numpy(last).to(self.device)])
+
+    def _take_in(self, run: Running, opened: list[_Open], hidden_RD: Tensor) -> None:
+        """What a look at all open blocks, ``(S * B, D)``, gave each."""
+        tokens, logprobs = self._sampled(run, opened, hidden_RD)
         for row, sequence in enumerate(run.sequences):
             self._say(sequence, opened[row], tokens[row], logprobs[row])
             if sequence.reason != "sick":
@@ -241,7 +267,8 @@ class BlockGenerator(Generator):
         none."""
         run = self.scheduler.running
         while True:
-            need = np.array([self.scheduler.blocks_for(len(s.ids) + self.block) - len(s.blocks) for s in run.sequences])
+            wanted = [self.scheduler.blocks_for(self._until(s.prompt, len(s.ids))) for s in run.sequences]
+            need = np.array(wanted) - np.array([len(s.blocks) for s in run.sequences])
             if self.scheduler.have(int(need.clip(0).sum())):
                 for row in np.flatnonzero(need > 0).tolist():
                     run.give(row, self.pool.take(int(need[row])))
@@ -322,3 +349,57 @@ class BlockGenerator(Generator):
         self._watch(sequence, kept)
         steps = [*opened.steps, *opened.step_of[:kept].tolist()]
         self._open[sequence.ticket] = self._masks(steps)
+
+
+def _begun(prompt: Trajectory) -> int:
+    """Tokens of an answer that a prompt ends with."""
+    said = prompt.trainable[::-1]
+    return said.index(False) if False in said else len(said)
+
+
+class WholeGenerator(BlockGenerator):
+    """Blocks of a model whose tokens all see each other. The answer stands among as many places as it learnt
+    (``denoises``), or a multiple of them; ``block`` of those are open, and later ones are masks. Nothing computed is
+    kept but pictures: a look computes a whole sequence, ``prefill_tokens`` at a time where there are several.
+    ``counts["looked"]``: tokens so computed."""
+
+    whole = True
+
+    def __init__(self, model: AgentModel, vocab: Vocab, config: BlockConfig | None = None):
+        super().__init__(model, vocab, config)
+        self.scheduler.finds = False
+
+    def _until(self, prompt: Trajectory, has: int) -> int:
+        begin, span = len(prompt) - _begun(prompt), self.model.config.denoises
+        return begin + -(-(has + self.block - begin) // span) * span
+
+    def _fill(self) -> None:
+        """Nothing is read ahead: whoever is let in is looked at."""
+        begun, self.scheduler.filling = self.scheduler.filling, []
+        joined = [member for leader in begun for member in (leader, *self.scheduler.forked(leader))]
+        for sequence in joined:
+            sequence.resumed = False
+        if joined:
+            self.scheduler.running.change([*self.scheduler.running.sequences, *joined])
+
+    def _decode(self) -> None:
+        """One look at every open block, between all that was said and what is not open yet."""
+        run = self.scheduler.running
+        self._room_for_blocks()
+        if not len(run):
+            return
+        opened = [self._block_of(s) for s in run.sequences]
+        shown = [self._shown(s, o) for s, o in zip(run.sequences, opened, strict=True)]
+        hidden = []
+        for part in chunks(list(range(len(run))), lambda row: len(shown[row].ids), self.config.prefill_tokens):
+            fed = self.runner.feed([Piece(shown[row], 0, len(shown[row].ids)) for row in part])
+            starts = np.cumsum(fed.counts) - fed.counts + [len(run.sequences[row].ids) for row in part]
+            hidden.append(fed.hidden[torch.from_numpy(starts[:, None] + np.arange(self.block)).ravel().to(self.device)])
+            self.counts["looked"] += int(fed.counts.sum())
+        self.counts["looks"] += len(run)
+        self._take_in(run, opened, torch.cat(hidden))
+
+    def _shown(self, sequence: Sequence, opened: _Open) -> Sequence:
+        """The sequence with its open block and the masks behind it, in the pages that it owns."""
+        later = self._until(sequence.prompt, len(sequence.ids)) - len(sequence.ids) - self.block
+        return replace(sequence, ids=[*sequence.ids, *opened.ids.tolist(), *[self._mask] * later])

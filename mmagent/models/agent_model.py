@@ -34,7 +34,8 @@ ROLES = ("encoder", "projector", "embedding", "decoder", "mtp", "head")
 class AgentModelConfig:
     """``image_id`` stands in the stream at every visual slot; ``vocab_size`` counts it. ``max_positions``: the
     longest context that servers of an export allow; 0 where it is not known. ``denoises``: so many tokens of an answer
-    are said together, by discrete diffusion; 0: one after the other."""
+    are said together, by discrete diffusion; 0: one after the other. ``bidirectional``: every token sees every other,
+    and so many places of an answer that is not said yet are there as masks."""
 
     vocab_size: int = 151552
     image_id: int = 151363
@@ -44,12 +45,15 @@ class AgentModelConfig:
     mtp: MTPConfig = field(default_factory=MTPConfig)
     max_positions: int = 0
     denoises: int = 0
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.image_id < self.vocab_size:
             raise ValueError(f"image_id {self.image_id} is outside the vocabulary of {self.vocab_size}")
         if self.denoises < 0:
             raise ValueError(f"denoises {self.denoises} must not be negative")
+        if self.bidirectional and not self.denoises:
+            raise ValueError("bidirectional: a model whose tokens see what follows denoises, and denoises is 0")
 
 
 class AgentModel(nn.Module):

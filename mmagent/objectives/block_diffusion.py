@@ -102,7 +102,8 @@ class BlockDiffusion(RoutedObjective):
         return super().after_step()
 
     def _said(self, stream: PackedBatch) -> list[Response]:
-        return responses(stream, self.config.noise.block, self.config.noise.fill, self.ids.fill)
+        noise = self.config.noise
+        return responses(stream, noise.block, noise.fill, self.ids.fill, noise.span)
 
     def _corrupt(self, batch: Batch) -> Callable[[Response], list[Copy]]:
         noise, draw = self.config.noise, self.draws.step if self.training else -1

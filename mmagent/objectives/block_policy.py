@@ -140,10 +140,12 @@ def policy_objective(
     model: AgentModel, config: PolicyGradientConfig, vocab: Vocab
 ) -> PolicyGradient | BlockPolicyGradient:
     """Who reinforces ``model``: token by token, or by blocks where it denoises. Raises ``ValueError`` naming a setting
-    that blocks do not have."""
+    that blocks do not have, and for a model of which no turn can be asked without its seeing later ones."""
     rows = model.config.vocab_size
     if not model.config.denoises:
         return PolicyGradient(model, config, vocab.barred(rows))
+    if model.config.bidirectional:
+        raise ValueError("policy: a bidirectional model cannot be reinforced; teach it blocks (objective.noise.block)")
     refused = [
         name for name in ("kl_weight", "distill_weight", "mtp_weight", "entropy_weight") if getattr(config, name)
     ]

@@ -28,10 +28,13 @@ from mmagent.vocab import Vocab
 class NoiseConfig:
     """``block`` tokens of a response are denoised together behind their clean past; 0: all of a document at once, every
     token seeing every other (LLaDA). ``fill``: what a response lacks to whole blocks is there as places whose target is
-    the end of the text, as it is for a decoder that does not know where an answer ends; blocks only. ``least``: the
-    smallest chance of a token to be masked. ``edits``: the largest share of a response that an edited copy changes."""
+    the end of the text, as it is for a decoder that does not know where an answer ends. Where all is denoised at once,
+    that is what the response which ends a document lacks to a multiple of ``span`` places; 0: nothing, so the number of
+    masks gives its length away. ``least``: the smallest chance of a token to be masked. ``edits``: the largest share of
+    a response that an edited copy changes."""
 
     block: int = 16
+    span: int = 0
     fill: bool = True
     least: float = 1e-3
     edits: float = 0.1
@@ -40,6 +43,8 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         if self.block < 0:
             raise ValueError(f"noise.block {self.block} must not be negative")
+        if self.span < 0 or (self.span and self.block):
+            raise ValueError(f"noise.span {self.span} must not be negative, and goes with block 0, not {self.block}")
         if not 0 < self.least <= 1:
             raise ValueError(f"noise.least {self.least} must lie in (0, 1]: the weight of a token is its inverse")
         if not 0 <= self.edits <= 1:

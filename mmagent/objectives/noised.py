@@ -2,7 +2,7 @@
 
 By blocks, the copies of a document's response stand behind the document, in its segment, and see its clean past (see
 :mod:`mmagent.ops.block_attention`); pictures of the prompt stand once. Where whole documents are denoised at once,
-every copy is a document of its own, and copies share its pictures.
+every copy is a document of its own, with what its response was filled up by behind it, and copies share its pictures.
 """
 
 from __future__ import annotations
@@ -34,29 +34,31 @@ class Noised:
     attend: Attend
 
 
-def responses(batch: PackedBatch, block: int, fill: bool, fill_id: int) -> list[Response]:
-    """Of every document, the labels it has. Counted from the labels alone, so ranks and micro-batches agree."""
+def responses(batch: PackedBatch, block: int, fill: bool, fill_id: int, span: int = 0) -> list[Response]:
+    """Of every document, the labels it has. Counted from the labels alone, so ranks and micro-batches agree. ``block``,
+    ``fill`` and ``span`` as in :class:`~mmagent.objectives.noise.NoiseConfig`."""
     labels = batch.labels.cpu()
     out, borders = [], batch.segments.offsets()
     for n, key in enumerate(batch.keys):
         own = labels[borders[n] : borders[n + 1]]
-        out.append(_response(key, own, borders[n], block, fill and block > 0, fill_id))
+        out.append(_response(key, own, borders[n], block, (block or span) if fill else 0, fill_id))
     return out
 
 
-def _response(key: str, labels_L: Tensor, start: int, block: int, fill: bool, fill_id: int) -> Response:
+def _response(key: str, labels_L: Tensor, start: int, block: int, whole: int, fill_id: int) -> Response:
+    """Filled up to a multiple of ``whole`` places: every run by blocks, else the one that ends the document."""
     said = labels_L != IGNORE
     at = said.nonzero().squeeze(1).numpy()
     ids, real = labels_L[said].numpy(), np.ones(len(at), dtype=bool)
     run = np.cumsum(np.diff(at, prepend=-2) > 1) - 1 if len(at) else at
     unit = block_ids(said, block)[said].numpy() if block else np.zeros(len(at), dtype=np.int64)
-    if not fill:
+    if not whole:
         return Response(key, ids, unit, run, real, at + start)
     parts: list[list[np.ndarray]] = [[], [], [], [], []]
     for number in range(int(run.max(initial=-1)) + 1):
         inside = run == number
-        missing = -int(inside.sum()) % block
         last = np.flatnonzero(inside)[-1]
+        missing = -int(inside.sum()) % whole if block or at[last] == len(labels_L) - 1 else 0
         values = (ids, unit, run, real, at)
         behind = (fill_id, unit[last], number, False, at[last])
         for part, value, more in zip(parts, values, behind, strict=True):
@@ -134,30 +136,40 @@ def _at_once(
 ) -> Noised:
     borders, names = batch.segments.offsets(), len(batch.keys)
     order = [n for n in range(names) for _ in (copies[n] or (None,))] + list(range(names, len(batch.segments)))
-    rows = np.concatenate([np.arange(borders[n], borders[n + 1]) for n in order])
-    new, targets = np.full(len(rows), -1), np.full(len(rows), IGNORE)
-    weights = {term: np.zeros(len(rows)) for term in terms}
-    start = 0
+    rows, later, lengths = [], [], []
+    for n in order:
+        clean = np.arange(borders[n], borders[n + 1])
+        behind = said[n].at[~said[n].real] if n < names and copies[n] else clean[:0]
+        rows += [clean, behind]
+        later += [np.zeros(len(clean), dtype=np.int64), np.arange(1, len(behind) + 1)]
+        lengths.append(len(clean) + len(behind))
+    total = sum(lengths)
+    new, targets = np.full(total, -1), np.full(total, IGNORE)
+    weights = {term: np.zeros(total) for term in terms}
+    number = start = 0
     for n in range(names):
         for copy in copies[n] or (None,):
             if copy is not None:
-                inside = said[n].at - borders[n] + start
+                size = borders[n + 1] - borders[n]
+                inside = np.where(said[n].real, said[n].at - borders[n], size - 1 + _behind(said[n])) + start
                 new[inside] = copy.ids
                 targets[inside] = np.where(copy.weights != 0, said[n].ids, IGNORE)
                 weights[copy.term][inside] = copy.weights
-            start += batch.segments.lengths[n]
+            start, number = start + lengths[number], number + 1
     device = batch.input_ids.device
-    at, ids, labels = (torch.from_numpy(x).to(device) for x in (rows, new, targets))
+    at, ids, labels, behind_T = (
+        torch.from_numpy(x).to(device) for x in (np.concatenate(rows), new, targets, np.concatenate(later))
+    )
     slot = torch.full((batch.segments.total,), -1, device=device)
     slot[batch.visual_slots] = torch.arange(len(batch.visual_slots), device=device)
     shown = slot[at]
     index = shown[shown >= 0] if batch.visual_index is None else batch.visual_index[shown[shown >= 0]]
-    segments = Segments([batch.segments.lengths[n] for n in order], device)
+    segments = Segments(lengths, device)
     stream = replace(
         batch,
         input_ids=torch.where(ids >= 0, ids, batch.input_ids[at]),
         labels=labels,
-        positions=batch.positions[..., at],
+        positions=batch.positions[..., at] + behind_T,
         segments=segments,
         visual_slots=(shown >= 0).nonzero().squeeze(1),
         visual_index=None if batch.vision is None else index,

@@ -129,6 +129,14 @@ def test_the_loss_that_is_trained_on_has_the_same_mean(model, block):
     assert float(error) < 0.1
 
 
+def test_at_once_the_end_belongs_to_what_is_said(model):
+    """A span of four fills three letters up with the end: the bound is that of a response which says it."""
+    short, long = (5, 4, 3), (5, 4, 3, LETTERS[0])
+    filled = likelihood_bound(model, make_pack([told(short)]), IDS, NoiseConfig(0, span=4), draws=8)
+    plain = likelihood_bound(model, make_pack([told(long)]), IDS, NoiseConfig(0, fill=False), draws=8)
+    torch.testing.assert_close(filled, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_draws_share_a_forward_and_say_the_same(model):
     batch = make_pack([told((3, 5, 4)), told((4, 4, 4))])
     noise = NoiseConfig(2, fill=True)

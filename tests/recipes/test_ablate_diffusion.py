@@ -8,11 +8,16 @@ from itertools import islice
 from unittest import mock
 
 import pytest
+import torch
 
+from mmagent.models import presets
+from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion
 from recipes import ablate_diffusion
+from recipes.diffusion_arms import Bench
 from recipes.diffusion_report import FIGURES, gather, write
 from recipes.diffusion_tasks import KINDS, alike, document, exact, packs, questions, told, vocabulary
+from recipes.diffusion_ways import follow, tried
 
 
 def test_questions_of_the_splits_are_never_the_same_and_kinds_come_in_turn():
@@ -57,14 +62,29 @@ def test_the_right_answer_is_judged_right_and_others_are_not():
 def test_the_report_compares_seed_by_seed(tmp_path):
     for n, arm in enumerate(ablate_diffusion.ARMS):
         for seed in range(2):
-            figures = dict.fromkeys(FIGURES, n + 0.5 * seed)
+            figures = dict.fromkeys(FIGURES, n + 0.5 * seed) | ({"followed": 7.0 * seed} if "orders" in arm else {})
             (tmp_path / f"{arm.replace(' ', '-')}-{seed}.json").write_text(json.dumps(figures))
     tables = write(tmp_path, ablate_diffusion.ARMS, 2)
     assert "edits in the noise: edits - masks | +1.000 [+1.000, +1.000]" in tables
     assert "best orders: best orders - any orders | -1.000 [-1.000, -1.000]" in tables
+    assert "best orders: own right answers to [0, 7] questions, by seed" in tables
     assert "<svg" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match=r"edits-2\.json is missing"):
         gather(tmp_path, ["edits"], 3)
+
+
+def test_who_never_was_right_has_no_orders_to_follow():
+    """Then nothing is learnt, and the report says of how many questions it was."""
+    bench = Bench(vocabulary(), 0)
+    vocab = bench.vocab
+    model = AgentModel(presets.debug(vocab_size=vocab.size)).eval()
+    model.config.image_id, model.config.denoises = vocab.image_id, 8
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with mock.patch("recipes.diffusion_ways.WAYS", 1), mock.patch("recipes.diffusion_arms.MOST", 8):
+        groups = tried(bench, model, 800)
+    assert groups == []
+    follow(bench, model, groups, 800, 1e-3, "best")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.slow

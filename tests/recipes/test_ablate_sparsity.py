@@ -17,9 +17,10 @@ from recipes.sparsify import LEVELS
 MODULES = {"recipes.sft": sft, "recipes.sparsify": sparsify, "recipes.distill_encoder": distill_encoder}
 
 
-def test_runs_of_a_seed_differ_in_sparsity_alone():
+@pytest.mark.parametrize(("steps", "levels", "tokens"), [(140, LEVELS, 4096), (24, [0.25, 0.5, 0.75], 1024)])
+def test_runs_of_a_seed_differ_in_sparsity_alone(steps, levels, tokens):
     configs = {}
-    for stage in plan(Path("out"), Path("quickstart"), 2, 140, 1):
+    for stage in plan(Path("out"), Path("quickstart"), 2, steps, 1, levels, tokens):
         module, _, preset, *told = stage.arguments
         configs[stage.name] = resolve(getattr(MODULES[module], preset)(), told)
     assert len(configs) == 2 * len(PARTS) * len(PATTERNS)
@@ -36,7 +37,9 @@ def test_runs_of_a_seed_differ_in_sparsity_alone():
                 alike.append(str(plain))
             assert len(set(alike)) == 1
             assert [bool(config.sparsity.levels) for config in own] == [False, True, True, True, True]
-            assert {config.sparsity.total for config in own[1:]} == {140}
+            assert {config.sparsity.total for config in own[1:]} == {steps}
+            assert all(config.sparsity.levels == levels for config in own[1:])
+            assert part == "encoder" or own[0].data.tokens_per_step == tokens
             assert config.seed == config.data.seed == seed
 
 

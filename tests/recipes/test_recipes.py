@@ -25,14 +25,16 @@ from mmagent.config import ConfigError, resolve
 from mmagent.engine.build import build_engine
 from mmagent.engine.config import EngineConfig
 from mmagent.engine.optim import OptimConfig, build_optimizer
-from mmagent.generation.block_decoding import BlockGenerator
+from mmagent.generation.block_decoding import BlockGenerator, WholeGenerator
 from mmagent.geometry import WHITE_MEAN, GeometryConfig
 from mmagent.interop.agent_folder import load_agent
 from mmagent.interop.encoder_folder import load_encoder, save_encoder
+from mmagent.objectives.block_policy import policy_objective
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.objectives.policy_gradient import PolicyGradientConfig
 from mmagent.train.hooks import evaluate, read_jsonl
 from mmagent.trajectories import Limits, Trajectory
-from recipes import align_encoder, own_ways, pretrain
+from recipes import align_encoder, diffusion, own_ways, pretrain
 from tests.data_pipelines.image_samples import encoded, pixels, write
 from tests.engine_kit import ALONE
 from tests.recipes.recipe_kit import BROKEN, RECIPES, STEPS, arguments, run_here, start, train_all
@@ -122,6 +124,29 @@ def test_diffusion_learns_masks_and_then_edits_and_is_decoded_by_blocks(lineage)
     asked.extend(after.vocab.encode("what is drawn here"), trainable=False)
     (said,) = player.generator.generate([(asked, Limits(9, 0.0))])
     assert len(said.revealed) == len(said.ids)
+
+
+def test_diffusion_at_once_is_learnt_kept_and_decoded(lineage, tmp_path):
+    """The agent in the folder says so, its policy looks at all of it anew, and the next stage forgets it."""
+    root = lineage[0]
+    at_once = ("objective.noise.block=0", "objective.noise.span=16")
+    run_here("diffusion", root, tmp_path / "whole", *at_once)
+    agent = load_agent(tmp_path / "whole" / "agent")
+    assert (agent.model.config.denoises, agent.model.config.bidirectional) == (16, True)
+    player = LocalAgent.load(tmp_path / "whole" / "agent", device="cpu")
+    assert isinstance(player.generator, WholeGenerator)
+    asked = Trajectory("asked", "test")
+    asked.extend(agent.vocab.encode("what is drawn here"), trainable=False)
+    (said,) = player.generator.generate([(asked, Limits(9, 0.0))])
+    assert len(said.revealed) == len(said.ids) == 9
+    run_here("sft", root, tmp_path / "sft", f"init={tmp_path}/whole/agent", "phases.0.steps=1")
+    assert not load_agent(tmp_path / "sft" / "agent").model.config.bidirectional
+    with pytest.raises(ConfigError, match=r"noise\.span"):
+        resolve(diffusion.debug(), ["objective.noise.block=0"])
+    with pytest.raises(ValueError, match="teach it blocks"):
+        policy_objective(agent.model, PolicyGradientConfig(), agent.vocab)
+    with pytest.raises(ValueError, match="bidirectional is True"):
+        run_here("own_ways", root, tmp_path / "ways", f"init={tmp_path}/whole/agent")
 
 
 @pytest.mark.parametrize("learn", ["order", "speed"])

@@ -88,6 +88,22 @@ def test_it_logs_what_matters_and_leaves_an_agent(agent, tmp_path):
     load_agent(tmp_path / "run" / "agent")
 
 
+def test_an_agent_that_says_blocks_is_reinforced_by_the_same_command(tmp_path):
+    """Rollouts by blocks, groups, packs, updates, and an agent that says blocks again."""
+    save_agent(tmp_path / "agent", half_taught("abcd", 30, block=4), tiny_vocab(), GEOMETRY, ChatConfig())
+    rows = run(config(tmp_path / "agent", tmp_path / "run", "generator.steady=false"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert 0 < sum(row["reward"] for row in rows) < 4  # there is something to tell right from wrong by
+    learnt = [row for row in rows if "loss" in row]
+    assert learnt
+    assert all(row["grad_norm"] > 0 for row in learnt)
+    before, after = load_file(tmp_path / "agent" / "model.safetensors"), weights(tmp_path / "run")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("decoder.") for name in moved)
+    assert not any(name.startswith(("encoder.", "mtp.")) for name in moved)
+    assert load_agent(tmp_path / "run" / "agent").model.config.denoises == 4
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(agent, tmp_path):
     whole, killed = (config(agent, tmp_path / name, steps=8) for name in ("whole", "killed"))

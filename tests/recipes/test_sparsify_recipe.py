@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -17,12 +20,12 @@ from mmagent.interop.encoder_folder import load_encoder, save_encoder
 from mmagent.interop.packed_folder import MASKS, load_masks
 from mmagent.models import presets
 from mmagent.models.cogvit import CogViT, cogvit_debug
-from mmagent.sparsity.patterns import density
+from mmagent.sparsity.patterns import SINGLE, density
 from mmagent.train.hooks import read_jsonl
 from mmagent.train.sparsify import Sparsifier
 from mmagent.vocab import Vocab
 from recipes import align_encoder, sparsify
-from tests.recipes.recipe_kit import make_data
+from tests.recipes.recipe_kit import ENVIRONMENT, make_data
 from tools import pack as tool
 
 
@@ -44,9 +47,13 @@ def run(module, *arguments: str) -> None:
         module.main()
 
 
+def settings(root: Path, output: Path) -> list[str]:
+    return [f"init={root}/agent", f"data.folder={root}/data/pretrain", "data.split_long=true", f"output={output}",
+            "phases.0.freeze=[]"]  # fmt: skip
+
+
 def prune(root: Path, output: Path, *more: str) -> None:
-    run(sparsify, f"init={root}/agent", f"data.folder={root}/data/pretrain", "data.split_long=true",
-        f"output={output}", "phases.0.freeze=[]", *more)  # fmt: skip
+    run(sparsify, *settings(root, output), *more)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +99,41 @@ def test_a_run_that_was_stopped_leaves_the_same(pruned, root, tmp_path):
     prune(root, tmp_path / "again")
     whole, again = (load_agent(at / "agent").model.state_dict() for at in (pruned, tmp_path / "again"))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_leaves_the_same(pruned, root, tmp_path):
+    """SIGKILL from outside, between the two levels and behind a checkpoint; the same command ends bitwise alike."""
+    command = [sys.executable, "-m", "recipes.sparsify", "--preset", "debug", *settings(root, tmp_path / "run")]
+    log = tmp_path / "run" / "log.jsonl"
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stderr:  # what it says of its masks comes at once
+        lines.append(line)
+        if "tile-2d to 25 %" in line:
+            break
+    while process.poll() is None and len(read_jsonl(log)) < 3:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "".join(lines) + process.stderr.read()
+    assert 3 <= len(read_jsonl(log)) < 6
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=300)
+    whole, again = (load_agent(at / "agent").model.state_dict() for at in (pruned, tmp_path / "run"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    for name, mask in load_masks(pruned / MASKS).masks.items():
+        assert torch.equal(load_masks(tmp_path / "run" / MASKS).masks[name], mask)
+
+
+def test_what_is_printed_is_counted_and_no_label(root, tmp_path, capsys):
+    """By units, 25 % of the ranked units are other than 25 % of the weights."""
+    prune(root, tmp_path, "sparsity.levels=[0.25]", "sparsity.pattern.pattern=tile-element",
+          "sparsity.pattern.budget=units", "sparsity.pattern.delta=0.05")  # fmt: skip
+    masks, _ = load_masks(tmp_path / MASKS)
+    left, total = 100 * density(masks), sum(mask.numel() for mask in masks.values())
+    alone = 100 * sum(int((mask == SINGLE).sum()) for mask in masks.values()) / total
+    said = capsys.readouterr().err
+    assert abs(left - 75) > 0.05
+    assert f"tile-element to 25 %: {left:.2f} % of {total:,} weights are left, {alone:.1f} % as single weights" in said
 
 
 def test_an_encoder_is_pruned_by_its_own_stage(root, tmp_path):

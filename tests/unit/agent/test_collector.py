@@ -18,7 +18,9 @@ from mmagent.engine.optim import OptimConfig, build_optimizer
 from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
 from mmagent.models.agent_model import AgentModel
+from mmagent.objectives.block_diffusion import BlockDiffusion, BlockDiffusionConfig
 from mmagent.objectives.language_modeling import LanguageModeling, LanguageModelingConfig
+from mmagent.objectives.noise import NoiseConfig, NoiseIds
 from mmagent.objectives.policy_gradient import PolicyGradient, PolicyGradientConfig
 from mmagent.packing import Size, pack
 from mmagent.train.step import train_step
@@ -102,10 +104,15 @@ def test_ranks_share_the_prompts():
     assert first[1] == second[1] == pytest.approx(alone[1])
 
 
-def half_taught(letters: str, steps: int = 60) -> AgentModel:
-    """A model that has imitated a teacher who says the right letter half of the time, and any letter otherwise."""
+def half_taught(letters: str, steps: int = 60, block: int = 0) -> AgentModel:
+    """A model that has imitated a teacher who says the right letter half of the time, and any letter otherwise: token
+    by token, or by blocks."""
     model, vocab, codec = tiny_model(), tiny_vocab(), Codec(tiny_vocab(), GEOMETRY)
     target = LanguageModeling(model, LanguageModelingConfig(mtp_weight=0.0))
+    if model.config.denoises != block:
+        model.config.denoises, ids = block, NoiseIds.of_vocab(vocab, model.config.vocab_size)
+        model.freeze(["mtp"])
+        target = BlockDiffusion(model, BlockDiffusionConfig(NoiseConfig(block), copies=2), ids)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2, muon=False, weight_decay=0.0))
     engine = build_engine(target, optimizer, EngineConfig(parallel="none"), init(threads=1))
     task = EchoTask(letters=letters)

@@ -26,8 +26,8 @@ from mmagent.protocols import Objective
 from mmagent.testing import check_objective
 from mmagent.trajectories import UnmaskingBatch
 from mmagent.types import IGNORE
-from tests.diffusion_kit import FILL, IDS, MASK, documents, make_model, naive_blocks, predict
-from tests.model_kit import make_pack
+from tests.diffusion_kit import FILL, IDS, MASK, ROWS, documents, make_model, naive_blocks, predict, with_response
+from tests.model_kit import make_document, make_pack
 
 
 def response(units: list[int], real: int | None = None) -> Response:
@@ -60,6 +60,20 @@ def test_responses_are_cut_from_their_own_first_token_and_filled_to_whole_blocks
         start = batch.segments.offsets()[n]
         assert [wanted[at - start] for at in r.at] == r.unit.tolist()
     assert [len(r.ids) for r in responses(batch, 0, True, FILL)] == [9, 8, 9]
+
+
+def test_at_once_the_response_that_ends_a_document_is_filled_to_whole_spans():
+    """A prompt that goes on behind an answer leaves it as it is: in the third document, and the first of the fourth."""
+    last = with_response(make_document([14], 4, ROWS), 3, 14)
+    last["labels"][6:9] = IGNORE
+    batch = make_pack([*documents(), last], tail=3)
+    said = responses(batch, 0, True, FILL, 6)
+    assert [len(r.ids) for r in said] == [9 + 3, 8 + 4, 9, 3 + 6]
+    assert said[1].ids[8:].tolist() == [FILL] * 4
+    assert said[1].real.tolist() == [True] * 8 + [False] * 4
+    assert said[3].run.tolist() == [0] * 3 + [1] * 6
+    assert said[3].real.sum() == 3 + 5
+    assert [len(r.ids) for r in responses(batch, 0, False, FILL, 6)] == [9, 8, 9, 8]
 
 
 def test_masks_have_the_chance_they_are_weighed_by():
@@ -155,9 +169,10 @@ def _begin(r: Response, batch) -> int:
     return batch.segments.offsets()[batch.keys.index(r.key)]
 
 
-def test_whole_documents_at_once_are_each_alone_and_share_pictures():
+@pytest.mark.parametrize("span", [0, 6])
+def test_whole_documents_at_once_are_each_alone_and_share_pictures(span):
     model, batch = make_model(), make_pack(documents(), tail=2)
-    said = responses(batch, 0, True, FILL)
+    said = responses(batch, 0, True, FILL, span)
     rng = np.random.default_rng(3)
     copies = {r.key: [masked(r, IDS, 0.2, rng) for _ in range(2)] for r in said}
     noisy = noised(batch, said, lambda r: copies[r.key], ("mask",), 0)
@@ -170,17 +185,21 @@ def test_whole_documents_at_once_are_each_alone_and_share_pictures():
     got, start = logits.log_softmax(-1), 0
     for document, r in zip(documents(), said, strict=True):
         for copy in copies[r.key]:
-            ids = document["ids"].clone()
-            ids[torch.from_numpy(r.at) - _begin(r, batch)] = torch.from_numpy(copy.ids)
-            wanted = predict(model, document, [0] * len(ids), ids, document["positions"])
+            seen, ids, positions = torch.from_numpy(copy.ids), document["ids"].clone(), document["positions"]
+            ids[torch.from_numpy(r.at[r.real]) - _begin(r, batch)] = seen[r.real]
+            more = int((~r.real).sum())
+            assert bool(more) == (span > 0 and document["labels"][-1] != IGNORE)
+            ids = torch.cat([ids, seen[~r.real]])
+            positions = torch.cat([positions, positions[:, -1:] + torch.arange(1, more + 1)], dim=1)
+            wanted = predict(model, document, [0] * len(ids), ids, positions)
             torch.testing.assert_close(got[start : start + len(ids)], wanted, rtol=2e-4, atol=2e-4)
             start += len(ids)
 
 
-@pytest.mark.parametrize(("block", "edits"), [(4, -1), (4, 0), (0, 0)])
-def test_packed_equals_separate(block, edits):
+@pytest.mark.parametrize(("block", "span", "edits"), [(4, 0, -1), (4, 0, 0), (0, 0, 0), (0, 6, 0)])
+def test_packed_equals_separate(block, span, edits):
     """Sums, counts, metrics and gradients: the noise of a document is its own."""
-    config = BlockDiffusionConfig(NoiseConfig(block, edits=0.5), copies=2, edits_after=edits)
+    config = BlockDiffusionConfig(NoiseConfig(block, span, edits=0.5), copies=2, edits_after=edits)
     objective = BlockDiffusion(make_model(), config, IDS)
     assert isinstance(objective, Objective)
     whole = make_pack(documents(), tail=3)
@@ -248,6 +267,7 @@ def test_the_state_of_the_routers_moves_with_the_objective():
     ("make", "said"),
     [
         (lambda: NoiseConfig(block=-1), "noise.block"),
+        (lambda: NoiseConfig(block=4, span=8), "noise.span 8"),
         (lambda: NoiseConfig(least=0.0), "noise.least"),
         (lambda: NoiseConfig(edits=1.5), "noise.edits"),
         (lambda: BlockDiffusionConfig(copies=0), "copies"),
