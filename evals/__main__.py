@@ -111,7 +111,7 @@ def _run_parser() -> argparse.ArgumentParser:
     how.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, named in full or by their ends")
     how.add_argument(
         "--data", action="append", default=[], metavar="[SUITE=]WHERE",
-        help="published data of a suite: a folder or datasets:ID; without, a small split made on the spot",
+        help="published data of a suite: a folder, datasets:ID, or what `list` says; without, a split made on the spot",
     )  # fmt: skip
     how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
     how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
@@ -129,6 +129,8 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
         raise ValueError(f"no suite {name!r}; " + (f"did you mean {near[0]}?" if near else f"see: {', '.join(SUITES)}"))
     where = _data(args).get(name)
     suite = SUITES[name](where) if where else SUITES[name]()
+    if not suite.tasks:
+        raise ValueError(f"suite {name} has no tasks without data. {suite.summary}")
     if args.tasks:
         suite = choose_tasks(suite, args.tasks)
     changes = {"temperature": args.temperature, "max_tokens": args.max_tokens}

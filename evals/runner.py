@@ -134,7 +134,7 @@ async def _run_all(jobs: Sequence[_Job], judge: _Judge, progress: _Progress, opt
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(options.concurrency, len(jobs))):
+            for _ in range(min(options.concurrency, len(jobs), judge.suite.at_once or len(jobs))):
                 group.create_task(work())
     except* EvaluationBroken as broken:
         raise broken.exceptions[0] from None
@@ -167,7 +167,8 @@ class _Judge:
     async def _attempt(self, job: _Job) -> Row:
         recorded = _RecordedTask(job.task, self.options.blind)
         seed = stable_seed(self.suite.seed, job.key)
-        clock = asyncio.timeout(self.options.item_seconds)
+        seconds = self.suite.item_seconds or self.options.item_seconds
+        clock = asyncio.timeout(seconds)
         try:
             async with clock:
                 played = await self.agent.play(recorded, job.item, replace(self.suite.play, seed=seed))
@@ -181,7 +182,7 @@ class _Judge:
                     exhibit = await self.suite.exhibit(job.task, job.item, episode)
         except TimeoutError as error:
             if clock.expired():
-                raise ItemTimeout(f"not done after {self.options.item_seconds:g} s") from error
+                raise ItemTimeout(f"not done after {seconds:g} s") from error
             raise
         row = _row(job, score, trajectory, exhibit.boxes)
         steps, pictures = await asyncio.to_thread(

@@ -92,6 +92,8 @@ class Suite:
     ``exhibit(task, item, episode)`` finds what a person may want to look at; it is for the report alone.
     ``slices(task, item)`` names the groups that an item's score is shown by, beside its task: ``{"platform": "web"}``.
     ``data`` says what published data are judged on, or that they are made on the spot; pinned where it is not empty.
+    ``at_once`` and ``item_seconds`` are for items that want a device of their own: no more of them are played at once
+    than that, and each may take as long, whatever the options of the run say.
     """
 
     name: str
@@ -108,6 +110,8 @@ class Suite:
     exhibit: Callable[[Any, Item, Episode], Awaitable[Exhibit]] | None = None
     slices: Callable[[Any, Item], Mapping[str, str]] | None = None
     data: str = ""
+    at_once: int | None = None
+    item_seconds: float | None = None
 
     def pins(self) -> dict[str, str]:
         """What a score depends on. Raises :class:`~mmagent.browser.BrowserMissing` where a browser is needed."""

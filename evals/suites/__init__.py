@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evals.suite import Suite
+from evals.suites.androidworld import androidworld
+from evals.suites.browsergym import browsergym
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
@@ -15,6 +17,8 @@ from evals.suites.tasks import tasks
 from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[..., Suite]] = {
+    "androidworld": androidworld,
+    "browsergym": browsergym,
     "chart_to_code": chart_to_code,
     "design2code": design2code,
     "miniwob": miniwob,
@@ -30,5 +34,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "worlds": worlds,
     **screen_suites(),
 }
-WITH_DATA = frozenset({"chart_to_code", "design2code", "svg_code", *screen_suites()})
+FOREIGN = frozenset({"androidworld", "browsergym"})
+"""Suites that drive environments of other houses: they have tasks only where ``--data`` says where those are."""
+WITH_DATA = frozenset({"chart_to_code", "design2code", "svg_code", *screen_suites(), *FOREIGN})
 """Suites whose builder takes where published data are."""

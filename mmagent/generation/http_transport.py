@@ -38,12 +38,12 @@ IDLE = 2.0
 
 
 class EndpointUnavailable(ConnectionError):
-    """The endpoint did not answer, or not to the end, or said that it is busy (``answered``): worth another try,
-    ``wait`` seconds from now where it says so."""
+    """The endpoint did not answer, or not to the end, or said that it is busy (``answered``, with HTTP ``status``):
+    worth another try, ``wait`` seconds from now where it says so."""
 
-    def __init__(self, message: str, wait: float | None = None, answered: bool = False):
+    def __init__(self, message: str, wait: float | None = None, answered: bool = False, status: int | None = None):
         super().__init__(message)
-        self.wait, self.answered = wait, answered
+        self.wait, self.answered, self.status = wait, answered, status
 
 
 class EndpointRefused(RuntimeError):
@@ -106,7 +106,8 @@ class Transport:
         key = os.environ.get(config.key_variable, "")
         # nothing is gained by compressing a few kilobytes, and a bomb cannot come
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._tls: ssl.SSLContext | bool = httpx2.create_ssl_context() if self.base.startswith("https") else True
+        # without https nothing is checked by certificates, and reading them takes longer than a request
+        self._tls: ssl.SSLContext | bool = httpx2.create_ssl_context() if self.base.startswith("https") else False
         self._lane: _Lane | None = None
         self._random = random.Random()  # of its own: how long somebody waits must not move anybody's draws
 
@@ -217,7 +218,8 @@ class Transport:
                     told = f"{url} answered {response.status_code}: {said}"
                     if response.status_code not in BUSY:
                         raise EndpointRefused(told)
-                    raise EndpointUnavailable(told, seconds_of(response.headers.get("retry-after", "")), answered=True)
+                    wait = seconds_of(response.headers.get("retry-after", ""))
+                    raise EndpointUnavailable(told, wait, answered=True, status=response.status_code)
                 yield response, deadline
             finally:
                 await response.aclose()

@@ -1,0 +1,73 @@
+"""AndroidWorld on running servers of its own (`evals.foreign.android_world`)."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from evals.baselines import WORDS
+from evals.foreign.android_world import AndroidServer, AndroidTask, Seconds, devices
+from evals.suite import Play, Suite
+from mmagent.actions import PHONE_PROMPT
+from mmagent.browser.sync import run_sync
+from mmagent.trajectories import Item
+
+MAX_STEPS = 30
+SEED = 30
+"""What AndroidWorld's own runs draw their parameters with by default."""
+ITEM_SECONDS = 3600.0
+"""An emulator is slow: a task may take minutes to set up, a step ten seconds."""
+PREFIX = "androidworld/"
+RULES = (
+    f"{PHONE_PROMPT}\nEnter is pressed by itself behind a text that is typed. A scroll or a drag goes through the "
+    "middle of the screen. Where the task asks a question, the answer is what finished says, and nothing else."
+)
+
+
+def androidworld(
+    where: str = "", combinations: int = 1, seed: int = SEED, max_steps: int = MAX_STEPS, seconds: Seconds | None = None
+) -> Suite:
+    """Every task of the servers ``where``, ``http://host:5000``, several with commas between; ``combinations``
+    instances of each, drawn with ``seed``. Asks the first server for its tasks; none without. ``seconds``: limits of
+    their requests."""
+    urls = tuple(url.strip() for url in where.split(",") if url.strip())
+    names = run_sync(AndroidServer(urls[0]).tasks()) if urls else []
+
+    @contextlib.asynccontextmanager
+    async def opened(chosen: Sequence[str]) -> AsyncIterator[list[AndroidTask]]:
+        if not chosen:
+            yield []
+            return
+        async with devices(urls, combinations, seed, seconds) as pool:
+            yield [AndroidTask(name, pool, combinations) for name in chosen]
+
+    return Suite(
+        name="androidworld",
+        version=1,
+        summary="AndroidWorld on emulators: --data http://host:5000[,...], servers of its own container.",
+        prompt="every turn the screen at rest; with the first the task's goal",
+        judge="the task's own check of the device, by its server, 0 unless the agent ended the episode itself; "
+        f"{max_steps} steps for every task, where AndroidWorld gives ten times its complexity",
+        tasks=tuple(f"{PREFIX}{name}" for name in names),
+        open=opened,
+        per_task=combinations,
+        play=Play(max_steps=max_steps, max_tokens=1024, rules=RULES, guess=_guess, acts=True),
+        seed=seed,
+        needs_browser=False,
+        slices=_slices,
+        data=f"AndroidWorld's server, {combinations} instances a task, seed {seed}" if urls else "",
+        at_once=max(len(urls), 1),
+        item_seconds=ITEM_SECONDS,
+    )
+
+
+def _slices(task: AndroidTask, item: Item) -> Mapping[str, str]:
+    return {"app": task.family}
+
+
+def _guess(rng: random.Random) -> str:
+    """Mostly taps; now and then the end, for whose sake alone anything is scored."""
+    point = f"{rng.randrange(1000)},{rng.randrange(1000)}"
+    kinds = (f"click({point})", f'type("{rng.choice(WORDS)}")', f"scroll({point},0,300)", "go_back()", "finished()")
+    return rng.choices(kinds, (8, 1, 1, 1, 1))[0]
