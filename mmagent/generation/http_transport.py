@@ -51,6 +51,11 @@ class EndpointRefused(RuntimeError):
     help."""
 
 
+class OtherWeights(EndpointRefused):
+    """The endpoint samples from weights that it was not given here: it was started again, or somebody else gave it
+    others."""
+
+
 @dataclass
 class ServerConfig:
     """``url`` up to and including ``/v1``. The key is read from the environment variable ``key_variable``.

@@ -29,11 +29,20 @@ import torch
 from torch import Tensor
 
 from mmagent.generation.http import image_part
-from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable, ServerConfig, Transport, logger
+from mmagent.generation.http_transport import (
+    EndpointRefused,
+    EndpointUnavailable,
+    OtherWeights,
+    ServerConfig,
+    Transport,
+    logger,
+)
 from mmagent.geometry import GeometryConfig, unpatchify, visual_tokens
 from mmagent.trajectories import Completion, Limits, Trajectory
 from mmagent.vocab import Vocab
 
+UNKNOWN = -1
+"""The version of weights that a server has from elsewhere, or has not been given yet."""
 MAX_ANSWER = 512 << 20
 """Bytes of one answer, which may tell the experts of every token of a long one."""
 UNNAMED = "default"
@@ -139,6 +148,10 @@ class TokenPolicy(ABC):
         await self.transport.ready("/health", timeout, told)
         await self.inspect()
 
+    async def ready(self, timeout: float) -> None:
+        """Until the server answers at all. Raises :class:`EndpointUnavailable` after ``timeout`` seconds."""
+        await self.transport.ready("/health", timeout)
+
     async def update_weights(self, folder: Path | str, version: int, *, wait: bool = True) -> None:
         """Let the server load the exported model in ``folder``, which is a path over there, as ``version``.
 
@@ -148,6 +161,17 @@ class TokenPolicy(ABC):
         """
         if version == self.version:
             raise ValueError(f"version {version} is what {self.transport.base} serves already")
+        await self.hold(version, wait=wait)
+        confirmed = False
+        try:
+            await self.load(str(folder), version)
+            confirmed = True
+        finally:
+            self.release(version, confirmed)
+
+    async def hold(self, version: int, *, wait: bool = True) -> None:
+        """Hold new requests back until :meth:`release`: ``version`` is about to be loaded, by whomever. ``wait``: those
+        in flight end first. Where this fails nothing is held."""
         if self._held is not None:
             raise ValueError(f"version {version}: another update of {self.transport.base} is under way")
         held = self._held = asyncio.Event()
@@ -156,15 +180,22 @@ class TokenPolicy(ABC):
                 await self._land()
             if not self._rehearsed:
                 await self._rehearse()
-            self._serving = (*self._serving, version)
-            for flight in self._flights:
-                flight.versions.append(version)
-            self._doubt = f"version {version} was never confirmed"
-            self._names[str(version)] = version
-            await self.load(str(folder), version)
-            self.version, self._serving, self._doubt = version, (version,), ""
-        finally:
+        except BaseException:
             self._held = None
+            held.set()
+            raise
+        self._serving = tuple(dict.fromkeys((*self._serving, version)))
+        for flight in self._flights:
+            flight.versions.append(version)
+        self._doubt = f"version {version} was never confirmed"
+        self._names[str(version)] = version
+
+    def release(self, version: int, confirmed: bool) -> None:
+        """Requests go on: with ``version`` where the server has ``confirmed`` it, else all of them fail."""
+        if confirmed:
+            self.version, self._serving, self._doubt = version, (version,), ""
+        held, self._held = self._held, None
+        if held is not None:
             held.set()
 
     async def _rehearse(self) -> None:
@@ -220,9 +251,12 @@ class TokenPolicy(ABC):
         return [image_part(unpatchify(image, self.geometry))["image_url"]["url"] for image in prompt.images]
 
     def numbers(self, where: str, names: Sequence[str]) -> tuple[int, ...]:
-        """The versions that the server calls so, each once. Raises :class:`EndpointRefused` for another."""
+        """The versions that the server calls so, each once. Raises :class:`OtherWeights` for another; a policy of
+        version -1 does not know what the server has, and takes any name for that."""
+        if self.version == UNKNOWN:
+            names = [name if name in self._names else str(UNKNOWN) for name in names]
         if strange := [name for name in names if name not in self._names]:
-            raise EndpointRefused(f"{where}: sampled by weights {strange[0]!r}, which this policy did not load")
+            raise OtherWeights(f"{where}: sampled by weights {strange[0]!r}, which this policy did not load")
         return tuple(dict.fromkeys(self._names[name] for name in names))
 
     def _believed(self, prompt: Trajectory, limits: Limits, sampled: Sampled, flight: _Flight) -> Completion:
@@ -235,7 +269,7 @@ class TokenPolicy(ABC):
         versions = tuple(dict.fromkeys(flight.versions))
         if strange := {*sampled.versions, sampled.last} - {*versions, None}:  # as of a server that was started again
             told = f"sampled by version {strange.pop()}, not by {versions}"
-            raise EndpointRefused(f"{prompt.key}: {self.transport.base}: {told}; were its weights loaded elsewhere?")
+            raise OtherWeights(f"{prompt.key}: {self.transport.base}: {told}; were its weights loaded elsewhere?")
         versions = sampled.versions or versions
         stopped = sampled.reason == "stop" or ids[-1] in limits.stop_ids  # the last of all that fit may be one
         reason = "stop" if stopped else "length"

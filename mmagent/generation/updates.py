@@ -144,20 +144,26 @@ class Buckets:
         self._tensors = {t.name: t for t in sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name))}
         layout = {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
         self.manifest = Manifest(version, layout, bucket_bytes)
-        self._seal = seal  # of who wrote it; else what is read is right
+        self.seal = seal  # of who wrote it; else what is read is right
 
     def __iter__(self) -> Iterator[Bucket]:
-        manifest, digests = self.manifest, []
-        for index, pieces in enumerate(manifest.buckets):
-            data, at = torch.empty(manifest.size(index), dtype=torch.uint8), 0
-            for name, start, stop in pieces:
-                values = self._tensors[name].read(start, stop).contiguous().view(torch.uint8)
-                data[at : at + values.numel()] = values
-                at += values.numel()
+        manifest = self.manifest
+        digests: list[bytes] = []
+        for index in range(len(manifest.buckets)):
+            data = self.data(index)
             digests.append(digest(data))
             last = index == len(manifest.buckets) - 1
-            seal = (self._seal or manifest.seal(digests)) if last else b""
+            seal = (self.seal or manifest.seal(digests)) if last else b""
             yield Bucket(manifest.version, index, len(manifest.buckets), data, digests[-1], seal)
+
+    def data(self, index: int) -> Tensor:
+        """The bytes of a bucket, ``(n,)`` uint8 in the host's memory."""
+        data, at = torch.empty(self.manifest.size(index), dtype=torch.uint8), 0
+        for name, start, stop in self.manifest.buckets[index]:
+            values = self._tensors[name].read(start, stop).contiguous().view(torch.uint8)
+            data[at : at + values.numel()] = values
+            at += values.numel()
+        return data
 
 
 def buckets_of_state(state: Mapping[str, Tensor], version: int, bucket_bytes: int = BUCKET) -> Buckets:
@@ -203,6 +209,7 @@ def write_version(folder: Path | str, source: Source) -> None:
     manifest = source.manifest
     head = file_head(((name, dtype, shape) for name, (shape, dtype) in manifest.tensors.items()), {"format": "pt"})
     seal, wanted = b"", 0
+    digests: list[str] = []
     with new_folder(Path(folder)) as beside:
         with open(beside / WEIGHTS, "wb") as file:
             file.write(head)
@@ -211,9 +218,11 @@ def write_version(folder: Path | str, source: Source) -> None:
                     raise WeightsError(f"{bucket} came instead of {wanted}: a file is written in order")
                 file.write(memoryview(bucket.data.cpu().numpy()))
                 seal, wanted = bucket.seal, wanted + 1
+                digests.append(bucket.digest.hex())
         if wanted != len(manifest.buckets) or not seal:
             raise WeightsError(f"{folder}: {wanted} of {len(manifest.buckets)} buckets of version {manifest.version}")
-        body = {"version": manifest.version, "bucket_bytes": manifest.bucket_bytes, "seal": seal.hex()}
+        body = {"version": manifest.version, "bucket_bytes": manifest.bucket_bytes}
+        body |= {"seal": seal.hex(), "digests": digests}
         (beside / VERSION).write_text(json.dumps(body), encoding="utf-8")
 
 

@@ -56,9 +56,11 @@ def _serve(options: Options, listener: socket.socket, key: str) -> None:
 
     from mmagent.serve.app import Service, create_app
     from mmagent.serve.status import Served
+    from mmagent.serve.updating import Updates
     from mmagent.serve.wire import Bodies, Connection, Server
 
     prompts, desk, notes = _model(options)
+    updates = Updates(options.updates, desk.policy) if options.updates else None
     listening = uvicorn.Config(
         "", options.host, options.port, http=Connection, ws="none", lifespan="on", log_level="warning",
         access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_CONNECTIONS,
@@ -68,7 +70,7 @@ def _serve(options: Options, listener: socket.socket, key: str) -> None:
     name = options.name or options.checkpoint.resolve().name
     served = Served(name, notes, _example(url, name, bool(key)))
     bodies = Bodies(options.max_body, _TOGETHER * options.max_body)
-    listening.app = create_app(Service(served, prompts, desk, bodies, options.timeout, key))
+    listening.app = create_app(Service(served, prompts, desk, bodies, options.timeout, key, updates))
 
     if not key and options.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"whoever reaches {options.host} may ask: --api-key-variable asks for a key", file=sys.stderr)
@@ -102,6 +104,7 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     from mmagent.generation.generator import GeneratorConfig
     from mmagent.generation.health import HealthConfig
     from mmagent.generation.local import LocalPolicy
+    from mmagent.generation.token_endpoints import UNKNOWN
     from mmagent.serve.desk import Desk
     from mmagent.serve.fetching import Fetcher
     from mmagent.serve.loading import load
@@ -129,9 +132,10 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     )
     config = GeneratorConfig(
         options.max_sequences, cache_tokens=options.cache_tokens, dtype=dtype, speculate=options.speculate,
-        health=HealthConfig(options.watchdogs),
+        health=HealthConfig(options.watchdogs), steady=options.steady, record_routing=options.record_routing,
     )  # fmt: skip
-    policy = LocalPolicy(make_generator(agent.model, agent.vocab, config))
+    generator = make_generator(agent.model, agent.vocab, config)
+    policy = LocalPolicy(generator, UNKNOWN if options.updates else 0)
     notes = {
         "folder": options.checkpoint.resolve().name,  # where it lies is nothing for a page that anybody may look at
         "parameters": f"{sum(p.numel() for p in agent.model.parameters()):,}",
@@ -140,6 +144,7 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
         "context": f"{context:,} tokens",
         "at a time": f"{options.max_sequences} completions, {options.max_waiting} more in line",
         "pictures": _picture_note(options),
+        "weights": f"taken from {options.updates.resolve().name}" if options.updates else "as they are",
     }
     desk = Desk(policy, running=options.max_sequences, waiting=options.max_waiting)
     return Prompts(agent.vocab, agent.chat, pictures, context), desk, notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,11 +10,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import torch
+
 from mmagent.chat import ChatConfig, Tool, ToolCall
 from mmagent.replies import arguments_of
 from mmagent.serve.policy import Delta
 from mmagent.serve.prompts import Choice
-from mmagent.serve.refusals import Refused
+from mmagent.serve.refusals import Refused, bad
 from mmagent.serve.requests import TokenAsk, Wish, arguments_json
 from mmagent.serve.spoken import Answer, PlainAnswer, Said
 from mmagent.trajectories import Completion
@@ -291,6 +294,18 @@ class TextTeller(Teller):
 # ---------------------------------------------------------------------------------------------- tokens
 
 
+def _routed(completion: Completion) -> str:
+    """The experts of every sampled token but the last: int32 of ``(n - 1, M, K)`` in base64. Raises :class:`Refused`
+    where none were recorded."""
+    if len(completion.ids) < 2:
+        return ""
+    if not completion.routed_experts:
+        told = "return_routed_experts: none are recorded; start the server with --record-routing"
+        raise bad(told, "return_routed_experts")
+    rows = torch.stack(completion.routed_experts)[:-1].to(torch.int32)
+    return base64.b64encode(rows.cpu().numpy().astype("<i4").tobytes()).decode()
+
+
 def tokens_body(ask: TokenAsk, choice: Choice, completion: Completion, vocab: Vocab, version: int) -> dict[str, Any]:
     """The answer of ``/generate``. Raises :class:`Refused` as :meth:`Telling.finish` does."""
     wish = ask.wish
@@ -316,4 +331,6 @@ def tokens_body(ask: TokenAsk, choice: Choice, completion: Completion, vocab: Vo
     if wish.logprobs:
         pairs = zip(completion.ids, completion.logprobs, strict=True)
         meta["output_token_logprobs"] = [[logprob, index, None] for index, logprob in pairs]
+    if ask.experts:
+        meta["routed_experts"] = _routed(completion)
     return {"text": telling.text, "output_ids": list(completion.ids), "meta_info": meta}

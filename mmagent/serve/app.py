@@ -18,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from mmagent.generation.weights import HalfWritten
 from mmagent.serve.answers import ChatTeller, TextTeller, tokens_body
 from mmagent.serve.desk import Desk
 from mmagent.serve.fields import read_json
@@ -25,6 +26,7 @@ from mmagent.serve.prompts import Choice, Hold, Prompt, Prompts
 from mmagent.serve.refusals import Refused
 from mmagent.serve.requests import MOST_CHOICES, Wish, model_of, read_chat, read_text, read_tokens
 from mmagent.serve.status import REFRESH, Served, health, metrics, status_page
+from mmagent.serve.updating import Updates, read_update
 from mmagent.serve.wire import LOGGER, Bodies, Events, until_gone
 
 GONE = 499
@@ -34,7 +36,8 @@ _NAMES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}
 
 @dataclass(frozen=True)
 class Service:
-    """Everything a request meets. ``key``: what it must bring, "" for nothing; ``seconds``: that it may take."""
+    """Everything a request meets. ``key``: what it must bring, "" for nothing; ``seconds``: that it may take;
+    ``updates``: who takes new weights, None for nobody."""
 
     served: Served
     prompts: Prompts
@@ -42,6 +45,7 @@ class Service:
     bodies: Bodies
     seconds: float
     key: str = ""
+    updates: Updates | None = None
 
     # ------------------------------------------------------------ the way in
 
@@ -111,6 +115,8 @@ class Service:
             refused = error
         elif isinstance(error, HTTPException):
             refused = Refused(error.status_code, str(error.detail), code=_NAMES.get(error.status_code, ""))
+        elif isinstance(error, HalfWritten):
+            refused = Refused(503, f"nothing is served now: {error}", code="half_written", retry_after=1)
         else:
             LOGGER.error("a request failed", exc_info=error)
             refused = Refused(500, "the server failed; its log says how", code="internal_error")
@@ -218,6 +224,15 @@ def _doors(app: FastAPI, service: Service) -> None:
         version = service.desk.policy.version
         return JSONResponse(tokens_body(ask, choices[0], completion, service.prompts.vocab, version))
 
+    @door("/update_weights_from_disk")
+    async def update(request: Request, stack: ExitStack) -> Response:
+        body = await service.read(request, stack, named=False)
+        if service.updates is None:
+            raise Refused(403, "this server takes no new weights: start it with --updates FOLDER", code="forbidden")
+        ask = read_update(body)
+        await service.updates.take(ask)
+        return JSONResponse({"success": True, "message": f"version {ask.version} is served"})
+
 
 def _windows(app: FastAPI, service: Service) -> None:
     """What tells about the server. None of it shows what was asked, and but for the models none asks for the key."""
@@ -240,6 +255,10 @@ def _windows(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=None)
     async def healthy() -> Response:
         return JSONResponse(health(served, desk), 503 if desk.closing else 200)
+
+    @app.get("/get_model_info", response_model=None)
+    async def info() -> Response:
+        return JSONResponse({"model_path": served.name, "weight_version": str(desk.policy.version)})
 
     @app.get("/metrics", response_model=None)
     async def figures() -> Response:

@@ -21,6 +21,7 @@ otherwise; --api-key-variable asks for a key.
   POST /v1/chat/completions   messages with pictures, tools, streaming
   POST /v1/completions        a text or token ids to be continued
   POST /generate              token ids in and out, as SGLang has it
+  POST /update_weights_from_disk   a version out of --updates, and no other
   GET  /v1/models, /health, /metrics (Prometheus) and / (a page for people)"""
 
 
@@ -47,6 +48,9 @@ class Options:
     grace: float = 30.0
     speculate: int = 0
     watchdogs: str = "none"
+    updates: Path | None = None
+    steady: bool = False
+    record_routing: bool = False
     trust_code: bool = False
 
     def __post_init__(self) -> None:
@@ -89,6 +93,14 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         "an error, retry samples it once more, unless it is streamed (default: none)",
     )  # fmt: skip
     model.add_argument("--trust-code", action="store_true", help="import the encoder of its own that CHECKPOINT names")
+    training = parser.add_argument_group("for who trains on what it samples")
+    add(training, "updates", Path, "FOLDER", "versions of the weights in it are taken when asked for; without it none")
+    training.add_argument(
+        "--steady", action="store_true", help="a request gets the same to the last bit in any company (CPU; slower)"
+    )
+    training.add_argument(
+        "--record-routing", action="store_true", help="/generate tells the experts of sampled tokens where it is asked"
+    )
     limits = parser.add_argument_group("limits")
     add(limits, "max-context", int, "TOKENS", "of a prompt and its answer (default: the model's own, else 8192)")
     add(limits, "max-sequences", int, "N", "completions sampled at a time")

@@ -105,7 +105,7 @@ class TextAsk:
 @dataclass(frozen=True)
 class TokenAsk:
     """One prompt and its pictures' addresses. ``marks``: control tokens are told in the text; ``keep_stop``: so is the
-    stop string."""
+    stop string. ``experts``: those of sampled tokens are told."""
 
     prompt: str | tuple[int, ...]
     pictures: tuple[Any, ...]
@@ -113,6 +113,7 @@ class TokenAsk:
     name: str = ""
     marks: bool = False
     keep_stop: bool = False
+    experts: bool = False
 
 
 def model_of(body: Mapping[str, Any], *, needed: bool = True) -> str:
@@ -242,6 +243,7 @@ def read_tokens(body: Mapping[str, Any], vocab: Vocab) -> TokenAsk:
     pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
     logprobs, name = fields.flag("return_logprob"), fields.text("rid", "")
     sampling = fields.within("sampling_params")
+    experts = fields.flag("return_routed_experts")
     fields.done(_TOKENS_IGNORED)
     for key, (neutral, why) in _SAMPLING_NOT_OFFERED.items():
         sampling.only(key, neutral, why)
@@ -249,7 +251,7 @@ def read_tokens(body: Mapping[str, Any], vocab: Vocab) -> TokenAsk:
     marks, keep_stop = not sampling.flag("skip_special_tokens", True), sampling.flag("no_stop_trim")
     wish = _wish(sampling, ("max_new_tokens",), logprobs=logprobs, usual=128, seed="sampling_seed", vocab=vocab)
     sampling.done(("spaces_between_special_tokens",))
-    return TokenAsk(prompt, tuple(pictures), wish, name or "", marks, keep_stop)
+    return TokenAsk(prompt, tuple(pictures), wish, name or "", marks, keep_stop, experts)
 
 
 # ---------------------------------------------------------------------------------------------- sampling

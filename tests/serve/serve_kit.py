@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmagent.serve.desk import Desk
 from mmagent.serve.pictures import Pictures
 from mmagent.serve.prompts import Prompts
 from mmagent.serve.status import Served
+from mmagent.serve.updating import Updates
 from mmagent.serve.wire import Bodies, Connection, Server
 from mmagent.trajectories import Completion, Limits, Trajectory
 from tests.agent_kit import GEOMETRY, tiny_vocab
@@ -104,6 +106,7 @@ class Running:
     server: Server
     policy: Any
     thread: threading.Thread
+    updates: Path | None = None
 
     @property
     def url(self) -> str:
@@ -163,6 +166,7 @@ def serving(
     key: str = "",
     grace: float = 5.0,
     buffer: int = 0,
+    updates: Path | None = None,
     **pictures: Any,
 ) -> Iterator[Running]:
     """The real application behind a real uvicorn, in a thread of this process. ``buffer``: bytes that the system keeps
@@ -172,7 +176,9 @@ def serving(
         "", "127.0.0.1", 0, http=Connection, ws="none", lifespan="on", log_level="critical", timeout_graceful_shutdown=2
     )
     served = Served("tiny", {"weights": "none"}, "curl")
-    service = Service(served, prompts_of(chat, context, **pictures), desk, Bodies(most, 4 * most), seconds, key)
+    takes = Updates(updates, policy) if updates else None
+    bodies = Bodies(most, 4 * most)
+    service = Service(served, prompts_of(chat, context, **pictures), desk, bodies, seconds, key, takes)
     config.app = create_app(service)
     listener = config.bind_socket()
     if buffer:
@@ -183,7 +189,7 @@ def serving(
     thread.start()
     assert ready.wait(20), "the server did not start"
     try:
-        yield Running(listener.getsockname()[1], desk, server, policy, thread)
+        yield Running(listener.getsockname()[1], desk, server, policy, thread, updates)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -233,7 +233,7 @@ def test_other_models_and_paths(server):
     assert "'gpt-5' is not served here" in refused(server, chat(model="gpt-5"), status=404)
     assert server.ask("/v1/models/other", None, "GET")[0] == 404
     told = refused(server, {}, "/v1/embeddings", 404)
-    assert told.startswith("POST /v1/embeddings is not offered; there are GET /, GET /health, ")
+    assert told.startswith("POST /v1/embeddings is not offered; there are GET /, GET /get_model_info, GET /health, ")
     assert "POST /v1/chat/completions" in told
     status, answer = server.ask("/v1/chat/completions", None, "GET")
     assert (status, answer["error"]["code"]) == (405, "method_not_allowed")
