@@ -70,7 +70,7 @@ async def train(config: Config) -> None:
             record = {"lr_scale": schedule(step, config.steps, config.schedule), **collected.metrics}
             if config.train:
                 take = partial(run.guard.step, step, objective, engine, lr_scale=record["lr_scale"])
-                record |= await actor.beside(partial(learner.learn, collected.groups, take))
+                record |= await actor.beside(partial(learner.learn, collected.groups, take, collected.temperature))
             if run.guard.went_back:
                 continue
             record |= await actor.measure(step + 1, config.evaluate_every)

@@ -64,6 +64,11 @@ class Config(RunConfig):
             raise ConfigError(
                 "policy.kl_weight and policy.distill_weight need another agent: name its folder, reference="
             )
+        if self.train and self.policy.temperature != self.collector.rollout.temperature:
+            raise ConfigError(
+                f"policy.temperature {self.policy.temperature} must be collector.rollout.temperature "
+                f"{self.collector.rollout.temperature}: probabilities are of what was drawn from; set both"
+            )
         if self.policy.mtp_weight and "mtp" in self.freeze:
             raise ConfigError("policy.mtp_weight: freeze holds mtp, so nothing would learn; name freeze without it")
 

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mmagent.agent.advantages import AdvantageConfig, Group, Selection, gather_groups, select
 from mmagent.agent.codec import Codec
 from mmagent.agent.curriculum import Curriculum, CurriculumConfig, ItemStream
+from mmagent.agent.difficulty import PASS
+from mmagent.agent.heat import Heat, HeatConfig
 from mmagent.agent.inflight import InFlight
 from mmagent.agent.judges import HttpJudge, JudgeConfig
 from mmagent.agent.points import Points
@@ -27,8 +29,6 @@ from mmagent.trajectories import Item, Status, Trajectory
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PASS = 0.5
-"""A reward from here on counts as passed, for pass@k."""
 LOOK = 0.1
 """Seconds between two looks at whether a collection is to be left."""
 
@@ -51,6 +51,7 @@ class CollectorConfig:
     rewards: RewardConfig = field(default_factory=RewardConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    heat: HeatConfig = field(default_factory=HeatConfig)
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -64,12 +65,14 @@ class CollectorConfig:
 @dataclass(frozen=True)
 class Collected:
     """This rank's ``groups`` to train on, all its ``trajectories``, and global ``metrics``. ``left``: some rank was
-    asked to leave, so there is nothing to train on, and the collector stands where it stood before."""
+    asked to leave, so there is nothing to train on, and the collector stands where it stood before. ``temperature``
+    that all of them were sampled at."""
 
     groups: tuple[Group, ...]
     trajectories: tuple[Trajectory, ...]
     metrics: dict[str, float]
     left: bool = False
+    temperature: float = 1.0
 
 
 class Collector:
@@ -110,6 +113,9 @@ class Collector:
         self.items = (self.points.source or ItemStream)(tasks, "train", seed)
         self.collections = 0
         self.curriculum = Curriculum([task.name for task in tasks], config.curriculum)
+        if self.points.source is not None and config.curriculum.bands:
+            raise ValueError("curriculum.bands and points.source are both set: one of them says which items are drawn")
+        self.heat = Heat(config.rollout.temperature, config.heat)
 
     async def collect(self, play: bool = True, asked: Callable[[], bool] = lambda: False) -> Collected:
         """One collection. A collective: every rank takes part. Raises what rollouts raise. Unless they are to ``play``
@@ -122,7 +128,7 @@ class Collector:
         while rounds <= (0 if self.config.replay else self.config.refills) and lacks > 0:
             rounds += 1
             place = self.items.number
-            drawn = self.items.draw(self.curriculum.draws(lacks), weights)
+            drawn = self._drawn(self.curriculum.draws(lacks), weights)
             if not play:
                 self.collections += 1
                 return Collected((), (), {"time/rollout": time.perf_counter() - started})
@@ -140,10 +146,16 @@ class Collector:
             save_trajectories(self._folder(self.config.record, self.collections), trajectories)
         self.collections += 1
         metrics = self._account(trajectories, selection)
-        metrics["rollout/rounds"] = float(rounds)
+        metrics["rollout/rounds"], metrics["rollout/temperature"] = float(rounds), (heat := self.heat.now)
         metrics["time/rollout"] = time.perf_counter() - started
+        self.heat.update(metrics["reward"])
         keep = allot(found, self.config.prompts)[self.world.rank]
-        return Collected(selection.groups[:keep], tuple(trajectories), metrics)
+        return Collected(selection.groups[:keep], tuple(trajectories), metrics, temperature=heat)
+
+    def _drawn(self, count: int, weights: Mapping[str, float]) -> list[tuple[Task, Item]]:
+        """Prompts of this collection; a user's own source knows nothing of bands."""
+        takes = self.curriculum.takes(self.collections)
+        return self.items.draw(count, weights) if takes is None else self.items.draw(count, weights, takes)
 
     def _select(self, trajectories: Sequence[Trajectory]) -> Selection:
         shapes = self.shaping if self.shaping.changes else None
@@ -171,7 +183,7 @@ class Collector:
     async def _play(self, prompts: Sequence[tuple[Task, Item]], number: int) -> list[Trajectory]:
         if self.config.replay:
             return load_trajectories(self._folder(self.config.replay, self.collections))
-        seed, how = stable_seed(self.seed, number), self.config.rollout
+        seed, how = stable_seed(self.seed, number), replace(self.config.rollout, temperature=self.heat.now)
         if not prompts:
             played = []
         elif self.points.rollout is not None:
@@ -179,12 +191,14 @@ class Collector:
         elif self.inflight is None:
             played = await roll_out(prompts, self.policy, self.codec, how, seed, judge=self.judge)
         else:
-            played = await self._play_on(self.inflight, prompts, seed)
+            played = await self._play_on(self.inflight, prompts, how, seed)
         return played
 
-    async def _play_on(self, inflight: InFlight, prompts: Sequence[tuple[Task, Item]], seed: int) -> list[Trajectory]:
+    async def _play_on(
+        self, inflight: InFlight, prompts: Sequence[tuple[Task, Item]], how: RolloutConfig, seed: int
+    ) -> list[Trajectory]:
         """What was not played yet."""
-        how, codec = self.config.rollout, self.codec
+        codec = self.codec
         seen = (codec.geometry, codec.chat, codec.rules, codec.tools, self.config.judge)
         # refills of a collection go on in its file
         about = {"collection": self.collections, "seed": self.seed, "rollout": asdict(how), "seen": repr(seen)}
@@ -229,12 +243,14 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         state = {"items": self.items.state_dict(), "curriculum": self.curriculum.state_dict()}
-        return state | {"collections": self.collections}
+        return state | {"collections": self.collections, "heat": self.heat.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.items.load_state_dict(state["items"])
         self.curriculum.load_state_dict(state["curriculum"])
         self.collections = state.get("collections", self.items.number)
+        if "heat" in state:  # not in checkpoints from before temperatures could change
+            self.heat.load_state_dict(state["heat"])
 
 
 def allot(found: Sequence[int], prompts: int) -> list[int]:

@@ -4,17 +4,19 @@ Every task's pass rate is followed as an exponential moving average. Tasks the p
 teach most (the variance of a Bernoulli reward, ``p (1 - p)``, is the signal a group carries), so they are drawn
 most; a floor keeps every task alive. Groups in which all fail or all pass are dropped after the rollout; the
 moving average of ``1 / (1 - their share)`` says how many more prompts to draw so that the batch is full
-(GLM-4.1V-Thinking's RLCS).
+(GLM-4.1V-Thinking's RLCS). Which items of a task are drawn can be made to depend on how hard they were found to be
+before (:mod:`mmagent.agent.difficulty`), in stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from mmagent.agent.difficulty import Grades, band_at
 from mmagent.protocols import Task
 from mmagent.trajectories import Item
 
@@ -22,11 +24,18 @@ from mmagent.trajectories import Item
 @dataclass
 class CurriculumConfig:
     """``decay`` of the moving averages; ``floor``: least weight of a task, relative to the greatest (1 draws all
-    tasks alike); ``max_oversampling`` bounds how many times the batch may be drawn."""
+    tasks alike); ``max_oversampling`` bounds how many times the batch may be drawn.
+
+    ``grades``: a file of items' difficulty. A task that was never tried then counts as solved as often as its items
+    were, and ``bands`` say which are drawn, from which collection on: ``{0: [0.2, 0.9], 300: [0.01, 0.3]}`` takes items
+    that were right in a fifth to nine tenths of their tries, and from collection 300 on hard ones. Items without a
+    grade, behind those that have one, are drawn as they come."""
 
     decay: float = 0.8
     floor: float = 0.2
     max_oversampling: float = 2.0
+    grades: str = ""
+    bands: dict[int, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -35,6 +44,11 @@ class CurriculumConfig:
             raise ValueError(f"curriculum floor must lie in (0, 1], got {self.floor}")
         if self.max_oversampling < 1:
             raise ValueError(f"max_oversampling must be at least 1, got {self.max_oversampling}")
+        if self.bands and not self.grades:
+            raise ValueError("curriculum.bands say how hard items may be: name a file of curriculum.grades")
+        for start, band in self.bands.items():
+            if start < 0 or len(band) != 2 or not 0 <= band[0] <= band[1] <= 1:
+                raise ValueError(f"curriculum.bands: {start}: {band} is no [least, most] within 0 and 1")
 
 
 class Curriculum:
@@ -44,11 +58,25 @@ class Curriculum:
         if not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"curriculum: task names must be distinct and at least one, got {list(tasks)}")
         self.config = config or CurriculumConfig()
-        self.pass_rate: dict[str, float | None] = dict.fromkeys(tasks)
+        self.grades = Grades.load(self.config.grades) if self.config.grades else Grades({})
+        self.pass_rate: dict[str, float | None] = {task: self.grades.task_rate(task) for task in tasks}
         self.oversampling = 1.0
 
+    def takes(self, collection: int) -> Callable[[Item], bool] | None:
+        """Which items are drawn for a collection; None for all."""
+        band = band_at(self.config.bands, collection)
+        if band is None:
+            return None
+        least, most = band
+
+        def within(item: Item) -> bool:
+            rate = self.grades.rate(item)
+            return rate is None or least <= rate <= most
+
+        return within
+
     def weights(self) -> dict[str, float]:
-        """Probabilities of the tasks. A task never tried counts as solved half of the time."""
+        """Probabilities of the tasks. One neither tried nor graded counts as solved half of the time."""
         signal = {name: 4 * p * (1 - p) if p is not None else 1.0 for name, p in self.pass_rate.items()}
         top = max(max(signal.values()), 1e-9)
         raised = {name: max(value / top, self.config.floor) for name, value in signal.items()}
@@ -84,7 +112,8 @@ class ItemStream:
     """Items of a mixture of tasks, drawn by weights, exact to resume.
 
     The state is how many items each task has given. Which tasks a draw takes depends on ``(seed, draw number)``
-    alone, by systematic sampling: a task of weight ``w`` gets ``floor`` or ``ceil`` of ``w n`` items.
+    alone, by systematic sampling: a task of weight ``w`` gets ``floor`` or ``ceil`` of ``w n`` items. Items that are
+    not to be taken count as given.
     """
 
     def __init__(self, tasks: Sequence[Task], split: str, seed: int):
@@ -96,17 +125,24 @@ class ItemStream:
         self.number = 0
         self._iterators: dict[str, Iterator[Item]] = {}
 
-    def draw(self, count: int, weights: Mapping[str, float]) -> list[tuple[Task, Item]]:
-        """``count`` items. Raises ``ValueError`` for a task without items left."""
+    def draw(
+        self, count: int, weights: Mapping[str, float], takes: Callable[[Item], bool] | None = None
+    ) -> list[tuple[Task, Item]]:
+        """``count`` items that it ``takes``. Raises ``ValueError`` for a task without items left."""
         names = list(self.tasks)
         share = np.array([weights[name] for name in names], dtype=np.float64)
         generator = np.random.default_rng((self.seed, self.number))
         points = (np.arange(count) + generator.random()) / max(count, 1) * share.sum()
         chosen = np.minimum(np.searchsorted(np.cumsum(share), points, side="right"), len(names) - 1)
         self.number += 1
-        return [(self.tasks[names[n]], self._next(names[n])) for n in generator.permutation(chosen)]
+        return [(self.tasks[names[n]], self._next(names[n], takes)) for n in generator.permutation(chosen)]
 
-    def _next(self, name: str) -> Item:
+    def _next(self, name: str, takes: Callable[[Item], bool] | None) -> Item:
+        while takes is not None and not takes(item := self._given(name)):
+            pass
+        return item if takes is not None else self._given(name)
+
+    def _given(self, name: str) -> Item:
         if name not in self._iterators:
             self._iterators[name] = iter(self.tasks[name].items(self.split, self.seed))
             for _ in range(self.given[name]):

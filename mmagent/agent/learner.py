@@ -105,8 +105,14 @@ class Learner:
             parts = [parts[0], *(self._remembered(packs) for packs in parts[1:])]
         return parts
 
-    def learn(self, groups: Sequence[Group], take: Take) -> dict[str, float]:
-        """All updates of a step; the record of the last."""
+    def learn(self, groups: Sequence[Group], take: Take, temperature: float | None = None) -> dict[str, float]:
+        """All updates of a step; the record of the last. ``temperature`` that its trajectories were sampled at, where
+        that changes: probabilities are of what was drawn from. Raises ``ValueError`` for another than 1 where the model
+        says blocks."""
+        if temperature is not None and isinstance(self.objective, PolicyGradient):
+            self.objective.config.temperature = temperature
+        elif temperature not in (None, 1.0):
+            raise ValueError(f"a model that says blocks is reinforced at a temperature of 1, not {temperature}")
         record: dict[str, float] = {}
         for part, packs in enumerate(self.packs(groups)):
             if packs:

@@ -89,6 +89,8 @@ class StreamCollector(Collector):
     ):
         if config.replay:
             raise ValueError("collector.replay: recorded rollouts are trained on in step; set stream.on=false")
+        if config.heat.rise:
+            raise ValueError("collector.heat: groups of a step have one temperature in step only; set stream.on=false")
         if config.rollout.lockstep:
             config = replace(config, rollout=replace(config.rollout, lockstep=False))
         super().__init__(tasks, policy, codec, config, world, seed, None, points)
@@ -152,7 +154,7 @@ class StreamCollector(Collector):
         """As many prompts as keep everybody busy, the same on all ranks, and begin what is to be played here."""
         wanted = self.curriculum.draws(self.config.prompts * (1 + self.stream.staleness)) - len(self.ledger)
         if wanted > 0:
-            for task, item in self.items.draw(wanted, self.curriculum.weights()):
+            for task, item in self._drawn(wanted, self.curriculum.weights()):
                 name = group_of(task, item)
                 self._items[name] = (task, item)
                 self.ledger[name] = _Entry(task.name, 0, len(self.ledger) % self.world.size)
@@ -234,7 +236,7 @@ class StreamCollector(Collector):
         self.collections += 1
         metrics = self._figures(taken, player)
         metrics |= {"rollout/rounds": float(rounds), "time/rollout": time.perf_counter() - started}
-        return Collected(tuple(taken), tuple(rows), metrics)
+        return Collected(tuple(taken), tuple(rows), metrics, temperature=self.heat.now)
 
     def _figures(self, taken: Sequence[Group], player: Player) -> dict[str, float]:
         counts, rows = self._counts, self._rows

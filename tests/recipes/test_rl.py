@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmagent.agent.collector import Collector
+from mmagent.agent.difficulty import Grades
 from mmagent.chat import ChatConfig
 from mmagent.config import ConfigError, resolve, to_yaml
 from mmagent.engine.config import EngineConfig
@@ -23,6 +24,7 @@ from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
 from mmagent.train.hooks import read_jsonl
 from recipes import rl
+from recipes.grade_items import recorded
 from tests.agent_kit import GEOMETRY, tiny_vocab
 from tests.unit.agent.test_collector import half_taught
 
@@ -191,11 +193,36 @@ def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
         (["policy.kl_weight=0.01"], r"policy\.kl_weight"),
         (["policy.mtp_weight=0.1"], r"policy\.mtp_weight: freeze holds mtp"),
         (["policy.mtp_weight=0.1", "freeze=[mtp]"], r"policy\.mtp_weight"),
+        (["collector.rollout.temperature=0.7"], r"policy\.temperature 1\.0 must be .* 0\.7"),
     ):
         with pytest.raises(ConfigError, match=name):
             config(agent, tmp_path / "run", *overrides)
     assert config(agent, tmp_path / "run", "policy.mtp_weight=0.1", "freeze=[encoder]").policy.mtp_weight == 0.1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_trainer_follows_the_temperature_of_a_collection(agent, tmp_path):
+    """Log-probs of trainer and sampler agree at a temperature that rises; at another than the sampler's they do not."""
+    heat = ["collector.heat.rise=0.5", "collector.heat.window=1", "collector.heat.flat=1"]
+    rows = run(config(agent, tmp_path / "run", *heat, "collector.heat.drop=0.9", steps=3))
+    assert [row["rollout/temperature"] for row in rows] == [1.0, 1.0, 1.5]
+    assert all(row["drift"] < 1e-4 for row in rows)
+
+
+def test_items_of_a_band_are_played_and_no_others(agent, tmp_path):
+    """Graded by recorded rollouts of the same seed; what was never right is left out."""
+    told = ["train=false", f"collector.record={tmp_path}/pool", "collector.advantages.keep_degenerate=true"]
+    run(config(agent, tmp_path / "play", *told, steps=3))
+    grades = Grades.of(recorded(str(tmp_path / "pool")))
+    grades.save(tmp_path / "grades.json")
+    rates = {key: right / tries for key, (right, tries) in grades.counts["echo"].items()}
+    wanted = {key for key, rate in rates.items() if 0.2 <= rate <= 0.8}
+    assert wanted
+    assert len(wanted) < len(rates) == 12
+    again = ["train=false", f"collector.record={tmp_path}/some", f"collector.curriculum.grades={tmp_path}/grades.json"]
+    run(config(agent, tmp_path / "again", *again, "collector.curriculum.bands={0: [0.2, 0.8]}", steps=3))
+    played = {row.group.removeprefix("echo/") for row in recorded(str(tmp_path / "some"))}
+    assert played & set(rates) == wanted
 
 
 @pytest.mark.parametrize("shared", [{"parallel": "fsdp2"}, {"expert_parallel": 2}, {"context_parallel": 2}])

@@ -10,6 +10,7 @@ from mmagent.agent.batching import policy_batches
 from mmagent.agent.codec import Codec
 from mmagent.agent.collector import Collector, CollectorConfig, allot
 from mmagent.agent.curriculum import CurriculumConfig
+from mmagent.agent.heat import HeatConfig
 from mmagent.agent.rollout import RolloutConfig
 from mmagent.dist import World, init, run_ranks
 from mmagent.engine.build import build_engine
@@ -184,3 +185,31 @@ def test_ranks_together_train_on_as_many_groups_as_were_asked_for():
     assert allot([5, 1], 5) == [4, 1]
     assert allot([9, 9, 9], 10) == [4, 3, 3]
     assert allot([0, 2], 4) == [0, 2]
+
+
+class Heated(Sometimes):
+    """Notes the temperatures that it is asked at."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.heats: list[float] = []
+
+    async def complete(self, prompt, limits):
+        self.heats.append(limits.temperature)
+        return await super().complete(prompt, limits)
+
+
+def test_episodes_are_sampled_at_the_temperature_of_their_collection_and_say_so():
+    """Rewards are a half throughout: they have settled after two collections, and the third is hotter."""
+    heat = HeatConfig(rise=0.25, window=1)
+    target = collector(Heated(), [EchoTask()], prompts=2, heat=heat)
+    said = []
+    for _ in range(3):
+        target.policy.heats.clear()
+        got = asyncio.run(target.collect())
+        assert set(target.policy.heats) == {got.temperature} == {got.metrics["rollout/temperature"]}
+        said.append(got.temperature)
+    assert said == [1.0, 1.0, 1.25]
+    other = collector(Heated(), [EchoTask()], prompts=2, heat=heat)
+    other.load_state_dict(target.state_dict())
+    assert other.heat.now == target.heat.now

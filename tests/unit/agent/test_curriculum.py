@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 
 from mmagent.agent.curriculum import Curriculum, CurriculumConfig, ItemStream
+from mmagent.agent.difficulty import Grades
 from mmagent.trajectories import Item
 
 
@@ -81,3 +82,53 @@ def test_what_does_not_fit_is_refused():
         Curriculum(["a"]).load_state_dict(Curriculum(["b"]).state_dict())
     with pytest.raises(ValueError, match="unknown task"):
         Curriculum(["a"]).update({"b": 1.0}, 0.0)
+
+
+def graded(folder, **counts) -> str:
+    Grades({"a": counts}).save(folder / "grades.json")
+    return str(folder / "grades.json")
+
+
+def test_items_are_drawn_stage_by_stage_as_hard_as_they_were_found(tmp_path):
+    """Of six graded items, those right in a half of their tries come first, the hard one from collection 5 on."""
+    rates = {f"train-0-{n}": (right, 8) for n, right in enumerate((8, 4, 0, 1, 5, 8))}
+    path = graded(tmp_path, **rates)
+    config = CurriculumConfig(grades=path, bands={0: [0.25, 0.75], 5: [0.1, 0.2]})
+    curriculum = Curriculum(["a", "b"], config)
+    assert curriculum.pass_rate["a"] == pytest.approx((8 + 4 + 0 + 1 + 5 + 8) / 48)
+    assert curriculum.pass_rate["b"] is None
+
+    def drawn(collection: int, count: int) -> list[int]:
+        stream = ItemStream([Numbers("a")], "train", 0)
+        return [item.seed for _, item in stream.draw(count, {"a": 1.0}, curriculum.takes(collection))]
+
+    assert sorted(drawn(4, 2)) == [1, 4]
+    assert sorted(drawn(5, 1)) == [3]
+    assert sorted(drawn(0, 4)) == [1, 4, 6, 7]  # behind the graded ones come such as nobody has tried
+    assert Curriculum(["a"], CurriculumConfig(grades=path)).takes(0) is None
+
+
+def test_a_stream_with_bands_resumes_where_it_was(tmp_path):
+    path = graded(tmp_path, **{f"train-0-{n}": (n % 2, 1) for n in range(40)})
+    takes = Curriculum(["a"], CurriculumConfig(grades=path, bands={0: [1.0, 1.0]})).takes(0)
+    whole = ItemStream([Numbers("a")], "train", 0)
+    first = whole.draw(3, {"a": 1.0}, takes)
+    state = whole.state_dict()
+    other = ItemStream([Numbers("a")], "train", 0)
+    other.load_state_dict(state)
+    later = [[item for _, item in stream.draw(5, {"a": 1.0}, takes)] for stream in (whole, other)]
+    assert later[0] == later[1]
+    assert [item.seed for _, item in first] == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"bands": {0: [0.2, 0.9]}}, "name a file of curriculum.grades"),
+        ({"grades": "x", "bands": {0: [0.9, 0.2]}}, r"no \[least, most\]"),
+        ({"grades": "x", "bands": {-1: [0.2, 0.9]}}, "-1"),
+    ],
+)
+def test_what_no_stage_can_be_is_named(settings, told):
+    with pytest.raises(ValueError, match=told):
+        CurriculumConfig(**settings)
