@@ -154,6 +154,19 @@ def test_answers_that_are_begun_go_on_wherever_they_stand():
     check(whole_model(), [begun], [Limits(14, 1.0, seed=3)], BlockConfig(block=4, threshold=0.5))
 
 
+def test_a_trajectory_that_grows_meanwhile_changes_nothing():
+    """The caller's is read up to where it stood when it was asked to go on."""
+    model, config, limits = whole_model(), BlockConfig(block=4, threshold=0.5), Limits(20, 0.0)
+    generator = make_generator(model, VOCAB, config)
+    asked = prompts()[2]
+    ticket = generator.submit(asked, limits)
+    asked.extend([70, 71, 72], trainable=False)
+    done: dict[int, Completion] = {}
+    while generator.busy:
+        done |= generator.step()
+    assert done[ticket].ids == reference(model, prompts()[2], limits, config).ids
+
+
 def test_those_who_ask_the_same_share_no_pages_and_those_pushed_out_go_on():
     """What a look writes is its own: pages of a shared prompt would hold what another's answer made of it."""
     model, config = whole_model(), BlockConfig(block=4, threshold=0.5, cache_tokens=160)
