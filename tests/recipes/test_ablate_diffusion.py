@@ -66,6 +66,7 @@ def test_the_report_compares_seed_by_seed(tmp_path):
             (tmp_path / f"{arm.replace(' ', '-')}-{seed}.json").write_text(json.dumps(figures))
     tables = write(tmp_path, ablate_diffusion.ARMS, 2)
     assert "edits in the noise: edits - masks | +1.000 [+1.000, +1.000]" in tables
+    assert "edits, where they can mend: edits revised - masks revised | +1.000 [+1.000, +1.000]" in tables
     assert "best orders: best orders - any orders | -1.000 [-1.000, -1.000]" in tables
     assert "best orders: own right answers to [0, 7] questions, by seed" in tables
     assert "<svg" in (tmp_path / "report.html").read_text()
@@ -93,7 +94,7 @@ def test_the_ablation_runs_goes_on_and_reports(tmp_path, capsys):
     with mock.patch.object(sys, "argv", ["ablate", "--output", str(tmp_path), *told_size]):
         assert ablate_diffusion.main() == 0
         first = capsys.readouterr().out
-        assert first.count("exact ") >= 14
+        assert first.count("exact ") >= 18
         assert ablate_diffusion.main() == 0
     assert "seed 0" not in capsys.readouterr().out  # nothing is trained twice
     assert "best orders" in (tmp_path / "report.html").read_text()
