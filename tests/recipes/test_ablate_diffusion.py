@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
+from mmagent.agent.unmasking import Way
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion
 from recipes import ablate_diffusion
 from recipes.diffusion_arms import Bench
 from recipes.diffusion_report import FIGURES, gather, write
-from recipes.diffusion_tasks import KINDS, alike, document, exact, packs, questions, told, vocabulary
+from recipes.diffusion_tasks import KINDS, alike, document, exact, packs, prompt, questions, told, vocabulary
 from recipes.diffusion_ways import follow, tried
 
 
@@ -86,6 +87,25 @@ def test_who_never_was_right_has_no_orders_to_follow():
     assert groups == []
     follow(bench, model, groups, 800, 1e-3, "best")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_few_own_answers_are_not_seen_for_ever():
+    """One answer over and over unlearns all else; with enough of them the budget ends it."""
+    bench = Bench(vocabulary(), 0)
+    model = AgentModel(presets.debug(vocab_size=bench.vocab.size))
+    groups = []
+    for asked in islice(questions("train", 0), 60):
+        ids = tuple(told(asked, bench.vocab))
+        steps = tuple(n % 8 for n in range(len(ids)))
+        groups.append(
+            [Way(prompt(asked, bench.vocab), Completion(ids, (0.0,) * len(ids), True, revealed=steps), 0.0, 1.0)]
+        )
+    with mock.patch("recipes.diffusion_ways.fit") as fit:
+        follow(bench, model, groups[:1], 1_000_000, 1e-3, "best")
+        follow(bench, model, groups, 2000, 1e-3, "best")
+    few, many = (len(call.args[2]) for call in fit.call_args_list)
+    assert few == 4
+    assert many == 3  # of some 500 tokens and their masked answers
 
 
 @pytest.mark.slow
