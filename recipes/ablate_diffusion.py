@@ -6,8 +6,9 @@ Small pages and functions to write and to edit, with one right answer each (`rec
 learns the next token; from it the others go on, each with as many tokens through the decoder, where a noised copy of an
 answer is tokens like any: ``next token``, ``masks`` alone, and masks with ``edits`` in the last fifth. From the latter,
 a fifth more: ``more of the same``, or the model's own right answers in the ``best orders`` of eight or in ``any
-orders``; and ``quickened``, reinforced on policy for right answers in few steps. Kill it at any moment; the same
-command goes on. It leaves ``ablation.json``, ``ablation.md``, ``ablation.svg`` and ``report.html``.
+orders``; and ``quickened``, reinforced on policy for right answers in few steps. ``revised`` are the agents of masks
+and of edits again, which now look twice at what an open block has said: edits teach that. Kill it at any moment; the
+same command goes on. It leaves ``ablation.json``, ``ablation.md``, ``ablation.svg`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mmagent import dist
 from mmagent.agent.unmasking import Way
 from mmagent.chat import ChatConfig
 from mmagent.files import write_text
+from mmagent.generation.block_decoding import BlockConfig
 from mmagent.geometry import GeometryConfig
 from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
@@ -33,10 +35,12 @@ from recipes.diffusion_report import write
 from recipes.diffusion_tasks import questions, vocabulary
 from recipes.diffusion_ways import follow, quicken, tried
 
-ARMS = ("next token", "masks", "edits", "more of the same", "best orders", "any orders", "quickened")
+REVISED = {"masks revised": "masks", "edits revised": "edits"}
+ARMS = ("next token", "masks", "edits", *REVISED, "more of the same", "best orders", "any orders", "quickened")
 LR, LATER = 4e-3, 5e-4
 """Of the first training and its continuations; of what is learnt from own ways."""
-MORE = 0.2
+MORE, LOOKS = 0.2, 2
+"""Of the tokens, learnt from own ways; looks at a block that is whole."""
 
 
 class Ablation:
@@ -52,7 +56,8 @@ class Ablation:
         """Train and judge one, where that has not been done."""
         path = self.folder / f"{name.replace(' ', '-')}-{self.seed}.json"
         if not path.is_file():
-            found = judged(self.bench, self.agent(name), self.asked)
+            how = BlockConfig(revise=LOOKS) if name in REVISED else None
+            found = judged(self.bench, self.agent(REVISED.get(name, name)), self.asked, how)
             if name in FOLLOW:
                 found["followed"] = float(len(self.ways))
             write_text(path, json.dumps(found, indent=1) + "\n")

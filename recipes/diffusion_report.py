@@ -18,6 +18,8 @@ FIGURES = (
 )
 COMPARED = {
     "edits in the noise": ("edits", "masks"),
+    "edits, where they can mend": ("edits revised", "masks revised"),
+    "looking again": ("edits revised", "edits"),
     "best orders": ("best orders", "any orders"),
     "own orders": ("best orders", "more of the same"),
     "reinforced speed": ("quickened", "edits"),

@@ -22,8 +22,8 @@ from mmagent.trajectories import Completion, Trajectory, UnmaskingBatch
 from recipes.diffusion_arms import BLOCK, PACK, Bench, fit
 from recipes.diffusion_tasks import Asked, exact, questions
 
-WAYS, ROUND = 8, 16
-"""Ways that are tried for each question; questions of a round of reinforcement."""
+WAYS, ROUND, OFTEN = 8, 16, 4
+"""Ways that are tried for each question; questions of a round of reinforcement; how often a way is seen at most."""
 
 
 def tried(bench: Bench, model: AgentModel, budget: int) -> list[list[Way]]:
@@ -38,13 +38,13 @@ def tried(bench: Bench, model: AgentModel, budget: int) -> list[list[Way]]:
 
 def follow(bench: Bench, model: AgentModel, groups: Sequence[Sequence[Way]], budget: int, lr: float, keep: str) -> None:
     """Learn from the model's own right answers: of the orders of each question in ``groups`` the "best", or "any" one.
-    They are seen as often as ``budget`` tokens allow; without any, nothing is learnt."""
+    They are seen as often as ``budget`` tokens allow, :data:`OFTEN` at most; without any, nothing is learnt."""
     if not groups:
         return
     ways = best(groups, 1) if keep == "best" else [group[0] for group in groups]
     objective = BlockDiffusion(model, BlockDiffusionConfig(NoiseConfig(BLOCK)), bench.ids(model))
     made, batches, spent = _packs(bench, ways), [], 0.0
-    while spent < budget:
+    while spent < budget and len(batches) < OFTEN * len(made):
         batches.append(made[len(batches) % len(made)])
         spent += batches[-1].num_tokens + float(objective.counts(batches[-1])["mask"])
     fit(objective, model, batches, lr)

@@ -14,6 +14,8 @@ DENSE = "dense"
 LAST = 5
 """Steps that an encoder's loss is the mean of: one alone says more of its pictures than of the encoder."""
 HELD_OUT = "validation/loss/lm"
+PAIRS = (("tile-2d", "block"), ("tile-element", "tile-2d"), ("element", "tile-element"))
+"""What is expected to lose less, and than what."""
 
 Points = list[tuple[float, float]]
 
@@ -40,7 +42,8 @@ def write(
         part: {p: [read(output / f"{part}-{p}-{seed}", len(levels), each) for seed in range(seeds)] for p in patterns}
         for part in parts
     }
-    table = "\n\n".join(_table(part, by_pattern, levels) for part, by_pattern in found.items())
+    tables = [table(*one, levels) for one in found.items() for table in (_table, _pairs)]
+    table = "\n\n".join(filter(None, tables))
     write_text(output / "sparsity.md", table + "\n")
     plot(found, output / "sparsity.png")
     return table
@@ -60,6 +63,24 @@ def _table(part: str, by_pattern: dict[str, list[Points]], levels: Sequence[floa
             asked = "" if pattern == DENSE else f"{100 * level:g} %"
             told = "" if pattern == DENSE else with_interval(t_interval(more), sign=True)
             lines.append(f"| {pattern} | {asked} | {left:.1f} % | {with_interval(t_interval(losses))} | {told} |")
+    return "\n".join(lines)
+
+
+def _pairs(part: str, by_pattern: dict[str, list[Points]], levels: Sequence[float]) -> str:
+    """Losses of patterns less those of others at the same step and seed; empty where none of the pairs is there."""
+    pairs = [pair for pair in PAIRS if set(pair) <= set(by_pattern)]
+    if not pairs:
+        return ""
+    lines = [
+        f"| {part} | {' | '.join(f'{mine} - {other}' for mine, other in pairs)} |",
+        "| --- " * (len(pairs) + 1) + "|",
+    ]
+    for n, level in enumerate(levels, start=1):
+        cells = []
+        for mine, other in pairs:
+            runs = zip(by_pattern[mine], by_pattern[other], strict=True)
+            cells.append(with_interval(t_interval([a[n][1] - b[n][1] for a, b in runs]), sign=True))
+        lines.append(f"| {100 * level:g} % | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

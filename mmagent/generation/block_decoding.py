@@ -195,12 +195,13 @@ class BlockGenerator(Generator):
     def submit(self, prompt: Trajectory, limits: Limits, *, priority: int = 0) -> int:
         """As :meth:`Generator.submit`. Blocks are counted from where an answer begins, so a prompt that ends within an
         answer must end with a whole block of it."""
-        if not self.whole and _begun(prompt) % self.block:
+        trailing = _trailing(prompt.trainable)
+        if not self.whole and trailing % self.block:
             raise ValueError(
-                f"{prompt.key}: the prompt ends with {_begun(prompt)} tokens of an answer, no multiple of {self.block}"
+                f"{prompt.key}: the prompt ends with {trailing} tokens of an answer, no multiple of {self.block}"
             )
         last = len(prompt) + (limits.max_tokens - 1) // self.block * self.block  # where the last block begins
-        more = self._until(prompt, last) - len(prompt)
+        more = self._until(prompt.trainable, last) - len(prompt)
         room = self.scheduler.most_blocks * self.pool.block_tokens
         if limits.max_tokens > 0 and len(prompt) + more > room:
             raise ValueError(
@@ -209,8 +210,8 @@ class BlockGenerator(Generator):
             )
         return super().submit(prompt, limits, priority=priority)
 
-    def _until(self, prompt: Trajectory, has: int) -> int:
-        """How many places a look has at a sequence that has so many tokens."""
+    def _until(self, said: Sequence_[bool], has: int) -> int:
+        """How many places a look has at a sequence of so many tokens, whose prompt ``said`` these."""
         return has + self.block
 
     def _first(self, sequences: list[Sequence], hidden_SD: Tensor) -> None:
@@ -262,12 +263,16 @@ class BlockGenerator(Generator):
                 self.scheduler.tell(sequence)
         run.fed = np.array([s.fed for s in run.sequences], dtype=np.int64)
 
+    def _places_of(self, sequence: Sequence) -> int:
+        """Those of the next look at it. Its caller's trajectory may have grown meanwhile."""
+        return self._until(sequence.prompt.trainable[: sequence.begun], len(sequence.ids))
+
     def _room_for_blocks(self) -> None:
         """Room for the open block of every running sequence; who came last or matters least steps back if there is
         none."""
         run = self.scheduler.running
         while True:
-            wanted = [self.scheduler.blocks_for(self._until(s.prompt, len(s.ids))) for s in run.sequences]
+            wanted = [self.scheduler.blocks_for(self._places_of(s)) for s in run.sequences]
             need = np.array(wanted) - np.array([len(s.blocks) for s in run.sequences])
             if self.scheduler.have(int(need.clip(0).sum())):
                 for row in np.flatnonzero(need > 0).tolist():
@@ -351,10 +356,9 @@ class BlockGenerator(Generator):
         self._open[sequence.ticket] = self._masks(steps)
 
 
-def _begun(prompt: Trajectory) -> int:
+def _trailing(said: Sequence_[bool]) -> int:
     """Tokens of an answer that a prompt ends with."""
-    said = prompt.trainable[::-1]
-    return said.index(False) if False in said else len(said)
+    return next((n for n, flag in enumerate(reversed(said)) if not flag), len(said))
 
 
 class WholeGenerator(BlockGenerator):
@@ -369,8 +373,8 @@ class WholeGenerator(BlockGenerator):
         super().__init__(model, vocab, config)
         self.scheduler.finds = False
 
-    def _until(self, prompt: Trajectory, has: int) -> int:
-        begin, span = len(prompt) - _begun(prompt), self.model.config.denoises
+    def _until(self, said: Sequence_[bool], has: int) -> int:
+        begin, span = len(said) - _trailing(said), self.model.config.denoises
         return begin + -(-(has + self.block - begin) // span) * span
 
     def _fill(self) -> None:
@@ -401,5 +405,5 @@ class WholeGenerator(BlockGenerator):
 
     def _shown(self, sequence: Sequence, opened: _Open) -> Sequence:
         """The sequence with its open block and the masks behind it, in the pages that it owns."""
-        later = self._until(sequence.prompt, len(sequence.ids)) - len(sequence.ids) - self.block
+        later = self._places_of(sequence) - len(sequence.ids) - self.block
         return replace(sequence, ids=[*sequence.ids, *opened.ids.tolist(), *[self._mask] * later])

@@ -10,13 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
+from mmagent.agent.unmasking import Way
 from mmagent.models import presets
 from mmagent.models.agent_model import AgentModel
 from mmagent.trajectories import Completion
 from recipes import ablate_diffusion
 from recipes.diffusion_arms import Bench
 from recipes.diffusion_report import FIGURES, gather, write
-from recipes.diffusion_tasks import KINDS, alike, document, exact, packs, questions, told, vocabulary
+from recipes.diffusion_tasks import KINDS, alike, document, exact, packs, prompt, questions, told, vocabulary
 from recipes.diffusion_ways import follow, tried
 
 
@@ -66,6 +67,7 @@ def test_the_report_compares_seed_by_seed(tmp_path):
             (tmp_path / f"{arm.replace(' ', '-')}-{seed}.json").write_text(json.dumps(figures))
     tables = write(tmp_path, ablate_diffusion.ARMS, 2)
     assert "edits in the noise: edits - masks | +1.000 [+1.000, +1.000]" in tables
+    assert "edits, where they can mend: edits revised - masks revised | +1.000 [+1.000, +1.000]" in tables
     assert "best orders: best orders - any orders | -1.000 [-1.000, -1.000]" in tables
     assert "best orders: own right answers to [0, 7] questions, by seed" in tables
     assert "<svg" in (tmp_path / "report.html").read_text()
@@ -87,13 +89,32 @@ def test_who_never_was_right_has_no_orders_to_follow():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_few_own_answers_are_not_seen_for_ever():
+    """One answer over and over unlearns all else; with enough of them the budget ends it."""
+    bench = Bench(vocabulary(), 0)
+    model = AgentModel(presets.debug(vocab_size=bench.vocab.size))
+    groups = []
+    for asked in islice(questions("train", 0), 60):
+        ids = tuple(told(asked, bench.vocab))
+        steps = tuple(n % 8 for n in range(len(ids)))
+        groups.append(
+            [Way(prompt(asked, bench.vocab), Completion(ids, (0.0,) * len(ids), True, revealed=steps), 0.0, 1.0)]
+        )
+    with mock.patch("recipes.diffusion_ways.fit") as fit:
+        follow(bench, model, groups[:1], 1_000_000, 1e-3, "best")
+        follow(bench, model, groups, 2000, 1e-3, "best")
+    few, many = (len(call.args[2]) for call in fit.call_args_list)
+    assert few == 4
+    assert many == 3  # of some 500 tokens and their masked answers
+
+
 @pytest.mark.slow
 def test_the_ablation_runs_goes_on_and_reports(tmp_path, capsys):
     told_size = ["--tokens", "6000", "--rounds", "1", "--questions", "4", "--seeds", "2"]
     with mock.patch.object(sys, "argv", ["ablate", "--output", str(tmp_path), *told_size]):
         assert ablate_diffusion.main() == 0
         first = capsys.readouterr().out
-        assert first.count("exact ") >= 14
+        assert first.count("exact ") >= 18
         assert ablate_diffusion.main() == 0
     assert "seed 0" not in capsys.readouterr().out  # nothing is trained twice
     assert "best orders" in (tmp_path / "report.html").read_text()

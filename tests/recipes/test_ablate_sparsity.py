@@ -68,9 +68,21 @@ def test_differences_are_taken_within_a_seed(tmp_path):
     ):
         assert f"| {asked} | {left} % |" in row
         assert f"+{more} [+{more}, +{more}]" in row
+    assert "tile-2d" not in table
     assert (tmp_path / "sparsity.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="the log has 6 steps, 9 are wanted"):
         sparsity_report.read(tmp_path / "agent-dense-0", 2, 3)
+
+
+def test_patterns_are_compared_seed_by_seed():
+    """What all runs of a seed have in common, a hundred here, is in no interval."""
+    runs = {
+        pattern: [[(1.0, 100.0 * seed), (0.75, 100.0 * seed + loss)] for seed in (1, 2)]
+        for pattern, loss in (("dense", 0.0), ("tile-2d", 0.25), ("block", 1.0), ("tile-element", 0.125))
+    }
+    table = sparsity_report._pairs("agent", runs, [0.25])
+    assert "| agent | tile-2d - block | tile-element - tile-2d |" in table
+    assert "| 25 % | -0.750 [-0.750, -0.750] | -0.125 [-0.125, -0.125] |" in table
 
 
 def test_levels_are_those_of_the_recipe():

@@ -107,6 +107,16 @@ def test_an_agent_that_says_blocks_is_reinforced_by_the_same_command(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_agent_that_says_blocks_becomes_better(tmp_path):
+    """From two thirds to nine tenths: coupled masks say well enough what made an answer."""
+    save_agent(tmp_path / "agent", half_taught("abcd", 30, block=4), tiny_vocab(), GEOMETRY, ChatConfig())
+    rewards = [
+        row["reward"] for row in run(config(tmp_path / "agent", tmp_path / "run", "generator.steady=false", steps=40))
+    ]
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.1, rewards
+
+
+@pytest.mark.slow
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(agent, tmp_path):
     whole, killed = (config(agent, tmp_path / name, steps=8) for name in ("whole", "killed"))
     # in a process like the killed one's: another number of threads sums in another order

@@ -154,6 +154,19 @@ def test_answers_that_are_begun_go_on_wherever_they_stand():
     check(whole_model(), [begun], [Limits(14, 1.0, seed=3)], BlockConfig(block=4, threshold=0.5))
 
 
+def test_a_trajectory_that_grows_meanwhile_changes_nothing():
+    """The caller's is read up to where it stood when it was asked to go on."""
+    model, config, limits = whole_model(), BlockConfig(block=4, threshold=0.5), Limits(20, 0.0)
+    generator = make_generator(model, VOCAB, config)
+    asked = prompts()[2]
+    ticket = generator.submit(asked, limits)
+    asked.extend([70, 71, 72], trainable=False)
+    done: dict[int, Completion] = {}
+    while generator.busy:
+        done |= generator.step()
+    assert done[ticket].ids == reference(model, prompts()[2], limits, config).ids
+
+
 def test_those_who_ask_the_same_share_no_pages_and_those_pushed_out_go_on():
     """What a look writes is its own: pages of a shared prompt would hold what another's answer made of it."""
     model, config = whole_model(), BlockConfig(block=4, threshold=0.5, cache_tokens=160)
@@ -163,6 +176,36 @@ def test_those_who_ask_the_same_share_no_pages_and_those_pushed_out_go_on():
     assert generator.counts["preempted"]
     assert not generator.counts["cached"]
     assert generator.counts["looked"] >= generator.counts["looks"] * (len(rows[0]) + SPAN)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whatever_comes_goes_and_steps_back_says_what_it_would_alone(seed):
+    """Requests of several weights are submitted, cancelled and read again while others decode, in too small a cache."""
+    model, config, rng = (
+        whole_model(),
+        BlockConfig(block=4, threshold=0.5, cache_tokens=192),
+        np.random.default_rng(seed),
+    )
+    generator, done = make_generator(model, VOCAB, config), {}
+    asked = {}
+    for n in range(7):
+        row, limits = prompt("request " + "abc"[n % 3]), Limits(14, 1.0, stop_ids=STOPS, seed=n % 4)
+        asked[generator.submit(row, limits, priority=int(rng.integers(3)))] = (row, limits)
+        for _ in range(int(rng.integers(3))):
+            done |= generator.step()
+        if n == 3:
+            generator.reread()
+    gone = [ticket for ticket in asked if ticket not in done][-1:]
+    for ticket in gone:
+        generator.cancel(ticket)
+    while generator.busy:
+        done |= generator.step()
+    generator.pool.check([])
+    assert done.keys() == asked.keys()
+    for ticket, (row, limits) in asked.items():
+        wanted = reference(model, row, limits, config)
+        assert done[ticket].ids == wanted.ids[: len(done[ticket].ids)]
+        assert ticket in gone or done[ticket].ids == wanted.ids
 
 
 def test_new_weights_are_looked_at_with_the_next_look():
