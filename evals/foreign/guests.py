@@ -179,4 +179,6 @@ async def asked_once(script: str, python: str, folder: str | None, op: str, seco
 def split_python(where: str) -> tuple[str, Sequence[str]]:
     """``what[,what][@python]`` as the interpreter ("" for ours) and the parts before it."""
     what, _, python = where.partition("@")
-    return str(Path(python).expanduser()) if python else "", tuple(part.strip() for part in what.split(",") if part.strip())
+    return str(Path(python).expanduser()) if python else "", tuple(
+        part.strip() for part in what.split(",") if part.strip()
+    )

@@ -122,9 +122,9 @@ class Pyautogui:
     def hotkey(self, *keys):
         if any(key not in KEYS for key in keys):
             raise ValueError(keys)
-        self.marked = self.focus and keys == ("ctrl", "a")
         if keys == ("shift", ","):
             self.write_char("<")
+        self.marked = self.focus and keys == ("ctrl", "a")
 
 
 class DesktopEnv:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import re
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from desktop_double import HEIGHT, WIDTH, checkout
+from desktop_double import HEIGHT, WIDTH, Pyautogui, checkout
+from machine_double import Machine, real_checkout
 
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
@@ -84,6 +87,30 @@ def test_gold_scores_one_and_empty_and_random_answers_nothing(folder, tmp_path):
         assert summarise(run.rows).score.mean <= 0.2
     log = (folder / "machines.txt").read_text().splitlines()
     assert Counter(log) == {"started": 3, "stopped": 3}  # one machine a run, given back; and no line that failed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("desktop_env") is None, reason="desktop-env is not installed")
+def test_the_real_desktop_env_tells_its_machine_what_was_meant(tmp_path, monkeypatch):
+    machine = Machine()
+    threading.Thread(target=machine.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MACHINE", f"127.0.0.1:{machine.server_port}")
+    place = f"{real_checkout(tmp_path / 'OSWorld')}?provider_name=docker"
+    run = judge(osworld(place, max_steps=10, pace=FAST), Does(GOLD), tmp_path / "gold")
+    assert {row.key: row.error for row in run.rows if row.error} == {}
+    assert {row.item: row.value for row in run.rows} == dict.fromkeys(GOLD, 1.0)
+    assert (machine.errors, machine.stopped) == ([], 1)
+    prefix = "import pyautogui; import time; pyautogui.FAILSAFE = False; "
+    assert all(line.startswith(prefix) for line in machine.commands)
+    for text in ("<b>it's</b>", "back\\slash \\x3c", "{braces}", "line\nand\ttab"):
+        machine.desktop = Pyautogui()
+        known = {"write": ["click(200,200)", 'hotkey("ctrl+a")', f"type({json.dumps(text)})"]}
+        suite = replace(osworld(place, max_steps=3, pace=FAST), tasks=("osworld/writer",))
+        (row, _) = judge(suite, Does(known | {"retype": ["fail()"]}), tmp_path / str(hash(text))).rows
+        assert (row.item, row.error) == ("write", None)
+        assert (text in machine.typed, machine.errors) == (True, [])
+    machine.shutdown()
+    machine.server_close()
 
 
 def test_half_a_task_is_half_a_score_and_a_failure_is_right_where_nothing_can_be_done(folder, tmp_path):
