@@ -50,6 +50,7 @@ FAMILY = "android_world"
 MOST_BYTES = 512 << 20
 """Of one answer: a screen comes as a list of numbers, 30 MB for 1080 x 2400 pixels."""
 _TAPS = {Click: "click", DoubleClick: "double_tap", LongPress: "long_press"}
+_OPENING = b'{"pixels":[[['
 _WORD = re.compile(r"[A-Z][a-z0-9]*")
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,9 @@ class AndroidServer:
 
 
 def _pixels(body: bytes, what: str) -> np.ndarray:
+    quick = _quick(body)
+    if quick is not None:
+        return quick
     said = read_object(body, what).get("pixels")
     try:
         values = np.array(said, dtype=np.int64)
@@ -183,6 +187,25 @@ def _pixels(body: bytes, what: str) -> np.ndarray:
     if values.ndim != 3 or values.shape[2] != 3 or not values.size or values.min() < 0 or values.max() > 255:
         raise DeviceError(f"{what}: pixels of shape {values.shape} are no picture of three channels in 0..255")
     return values.astype(np.uint8)
+
+
+def _quick(body: bytes) -> np.ndarray | None:
+    """The pixels of an answer that is written as servers write it, and None for any other: a parser of JSON makes
+    eight million numbers of a screen, and takes 2.7 s of the one thread that all episodes share, six times as long."""
+    text = body.replace(b", ", b",").replace(b": ", b":")
+    bones = text.translate(None, b"0123456789")
+    if not (bones.startswith(_OPENING) and bones.endswith(b"]]]}")):
+        return None
+    frame = bones[len(_OPENING) - 3 : -1]
+    width, height = frame[: frame.index(b"]]") + 1].count(b"]"), frame.count(b"]]")
+    row = b"[" + b",".join([b"[,,]"] * width) + b"]"
+    flat = text[len(_OPENING) : -4].translate(None, b"[]")
+    if frame != b"[" + b",".join([row] * height) + b"]" or b",," in flat or not (flat[:1] + flat[-1:]).isdigit():
+        return None
+    values = np.fromstring(flat, np.int64, sep=",")  # a number too large for it is the largest
+    if values.size != height * width * 3 or values.max() > 255:
+        return None
+    return values.astype(np.uint8).reshape(height, width, 3)
 
 
 def command(action: Action, view: ImageView) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from android_double import GOLD, HEIGHT, WIDTH, AndroidDouble, create_suite
 
+import evals.foreign.android_world as module
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
 from evals.foreign.android_world import (
@@ -267,6 +268,25 @@ def test_a_server_that_fails_or_says_nonsense_is_an_error_at_once(server, tmp_pa
     assert row.value is None
     assert re.match(wrong, row.error)
     assert row.attempts == 1
+
+
+def test_a_screen_is_read_quickly_and_as_a_parser_of_json_reads_it():
+    drawn = np.random.default_rng(0).integers(0, 256, (11, 7, 3))
+    for shape in ((11, 7), (1, 1), (1, 7), (11, 1)):
+        screen = drawn[: shape[0], : shape[1]]
+        for separators in ((", ", ": "), (",", ":")):
+            body = json.dumps({"pixels": screen.tolist()}, separators=separators).encode()
+            assert np.array_equal(module._quick(body), screen)
+            assert np.array_equal(module._pixels(body, "x"), screen)
+    body = json.dumps({"pixels": drawn.tolist()}, separators=(",", ":")).encode()
+    other = [
+        body.replace(b",", b",,", 1), body.replace(b"[[[", b"[[[,", 1), body.replace(b"]]]", b",]]]"), body[:-1], b"{}",
+        body.replace(b"],[", b"],", 1), body.replace(b"]],[[", b"],[", 1), body.replace(b"]],[[", b"]],[[],[", 1),
+        b'{"pixels":[[[1,2,256]]]}', b'{"pixels":[[[1,2,99999999999999999999]]]}', b'{"pixels":[[[1,2,-3]]]}',
+        b'{"pixels":[[[1 1,2,3]]]}', b'{"pixels":[[[1,2.5,3]]]}', b'{"pixels":[[[1,2]]]}', b'{"pixels":[[[]]]}',
+        b'{"pixels":[[[1,2,3],[1,2,3]],[[1,2,3]]]}', b'{"pixels":[[[1,2,3]]],"more":[[[1,2,3]]]}',
+    ]  # fmt: skip
+    assert [text for text in other if module._quick(text) is not None] == []
 
 
 def test_a_task_that_is_not_torn_down_spoils_no_other(server, tmp_path):
