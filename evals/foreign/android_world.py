@@ -5,7 +5,7 @@ the tests; no emulator was ever at the other end. What the server cannot be told
 
 - a scroll or a swipe goes through the middle of the screen in one of four directions, whatever its point and length;
 - of all keys it has Enter alone, and presses it by itself behind every text that is typed;
-- a task's budget of steps (ten times its complexity) is not told, so that all tasks have the same one here.
+- a task's budget of steps (ten times its complexity) is not told: it is read from a file, or the same for all.
 """
 
 from __future__ import annotations
@@ -280,8 +280,8 @@ class AndroidTask:
 
     category = "gui-trajectory"
 
-    def __init__(self, name: str, pool: Devices, combinations: int):
-        self.name, self.pool, self.combinations = name, pool, combinations
+    def __init__(self, name: str, pool: Devices, combinations: int, max_steps: int):
+        self.name, self.pool, self.combinations, self.max_steps = name, pool, combinations, max_steps
         self.kind = name.rpartition("/")[2]
 
     @property
@@ -296,7 +296,7 @@ class AndroidTask:
             yield Item(self.name, str(index), index, Instance(self.kind, index))
 
     def environment(self, item: Item) -> AndroidEnvironment:
-        return AndroidEnvironment(self.pool, item.payload)
+        return AndroidEnvironment(self.pool, item.payload, self.max_steps)
 
     async def score(self, item: Item, trajectory: Trajectory) -> Score:
         return score_of(trajectory)
@@ -308,8 +308,8 @@ class AndroidTask:
 class AndroidEnvironment:
     """One episode on a borrowed device."""
 
-    def __init__(self, pool: Devices, instance: Instance):
-        self.pool, self.instance = pool, instance
+    def __init__(self, pool: Devices, instance: Instance, max_steps: int):
+        self.pool, self.instance, self.left = pool, instance, max_steps
         self._server: AndroidServer | None = None
         self._view: ImageView | None = None
 
@@ -330,6 +330,7 @@ class AndroidEnvironment:
                 await self._server.act({"action_type": "answer", "text": parsed.answer})
             value = await self._server.score(self.instance)
             return Observation("ended by the agent", done=True, reward=value, parts={"task": value})
+        self.left -= 1
         told = command(parsed, self._view)
         if told is None:
             return await self._seen(f"this phone cannot {json.dumps(action)}; nothing was done")
@@ -341,10 +342,13 @@ class AndroidEnvironment:
         return await self._seen("")
 
     async def _seen(self, text: str) -> Observation:
+        """The screen, and the end of the episode where its actions are used up: 0, for the agent did not end it."""
         assert self._server is not None
         screen = await self._server.screen()
         self._view = ImageView(screen.shape[:2], screen.shape[:2])  # anew each time: it may have been turned
-        return Observation(text, (screen,))
+        if self.left > 0:
+            return Observation(text, (screen,))
+        return Observation("not ended when its actions were used up", (screen,), done=True, reward=0.0)
 
     async def close(self) -> None:
         """Tears the task down. Where that fails the server owes it, and whoever borrows it next begins with it."""

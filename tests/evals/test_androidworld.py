@@ -103,7 +103,7 @@ def test_gold_scores_one_and_empty_and_random_answers_nothing(server, tmp_path):
         assert summarise(run.rows).score.mean <= 0.2
     assert not any(task.initialized for made in server.suite.values() for task in made)  # each was torn down
     assert [error for error in server.errors if "execute_action" not in error] == []  # nothing in the wrong order
-    assert gold.pins["suite.data"] == "AndroidWorld's server, 2 instances a task, seed 30"
+    assert gold.pins["suite.data"] == "AndroidWorld's server, 2 instances a task, seed 30; 30 actions a task"
 
 
 def test_requests_come_in_the_order_of_the_real_client(server, tmp_path):
@@ -138,6 +138,26 @@ def test_what_an_agent_does_and_does_not_end_scores_nothing(server, tmp_path):
     (row,) = judge(suite, Silent(), tmp_path).rows
     assert (row.value, row.error, row.status) == (0.0, None, "truncated")
     assert server.suite["ClockStopWatchRunning"][0].initialized is False
+
+
+def test_each_task_has_the_actions_that_a_file_says(server, tmp_path):
+    steps = dict.fromkeys(GOLD, 7) | {"ClockStopWatchRunning": 2, "NotesTodoItemCount": 3}
+    file = tmp_path / "steps.json"
+    file.write_text(json.dumps(steps))
+    suite = androidworld(f"{server.url}?steps={file}")
+    assert suite.play.max_steps == 7
+    assert re.search(r"; steps.json, [0-9a-f]{12}$", suite.data)
+    run = judge(suite, knows(), tmp_path / "out")
+    values = {row.task.partition("/")[2]: row.value for row in run.rows}
+    assert values == dict.fromkeys(GOLD, 1.0) | {"ClockStopWatchRunning": 0.0}  # its last action was one too late
+    (row,) = [row for row in run.rows if row.value == 0.0]
+    assert (row.error, row.status) == (None, "finished")
+    assert row.steps[-1].note == "not ended when its actions were used up"
+    file.write_text(json.dumps(steps | {"SystemShade": 0}))
+    with pytest.raises(ValueError, match=r"steps.json: does not say how many actions SystemShade has"):
+        androidworld(f"{server.url}?steps={file}")
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        androidworld(f"{server.url}?steps={tmp_path}/nothing")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +197,7 @@ def test_actions_are_told_in_the_words_of_the_server(server, text, told):
 def episode(url, actions, task="ClockStopWatchRunning", seconds=None):
     async def inside():
         async with devices([url], 1, 30, seconds) as pool:
-            environment = AndroidTask(f"androidworld/{task}", pool, 1).environment(item_of(task))
+            environment = AndroidTask(f"androidworld/{task}", pool, 1, 9).environment(item_of(task))
             try:
                 seen = [await environment.reset()]
                 for action in actions:
@@ -190,7 +210,7 @@ def episode(url, actions, task="ClockStopWatchRunning", seconds=None):
 
 
 def item_of(task):
-    return next(AndroidTask(f"androidworld/{task}", Devices([]), 1).items("test", 0))
+    return next(AndroidTask(f"androidworld/{task}", Devices([]), 1, 9).items("test", 0))
 
 
 def test_what_cannot_be_done_is_told_and_the_episode_goes_on(server):
@@ -344,4 +364,4 @@ def test_the_command_takes_a_server_and_lists_the_suite(server, tmp_path, capsys
     assert main(["androidworld", "--baseline", "null"]) == 2
     assert "androidworld has no tasks without data. AndroidWorld on emulators: --data" in capsys.readouterr().err
     with pytest.raises(ValueError, match="tells no gold answers"):
-        next(iter(AndroidTask("androidworld/X", Devices([]), 1).gold(item_of("X"))))
+        next(iter(AndroidTask("androidworld/X", Devices([]), 1, 9).gold(item_of("X"))))
