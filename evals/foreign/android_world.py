@@ -50,6 +50,8 @@ FAMILY = "android_world"
 MOST_BYTES = 512 << 20
 """Of one answer: a screen comes as a list of numbers, 30 MB for 1080 x 2400 pixels."""
 _TAPS = {Click: "click", DoubleClick: "double_tap", LongPress: "long_press"}
+IMPATIENT = 10.0
+"""Seconds to wait for a server that did not come back before: a run's other items must not wait for it in full."""
 _OPENING = b'{"pixels":[[['
 _WORD = re.compile(r"[A-Z][a-z0-9]*")
 logger = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class AndroidServer:
         self.transport = Transport(ServerConfig(url, FAMILY, key_variable=""), url, MOST_BYTES)
         self.owed: Instance | None = None  # what was set up and not torn down
         self._drawn: tuple[int, int] | None = None
+        self._patient = True  # until it was waited for in vain
         self._lost = False  # the way broke: whoever answers next may have been started anew, with other instances
 
     async def tasks(self) -> list[str]:
@@ -105,7 +108,10 @@ class AndroidServer:
     async def draw(self, combinations: int, seed: int) -> None:
         """Wait until the server is up, and draw the parameters of ``combinations`` instances of every task. None of
         them counts as set up then, whatever clients before did."""
-        await self.transport.ready("/health", self.seconds.start)
+        patience = self.seconds.start if self._patient else min(self.seconds.start, IMPATIENT)
+        self._patient = False
+        await self.transport.ready("/health", patience)
+        self._patient = True
         query = {"n_task_combinations": combinations, "seed": seed, "task_family": FAMILY}
         await self._get("/suite/reinitialize", query, self.seconds.prepare)
         self._drawn, self._lost, self.owed = (combinations, seed), False, None

@@ -1,11 +1,10 @@
 """OSWorld (Xie et al. 2024) through its own ``DesktopEnv``, which sets machines up and evaluates what was done there.
 
 Neither is done again here: a process in a checkout of OSWorld, with the interpreter that has its packages, is told
-``reset``, ``step`` and ``evaluate`` (`evals.foreign.guests`). Tested against a double of the class, and with
-the class itself before a double of its machine's server; no virtual machine was ever at the other end, and none of its
-set-ups and metrics was run. What a machine is told are lines of pyautogui, as OSWorld's own
-agents write them; whether one of them failed there, OSWorld does not tell. A machine whose process was killed, not
-ended, is left to OSWorld's provider.
+``reset``, ``step`` and ``evaluate`` (`evals.foreign.guests`). Tested against a double of the class, and with the class
+itself before a double of its machine's server; no virtual machine was ever at the other end, and none of its set-ups
+and metrics was run. What a machine is told are lines of pyautogui, as OSWorld's own agents write them; whether one of
+them failed there, OSWorld does not tell. A machine whose process was killed, not ended, is left to OSWorld's provider.
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ def androidworld(
         tasks=tuple(f"{PREFIX}{name}" for name in names),
         open=opened,
         per_task=combinations,
-        play=Play(
-            max_steps=most, max_tokens=1024, rules=RULES, guess=_guess, acts=True
-        ),
+        play=Play(max_steps=most, max_tokens=1024, rules=RULES, guess=_guess, acts=True),
         seed=seed,
         needs_browser=False,
         slices=_slices,

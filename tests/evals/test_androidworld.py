@@ -290,6 +290,24 @@ def test_a_server_that_fails_or_says_nonsense_is_an_error_at_once(server, tmp_pa
     assert row.attempts == 1
 
 
+def test_a_server_that_did_not_come_back_is_waited_for_once(server, monkeypatch):
+    waited = []
+
+    async def ready(path, timeout):
+        waited.append(timeout)
+        if server.down:
+            raise EndpointUnavailable("gone")
+
+    monkeypatch.setattr(module, "IMPATIENT", 0.1)
+    client = AndroidServer(server.url, SHORT)
+    monkeypatch.setattr(client.transport, "ready", ready)
+    for down in (False, True, True, False, True):
+        server.down = down
+        with contextlib.suppress(EndpointUnavailable):
+            asyncio.run(client.draw(1, 30))
+    assert waited == [5.0, 5.0, 0.1, 0.1, 5.0]
+
+
 def test_a_screen_is_read_quickly_and_as_a_parser_of_json_reads_it():
     drawn = np.random.default_rng(0).integers(0, 256, (11, 7, 3))
     for shape in ((11, 7), (1, 1), (1, 7), (11, 1)):
