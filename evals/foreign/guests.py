@@ -39,12 +39,12 @@ class GuestFailed(RuntimeError):
 class Guest:
     """A process that runs ``script`` (a file of ``guest/``) with ``python``, and answers one question at a time."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Any, name: str):
-        self._process, self._log, self.name = process, log, name
+    def __init__(self, process: asyncio.subprocess.Process, log: Any, name: str, grace: float):
+        self._process, self._log, self.name, self.grace = process, log, name, grace
         self.whole = True  # no question is without its answer
 
     @classmethod
-    async def start(cls, script: str, python: str = "", folder: str | None = None) -> Guest:
+    async def start(cls, script: str, python: str = "", folder: str | None = None, grace: float = 10.0) -> Guest:
         """Raises ``ValueError`` where there is no such interpreter."""
         python = python or sys.executable
         log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the guest, and nobody else knows its name
@@ -56,7 +56,7 @@ class Guest:
         except OSError as error:
             log.close()
             raise ValueError(f"{python} in {folder or os.getcwd()}: cannot be run ({error})") from error
-        return cls(process, log, f"{script} in {python}")
+        return cls(process, log, f"{script} in {python}", grace)
 
     async def ask(self, op: str, timeout: float, **arguments: Any) -> tuple[dict[str, Any], bytes]:
         """What the guest answers within ``timeout`` seconds. Raises :class:`GuestGone` and :class:`GuestFailed`."""
@@ -100,13 +100,13 @@ class Guest:
         text = self._log.read().decode(errors="replace").strip()
         return f"; it last said: {text}" if text else ""
 
-    async def stop(self, grace: float = 0.0) -> None:
-        """End the process and all that it started; ``grace`` seconds to close what it holds by itself."""
+    async def stop(self) -> None:
+        """End the process and all that it started, after it had ``grace`` seconds to give back what it holds."""
         self.whole = False
-        if self._process.stdin is not None and grace:
-            self._process.stdin.close()
-            with contextlib.suppress(TimeoutError):  # it was asked kindly
-                await asyncio.wait_for(self._process.wait(), grace)
+        with contextlib.suppress(TimeoutError, ProcessLookupError):  # it was asked kindly, or has ended
+            if self.grace and self._process.returncode is None:
+                self._process.terminate()
+                await asyncio.wait_for(self._process.wait(), self.grace)
         with contextlib.suppress(ProcessLookupError):  # all of it has ended
             os.killpg(self._process.pid, signal.SIGKILL)  # a group of its own, by start_new_session
         await self._process.wait()
@@ -124,15 +124,15 @@ def picture(told: dict[str, Any], data: bytes, who: str) -> np.ndarray:
 class Guests:
     """Up to ``most`` guests of one kind; one that was given back whole serves again."""
 
-    def __init__(self, script: str, python: str, folder: str | None, most: int):
-        self.script, self.python, self.folder = script, python, folder
+    def __init__(self, script: str, python: str, folder: str | None, most: int, grace: float):
+        self._how = (script, python, folder, grace)
         self._idle: list[Guest] = []
         self._room = asyncio.Semaphore(most)
 
     async def take(self) -> Guest:
         await self._room.acquire()
         try:
-            return self._idle.pop() if self._idle else await Guest.start(self.script, self.python, self.folder)
+            return self._idle.pop() if self._idle else await Guest.start(*self._how)
         except BaseException:
             self._room.release()
             raise
@@ -151,20 +151,20 @@ class Guests:
         finally:
             self._room.release()
 
-    async def close(self, grace: float) -> None:
+    async def close(self) -> None:
         """End those that are idle."""
         idle, self._idle = self._idle, []
-        await asyncio.gather(*(guest.stop(grace) for guest in idle))
+        await asyncio.gather(*(guest.stop() for guest in idle))
 
 
 @contextlib.asynccontextmanager
 async def guests(script: str, python: str, folder: str | None, most: int, grace: float = 10.0) -> AsyncIterator[Guests]:
     """A pool whose processes end with the block."""
-    pool = Guests(script, python, folder, most)
+    pool = Guests(script, python, folder, most, grace)
     try:
         yield pool
     finally:
-        await pool.close(grace)
+        await pool.close()
 
 
 async def asked_once(script: str, python: str, folder: str | None, op: str, seconds: float, **arguments: Any) -> dict:
@@ -179,4 +179,6 @@ async def asked_once(script: str, python: str, folder: str | None, op: str, seco
 def split_python(where: str) -> tuple[str, Sequence[str]]:
     """``what[,what][@python]`` as the interpreter ("" for ours) and the parts before it."""
     what, _, python = where.partition("@")
-    return python, tuple(part.strip() for part in what.split(",") if part.strip())
+    return str(Path(python).expanduser()) if python else "", tuple(
+        part.strip() for part in what.split(",") if part.strip()
+    )

@@ -9,6 +9,7 @@ from evals.suites.androidworld import androidworld
 from evals.suites.browsergym import browsergym
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob, miniwob_all
+from evals.suites.osworld import osworld
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.screens import screen_suites
 from evals.suites.search import crop_search, small_search
@@ -23,6 +24,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "design2code": design2code,
     "miniwob": miniwob,
     "miniwob_all": miniwob_all,
+    "osworld": osworld,
     "page_grounding": page_grounding,
     "screenshot_to_html": screenshot_to_html,
     "svg_code": svg_code,
@@ -34,7 +36,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "worlds": worlds,
     **screen_suites(),
 }
-FOREIGN = frozenset({"androidworld", "browsergym"})
+FOREIGN = frozenset({"androidworld", "browsergym", "osworld"})
 """Suites that drive environments of other houses: they have tasks only where ``--data`` says where those are."""
 WITH_DATA = frozenset({"chart_to_code", "design2code", "svg_code", *screen_suites(), *FOREIGN})
 """Suites whose builder takes where published data are."""

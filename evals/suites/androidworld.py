@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 from evals.baselines import WORDS
 from evals.foreign.android_world import AndroidServer, AndroidTask, Seconds, devices
@@ -14,6 +17,7 @@ from mmagent.browser.sync import run_sync
 from mmagent.trajectories import Item
 
 MAX_STEPS = 30
+"""Where nobody says; AndroidWorld itself gives a task ten times its complexity, which its server does not tell."""
 SEED = 30
 """What AndroidWorld's own runs draw their parameters with by default."""
 ITEM_SECONDS = 3600.0
@@ -29,10 +33,16 @@ def androidworld(
     where: str = "", combinations: int = 1, seed: int = SEED, max_steps: int = MAX_STEPS, seconds: Seconds | None = None
 ) -> Suite:
     """Every task of the servers ``where``, ``http://host:5000``, several with commas between; ``combinations``
-    instances of each, drawn with ``seed``. Asks the first server for its tasks; none without. ``seconds``: limits of
-    their requests."""
-    urls = tuple(url.strip() for url in where.split(",") if url.strip())
+    instances of each, drawn with ``seed``. Asks the first server for its tasks; none without. ``?steps=FILE`` behind
+    them names a JSON object of the actions that each task has, ``max_steps`` without. ``seconds``: limits of requests.
+    Raises ``ValueError`` for a task that the file does not name."""
+    servers, _, file = where.partition("?steps=")
+    urls = tuple(url.strip() for url in servers.split(",") if url.strip())
     names = run_sync(AndroidServer(urls[0]).tasks()) if urls else []
+    steps = _steps(Path(file).expanduser(), names) if file else dict.fromkeys(names, max_steps)
+    most = max((steps[name] for name in names), default=max_steps)
+    told = json.dumps({name: steps[name] for name in names}, sort_keys=True).encode()
+    budget = f"{Path(file).name}, {hashlib.sha256(told).hexdigest()[:12]}" if file else f"{max_steps} actions a task"
 
     @contextlib.asynccontextmanager
     async def opened(chosen: Sequence[str]) -> AsyncIterator[list[AndroidTask]]:
@@ -40,26 +50,37 @@ def androidworld(
             yield []
             return
         async with devices(urls, combinations, seed, seconds) as pool:
-            yield [AndroidTask(name, pool, combinations) for name in chosen]
+            yield [AndroidTask(name, pool, combinations, steps[name.removeprefix(PREFIX)]) for name in chosen]
 
     return Suite(
         name="androidworld",
         version=1,
         summary="AndroidWorld on emulators: --data http://host:5000[,...], servers of its own container.",
         prompt="every turn the screen at rest; with the first the task's goal",
-        judge="the task's own check of the device, by its server, 0 unless the agent ended the episode itself; "
-        f"{max_steps} steps for every task, where AndroidWorld gives ten times its complexity",
+        judge="the task's own check of the device, by its server, 0 unless the agent ended the episode itself",
         tasks=tuple(f"{PREFIX}{name}" for name in names),
         open=opened,
         per_task=combinations,
-        play=Play(max_steps=max_steps, max_tokens=1024, rules=RULES, guess=_guess, acts=True),
+        play=Play(max_steps=most, max_tokens=1024, rules=RULES, guess=_guess, acts=True),
         seed=seed,
         needs_browser=False,
         slices=_slices,
-        data=f"AndroidWorld's server, {combinations} instances a task, seed {seed}" if urls else "",
+        data=f"AndroidWorld's server, {combinations} instances a task, seed {seed}; {budget}" if urls else "",
         at_once=max(len(urls), 1),
         item_seconds=ITEM_SECONDS,
     )
+
+
+def _steps(path: Path, names: Sequence[str]) -> dict[str, int]:
+    """The actions that each task has."""
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    for name in names:
+        if not isinstance(steps, dict) or type(steps.get(name)) is not int or steps[name] < 1:
+            raise ValueError(f"{path}: does not say how many actions {name} has")
+    return steps
 
 
 def _slices(task: AndroidTask, item: Item) -> Mapping[str, str]:

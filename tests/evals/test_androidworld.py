@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from android_double import GOLD, HEIGHT, WIDTH, AndroidDouble, create_suite
 
+import evals.foreign.android_world as module
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
 from evals.foreign.android_world import (
@@ -102,7 +103,7 @@ def test_gold_scores_one_and_empty_and_random_answers_nothing(server, tmp_path):
         assert summarise(run.rows).score.mean <= 0.2
     assert not any(task.initialized for made in server.suite.values() for task in made)  # each was torn down
     assert [error for error in server.errors if "execute_action" not in error] == []  # nothing in the wrong order
-    assert gold.pins["suite.data"] == "AndroidWorld's server, 2 instances a task, seed 30"
+    assert gold.pins["suite.data"] == "AndroidWorld's server, 2 instances a task, seed 30; 30 actions a task"
 
 
 def test_requests_come_in_the_order_of_the_real_client(server, tmp_path):
@@ -137,6 +138,26 @@ def test_what_an_agent_does_and_does_not_end_scores_nothing(server, tmp_path):
     (row,) = judge(suite, Silent(), tmp_path).rows
     assert (row.value, row.error, row.status) == (0.0, None, "truncated")
     assert server.suite["ClockStopWatchRunning"][0].initialized is False
+
+
+def test_each_task_has_the_actions_that_a_file_says(server, tmp_path):
+    steps = dict.fromkeys(GOLD, 7) | {"ClockStopWatchRunning": 2, "NotesTodoItemCount": 3}
+    file = tmp_path / "steps.json"
+    file.write_text(json.dumps(steps))
+    suite = androidworld(f"{server.url}?steps={file}")
+    assert suite.play.max_steps == 7
+    assert re.search(r"; steps.json, [0-9a-f]{12}$", suite.data)
+    run = judge(suite, knows(), tmp_path / "out")
+    values = {row.task.partition("/")[2]: row.value for row in run.rows}
+    assert values == dict.fromkeys(GOLD, 1.0) | {"ClockStopWatchRunning": 0.0}  # its last action was one too late
+    (row,) = [row for row in run.rows if row.value == 0.0]
+    assert (row.error, row.status) == (None, "finished")
+    assert row.steps[-1].note == "not ended when its actions were used up"
+    file.write_text(json.dumps(steps | {"SystemShade": 0}))
+    with pytest.raises(ValueError, match=r"steps.json: does not say how many actions SystemShade has"):
+        androidworld(f"{server.url}?steps={file}")
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        androidworld(f"{server.url}?steps={tmp_path}/nothing")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +197,7 @@ def test_actions_are_told_in_the_words_of_the_server(server, text, told):
 def episode(url, actions, task="ClockStopWatchRunning", seconds=None):
     async def inside():
         async with devices([url], 1, 30, seconds) as pool:
-            environment = AndroidTask(f"androidworld/{task}", pool, 1).environment(item_of(task))
+            environment = AndroidTask(f"androidworld/{task}", pool, 1, 9).environment(item_of(task))
             try:
                 seen = [await environment.reset()]
                 for action in actions:
@@ -189,7 +210,7 @@ def episode(url, actions, task="ClockStopWatchRunning", seconds=None):
 
 
 def item_of(task):
-    return next(AndroidTask(f"androidworld/{task}", Devices([]), 1).items("test", 0))
+    return next(AndroidTask(f"androidworld/{task}", Devices([]), 1, 9).items("test", 0))
 
 
 def test_what_cannot_be_done_is_told_and_the_episode_goes_on(server):
@@ -269,6 +290,43 @@ def test_a_server_that_fails_or_says_nonsense_is_an_error_at_once(server, tmp_pa
     assert row.attempts == 1
 
 
+def test_a_server_that_did_not_come_back_is_waited_for_once(server, monkeypatch):
+    waited = []
+
+    async def ready(path, timeout):
+        waited.append(timeout)
+        if server.down:
+            raise EndpointUnavailable("gone")
+
+    monkeypatch.setattr(module, "IMPATIENT", 0.1)
+    client = AndroidServer(server.url, SHORT)
+    monkeypatch.setattr(client.transport, "ready", ready)
+    for down in (False, True, True, False, True):
+        server.down = down
+        with contextlib.suppress(EndpointUnavailable):
+            asyncio.run(client.draw(1, 30))
+    assert waited == [5.0, 5.0, 0.1, 0.1, 5.0]
+
+
+def test_a_screen_is_read_quickly_and_as_a_parser_of_json_reads_it():
+    drawn = np.random.default_rng(0).integers(0, 256, (11, 7, 3))
+    for shape in ((11, 7), (1, 1), (1, 7), (11, 1)):
+        screen = drawn[: shape[0], : shape[1]]
+        for separators in ((", ", ": "), (",", ":")):
+            body = json.dumps({"pixels": screen.tolist()}, separators=separators).encode()
+            assert np.array_equal(module._quick(body), screen)
+            assert np.array_equal(module._pixels(body, "x"), screen)
+    body = json.dumps({"pixels": drawn.tolist()}, separators=(",", ":")).encode()
+    other = [
+        body.replace(b",", b",,", 1), body.replace(b"[[[", b"[[[,", 1), body.replace(b"]]]", b",]]]"), body[:-1], b"{}",
+        body.replace(b"],[", b"],", 1), body.replace(b"]],[[", b"],[", 1), body.replace(b"]],[[", b"]],[[],[", 1),
+        b'{"pixels":[[[1,2,256]]]}', b'{"pixels":[[[1,2,99999999999999999999]]]}', b'{"pixels":[[[1,2,-3]]]}',
+        b'{"pixels":[[[1 1,2,3]]]}', b'{"pixels":[[[1,2.5,3]]]}', b'{"pixels":[[[1,2]]]}', b'{"pixels":[[[]]]}',
+        b'{"pixels":[[[1,2,3],[1,2,3]],[[1,2,3]]]}', b'{"pixels":[[[1,2,3]]],"more":[[[1,2,3]]]}',
+    ]  # fmt: skip
+    assert [text for text in other if module._quick(text) is not None] == []
+
+
 def test_a_task_that_is_not_torn_down_spoils_no_other(server, tmp_path):
     suite = androidworld(server.url)
     server.faults = {"/task/tear_down": [500, 500, None, None, "drop"]}
@@ -324,4 +382,4 @@ def test_the_command_takes_a_server_and_lists_the_suite(server, tmp_path, capsys
     assert main(["androidworld", "--baseline", "null"]) == 2
     assert "androidworld has no tasks without data. AndroidWorld on emulators: --data" in capsys.readouterr().err
     with pytest.raises(ValueError, match="tells no gold answers"):
-        next(iter(AndroidTask("androidworld/X", Devices([]), 1).gold(item_of("X"))))
+        next(iter(AndroidTask("androidworld/X", Devices([]), 1, 9).gold(item_of("X"))))

@@ -214,12 +214,26 @@ def test_a_guest_ends_with_who_asked_it():
         await guest.ask("known", 60.0, modules=[])
         with pytest.raises(GuestFailed, match="ModuleNotFoundError: No module named 'nothing_like_it'"):
             await guest.ask("known", 60.0, modules=["nothing_like_it"])
-        await guest.stop(grace=30.0)
+        await guest.stop()
         with pytest.raises(GuestGone, match="was given up before"):
             await guest.ask("known", 60.0, modules=[])
         return guest._process.returncode
 
-    assert asyncio.run(inside()) == 0  # by itself: the pipe was closed
+    assert asyncio.run(inside()) == 0  # by itself, when it was asked to
+
+
+@pytest.mark.parametrize(
+    ("program", "wrong"),
+    [("cat", r"broke at 'known' \(ValueError: an answer of \d+ and \d+ bytes"), ("true", r"broke at 'known' \(")],
+)
+def test_a_program_that_is_no_guest_is_found_out(program, wrong):
+    async def inside():
+        guest = await Guest.start("wire", python=f"/bin/{program}")  # shows the script, or nothing
+        with pytest.raises(GuestGone, match=wrong):
+            await guest.ask("known", 60.0, modules=[])
+        return guest._process.returncode is not None
+
+    assert asyncio.run(inside())
 
 
 def test_the_command_takes_modules_and_refuses_what_cannot_be_run(tmp_path, capsys):

@@ -181,6 +181,17 @@ def test_an_item_that_hangs_is_an_error(tmp_path):
     assert agent.running == 0
 
 
+def test_a_suite_says_how_many_items_can_be_played_at_once_and_how_long_one_may_take(tmp_path):
+    agent = RuleAgent(gold, pause=0.01)
+    evaluate_now(guess_suite(at_once=2), agent, tmp_path / "two", options(concurrency=8))
+    assert agent.most == 2
+    evaluate_now(guess_suite(at_once=8), agent, tmp_path / "one", options(concurrency=1))
+    assert agent.most == 2
+    slow = guess_suite(1, ["dim"], item_seconds=0.05)
+    run = evaluate_now(slow, RuleAgent(gold, pause=5.0), tmp_path / "slow", options())
+    assert run.rows[0].error == "ItemTimeout: not done after 0.05 s"
+
+
 def test_gives_up_when_nothing_works(tmp_path):
     def broken(task, item, seed):
         raise RuntimeError("wrong model name")

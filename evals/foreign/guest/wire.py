@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import sys
 import traceback
@@ -15,7 +16,9 @@ LENGTHS = struct.Struct(">II")
 
 def serve(handlers: Mapping[str, Callable[..., tuple[dict, bytes]]], at_end: Callable[[], object]) -> None:
     """Answer requests ``{"op": name, ...}`` by ``handlers[name](...)`` until the pipe closes, then ``at_end()``. What
-    an environment raises is an answer, too. Whatever else is printed goes to the standard error."""
+    an environment raises is an answer, too. SIGTERM ends it as the pipe does, whatever it is at. What else is printed
+    goes to the standard error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
