@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 LEAN = 4
 """Turns that a group's own server may have in hand more than the idlest: what it knows of the context is worth them."""
 
+LOOK = 5.0
+"""Seconds at least that a server has to answer when it is looked for."""
+
 Publish = Callable[[Source, bool], Any]
 """Puts a version where servers find it, and returns what :meth:`Door.load` wants to know of it; with True anew, and in
 full, for a server could not read it. All of the trainer's ranks call it, in a thread."""
@@ -145,9 +148,12 @@ class Fleet:
         version = source.manifest.version
         place = await asyncio.to_thread(self.publish, source, False)
         seats = [seat for seat in self._seats if not seat.aside]
-        held = [s for s in seats if await self._does(s, s.door.hold(version, wait=wait))]
+        held: list[_Seat] = []
         confirmed: set[str] = set()
         try:
+            for seat in seats:
+                if await self._does(seat, seat.door.hold(version, wait=wait)):
+                    held.append(seat)
             await self._told("published and held")
             took, refused = await self._load(held, place, version)
             if refused:
@@ -244,7 +250,7 @@ class Fleet:
         while seat.aside:
             await asyncio.sleep(self.config.recall)
             try:
-                await seat.door.ready(self.config.recall)
+                await seat.door.ready(max(self.config.recall, LOOK))
                 async with self._exchange:  # not while others are given another version
                     await self._bring_up(seat)
                     seat.aside, seat.task = "", None
