@@ -87,6 +87,7 @@ def rows_of(rows: list[dict]) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.startswith("rollout/servers")} for row in rows]
 
 
+@pytest.mark.slow
 def test_on_servers_a_run_in_step_is_the_same_to_the_last_bit(agent, tmp_path):
     here = run(config(agent, tmp_path / "here", steps=3))
     with servers(agent, tmp_path / "versions", 1) as found:
