@@ -47,6 +47,7 @@ setup(
         "ingest": ["datasets>=4.0,<6", "pyarrow>=20", "pypdfium2>=5,<6", "av>=15"],  # parquet, PDF pages and videos
         "quality": ["py3langid>=0.4,<0.5"],  # tells languages; its model comes with it (4.5 MB)
         "wandb": ["wandb>=0.20"],
+        "ray": ["ray>=2.50,<3"],  # python -m recipes.ray_rl
         "serving": [  # python -m mmagent.serve; transformers serve, for exported folders
             "accelerate>=1.15,<1.16",
             "fastapi>=0.160",
@@ -62,6 +63,7 @@ setup(
             "av>=15",
             "deepspeed>=0.19.8,<0.20",
             "pytest>=9",
+            "ray>=2.50,<3",
             "sympy>=1.13",  # judges the judges of formulas; torch brings it
             "hypothesis>=6.150",
             "ruff==0.17.6",

@@ -12,6 +12,7 @@ from functools import partial
 from mmagent import dist
 from mmagent.agent.actor import Actor
 from mmagent.agent.codec import Codec
+from mmagent.agent.engines import open_engines
 from mmagent.agent.learner import Learner
 from mmagent.agent.points import Points
 from mmagent.config import parse_cli
@@ -40,7 +41,10 @@ async def train(config: Config) -> None:
     model = agent.model
     model.freeze(config.freeze)
     model.set_memory(config.memory)
-    actor = Actor(model.to(world.device), agent.vocab, config.generator, config.stream, points)
+    model.to(world.device)
+    how = {"routing": config.generator.record_routing, "in_flight": config.stream.in_flight}
+    fleet = open_engines(config.rollout, agent, world, config.output, **how)
+    actor = Actor(model, agent.vocab, config.generator, config.stream, points, fleet)
     objective = policy_objective(model, config.policy, agent.vocab)
     optimizer = build_optimizer(objective, config.optim)
     engine = build_engine(objective, optimizer, config.engine, world)
@@ -59,7 +63,7 @@ async def train(config: Config) -> None:
         hooks[:0] = [Alarms(config.alarms), *([points.log] if points.log else [])]
         leave = next(hook for hook in hooks if isinstance(hook, LeaveOnSignal))
         for step in run.guard.steps(run.resume(config.steps), config.steps):
-            started, sampled = time.perf_counter(), actor.generator.tokens_sampled
+            started, sampled = time.perf_counter(), actor.sampled
             await actor.serve(step)
             if config.fresh_optimizer:
                 optimizer.state.clear()
@@ -74,7 +78,7 @@ async def train(config: Config) -> None:
             if run.guard.went_back:
                 continue
             record |= await actor.measure(step + 1, config.evaluate_every)
-            record |= rollout_pace(time.perf_counter() - started, record, actor.generator.tokens_sampled - sampled)
+            record |= rollout_pace(time.perf_counter() - started, record, actor.sampled - sampled)
             tell(hooks, run, step + 1, record | run.guard.figures(step))
         run.finish(config.steps)
     if world.is_main:

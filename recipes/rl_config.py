@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mmagent.agent.collector import CollectorConfig
+from mmagent.agent.engines import EnginesConfig
 from mmagent.agent.points import PointsConfig
 from mmagent.agent.rollout import RolloutConfig
 from mmagent.agent.stream import StreamConfig
@@ -47,6 +48,7 @@ class Config(RunConfig):
     browsers: int = 1
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    rollout: EnginesConfig = field(default_factory=EnginesConfig)
     points: PointsConfig = field(default_factory=PointsConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     policy: PolicyGradientConfig = field(default_factory=PolicyGradientConfig)

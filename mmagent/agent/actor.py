@@ -1,4 +1,5 @@
-"""Who plays: the trainer's own model, or a copy of it that is given the trainer's weights from step to step."""
+"""Who plays: the trainer's own model, a copy of it that is given the trainer's weights from step to step, or servers
+that are."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from mmagent.agent.stream import StreamCollector, StreamConfig
 from mmagent.agent.weight_sync import buckets_of
 from mmagent.dist import World
 from mmagent.generation.block_decoding import make_generator
+from mmagent.generation.fleet import Fleet
 from mmagent.generation.generator import GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.models.agent_model import AgentModel
@@ -32,7 +34,8 @@ class Actor:
 
     In step, and where nothing ``overlap``s, it decodes with the trainer's own module: nothing is copied, and nothing is
     said while that learns. Overlapping, it has a copy on the same device; :meth:`serve` brings it up to date while its
-    environments go on, and :meth:`beside` trains in a thread of its own while it speaks.
+    environments go on, and :meth:`beside` trains in a thread of its own while it speaks. With a ``fleet``
+    servers decode, and :meth:`serve` gives them the weights.
     """
 
     def __init__(
@@ -42,16 +45,28 @@ class Actor:
         config: GeneratorConfig,
         stream: StreamConfig,
         points: Points | None = None,
+        fleet: Fleet | None = None,
     ):
         self.model, self.stream, self.points = model, stream, points or Points()
-        self.apart = stream.on and stream.overlap
+        self.fleet, self.overlaps = fleet, stream.on and stream.overlap
+        self.apart = fleet is not None or self.overlaps
         if model.config.denoises:  # what reinforces blocks replays no routers, and what says them records none
             config = replace(config, record_routing=False)
-        self.generator = make_generator(copy.deepcopy(model).eval() if self.apart else model, vocab, config)
-        self.policy = LocalPolicy(self.generator)
+        self.policy: LocalPolicy | Fleet
+        if fleet is None:
+            generator = make_generator(copy.deepcopy(model).eval() if self.apart else model, vocab, config)
+            self.policy = LocalPolicy(generator)
+        else:
+            self.policy = fleet
         self.collector: Collector | None = None
         self.seconds = {"time/weights": 0.0, "time/train": 0.0}
         self._told = -1
+
+    @property
+    def sampled(self) -> int:
+        """Tokens that were sampled so far, for this rank."""
+        policy = self.policy
+        return policy.generator.tokens_sampled if isinstance(policy, LocalPolicy) else policy.counts.tokens
 
     def collects(
         self,
@@ -74,8 +89,10 @@ class Actor:
         """From here on the policy is the trainer's model as it is now, as ``version``. All ranks call this."""
         started = time.perf_counter()
         if self.apart:
-            await self.policy.update(buckets_of(self.model, version), in_flight=self.stream.in_flight)
+            in_flight = self.stream.in_flight if self.overlaps else "finish"
+            await self.policy.update(buckets_of(self.model, version), in_flight=in_flight)
         else:
+            assert isinstance(self.policy, LocalPolicy)
             await self.policy.idle()
             self.policy.version = version
         if isinstance(self.collector, StreamCollector):
@@ -88,20 +105,20 @@ class Actor:
     async def beside(self, train: Callable[[], T]) -> T:
         """What ``train`` returns. Apart it runs in a thread, and episodes go on; else they are held until
         :meth:`serve`."""
-        if isinstance(self.collector, StreamCollector) and not self.apart:
+        if isinstance(self.collector, StreamCollector) and not self.overlaps:
             await self.collector.hold()
-        if not self.apart:
+        if isinstance(self.policy, LocalPolicy) and not self.apart:
             await self.policy.idle()
         started = time.perf_counter()
         try:
-            return await asyncio.to_thread(self._on_device, train) if self.apart else train()
+            return await asyncio.to_thread(self._on_device, train) if self.overlaps else train()
         finally:
             self.seconds["time/train"] = time.perf_counter() - started
 
     async def measure(self, step: int, every: int) -> dict[str, float]:
         """What the user's ``evaluate`` says of the policy after ``step``, every so many; and how long the stages took
         that are the actor's."""
-        figures = dict(self.seconds)
+        figures = self.seconds | (self.fleet.figures() if self.fleet is not None else {})
         if self.points.evaluate is not None and every and step % every == 0:
             found = await self.points.evaluate(self.policy, step)
             figures |= {f"evaluation/{name}": float(value) for name, value in found.items()}
@@ -119,3 +136,5 @@ class Actor:
     async def __aexit__(self, *_: object) -> None:
         if isinstance(self.collector, StreamCollector):
             await self.collector.close()
+        if self.fleet is not None:
+            await self.fleet.close()

@@ -129,6 +129,8 @@ class Episode:
         on with the answer.
         """
         assert self._environment is not None, "take before open"
+        # a server may have said it with weights that are older than those it was to have
+        self.trajectory.policy_version = min((self.trajectory.policy_version, *completion.versions))
         self.trajectory.extend(
             completion.ids,
             trainable=True,

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmagent.dist import World
+from mmagent.generation.fleet import Fleet, FleetConfig
 from mmagent.generation.generator import Generator, GeneratorConfig
 from mmagent.generation.http_mmagent import MMAgentPolicy
 from mmagent.generation.http_transport import EndpointRefused, OtherWeights
@@ -123,6 +125,35 @@ def test_a_damaged_version_is_refused_and_the_old_one_goes_on(server, versions):
     assert said.ids == local(0, row).ids
     asyncio.run(fresh.update_weights(versions.folder(1), 1))
     assert asyncio.run(fresh.complete(row, LIMITS)).versions == (1,)
+
+
+def test_a_server_that_cannot_read_a_delta_gets_the_version_in_full(server, tmp_path):
+    """As a fleet gives it: published once more, by who has the weights at hand."""
+    put = Versions(server.updates, VersionsConfig(keep=9, deltas=9))
+    ways: list[int] = []
+
+    def publish(source, full):
+        path = put.publish(source, full)
+        if source.manifest.version == 5 and not full:
+            data = (put.folder(5) / DELTA).read_bytes()
+            (put.folder(5) / DELTA).write_bytes(bytes(len(data)))
+        ways.append(len(put.chain(source.manifest.version)))
+        return path
+
+    async def work():
+        fleet = Fleet(
+            {"one": door(server)}, FleetConfig(startup=5, patience=5), publish, World(0, 1, 0, torch.device("cpu"))
+        )
+        try:
+            for version in (3, 4, 5):
+                await fleet.update(buckets_of_state(tiny_model(version).state_dict(), version, 1 << 16))
+            return fleet.counts.aside, await fleet.complete(prompt("click the word"), LIMITS)
+        finally:
+            await fleet.close()
+
+    aside, said = asyncio.run(work())
+    assert (aside, ways) == (0, [4, 5, 6, 1])
+    assert said.ids == local(5, prompt("click the word")).ids
 
 
 def test_the_same_version_is_not_read_twice_and_another_of_its_number_is(server, versions):

@@ -30,7 +30,7 @@ from mmagent.generation.generator import Generator
 from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.interop.chat_template import chat_template
-from mmagent.trajectories import Completion, Item, Observation, Score, Status, Trajectory
+from mmagent.trajectories import Completion, Item, Limits, Observation, Score, Status, Trajectory
 from tests.agent_kit import GEOMETRY, recompute, tiny_model, tiny_vocab
 from tests.toy_tasks import EchoTask, ScriptedPolicy, last_request
 
@@ -130,6 +130,27 @@ def test_a_policy_that_thinks_keeps_its_thoughts_and_is_served_so(tmp_path, gene
     assert render(talk[:-1], vocab, [4] * 3, served, generate=True).ids == last
     assert chat_template(served) != chat_template(asked)
     assert not codec(chat=ChatConfig(generation)).chat.preserve_thinking, "who has no thoughts has none to keep"
+
+
+class Elsewhere(ScriptedPolicy):
+    """A server whose answers name the versions that said them: of the first turn and of those after it."""
+
+    def __init__(self, first: tuple[int, ...], later: tuple[int, ...]):
+        super().__init__(tiny_vocab(), parrot)
+        self.first, self.later = first, later
+
+    async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
+        said = await super().complete(prompt, limits)
+        return replace(said, versions=self.later if any(prompt.trainable) else self.first)
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "oldest"), [((3,), (3,), 3), ((1, 3), (3,), 1), ((3,), (2,), 2), ((), (), 3)]
+)
+def test_a_trajectory_is_as_old_as_the_oldest_version_that_an_answer_names(first, later, oldest):
+    """Whatever version the policy believed it had when the episode began."""
+    rows = play(Elsewhere(first, later), EchoTask(steps=2), group_size=1)
+    assert [row.policy_version for row in rows] == [oldest] * len(rows)
 
 
 def test_a_wrong_answer_is_a_zero_with_its_parts():

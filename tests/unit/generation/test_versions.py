@@ -158,7 +158,9 @@ def test_a_run_that_begins_again_earlier_replaces_what_was_newer(tmp_path):
 def test_weights_at_hand_spare_the_chain_and_wrong_ones_do_no_harm(tmp_path):
     versions = written(tmp_path, 2)
     wanted, seal = bytes_of(source_of(2)), versions.chain(1)[0].seal
-    damage(versions.folder(1) / DELTA, 40)
+    two, one = versions.chain(2)[:2]
+    index = next(n for n, (kind, _) in enumerate(two.parts) if kind == 1)  # told as what differs
+    damage(versions.folder(1) / DELTA, sum(size for _, size in one.parts[:index]) + one.parts[index][1] // 2)
     assert bytes_of(versions.read(2, (seal, source_of(1)))) == wanted  # version 1 on disk is worth nothing now
     with pytest.raises(Damaged):
         versions.read(2, (seal, source_of(0))).check()  # they are not what they were said to be

@@ -1,0 +1,63 @@
+"""What :mod:`recipes.ray_rl` is configured by: recipes.rl's keys, and those of the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mmagent.config import ConfigError
+from recipes import rl_config
+
+
+@dataclass
+class ClusterConfig:
+    """``address`` of a cluster ("" starts one here). ``workers`` decode, ``learners`` are the ranks that train.
+
+    ``placement``: apart, each in a bundle of its own, by Ray's ``strategy``; or colocated, every learner in one bundle
+    with its share of the workers, on one machine and, by fractions of ``worker_gpus`` and ``learner_gpus``, on one GPU.
+    ``restarts``: how often learners are started again when one has died. ``wait``: seconds for the bundles."""
+
+    address: str = ""
+    workers: int = 1
+    learners: int = 1
+    placement: str = "apart"
+    strategy: str = "PACK"
+    worker_cpus: float = 1.0
+    learner_cpus: float = 1.0
+    worker_gpus: float = 0.0
+    learner_gpus: float = 0.0
+    restarts: int = 3
+    wait: float = 600.0
+
+    def __post_init__(self) -> None:
+        if min(self.workers, self.learners) < 1 or self.restarts < 0:
+            raise ConfigError(f"ray: workers and learners must be positive, restarts not negative, got {self}")
+        if self.placement not in ("apart", "colocated"):
+            raise ConfigError(f"ray.placement {self.placement!r} is neither apart nor colocated")
+
+    def bundles(self) -> list[dict[str, float]]:
+        """What each bundle holds; learners' come first."""
+        learner = {"CPU": self.learner_cpus, "GPU": self.learner_gpus}
+        worker = {"CPU": self.worker_cpus, "GPU": self.worker_gpus}
+        if self.placement == "apart":
+            found = [learner] * self.learners + [worker] * self.workers
+        else:
+            shares = [len(range(n, self.workers, self.learners)) for n in range(self.learners)]
+            found = [{kind: learner[kind] + share * worker[kind] for kind in learner} for share in shares]
+        return [{kind: count for kind, count in bundle.items() if count} for bundle in found]
+
+    def bundle_of(self, worker: int) -> int:
+        """The bundle of a worker; a learner's is its number."""
+        return self.learners + worker if self.placement == "apart" else worker % self.learners
+
+
+@dataclass
+class Config(rl_config.Config):
+    """What recipes.rl is configured by, and the cluster."""
+
+    ray: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+PRESETS = {
+    name: lambda made=made: Config(**vars(made()))
+    for name, made in {"laptop": rl_config.laptop, "debug": rl_config.debug, "small": rl_config.small}.items()
+}

@@ -1,0 +1,57 @@
+"""The RL recipe on stand-ins for vLLM and SGLang: what they are asked, and which weights they get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmagent.agent.engines import EnginesConfig
+from mmagent.chat import ChatConfig
+from mmagent.interop.agent_folder import save_agent
+from mmagent.interop.conversion import check
+from mmagent.serve.loading import load
+from tests.agent_kit import GEOMETRY, tiny_vocab
+from tests.recipes.test_rl import config, run, weights
+from tests.token_servers import SGLangServer, VLLMServer, running
+from tests.unit.agent.test_collector import half_taught
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sft") / "agent"
+    save_agent(folder, half_taught("abcd", steps=2), tiny_vocab(), GEOMETRY, ChatConfig())
+    return folder
+
+
+@pytest.mark.parametrize(("engine", "server"), [("vllm", VLLMServer), ("sglang", SGLangServer)])
+def test_episodes_run_on_servers_and_every_step_gives_them_an_export(agent, tmp_path, engine, server):
+    with running(server()) as one, running(server()) as other:
+        how = [f"rollout.engine={engine}", f"rollout.urls=[{one.url},{other.url}]", f"rollout.weights={tmp_path}/put"]
+        rows = run(config(agent, tmp_path / "run", *how, "generator.record_routing=false", steps=3))
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert all(row["rollout/servers"] == 2 and row["rollout/failed"] == 0 for row in rows)
+        assert one.weights == other.weights == 2  # what the third step was played with
+        assert one.name == other.name == "2"
+        asked = [sum(path in ("/generate", "/inference/v1/generate") for path, _ in s.requests) for s in (one, other)]
+        assert min(asked) > 4
+    assert sorted(path.name for path in (tmp_path / "put").iterdir()) == ["000000", "000001", "000002"]
+    check(tmp_path / "put" / "000002", trust_code=True)
+    put = load(tmp_path / "put" / "000002", device="cpu", trust_code=True)[0].model.state_dict()
+    ended = weights(tmp_path / "run")  # what arithmetic says teaches nothing, so they are still these
+    assert all(torch.equal(put[name], tensor) for name, tensor in ended.items())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"engine": "tgi", "urls": ["http://x"]}, "none of local"),
+        ({"engine": "vllm"}, "need addresses"),
+        ({"urls": ["http://x"]}, "need addresses"),
+        ({"engine": "vllm", "urls": ["http://x"], "format": "gguf"}, "format"),
+    ],
+)
+def test_engines_that_cannot_be(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        EnginesConfig(**wrong)

@@ -1,0 +1,182 @@
+"""The RL recipe on servers: bitwise what it is without, one killed on the way, weights behind a folder of versions."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmagent.agent.store import load_trajectories
+from mmagent.agent.stream import StreamConfig
+from mmagent.chat import ChatConfig
+from mmagent.interop.agent_folder import save_agent
+from mmagent.train.hooks import read_jsonl
+from tests.agent_kit import GEOMETRY, tiny_vocab
+from tests.recipes.test_rl import ENVIRONMENT, ROOT, command, config, run, weights
+from tests.unit.agent.test_collector import half_taught
+
+FAST = ["rollout.fleet.recall=0.2", "rollout.fleet.startup=30", "rollout.fleet.patience=30"]
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sft") / "agent"
+    save_agent(folder, half_taught("abcd", steps=30), tiny_vocab(), GEOMETRY, ChatConfig())
+    return folder
+
+
+class Served:
+    """``python -m mmagent.serve`` on the agent, at ``url``; killed and started again as a test wants."""
+
+    def __init__(self, agent: Path, updates: Path, port: int = 0):
+        options = ["--updates", str(updates), "--steady", "--record-routing", "--port", str(port)]
+        self.agent, self.updates = agent, updates
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mmagent.serve", str(agent), *options],
+            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        self.url = ""
+
+    def ready(self) -> str:
+        told = ""
+        while "-d '" not in told:
+            line = self.process.stdout.readline()
+            assert line, f"it ended: {told}"
+            told += line
+        self.url = re.search(r"at (http://\S+)", told)[1]
+        return self.url
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def again(self) -> Served:
+        return Served(self.agent, self.updates, int(self.url.rpartition(":")[2]))
+
+
+@contextmanager
+def servers(agent: Path, updates: Path, count: int) -> Iterator[list[Served]]:
+    updates.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        found = [Served(agent, updates) for _ in range(count)]
+        for one in found:
+            stack.callback(one.process.stdout.close)
+            stack.callback(one.kill)
+        for one in found:
+            one.ready()
+        yield found
+
+
+def remote(found: list[Served], updates: Path, *more: str) -> list[str]:
+    urls = ",".join(one.url for one in found)
+    return ["rollout.engine=mmagent", f"rollout.urls=[{urls}]", f"rollout.weights={updates}", *FAST, *more]
+
+
+def rows_of(rows: list[dict]) -> list[dict]:
+    """What is the same wherever turns are said."""
+    return [{name: value for name, value in row.items() if not name.startswith("rollout/servers")} for row in rows]
+
+
+@pytest.mark.slow
+def test_on_servers_a_run_in_step_is_the_same_to_the_last_bit(agent, tmp_path):
+    here = run(config(agent, tmp_path / "here", steps=3))
+    with servers(agent, tmp_path / "versions", 1) as found:
+        there = run(config(agent, tmp_path / "there", *remote(found, tmp_path / "versions"), steps=3))
+    assert rows_of(there) == here
+    own, others = weights(tmp_path / "here"), weights(tmp_path / "there")
+    assert all(torch.equal(own[name], others[name]) for name in own)
+    assert any("replayed" in name or "drift" in name for name in here[0])
+
+
+def killing(served: list[Served], log: Path, after: int, again: bool) -> threading.Thread:
+    """Kills the first server once the log has so many rows, and starts another in its place ``again``."""
+
+    def wait() -> None:
+        while not log.exists() or len(log.read_text().splitlines()) < after:
+            time.sleep(0.005)
+        served[0].kill()
+        if again:
+            served.append(served[0].again())
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+def test_a_server_that_is_killed_changes_nothing_of_a_run_in_step(agent, tmp_path, again):
+    """Its turns are said by the other, and later by itself, with the same weights and seeds."""
+    here = run(config(agent, tmp_path / "here", "collector.prompts=6", steps=12))
+    with servers(agent, tmp_path / "versions", 2) as found:
+        served = list(found)
+        watch = killing(served, tmp_path / "there" / "log.jsonl", 2, again)
+        how = [*remote(found, tmp_path / "versions"), "collector.prompts=6", "rollout.versions.deltas=3"]
+        there = run(config(agent, tmp_path / "there", *how, steps=12))
+        watch.join()
+        for one in served[2:]:
+            one.kill()
+    assert rows_of(there) == here
+    assert sum(row["rollout/servers_aside"] for row in there) >= 1
+    assert min(row["rollout/servers"] for row in there) == 1
+    own, others = weights(tmp_path / "here"), weights(tmp_path / "there")
+    assert all(torch.equal(own[name], others[name]) for name in own)
+
+
+@pytest.mark.slow
+def test_beside_the_trainer_a_killed_server_loses_no_prompt_and_none_is_trained_twice(agent, tmp_path):
+    with servers(agent, tmp_path / "versions", 2) as found:
+        served = list(found)
+        watch = killing(served, tmp_path / "run" / "log.jsonl", 2, again=True)
+        record = f"collector.record={tmp_path}/record"
+        how = [*remote(found, tmp_path / "versions"), record, "rollout.versions.deltas=2"]
+        rows = run(config(agent, tmp_path / "run", *how, stream=StreamConfig(on=True), steps=10))
+        watch.join()
+        for one in served[2:]:
+            one.kill()
+    assert len(rows) == 10
+    folders = sorted((tmp_path / "record").glob("*/rank-00000"))
+    groups = [{row.group for row in load_trajectories(folder)} for folder in folders]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 40
+    assert all(row["rollout/staleness_most"] <= 1 for row in rows)
+    assert all(row["rollout/failed"] == 0 for row in rows)
+    assert sum(row["rollout/servers_aside"] for row in rows) >= 1
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_goes_on_with_servers_that_have_newer_weights(agent, tmp_path):
+    """They are given those of the checkpoint first; the run ends where it would have ended."""
+    here = run(config(agent, tmp_path / "here", steps=6))
+    with servers(agent, tmp_path / "versions", 1) as found:
+        settings = config(agent, tmp_path / "there", *remote(found, tmp_path / "versions"), steps=6)
+        log = tmp_path / "there" / "log.jsonl"
+        process = subprocess.Popen(command(settings, tmp_path), env=ENVIRONMENT, start_new_session=True)
+        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 3):
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        there = run(settings)
+    assert [row for row in rows_of(there) if row["step"] > 3] == [row for row in here if row["step"] > 3]
+    own, others = weights(tmp_path / "here"), weights(tmp_path / "there")
+    assert all(torch.equal(own[name], others[name]) for name in own)
+
+
+@pytest.mark.slow
+def test_two_ranks_ask_the_same_servers(agent, tmp_path):
+    with servers(agent, tmp_path / "versions", 1) as found:
+        settings = config(agent, tmp_path / "run", *remote(found, tmp_path / "versions"), steps=3)
+        subprocess.run(command(settings, tmp_path, ranks=2), env=ENVIRONMENT, check=True, timeout=240)
+    rows = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert len(rows) == 3
+    assert all(row["rollout/servers"] == 1 for row in rows)
+    assert all(row["drift"] < 1e-4 for row in rows if "drift" in row)
