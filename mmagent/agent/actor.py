@@ -45,6 +45,11 @@ class Actor:
     ):
         self.model, self.stream, self.points = model, stream, points or Points()
         self.apart = stream.on and stream.overlap
+        if model.config.denoises and stream.on and stream.staleness:
+            raise ValueError(
+                f"stream.staleness={stream.staleness}: nothing corrects for the older weights that said blocks; set it "
+                f"to 0, with stream.overlap=false"
+            )
         if model.config.denoises:  # what reinforces blocks replays no routers, and what says them records none
             config = replace(config, record_routing=False)
         self.generator = make_generator(copy.deepcopy(model).eval() if self.apart else model, vocab, config)
@@ -63,6 +68,8 @@ class Actor:
         folder: str,
     ) -> Collector:
         """A collector for this policy: in step, or beside the trainer."""
+        if config.heat.rise and self.model.config.denoises:
+            raise ValueError("collector.heat: a model that says blocks is reinforced at a temperature of 1")
         if self.stream.on:
             how = (config, self.stream, world, seed, self.points)
             self.collector = StreamCollector(tasks, self.policy, codec, *how)
