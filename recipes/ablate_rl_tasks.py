@@ -30,7 +30,7 @@ JOINT = {
     "pointing": "worlds/spatial/point/level-0",
     "3d-grounding": "worlds/boxes3d/box/level-0",
     "function-calling": "functions/level-0",
-    "multimodal-search": "search/level-0",
+    "multimodal-search": "index-search/level-0",
     "visual-tool-use": "search/attribute/crop",
     "instruction-following": "worlds/instructions/rules/level-0",
     "text-code": "programs/level-0",
@@ -46,7 +46,7 @@ IN_PAGES = {
     "gui-trajectory": "miniwob/click-tab",
 }
 """What the agent that all arms begin with is taught as well."""
-NARROW = ("counting", "pointing")
+NARROW = ("counting", "spatial-relation")
 """Categories that are also trained alone."""
 MINIWOB = tuple(
     f"miniwob/{page}"

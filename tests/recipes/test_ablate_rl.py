@@ -122,7 +122,7 @@ def test_it_runs_as_a_whole_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*command, "--size", "debug", "--parts", "joint", "narrow"])
     assert ablate_rl.main() == 0
     assert "RL on counting alone" in capsys.readouterr().out
-    assert "only-sft-pointing-1" in ran
+    assert "only-sft-spatial-relation-1" in ran
     done = len(ran)
     assert ablate_rl.main() == 0
     assert len(ran) == done  # nothing is done twice
