@@ -30,12 +30,15 @@ def mean(values: Sequence[float]) -> float:
 
 
 def interference(before: Scores, after: Scores, leave: Sequence[str] = ()) -> dict[str, float]:
-    """Over tasks but ``leave``: the mean change, the share that falls, and the mean of what falls (0 where none does).
-
-    Answers are greedy and items the same, so a task whose answers do not change neither falls nor rises."""
-    changes = [mean(after[task]) - mean(before[task]) for task in before if task not in leave]
-    falls = [-change for change in changes if change < -1e-9]
-    return dict(zip(FIGURES, (mean(changes), len(falls) / len(changes), sum(falls) / len(changes)), strict=True))
+    """Over tasks but ``leave``: the mean change, which share of those that stood above 0 falls, and by how much on
+    average over all. Answers are greedy and items the same: a task whose answers do not change neither falls nor rises.
+    """
+    changes = {task: mean(after[task]) - mean(before[task]) for task in before if task not in leave}
+    falls = [-change for change in changes.values() if change < -1e-9]
+    able = sum(mean(before[task]) > 0 for task in changes)
+    return dict(
+        zip(FIGURES, (mean(list(changes.values())), len(falls) / max(able, 1), sum(falls) / len(changes)), strict=True)
+    )
 
 
 def write(part: str, output: Path, seeds: int) -> str:

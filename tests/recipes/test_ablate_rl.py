@@ -66,7 +66,7 @@ def test_interference_by_hand():
     before = {"a": [1.0, 0.0], "b": [0.5, 0.5], "c": [1.0, 1.0], "d": [0.0, 0.0]}
     after = {"a": [0.5, 0.0], "b": [0.5, 0.5], "c": [1.0, 0.0], "d": [1.0, 1.0]}
     found = interference(before, after)
-    assert found == {"change": (-0.25 - 0.5 + 1) / 4, "categories that fall": 0.5, "what falls": 0.75 / 4}
+    assert found == {"change": (-0.25 - 0.5 + 1) / 4, "categories that fall": 2 / 3, "what falls": 0.75 / 4}
     assert interference(before, after, ["d"])["change"] == -0.25
 
 
