@@ -211,3 +211,11 @@ class Task(Protocol):
     def gold(self, item: Item) -> Iterator[str]:
         """Actions that must score 1."""
         ...
+
+
+@runtime_checkable
+class Demonstrates(Protocol):
+    """A :class:`Task` whose ``gold`` would start a browser of its own: ``demonstrate`` finds the same actions in the
+    pages that the task has, within the running loop."""
+
+    async def demonstrate(self, item: Item) -> list[str]: ...

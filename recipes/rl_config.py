@@ -71,6 +71,10 @@ class Config(RunConfig):
                 f"policy.temperature {self.policy.temperature} must be collector.rollout.temperature "
                 f"{self.collector.rollout.temperature}: probabilities are of what was drawn from; set both"
             )
+        if bool(self.points.evaluate) != bool(self.evaluate_every):
+            raise ConfigError(
+                "points.evaluate and evaluate_every go together: one says what is measured, one how often"
+            )
         if self.policy.mtp_weight and "mtp" in self.freeze:
             raise ConfigError("policy.mtp_weight: freeze holds mtp, so nothing would learn; name freeze without it")
 

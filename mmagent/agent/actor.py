@@ -50,6 +50,11 @@ class Actor:
         self.model, self.stream, self.points = model, stream, points or Points()
         self.fleet, self.overlaps = fleet, stream.on and stream.overlap
         self.apart = fleet is not None or self.overlaps
+        if model.config.denoises and stream.on and stream.staleness:
+            raise ValueError(
+                f"stream.staleness={stream.staleness}: nothing corrects for the older weights that said blocks; set it "
+                f"to 0, with stream.overlap=false"
+            )
         if model.config.denoises:  # what reinforces blocks replays no routers, and what says them records none
             config = replace(config, record_routing=False)
         self.policy: LocalPolicy | Fleet
@@ -78,6 +83,8 @@ class Actor:
         folder: str,
     ) -> Collector:
         """A collector for this policy: in step, or beside the trainer."""
+        if config.heat.rise and self.model.config.denoises:
+            raise ValueError("collector.heat: a model that says blocks is reinforced at a temperature of 1")
         if self.stream.on:
             how = (config, self.stream, world, seed, self.points)
             self.collector = StreamCollector(tasks, self.policy, codec, *how)

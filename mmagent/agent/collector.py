@@ -105,6 +105,8 @@ class Collector:
             if self.points.reward is not None:
                 raise ValueError("collector.judge.url and points.reward are both set: one of them judges")
             self.judge = HttpJudge(config.judge, codec.vocab)
+        if unknown := sorted({*config.rewards.groups, *config.rewards.weights} - {task.name for task in tasks}):
+            raise ValueError(f"collector.rewards speaks of {unknown[0]!r}, which is none of the tasks of this run")
         most = config.rollout.max_tokens * config.rollout.max_steps
         self.shaping = Shaping(config.rewards, most, self.points.aggregate, self.points.post_process)
         self.inflight = None

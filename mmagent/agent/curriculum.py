@@ -135,14 +135,15 @@ class ItemStream:
         points = (np.arange(count) + generator.random()) / max(count, 1) * share.sum()
         chosen = np.minimum(np.searchsorted(np.cumsum(share), points, side="right"), len(names) - 1)
         self.number += 1
-        return [(self.tasks[names[n]], self._next(names[n], takes)) for n in generator.permutation(chosen)]
+        return [(self.tasks[names[n]], self._taken(names[n], takes)) for n in generator.permutation(chosen)]
 
-    def _next(self, name: str, takes: Callable[[Item], bool] | None) -> Item:
-        while takes is not None and not takes(item := self._given(name)):
-            pass
-        return item if takes is not None else self._given(name)
+    def _taken(self, name: str, takes: Callable[[Item], bool] | None) -> Item:
+        item = self._next(name)
+        while takes is not None and not takes(item):
+            item = self._next(name)
+        return item
 
-    def _given(self, name: str) -> Item:
+    def _next(self, name: str) -> Item:
         if name not in self._iterators:
             self._iterators[name] = iter(self.tasks[name].items(self.split, self.seed))
             for _ in range(self.given[name]):

@@ -77,6 +77,8 @@ class Learner:
             raise ValueError(f"policy.critic makes advantages of rewards: set estimator=raw, not {estimator!r}")
         if objective.needs_reference and reference is None:
             raise ValueError("policy.kl_weight and policy.distill_weight need a reference: name its folder")
+        if updates > 1 and isinstance(objective, BlockPolicyGradient):
+            raise ValueError(f"updates={updates}: nothing corrects blocks for weights that moved since they were said")
         self.objective, self.codec, self.world, self.updates = objective, codec, world, updates
         self.reference = Reference(reference, objective, world) if reference is not None else None
         self.how = {

@@ -10,7 +10,7 @@ for once in each pair of complementary masks (coupled sampling of DiffuCoder, ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -140,17 +140,15 @@ def policy_objective(
     model: AgentModel, config: PolicyGradientConfig, vocab: Vocab
 ) -> PolicyGradient | BlockPolicyGradient:
     """Who reinforces ``model``: token by token, or by blocks where it denoises. Raises ``ValueError`` naming a setting
-    that blocks do not have, and for a model of which no turn can be asked without its seeing later ones."""
+    that blocks do not have: what they said at once has no ratio that a loss could clip or a correction could weigh. Of
+    a bidirectional model no turn can be asked without its seeing later ones: it is refused as well."""
     rows = model.config.vocab_size
     if not model.config.denoises:
         return PolicyGradient(model, config, vocab.barred(rows))
     if model.config.bidirectional:
         raise ValueError("policy: a bidirectional model cannot be reinforced; teach it blocks (objective.noise.block)")
-    refused = [
-        name for name in ("kl_weight", "distill_weight", "mtp_weight", "entropy_weight") if getattr(config, name)
-    ]
-    refused += ["critic.weight"] if config.critic.weight else []
-    refused += ["temperature"] if config.temperature != 1 else []
+    usual = PolicyGradientConfig()
+    refused = [own.name for own in fields(config) if getattr(config, own.name) != getattr(usual, own.name)]
     if refused:
         raise ValueError(f"policy: {', '.join(refused)} cannot be had of a model that says blocks")
     ids = NoiseIds.of_vocab(vocab, rows)

@@ -49,6 +49,10 @@ class GroundingTask:
 
         yield alone(self.screens.width, self.screens.height, ask)
 
+    async def demonstrate(self, item: Item) -> list[str]:
+        """``gold``, in the task's own pages."""
+        return [await self.answer(item)]
+
     async def answer(self, item: Item) -> str:
         """The click that scores 1."""
         target, _ = await self.target(item)

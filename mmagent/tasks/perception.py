@@ -47,6 +47,10 @@ class PerceptionTask:
 
         yield alone(self.screens.width, self.screens.height, answer)
 
+    async def demonstrate(self, item: Item) -> list[str]:
+        """``gold``, in the task's own pages."""
+        return [(await self.question(item))[0].answer]
+
     async def question(self, item: Item) -> tuple[Question, Observation]:
         """What is asked, and the first observation. Pages that leave nothing to ask are passed over."""
         seed = item.seed

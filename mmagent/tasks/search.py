@@ -143,7 +143,7 @@ class SearchTask(ToolTask[Land]):
     """0: one passage; 1: from one passage to another; 2: from a passage to a picture; 3: over two passages to a
     picture."""
 
-    name, category, levels = "search", "multimodal-search", 4
+    name, category, levels = "index-search", "multimodal-search", 4
     tools = (
         tool("search", f"The {HITS} entries that fit the words of a query best.", query="string"),
         tool("open", "An entry, by the number that search gives it: its text and its picture.", number="integer"),

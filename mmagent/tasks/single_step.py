@@ -65,6 +65,10 @@ class SingleStepTask:
         plan = await self.plan(item)
         return plan[: item.seed // len(SPLITS) % max(len(plan), 1)]
 
+    async def demonstrate(self, item: Item) -> list[str]:
+        """``gold``, in the task's own pages."""
+        return [await self.expert(item)]
+
     async def expert(self, item: Item) -> str:
         """The expert's next action."""
         done = await self.before(item)

@@ -28,6 +28,7 @@ BY_HAND = {
     "recipes.ablate_mtp",
     "recipes.ablate_diffusion",
     "recipes.ablate_merging",
+    "recipes.ablate_rl",
     "recipes.ablate_sparsity",
 }  # no config to print
 LAUNCH = re.compile(r"^ {4}(?:torchrun|python) .*?-m ((?:recipes|data_pipelines)\.\w+)(.*)$", re.MULTILINE)
@@ -56,7 +57,7 @@ def test_it_resolves(where, module, arguments):
     with argv, redirect_stdout(said), pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert stopped.value.code == 0
-    assert "seed: " in said.getvalue()
+    assert re.search("^(seed|output): ", said.getvalue(), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("recipe", "where"), [(pretrain, "pretrain"), (sft, "sft")])

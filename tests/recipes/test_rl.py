@@ -203,6 +203,8 @@ def test_presets_resolve_and_say_what_does_not_fit(agent, tmp_path):
         (["policy.kl_weight=0.01"], r"policy\.kl_weight"),
         (["policy.mtp_weight=0.1"], r"policy\.mtp_weight: freeze holds mtp"),
         (["policy.mtp_weight=0.1", "freeze=[mtp]"], r"policy\.mtp_weight"),
+        (["points.evaluate=a.b:c"], "evaluate_every"),
+        (["evaluate_every=5"], r"points\.evaluate"),
         (["collector.rollout.temperature=0.7"], r"policy\.temperature 1\.0 must be .* 0\.7"),
     ):
         with pytest.raises(ConfigError, match=name):

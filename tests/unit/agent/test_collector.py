@@ -11,6 +11,7 @@ from mmagent.agent.codec import Codec
 from mmagent.agent.collector import Collector, CollectorConfig, allot
 from mmagent.agent.curriculum import CurriculumConfig
 from mmagent.agent.heat import HeatConfig
+from mmagent.agent.rewards import RewardConfig
 from mmagent.agent.rollout import RolloutConfig
 from mmagent.dist import World, init, run_ranks
 from mmagent.engine.build import build_engine
@@ -185,6 +186,13 @@ def test_ranks_together_train_on_as_many_groups_as_were_asked_for():
     assert allot([5, 1], 5) == [4, 1]
     assert allot([9, 9, 9], 10) == [4, 3, 3]
     assert allot([0, 2], 4) == [0, 2]
+
+
+@pytest.mark.parametrize("rewards", [RewardConfig(groups={"ecko": "rvpo"}), RewardConfig(weights={"ecko": {"a": 1}})])
+def test_rewards_of_a_task_that_is_not_played_are_refused(rewards):
+    """A misspelt name would leave the verifier's own value in place, unseen."""
+    with pytest.raises(ValueError, match="'ecko', which is none of the tasks"):
+        collector(Sometimes(1), [EchoTask()], rewards=rewards)
 
 
 class Heated(Sometimes):

@@ -115,8 +115,11 @@ def test_the_model_says_who_reinforces_it():
     assert made.ids.barred == (vocab.pad_id,)
     with pytest.raises(ValueError, match="says blocks"):
         PolicyGradient(blocks, PolicyGradientConfig())
-    with pytest.raises(ValueError, match="kl_weight, temperature"):
+    with pytest.raises(ValueError, match="temperature, kl_weight"):
         policy_objective(blocks, PolicyGradientConfig(kl_weight=0.1, temperature=0.5), vocab)
+    for settings in ({"loss": "gspo"}, {"reduction": "token"}, {"clip_high": 0.4}, {"importance_band": [0.5, 2]}):
+        with pytest.raises(ValueError, match=f"policy: {next(iter(settings))} cannot be had"):
+            policy_objective(blocks, PolicyGradientConfig(**settings), vocab)
 
 
 def test_what_cannot_be_reinforced_is_refused():
