@@ -115,6 +115,7 @@ def evaluate_now(suite: Suite, agent: Agent, folder: Path, options: Options | No
 async def _run_all(jobs: Sequence[_Job], judge: _Judge, progress: _Progress, options: Options) -> None:
     waiting = iter(jobs)
     errors: list[Row] = []
+    syncing: list[asyncio.Task[None]] = []
     judged = 0
 
     async def work() -> None:
@@ -122,6 +123,8 @@ async def _run_all(jobs: Sequence[_Job], judge: _Judge, progress: _Progress, opt
         for job in waiting:  # one shared iterator: each job is taken by exactly one worker
             row = await judge(job)
             judge.store.append(row)
+            if not syncing or syncing[-1].done():  # nobody waits for the disk, and the end of the run does
+                syncing[:] = [group.create_task(asyncio.to_thread(judge.store.sync))]
             progress.show(row)
             if row.error is None:
                 judged += 1
