@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evals.suite import Suite
+from evals.suites.calls import function_calls
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
@@ -17,6 +18,7 @@ from evals.suites.worlds import worlds
 SUITES: dict[str, Callable[..., Suite]] = {
     "chart_to_code": chart_to_code,
     "design2code": design2code,
+    "function_calls": function_calls,
     "miniwob": miniwob,
     "miniwob_all": miniwob_all,
     "page_grounding": page_grounding,
@@ -30,5 +32,5 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "worlds": worlds,
     **screen_suites(),
 }
-WITH_DATA = frozenset({"chart_to_code", "design2code", "svg_code", *screen_suites()})
+WITH_DATA = frozenset({"chart_to_code", "design2code", "function_calls", "svg_code", *screen_suites()})
 """Suites whose builder takes where published data are."""
