@@ -62,8 +62,10 @@ class Options:
     blind: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.concurrency < 1 or self.retries < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"limit, samples and concurrency must be at least 1, retries at least 0: {self}")
+        for name, least in (("limit", 1), ("samples", 1), ("concurrency", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
