@@ -19,6 +19,7 @@ setup(
             "recipes.*",
         ]
     ),
+    entry_points={"lmms_eval.models": ["mmagent = evals.bridges.lmms_entry:manifest"]},  # loaded by lmms-eval alone
     package_data={"": ["*.html", "*.css", "*.js", "*.txt", "lexicons/*.txt", "*.jinja", "*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",  # the upper bound keeps timm -> torchvision from pulling a newer CUDA build

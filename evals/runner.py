@@ -62,8 +62,10 @@ class Options:
     blind: bool = False
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.concurrency < 1 or self.retries < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"limit, samples and concurrency must be at least 1, retries at least 0: {self}")
+        for name, least in (("limit", 1), ("samples", 1), ("concurrency", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def evaluate_now(suite: Suite, agent: Agent, folder: Path, options: Options | No
 async def _run_all(jobs: Sequence[_Job], judge: _Judge, progress: _Progress, options: Options) -> None:
     waiting = iter(jobs)
     errors: list[Row] = []
+    syncing: list[asyncio.Task[None]] = []
     judged = 0
 
     async def work() -> None:
@@ -122,6 +125,8 @@ async def _run_all(jobs: Sequence[_Job], judge: _Judge, progress: _Progress, opt
         for job in waiting:  # one shared iterator: each job is taken by exactly one worker
             row = await judge(job)
             judge.store.append(row)
+            if not syncing or syncing[-1].done():  # nobody waits for the disk, and the end of the run does
+                syncing[:] = [group.create_task(asyncio.to_thread(judge.store.sync))]
             progress.show(row)
             if row.error is None:
                 judged += 1

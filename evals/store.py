@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,7 @@ class Store:
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._syncing = threading.Lock()
         path = self.folder / "items.jsonl"
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
@@ -184,6 +186,7 @@ class Store:
             os.close(self._fd)
             raise
         self.rows = {row.key: row for row in rows}
+        self._synced = len(self.rows)
 
     def _claim(self) -> None:
         try:
@@ -192,15 +195,25 @@ class Store:
             raise RunError(f"{self.folder}: another process is writing this run") from error
 
     def append(self, row: Row) -> None:
-        """Write one line and wait until it is on disk. The row's pictures must lie there already."""
+        """Write one line; from then on a killed process loses nothing. The row's pictures must lie there already."""
         if row.key in self.rows:
             raise RunError(f"{self.folder}: {row.key} is judged already")
         data = (row.to_json() + "\n").encode(errors="backslashreplace")  # a lone surrogate is a JSON escape then
         written = 0
         while written < len(data):
             written += os.write(self._fd, data[written:])
-        os.fsync(self._fd)
         self.rows[row.key] = row
+
+    def sync(self) -> None:
+        """Wait until all that was appended is on disk; from then on a machine that stops loses nothing either. Takes
+        as long as the disk does and is called on another thread than the one that appends."""
+        wanted = len(self.rows)
+        with self._syncing:
+            if self._fd < 0 or self._synced >= wanted:  # another call, or the end of the run, has waited for these
+                return
+            written = len(self.rows)
+            os.fsync(self._fd)
+            self._synced = written
 
     def forget_errors(self) -> int:
         """Drop the rows that could not be judged, so that they run again; returns how many."""
@@ -214,6 +227,7 @@ class Store:
             os.close(self._fd)
             self._fd = fresh
             self.rows = {row.key: row for row in kept}
+            self._synced = len(self.rows)
         return dropped
 
     def item_folder(self, key: str) -> Path:
@@ -224,7 +238,10 @@ class Store:
         return folder
 
     def close(self) -> None:
-        os.close(self._fd)
+        with self._syncing:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
 
     def __enter__(self) -> Store:
         return self

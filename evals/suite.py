@@ -159,17 +159,26 @@ def _strided(tasks: Sequence[Task]) -> list[Task]:
 
 
 def choose_tasks(suite: Suite, wanted: Sequence[str]) -> Suite:
-    """The suite with only the ``wanted`` tasks, given by full name or by what follows its last slash.
+    """The suite with only the ``wanted`` tasks, given by full name or by its end after a slash.
 
-    Raises ``ValueError`` naming what is not there.
+    Raises ``ValueError`` naming what is not there, and what more than one task ends with.
     """
-    by_name = {alias: name for name in suite.tasks for alias in (name.rpartition("/")[2], name)}
+    by_end: dict[str, list[str]] = {}
+    for name in suite.tasks:
+        parts = name.split("/")
+        for end in range(len(parts)):
+            by_end.setdefault("/".join(parts[end:]), []).append(name)
+    chosen = []
     for name in wanted:
-        if name not in by_name:
-            near = difflib.get_close_matches(name, by_name, n=1)
+        found = [name] if name in suite.tasks else by_end.get(name, [])
+        if len(found) > 1:
+            raise ValueError(f"suite {suite.name}: task {name!r} may be {' or '.join(found)}")
+        if not found:
+            near = difflib.get_close_matches(name, by_end, n=1)
             hint = f"; did you mean {near[0]}?" if near else f": {_listed(suite.tasks)}"
             raise ValueError(f"suite {suite.name} has no task {name!r}{hint}")
-    return replace(suite, tasks=tuple(dict.fromkeys(by_name[name] for name in wanted)))
+        chosen += found
+    return replace(suite, tasks=tuple(dict.fromkeys(chosen)))
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:

@@ -2,6 +2,7 @@
 #
 #   mmagent_environment runtime|test    makes or brings up to date .venv and activates it
 #   mmagent_browser                     finds a Chromium, or installs Debian's when it may
+#   mmagent_mend_torchvision            makes torchvision's wheel importable beside a CPU torch
 #
 # A stamp with the hash of the pins makes the second call take no time. MMAGENT_VENV moves the folder,
 # PYTHON picks the interpreter. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, ...) are honoured as they are.
@@ -107,4 +108,35 @@ mmagent_browser() {
         say "To get it: 'apt-get install chromium-headless-shell fonts-liberation' as root on Debian or Ubuntu's"
         say "'chromium', or any Chromium or Chrome named by the variable MMAGENT_CHROMIUM; then run this again."
     fi
+}
+
+mmagent_mend_torchvision() {  # its wheels are built for CUDA; on a CPU torch they miss two operators that nobody here calls
+    local said folder
+    folder="$("$MMAGENT_VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+    said="$("$MMAGENT_VENV/bin/python" -c 'import torchvision' 2>&1)" && return
+    case "$said" in *"torchvision::nms"*) ;; *) die "torchvision cannot be imported: $said" ;; esac
+    cat >"$folder/_torchvision_operators.py" <<'PYTHON'
+"""Defines, right before torchvision is imported, the two operators that its CUDA-built wheel misses on a CPU torch."""
+
+import importlib.abc
+import sys
+
+
+class _Before(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            self.library = torch.library.Library("torchvision", "FRAGMENT")
+            for operator in ("nms", "qnms"):
+                self.library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            sys._torchvision_operators = self  # the definitions live as long as it does
+        return None
+
+
+sys.meta_path.insert(0, _Before())
+PYTHON
+    echo "import _torchvision_operators" >"$folder/_torchvision_operators.pth"
+    "$MMAGENT_VENV/bin/python" -c 'import torchvision' || die "torchvision still cannot be imported (see above)"
 }

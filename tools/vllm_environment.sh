@@ -57,41 +57,11 @@ be_found_as_vllm() {  # the CPU build is published under another name; vLLM asks
         >"$folder/vllm-$version+cpu.dist-info/METADATA"
 }
 
-mend_torchvision() {  # its wheels are built for CUDA; on a CPU torch they miss two operators that nobody here calls
-    local said
-    said="$("$MMAGENT_VENV/bin/python" -c 'import torchvision' 2>&1)" && return
-    case "$said" in *"torchvision::nms"*) ;; *) die "torchvision cannot be imported: $said" ;; esac
-    cat >"$(site)/_torchvision_operators.py" <<'PYTHON'
-"""Defines, right before torchvision is imported, the two operators that its CUDA-built wheel misses on a CPU torch."""
-
-import importlib.abc
-import sys
-
-
-class _Before(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
-
-            self.library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in ("nms", "qnms"):
-                self.library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            sys._torchvision_operators = self  # the definitions live as long as it does
-        return None
-
-
-sys.meta_path.insert(0, _Before())
-PYTHON
-    echo "import _torchvision_operators" >"$(site)/_torchvision_operators.pth"
-    "$MMAGENT_VENV/bin/python" -c 'import torchvision' || die "torchvision still cannot be imported (see above)"
-}
-
 started=$SECONDS
 make_venv
 install_packages
 be_found_as_vllm
-mend_torchvision
+mmagent_mend_torchvision
 said="$("$MMAGENT_VENV/bin/python" -c 'from vllm.platforms import current_platform as p; assert p.is_cpu(), p' 2>&1)" \
     || die "vLLM does not start: $(printf '%s' "$said" | tail -n 5)"
 printf '%s\n' "$WANTED" >"$STAMP"

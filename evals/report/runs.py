@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, trajectory
 from evals.store import POLICY, Row, Run, StepRecord
-from evals.summary import RIGHT, Summary, compare_runs, summarise
+from evals.summary import RIGHT, Summary, compare_runs, compare_slices, summarise
 from mmagent.geometry import ImageView
 from mmagent.html.charts import bar_chart
 from mmagent.html.pieces import (
@@ -99,7 +99,7 @@ def suite_body(run: Run, summary: Summary | None = None) -> Markup:
 
 
 def comparison_body(runs: Mapping[str, Run], allow: Iterable[str] = ()) -> Markup:
-    """Several policies on one suite, for a section: by task, and each run tested against the one before.
+    """Several policies on one suite, for a section: by task and by slices, and each run tested against the one before.
 
     Raises :class:`~evals.store.PinsDiffer` when they were not judged alike, but for the pins that ``allow`` names.
     """
@@ -130,7 +130,35 @@ def comparison_body(runs: Mapping[str, Run], allow: Iterable[str] = ()) -> Marku
     parts.append(table(rows, columns, totals=[{"task": "mean over tasks", **means}]))
     if steps:
         parts += [heading("Each against the one before, item by item"), table(steps)]
-    return join(parts)
+    return join([*parts, *_slice_tables(runs, summaries, allow)])
+
+
+def _slice_tables(runs: Mapping[str, Run], summaries: Mapping[str, Summary], allow: Iterable[str]) -> list[Markup]:
+    """A table for everything that items are grouped by: every run's score, and what each differs by from the one
+    before on the items that both judged."""
+    tests = {(before, after): compare_slices(a, b, allow) for (before, a), (after, b) in pairwise(runs.items())}
+    parts = []
+    for what in dict.fromkeys(what for summary in summaries.values() for what in summary.by_slice):
+        groups = sorted({group for summary in summaries.values() for group in summary.by_slice.get(what, {})})
+        columns = [Column("group", what), *(Column(f"run {name}", name) for name in summaries)]
+        rows: list[dict[str, object]] = [
+            {"group": group, **{f"run {name}": s.by_slice.get(what, {}).get(group) for name, s in summaries.items()}}
+            for group in groups
+        ]
+        for pair, found in tests.items():
+            of = f", {' to '.join(pair)}" if len(tests) > 1 else ""
+            columns += [
+                Column(f"{name} {pair}", f"{title}{of}")
+                for name, title in (("d", "difference, points"), ("ci", "95 % interval"), ("n", "items"))
+            ]
+            for row, group in zip(rows, groups, strict=True):
+                test = found.get(what, {}).get(group)
+                if test is not None:  # else no item of the group is judged in both
+                    d = test.difference
+                    interval = f"{100 * d.low:+.1f} to {100 * d.high:+.1f}"
+                    row |= {f"d {pair}": round(100 * d.mean, 1), f"ci {pair}": interval, f"n {pair}": d.n}
+        parts += [heading(f"By {what}"), table(rows, columns)]
+    return parts
 
 
 def screens(run: Run, limit: int = SCREENS) -> Markup:

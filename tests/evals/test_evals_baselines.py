@@ -49,6 +49,13 @@ def test_tasks_are_chosen_by_name_or_end():
         choose_tasks(suite, ["gui"])
 
 
+def test_an_end_of_several_tasks_is_not_guessed():
+    suite = guess_suite(1, ["w/text/order", "w/film/order", "w/film/race", "order/w"])
+    with pytest.raises(ValueError, match="task 'order' may be w/text/order or w/film/order"):
+        choose_tasks(suite, ["order"])
+    assert choose_tasks(suite, ["film/order", "race", "order/w"]).tasks == ("w/film/order", "w/film/race", "order/w")
+
+
 def test_random_actions_are_actions():
     rng = random.Random(0)
     kinds = {type(parse_action(random_action(rng))).__name__ for _ in range(300)}

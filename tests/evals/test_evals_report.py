@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from evals_kit import RuleAgent, gold, guess_suite
 
+import evals.__main__ as command
 from evals.report import (
     ClickFigure,
     Mark,
@@ -34,7 +35,7 @@ from evals.report import (
     tiles,
     trajectory,
 )
-from evals.report.runs import render_report, write_report
+from evals.report.runs import comparison_body, render_report, write_report
 from evals.runner import Options, action_points, evaluate_now
 from evals.statistics import mean_interval
 from evals.suite import Exhibit
@@ -330,6 +331,81 @@ def test_no_console_message_and_no_request(tmp_path):
     assert "</html>" in result.stdout
     assert "CONSOLE" not in result.stderr, result.stderr
     assert hits == []
+
+
+@pytest.mark.browser
+def test_a_comparison_with_slices_in_a_browser(tmp_path, browser_pool):
+    """Runs A and B of 12 items in groups that differ: groups, scores and differences stand there, sort as numbers,
+    and a hostile name stays text."""
+
+    def sliced(task, item):
+        return {"half": "low" if item.seed < 3 else HOSTILE, "platform": f"p{item.seed % 3}"}
+
+    def rule_of(right):
+        return lambda task, item, seed: gold(task, item, seed) if item.seed in right else "no"
+
+    suite = guess_suite(slices=sliced)
+    for name, right in (("a", {0, 3, 4}), ("b", {1, 2, 5})):
+        evaluate_now(suite, RuleAgent(rule_of(right)), tmp_path / name / "guess", Options(progress=False))
+    path = tmp_path / "compared.html"
+    assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(path)]) == 0
+
+    async def look():
+        async with browser_pool.page(1000, 800) as opened:
+            await opened.goto(path)
+            said = {"title": await opened.evaluate("document.title")}
+            said["headings"] = await opened.evaluate("[...document.querySelectorAll('h3')].map(h => h.textContent)")
+            tables = "[...document.querySelectorAll('table')].slice(-2)"
+            said["head"] = await opened.evaluate(f"[...{tables}[1].querySelectorAll('th')].map(c => c.textContent)")
+            rows = "{0}.map(t => [...t.tBodies[0].rows].map(r => [...r.cells].map(c => c.textContent.trim())))"
+            said["before"] = await opened.evaluate(rows.format(tables))
+            await opened.evaluate(f"{tables}[1].querySelectorAll('th button')[1].click()")  # by the score of a
+            await opened.evaluate(f"{tables}[1].querySelectorAll('th button')[3].click()")  # by difference
+            said["after"] = (await opened.evaluate(rows.format(tables)))[1]
+            said["loaded"] = await opened.evaluate("performance.getEntriesByType('resource').length")
+            said["wide"] = await opened.evaluate("document.documentElement.scrollWidth")
+            return said
+
+    seen = run_sync(look())
+    assert seen["title"] == "a against b"
+    assert seen["headings"][-2:] == ["By half", "By platform"]
+    assert seen["head"] == ["platform", "a", "b", "difference, points", "95 % interval", "items"]
+    half, platform = seen["before"]
+    low, high = sorted(half, key=lambda row: row[0] != "low")
+    assert high[0] == HOSTILE
+    assert "33.3 %" in low[1]
+    assert "66.7 %" in low[2]
+    assert (low[3], low[5]) == ("33.3", "6")
+    assert "66.7 %" in high[1]
+    assert "33.3 %" in high[2]
+    assert (high[3], high[5]) == ("-33.3", "6")
+    assert high[4].startswith("-")
+    assert [row[0] for row in platform] == ["p0", "p1", "p2"]
+    order = [(row[0], row[3]) for row in seen["after"]]
+    assert sorted(order) == [("p0", "-100"), ("p1", "0"), ("p2", "100")]
+    assert order in (sorted(order), sorted(order)[::-1])
+    assert seen["loaded"] == 0
+    assert seen["wide"] <= 1000
+
+
+def test_slices_of_three_runs_are_compared_in_turn(tmp_path):
+    """A group that two runs share no judged item of has no difference."""
+
+    def rule(task, item, seed):
+        if item.seed == 0:
+            raise RuntimeError("broken")
+        return gold(task, item, seed)
+
+    suite = guess_suite(2, ["dim"], slices=lambda task, item: {"group": f"g{item.seed}"})
+    runs = {
+        name: evaluate_now(suite, RuleAgent(use), tmp_path / name, Options(progress=False))
+        for name, use in (("x", gold), ("y", rule), ("z", lambda *_: "no"))
+    }
+    text = str(comparison_body(runs))
+    for words in ("By group", "difference, points, x to y", "items, y to z"):
+        assert words in text
+    cells = Tags(text).seen
+    assert sum(tag == "tr" for tag, _ in cells) >= 6
 
 
 def test_report_is_written_where_told(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -335,3 +338,37 @@ def test_a_part_that_an_item_lacks_counts_zero():
 
 def test_differing_names_both_sides():
     assert differing({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == ["a", "b", "c"]
+
+
+def test_a_slow_disk_holds_up_nobody_else(tmp_path, monkeypatch):
+    """It is waited for beside the event loop, for many rows at a time; and for the last ones at the end."""
+    real, beside, within = os.fsync, [], []
+
+    def slow(fd):
+        (within if threading.current_thread() is threading.main_thread() else beside).append(fd)
+        time.sleep(0.02)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    run = evaluate_now(guess_suite(12), RuleAgent(gold), tmp_path, options(concurrency=8))
+    assert len(run.rows) == 24
+    assert 1 <= len(beside) < 24
+    assert len(within) <= 3  # run.json before the first, and the end of the run
+
+
+def test_a_disk_that_fails_ends_the_run(tmp_path, monkeypatch):
+    def broken(store):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Store, "sync", broken)
+    with pytest.raises(ExceptionGroup) as caught:
+        evaluate_now(guess_suite(12), RuleAgent(gold), tmp_path, QUIET)
+    assert caught.group_contains(OSError, match="no space left")
+
+
+def test_a_store_may_be_closed_while_the_disk_is_waited_for(tmp_path):
+    store = Store(tmp_path, {"suite.name": "x"}, {})
+    store.append(Row("a", "t", "a", 0, 1.0))
+    store.close()
+    store.sync()
+    assert [row.key for row in read_run(tmp_path).rows] == ["a"]

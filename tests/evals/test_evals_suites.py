@@ -10,6 +10,7 @@ from evals.local import LocalAgent
 from evals.runner import Options, evaluate_now
 from evals.suite import Suite
 from evals.suites import FOREIGN, SUITES
+from evals.suites.calls import function_calls
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
@@ -37,6 +38,7 @@ SMALL = {
     "design2code": lambda: design2code(per_task=2),
     "svg_code": lambda: svg_code(per_task=4),
     "ui_repair": lambda: ui_repair(per_task=1),
+    "function_calls": function_calls,
     "miniwob": lambda: miniwob(("click-test-2", "enter-text", "click-checkboxes", "drag-box"), per_task=2),
     "miniwob_all": lambda: miniwob_all(("click-test", "enter-text", "drag-box"), per_task=1),
     "page_grounding": lambda: page_grounding((1, 5), per_task=5),
@@ -53,6 +55,7 @@ CEILING = {
     "design2code": 0.35,
     "svg_code": 0.25,
     "ui_repair": 0.01,
+    "function_calls": 0.0,
     "miniwob": 0.3,
     "miniwob_all": 0.3,
     "page_grounding": 0.3,
