@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from evals.suite import Suite
-<<<<<<< HEAD
 from evals.suites.androidworld import androidworld
 from evals.suites.browsergym import browsergym
-=======
 from evals.suites.calls import function_calls
->>>>>>> a1497f33a6ec77d38ba995fad4cdb71d914ea2db
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.osworld import osworld
@@ -41,11 +38,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "worlds": worlds,
     **screen_suites(),
 }
-<<<<<<< HEAD
 FOREIGN = frozenset({"androidworld", "browsergym", "osworld"})
 """Suites that drive environments of other houses: they have tasks only where ``--data`` says where those are."""
-WITH_DATA = frozenset({"chart_to_code", "design2code", "svg_code", *screen_suites(), *FOREIGN})
-=======
-WITH_DATA = frozenset({"chart_to_code", "design2code", "function_calls", "svg_code", *screen_suites()})
->>>>>>> a1497f33a6ec77d38ba995fad4cdb71d914ea2db
+WITH_DATA = frozenset({"chart_to_code", "design2code", "function_calls", "svg_code", *screen_suites(), *FOREIGN})
 """Suites whose builder takes where published data are."""
