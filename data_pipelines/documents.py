@@ -75,7 +75,8 @@ class DocumentBuilder:
 
     def drafts(self, record: Record) -> list[Draft]:
         """Render text and masks; read image headers only. One document, or the pieces of a long one
-        (:mod:`data_pipelines.splitting`), those left out in which there is nothing to train on.
+        (:mod:`data_pipelines.splitting`), those left out in which there is nothing to train on. Of a text that was cut
+        the last piece alone says that it ends.
 
         What does not fit is refused whole, for cutting it would cut an image or a tool call. Raises
         :class:`~mmagent.records.RecordError` naming key and field.
@@ -90,7 +91,8 @@ class DocumentBuilder:
         if not problem:
             return [draft]
         pieces = split(record, lambda piece: not self._exceeds(self._rendered(piece)))
-        drafts = [draft for piece in pieces if (draft := self._rendered(piece)).trainable.any()]
+        found = [self._rendered(piece, ended=piece is pieces[-1]) for piece in pieces]
+        drafts = [draft for draft in found if draft.trainable.any()]
         for draft in drafts:
             if problem := self._exceeds(draft):
                 told = f"{problem[1]}, by {draft.record.key} alone"
@@ -104,7 +106,7 @@ class DocumentBuilder:
         (draft,) = self.drafts(record)
         return draft
 
-    def _rendered(self, record: Record) -> Draft:
+    def _rendered(self, record: Record, ended: bool = True) -> Draft:
         grids = tuple(self._grid(record, n) for n in range(len(record.images)))
         counts = [visual_tokens(grid, self.geometry.merge_size) for grid in grids]
         try:
@@ -112,7 +114,7 @@ class DocumentBuilder:
                 chat = self.chat.mode_of(record.messages)
                 rendered = render(record.messages, self.vocab, counts, chat, tools=record.tools)
             else:
-                rendered = render_parts(record.parts, self.vocab, counts)
+                rendered = render_parts(record.parts, self.vocab, counts, ended=ended)
         except ValueError as error:
             raise RecordError(record.key, "messages" if record.messages else "parts", str(error)) from error
         size = Size(len(rendered.ids), sum(frames * rows * cols for frames, rows, cols in grids))

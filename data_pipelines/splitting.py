@@ -2,7 +2,7 @@
 
 A conversation is cut before a user's turn; every piece begins with what the system said, and knows nothing of the
 turns before it. An interleaved document is cut between parts, and its text after a paragraph, a line or sentence, a
-word: the largest border there is in the second half of what would fit.
+word: the largest border there is in the second half of what would fit. Only its last piece tells an end of the text.
 """
 
 from __future__ import annotations

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv and argv[0] in commands:
             return commands[argv[0]](argv[1:])
+        if not argv:
+            print(f"{DESCRIPTION}\n", file=sys.stderr)
+            raise ValueError("what is judged, and who? `python -m evals list` names the suites, --help all options")
         return _run(argv)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)

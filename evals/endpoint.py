@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -29,13 +30,17 @@ from mmagent.trajectories import Item, Limits, Observation, Status, Trajectory
 class EndpointConfig(ServerConfig):
     """Screens are resized by ``geometry`` before they are sent; points are thousandths, so no coordinate depends on
     it. ``style``: a name of :data:`evals.dialects.STYLES`, for suites that ask for actions; then the style says how
-    screens are resized and what coordinates mean. Raises ``ValueError`` for an unknown one."""
+    screens are resized and what coordinates mean. Raises ``ValueError`` for an unknown one, and for a ``url`` of a host
+    alone, where nobody has these endpoints."""
 
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     style: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if urlsplit(self.url).path in ("", "/"):
+            host = self.url.rstrip("/")
+            raise ValueError(f"url {self.url} ends before its path: give it up to and including /v1, as in {host}/v1")
         if self.style and self.style not in STYLES:
             raise ValueError(f"style {self.style!r} is none of {', '.join(STYLES)}")
 

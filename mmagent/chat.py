@@ -347,10 +347,13 @@ def render(
     return _finish(writer, image_tokens, remaining)
 
 
-def render_parts(parts: Sequence[Part], vocab: Vocab, image_tokens: Sequence[int] = ()) -> Rendered:
+def render_parts(
+    parts: Sequence[Part], vocab: Vocab, image_tokens: Sequence[int] = (), *, ended: bool = True
+) -> Rendered:
     """An interleaved document, ``[gMASK]<sop>`` parts ``<|endoftext|>``: all text and the end are supervised.
 
-    Texts stand as they are, with nothing between them; ``image_tokens`` as in :func:`render`.
+    Texts stand as they are, with nothing between them; ``image_tokens`` as in :func:`render`. One that is not ``ended``
+    goes on in another document: it has no end, as none would be true.
     """
     writer = _Writer(vocab)
     writer.control("[gMASK]")
@@ -361,7 +364,8 @@ def render_parts(parts: Sequence[Part], vocab: Vocab, image_tokens: Sequence[int
             writer.text(part.text, trainable=True)
         else:
             _see(writer, part, remaining)
-    writer.control("<|endoftext|>", trainable=True)
+    if ended:
+        writer.control("<|endoftext|>", trainable=True)
     return _finish(writer, image_tokens, remaining)
 
 

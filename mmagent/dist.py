@@ -221,9 +221,10 @@ def _backend(device: torch.device) -> str:
 
 
 def default_threads(local_size: int) -> int:
-    """This rank's share of the processors, unless the user set ``OMP_NUM_THREADS`` (torchrun sets it to 1 unasked)."""
+    """This rank's share of the processors, unless the user set ``OMP_NUM_THREADS``: torchrun sets it to 1 unasked where
+    it starts several ranks on a machine, and there alone."""
     asked = os.environ.get("OMP_NUM_THREADS")
-    if asked and not ("TORCHELASTIC_RUN_ID" in os.environ and asked == "1"):
+    if asked and not ("TORCHELASTIC_RUN_ID" in os.environ and asked == "1" and local_size > 1):
         return int(asked)
     return max(1, len(os.sched_getaffinity(0)) // local_size)
 

@@ -95,7 +95,8 @@ def run_lineage(stages: Sequence[Stage], root: Path, say: Callable[[str], None] 
 
 def _run(stage: Stage, fingerprint: str, ledger: Path, before: float, root: Path) -> dict[str, Any]:
     started = time.monotonic()
-    threads = {"OMP_NUM_THREADS": "1"} if stage.processes else {}  # what torchrun sets anyway, with a banner a stage
+    # what torchrun sets for several anyway, with a banner a stage; of one it would be taken at its word
+    threads = {"OMP_NUM_THREADS": "1"} if stage.processes > 1 else {}
     environment = {**threads, **os.environ, MARK: str(root.resolve())}
     process = subprocess.Popen(stage.command(), env=environment, start_new_session=True)
     try:

@@ -103,7 +103,7 @@ class BlockDiffusion(RoutedObjective):
 
     def _said(self, stream: PackedBatch) -> list[Response]:
         noise = self.config.noise
-        return responses(stream, noise.block, noise.fill, self.ids.fill, noise.span)
+        return responses(stream, noise.block, noise.fill, self.ids.fill, noise.span, self.ids.ends)
 
     def _corrupt(self, batch: Batch) -> Callable[[Response], list[Copy]]:
         noise, draw = self.config.noise, self.draws.step if self.training else -1

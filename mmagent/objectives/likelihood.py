@@ -51,7 +51,7 @@ def _nats(
             for draw, term in zip(draws, terms, strict=True)
         ]
 
-    said = responses(batch, noise.block, noise.fill, ids.fill, noise.span)
+    said = responses(batch, noise.block, noise.fill, ids.fill, noise.span, ids.ends)
     noisy = noised(batch, said, corrupt, terms, noise.block)
     output = model(noisy.stream, mtp=False, attend=noisy.attend)
     loss = diffusion_loss(output.hidden, model.head_weight, noisy.stream.labels, noisy.weights, ids.barred)

@@ -54,19 +54,21 @@ class NoiseConfig:
 @dataclass(frozen=True)
 class NoiseIds:
     """``mask`` stands for what is to be said, ``fill`` behind the end of a response. ``barred`` ids are never
-    predicted, the mask among them; ``others`` are those that an edit may put in."""
+    predicted, the mask among them; ``others`` are those that an edit may put in. ``ends``: ids that a response ends
+    with; one that ends with another was cut, or goes on behind a picture. None: all responses are whole."""
 
     mask: int
     fill: int
     barred: tuple[int, ...]
     others: np.ndarray
+    ends: tuple[int, ...] = ()
 
     @classmethod
     def of_vocab(cls, vocab: Vocab, rows: int) -> NoiseIds:
         """The mask that pads packs, and the end of a text; edits put in what a policy may say. What documents teach
         beside that stays possible: only the mask is never predicted."""
         ids = cls.of(vocab.pad_id, vocab.end_id, rows)
-        return replace(ids, others=np.setdiff1d(ids.others, vocab.barred(rows)))
+        return replace(ids, others=np.setdiff1d(ids.others, vocab.barred(rows)), ends=vocab.stop_ids)
 
     @classmethod
     def of(cls, mask: int, fill: int, rows: int, barred: tuple[int, ...] = ()) -> NoiseIds:

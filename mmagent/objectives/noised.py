@@ -34,19 +34,25 @@ class Noised:
     attend: Attend
 
 
-def responses(batch: PackedBatch, block: int, fill: bool, fill_id: int, span: int = 0) -> list[Response]:
+def responses(
+    batch: PackedBatch, block: int, fill: bool, fill_id: int, span: int = 0, ends: Sequence[int] = ()
+) -> list[Response]:
     """Of every document, the labels it has. Counted from the labels alone, so ranks and micro-batches agree. ``block``,
-    ``fill`` and ``span`` as in :class:`~mmagent.objectives.noise.NoiseConfig`."""
+    ``fill`` and ``span`` as in :class:`~mmagent.objectives.noise.NoiseConfig`; where ``ends`` are given, what ends with
+    none of these ids is not filled."""
     labels = batch.labels.cpu()
     out, borders = [], batch.segments.offsets()
     for n, key in enumerate(batch.keys):
         own = labels[borders[n] : borders[n + 1]]
-        out.append(_response(key, own, borders[n], block, (block or span) if fill else 0, fill_id))
+        out.append(_response(key, own, borders[n], block, (block or span) if fill else 0, fill_id, ends))
     return out
 
 
-def _response(key: str, labels_L: Tensor, start: int, block: int, whole: int, fill_id: int) -> Response:
-    """Filled up to a multiple of ``whole`` places: every run by blocks, else the one that ends the document."""
+def _response(
+    key: str, labels_L: Tensor, start: int, block: int, whole: int, fill_id: int, ends: Sequence[int]
+) -> Response:
+    """Filled up to a multiple of ``whole`` places: every run by blocks, else the one that ends the document. Not one
+    that goes on elsewhere: no end would be true there."""
     said = labels_L != IGNORE
     at = said.nonzero().squeeze(1).numpy()
     ids, real = labels_L[said].numpy(), np.ones(len(at), dtype=bool)
@@ -58,7 +64,8 @@ def _response(key: str, labels_L: Tensor, start: int, block: int, whole: int, fi
     for number in range(int(run.max(initial=-1)) + 1):
         inside = run == number
         last = np.flatnonzero(inside)[-1]
-        missing = -int(inside.sum()) % whole if block or at[last] == len(labels_L) - 1 else 0
+        told = (block or at[last] == len(labels_L) - 1) and (not len(ends) or ids[last] in ends)
+        missing = -int(inside.sum()) % whole if told else 0
         values = (ids, unit, run, real, at)
         behind = (fill_id, unit[last], number, False, at[last])
         for part, value, more in zip(parts, values, behind, strict=True):

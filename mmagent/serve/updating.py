@@ -1,13 +1,14 @@
 """New weights for a server in service: versions out of the one folder that the command line names.
 
-A version is a folder of :func:`~mmagent.generation.updates.write_version` or of
-:class:`~mmagent.generation.versions.Versions`, with its checksums. Requests wait while it is read; what becomes of
-those in flight is said by who asks (:class:`~mmagent.generation.updates.WeightUpdate`).
+A version is a folder of :class:`~mmagent.generation.versions.Versions`, by its name there, with its checksums. Requests
+wait while it is read; what becomes of those in flight is said by who asks
+(:class:`~mmagent.generation.updates.WeightUpdate`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmagent.serve.fields import Fields
 from mmagent.serve.refusals import Refused, bad
 from mmagent.serve.wire import LOGGER
 
+_NUMBER = re.compile("[0-9]{1,18}")
 _IGNORED = ("flush_cache", "abort_all_requests")  # what SGLang's clients say; both are so anyway
 
 
@@ -39,7 +41,7 @@ def read_update(body: Mapping[str, Any]) -> UpdateAsk:
     folder, told = fields.text("model_path", None), fields.text("weight_version", None)
     in_flight = fields.text("in_flight", "finish")
     fields.done(_IGNORED)
-    if not folder or not told or not told.isdecimal():
+    if not folder or "\0" in folder or not told or not _NUMBER.fullmatch(told):
         raise bad("model_path and weight_version (a number in a text) are needed", "weight_version")
     if in_flight not in IN_FLIGHT:
         raise bad(f"in_flight: {in_flight!r:.40} is none of {', '.join(IN_FLIGHT)}", "in_flight")
@@ -63,7 +65,7 @@ class Updates:
         :class:`~mmagent.serve.refusals.Refused`: 403 for a folder elsewhere, 422 for one that is not sound."""
         folder = (self.root / Path(ask.folder).name).resolve()
         if folder.parent != self.root or Path(ask.folder).name in ("", ".", ".."):
-            raise Refused(403, f"model_path: only folders in {self.root.name} are read", "model_path", "forbidden")
+            raise _elsewhere(self.root, Path(ask.folder).name)
         task = asyncio.create_task(self._take(folder, ask))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -85,14 +87,23 @@ class Updates:
     def _checked(self, folder: Path, version: int) -> ChainBuckets | None:
         """The version, of which every bit is right: what is damaged is found while the old weights still serve. None
         where it is what is served."""
+        versions = Versions(self.root)
         link = Link.of(folder)
         if link.version != version:
             raise WeightsError(f"{folder.name} holds version {link.version}, not {version}")
+        if folder != versions.folder(version):  # which is where it, and what it is told from, are looked for
+            raise WeightsError(f"version {version} is read from {versions.folder(version).name}, not {folder.name}")
+        if elsewhere := [one.folder.name for one in versions.chain(version) if one.folder.resolve() != one.folder]:
+            raise _elsewhere(self.root, elsewhere[0])
         if self.policy.version == version and link.seal == self._seal:
             return None
         held = None
         if self._seal:
             held = (self._seal, buckets_of_state(self.policy.generator.model.state_dict(), version, link.bucket_bytes))
-        source = Versions(self.root).read(version, held)
+        source = versions.read(version, held)
         source.check()
         return source
+
+
+def _elsewhere(root: Path, name: str) -> Refused:
+    return Refused(403, f"model_path: only folders in {root.name} are read, not {name:.80}", "model_path", "forbidden")

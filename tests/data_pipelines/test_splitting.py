@@ -122,8 +122,10 @@ def test_documents_of_a_long_record_are_full_and_trained_once(vocab):
     assert all(draft.size.tokens <= 120 for draft in drafts)
     assert all(draft.size.tokens > 120 - 40 for draft in drafts[:-1])  # 40: a line and its picture
     whole = DocumentBuilder(vocab, GEOMETRY).draft(record)
-    controls = 1  # the end of every document is trained
-    assert sum(int(d.trainable.sum()) - controls for d in drafts) == int(whole.trainable.sum()) - controls
+    assert sum(int(d.trainable.sum()) for d in drafts) == int(whole.trainable.sum())
+    assert drafts[-1].input_ids[-1] == vocab.end_id
+    assert drafts[-1].trainable[-1]
+    assert not any((draft.input_ids == vocab.end_id).any() for draft in drafts[:-1]), "the text goes on"
     short = Record("short", "s", parts=(Text("word"),))
     assert [draft.record.key for draft in builder(vocab, 120).drafts(short)] == ["short"]
 

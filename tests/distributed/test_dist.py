@@ -204,6 +204,7 @@ def test_default_threads_share_the_machine(monkeypatch):
     assert dist.default_threads(2) == 1
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun's own default, not the user's word
     assert dist.default_threads(2) == 4
+    assert dist.default_threads(1) == 1  # torchrun leaves one rank alone, so somebody said so
 
 
 def test_seeds_repeat_and_differ_between_ranks():

@@ -93,7 +93,10 @@ def test_compare(tmp_path, capsys):
     "argv, words",
     [
         (["gues", "--url", "http://127.0.0.1:9/v1", "--model", "m"], "did you mean guess?"),
+        ([], "python -m evals SUITE... --checkpoint DIR"),
+        ([], "error: what is judged, and who? `python -m evals list` names the suites"),
         (["guess"], "who is judged?"),
+        (["guess", "--url", "http://127.0.0.1:9", "--model", "m"], "as in http://127.0.0.1:9/v1"),
         (["guess", "--checkpoint", "x", "--url", "y"], "who is judged?"),
         (["guess", "--url", "http://127.0.0.1:9/v1"], "--model"),
         (["guess", "--baseline", "gold", "--limit", "0"], "error: limit must be at least 1, got 0\n"),

@@ -18,7 +18,7 @@ from mmagent.generation.http_mmagent import MMAgentPolicy
 from mmagent.generation.http_transport import EndpointRefused, OtherWeights
 from mmagent.generation.local import LocalPolicy
 from mmagent.generation.token_endpoints import UNKNOWN, TokenServerConfig
-from mmagent.generation.updates import buckets_of_state
+from mmagent.generation.updates import buckets_of_state, write_version
 from mmagent.generation.versions import DELTA, Versions, VersionsConfig
 from mmagent.serve.updating import Updates, read_update
 from mmagent.trajectories import Limits
@@ -102,6 +102,31 @@ def test_only_folders_that_were_named_are_read(server, tmp_path):
     assert update(server, "000001", 1, in_flight="never")[0] == 400
     assert update(server, "000001", 1, tags=["a"])[0] == 400
     assert server.ask("/get_model_info", None, "GET")[1]["weight_version"] == "-1"
+
+
+@pytest.mark.parametrize("version", ["1" * 5000, "\u0661"])
+def test_a_version_that_is_no_usual_number_is_refused(server, version):
+    assert update(server, "000001", version)[0] == 400
+
+
+def test_a_name_that_no_file_can_have_is_refused(server):
+    assert update(server, "00\x0001", 1)[0] in (400, 403)
+    assert update(server, "1" * 5000, 1)[0] in (403, 422)
+
+
+def test_a_version_is_read_from_the_folder_that_was_named_or_not_at_all(server, versions):
+    """Another run's version 1, put beside ours: it was checked, and ours was served in its name."""
+    write_version(versions.root / "best", buckets_of_state(tiny_model(5).state_dict(), 1, 1 << 16))
+    status, answer = update(server, "best", 1)
+    assert status == 422
+    assert "000001" in answer["error"]["message"]
+    assert server.ask("/get_model_info", None, "GET")[1]["weight_version"] == "-1"
+
+
+def test_what_a_delta_is_told_from_lies_in_the_folder_too(server, versions, tmp_path):
+    versions.folder(0).rename(tmp_path / "elsewhere")
+    versions.folder(0).symlink_to(tmp_path / "elsewhere")
+    assert update(server, "000002", 2)[0] == 403
 
 
 def test_a_key_is_asked_for(versions):

@@ -76,6 +76,19 @@ def test_at_once_the_response_that_ends_a_document_is_filled_to_whole_spans():
     assert [len(r.ids) for r in responses(batch, 0, False, FILL, 6)] == [9, 8, 9, 8]
 
 
+@pytest.mark.parametrize(("block", "span", "filled"), [(4, 0, [12, 8, 5 + 4]), (0, 6, [12, 8, 9])])
+def test_what_ends_with_no_end_is_not_filled(block, span, filled):
+    """A text that was cut, or goes on behind a picture: the end of the text would be a lie."""
+    texts = documents()
+    texts[0]["labels"][17] = texts[0]["ids"][17] = FILL + 2
+    for text in texts[1:]:  # neither ends with it
+        text["labels"][text["labels"] == FILL + 2] = FILL + 3
+    said = responses(make_pack(texts, tail=3), block, True, FILL, span, (FILL + 2,))
+    assert [len(r.ids) for r in said] == filled
+    assert [int((~r.real).sum()) for r in said] == [3, 0, 0]
+    assert [len(set(r.unit.tolist())) for r in said] == ([3, 2, 3] if block else [1, 1, 1])
+
+
 def test_masks_have_the_chance_they_are_weighed_by():
     rng = np.random.default_rng(0)
     units = [0] * 4 + [1] * 4
