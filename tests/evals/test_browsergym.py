@@ -222,14 +222,13 @@ def test_a_guest_ends_with_who_asked_it():
     assert asyncio.run(inside()) == 0  # by itself, when it was asked to
 
 
-@pytest.mark.parametrize(
-    ("program", "wrong"),
-    [("cat", r"broke at 'known' \(ValueError: an answer of \d+ and \d+ bytes"), ("true", r"broke at 'known' \(")],
-)
-def test_a_program_that_is_no_guest_is_found_out(program, wrong):
+@pytest.mark.parametrize("program", ["cat", "true"])
+def test_a_program_that_is_no_guest_is_found_out(program):
+    """By what it says, or by its having ended before it was asked: whichever is seen first."""
+
     async def inside():
         guest = await Guest.start("wire", python=f"/bin/{program}")  # shows the script, or nothing
-        with pytest.raises(GuestGone, match=wrong):
+        with pytest.raises(GuestGone, match=rf"{program}: broke at 'known' \("):
             await guest.ask("known", 60.0, modules=[])
         return guest._process.returncode is not None
 
