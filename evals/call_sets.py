@@ -158,6 +158,8 @@ def _right(value: Any, declared: Mapping[str, Any], allowed: Sequence[Any]) -> b
     kind = TYPES[declared["type"]]
     inner = TYPES[declared["items"]["type"]] if declared["type"] in ("array", "tuple") else None
     if kind is float and type(value) is int:
+        if abs(value) >= 1 << 1023:  # some of which no float can be, and nothing right is near
+            return False
         value = float(value)
     variable = _variable(value, kind, inner, allowed)
     if variable is None:

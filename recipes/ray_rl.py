@@ -10,10 +10,13 @@ import asyncio
 import logging
 import os
 import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +27,8 @@ from recipes.ray_config import PRESETS, Config
 
 logger = logging.getLogger(__name__)
 NAMESPACE = "mmagent"
+NOTICE = 15.0
+"""Seconds within which Ray notices that a process is gone. A collective of the others often fails before."""
 
 
 class Learner:
@@ -86,17 +91,32 @@ def learn(config: Config, group: PlacementGroup) -> None:
     for left in range(cluster.restarts, -1, -1):
         where = [PlacementGroupSchedulingStrategy(group, n) for n in range(cluster.learners)]
         ranks = [ray.remote(Learner).options(scheduling_strategy=one, **how).remote() for one in where]
+        runs: list[ray.ObjectRef] = []
         try:
             place = ray.get(ranks[0].place.remote())
-            ray.get([one.train.remote(config, n, place) for n, one in enumerate(ranks)])
+            runs = [one.train.remote(config, n, place) for n, one in enumerate(ranks)]
+            ray.get(runs)
             return
-        except RayActorError as error:
-            if not left:
+        except (RayActorError, RayTaskError) as error:
+            if not left or not (isinstance(error, RayActorError) or _somebody_died(runs)):
                 raise
             logger.warning("a learner died, and all begin again (%d times more): %s", left - 1, error)
         finally:
             for one in ranks:
                 ray.kill(one)
+
+
+def _somebody_died(runs: Sequence[ray.ObjectRef]) -> bool:
+    """Whether the process of a learner is gone. What the others raise then is no error of theirs."""
+    until = time.monotonic() + NOTICE
+    while runs and (left := until - time.monotonic()) > 0:
+        done, runs = ray.wait(runs, timeout=left)
+        try:
+            with suppress(RayTaskError):  # the caller has one of these already
+                ray.get(done)
+        except RayActorError:
+            return True
+    return False
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 Every conversation is played through its task's environment, so what later turns show is what the answers brought about,
 and kept if it ends with a score of ``least`` or more. The second form is one round of expert iteration: sample with the
-collector, keep verified right answers, fine-tune on them. A folder is written once; a call that finds it whole is done.
+collector, keep verified right answers, fine-tune on them. A folder is written once: a call that finds it whole is done,
+and one that asks for something else than what was written is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from mmagent.trajectories import Item, Status
 from recipes.conversations import answer, conversation
 from recipes.grade_items import recorded
 
+ASKED = "asked.json"
 SEARCHED = 100_000
 """Items of a task among which those of rollouts are looked for."""
 Asked = tuple[Task, Item, list[str] | None]
@@ -94,6 +96,22 @@ def played(tasks: Sequence[Task], config: Config) -> Iterator[Asked]:
                 yield task, item, list(actions)
 
 
+def _asked(config: Config) -> str:
+    """All that decides what is written."""
+    told = {name: value for name, value in asdict(config).items() if name not in ("folder", "pages")}
+    return json.dumps(told, indent=1) + "\n"
+
+
+def written(config: Config) -> bool:
+    """Whether it is there already. Raises ``ConfigError`` where something else is."""
+    folder = Path(config.folder)
+    if not (folder / "traces.json").is_file():
+        return False
+    if not (folder / ASKED).is_file() or (folder / ASKED).read_text(encoding="utf-8") != _asked(config):
+        raise ConfigError(f"folder={folder} holds other traces than are asked for now (see {ASKED}); name another")
+    return True
+
+
 async def write(config: Config) -> dict[str, int]:
     """The shards, and ``traces.json``: how many conversations of each task were kept, and how many were not."""
     counts: dict[str, int] = {}
@@ -108,6 +126,7 @@ async def write(config: Config) -> dict[str, int]:
                     counts[name] = counts.get(name, 0) + 1
                     if record:
                         writer.write(record)
+        (beside / ASKED).write_text(_asked(config), encoding="utf-8")
         (beside / "traces.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return counts
 
@@ -115,7 +134,7 @@ async def write(config: Config) -> dict[str, int]:
 def main() -> None:
     """Write what is not written yet."""
     config = parse_cli({"laptop": Config}, __doc__ or "")
-    if not (Path(config.folder) / "traces.json").is_file():
+    if not written(config):
         for name, count in asyncio.run(write(config)).items():
             print(f"{name}: {count}")
 

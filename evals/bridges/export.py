@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,9 @@ from evals.bridges.exam import Exam, Question, Source, digest
 from evals.suite import Suite
 from mmagent.files import write_text
 from mmagent.records import encode_image
+
+if TYPE_CHECKING:
+    import pandas
 
 LMMS_TASKS = "evals.bridges.lmms_task"
 
@@ -135,6 +139,20 @@ def _lmms_row(asked: Question, source: Source) -> dict[str, object]:
 def _cell(text: str) -> str:
     """A value of a table whose cells are quoted where they must be."""
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in '\t\n\r"') else text
+
+
+def read_answers(path: Path | str) -> pandas.DataFrame:
+    """A table of answers that VLMEvalKit wrote (xlsx, tsv, csv or json), every cell the text that it was. Its own
+    reader has pandas guess: of nothing but numbers "007" is 7, "3" beside an empty one 3.0, and "NA" is none at all."""
+    import pandas
+
+    if Path(path).suffix == ".json":
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return pandas.DataFrame([{name: "" if v is None else str(v) for name, v in row.items()} for row in rows])
+    texts: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+    if Path(path).suffix == ".xlsx":
+        return pandas.read_excel(path, **texts)
+    return pandas.read_csv(path, sep="\t" if Path(path).suffix == ".tsv" else ",", **texts)
 
 
 def pixels(picture: bytes | str | Path | Image.Image) -> np.ndarray:

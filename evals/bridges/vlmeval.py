@@ -26,7 +26,7 @@ from vlmeval.vlm.base import BaseModel
 
 from evals.bridges.answers import Answerer, Asked
 from evals.bridges.exam import exam
-from evals.bridges.export import pixels
+from evals.bridges.export import pixels, read_answers
 
 MODEL = "mmagent"
 
@@ -59,13 +59,8 @@ class MmagentDataset(ImageBaseDataset):
         """``Overall``: the mean over tasks, in percent, and each task's own; the items' lie beside ``eval_file``.
 
         Raises what our judge raises: an error is no zero."""
-        table = load(eval_file)
-        scores = [
-            exam(line["source"])
-            .judge(line["key"], "" if _missing(line["prediction"]) else str(line["prediction"]))
-            .value
-            for _, line in table.iterrows()
-        ]
+        table = read_answers(eval_file)
+        scores = [exam(line["source"]).judge(line["key"], line["prediction"]).value for _, line in table.iterrows()]
         table["score"] = scores
         dump(table, os.path.splitext(eval_file)[0] + "_scored.json")
         by_task: dict[str, list[float]] = {}
@@ -73,11 +68,6 @@ class MmagentDataset(ImageBaseDataset):
             by_task.setdefault(str(task), []).append(score)
         means = {task: 100 * float(np.mean(values)) for task, values in by_task.items()}
         return {"Overall": float(np.mean(list(means.values()))), **means}
-
-
-def _missing(value: object) -> bool:
-    """An empty answer comes back from a table as no number."""
-    return isinstance(value, float) and np.isnan(value)
 
 
 class MmagentModel(BaseModel):

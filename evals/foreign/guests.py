@@ -101,14 +101,17 @@ class Guest:
         return f"; it last said: {text}" if text else ""
 
     async def stop(self) -> None:
-        """End the process and all that it started, after it had ``grace`` seconds to give back what it holds."""
+        """End the process and all that it started, after it had ``grace`` seconds to give back what it holds; at once
+        where nobody has the patience and this is cancelled."""
         self.whole = False
-        with contextlib.suppress(TimeoutError, ProcessLookupError):  # it was asked kindly, or has ended
-            if self.grace and self._process.returncode is None:
-                self._process.terminate()
-                await asyncio.wait_for(self._process.wait(), self.grace)
-        with contextlib.suppress(ProcessLookupError):  # all of it has ended
-            os.killpg(self._process.pid, signal.SIGKILL)  # a group of its own, by start_new_session
+        try:
+            with contextlib.suppress(TimeoutError, ProcessLookupError):  # it was asked kindly, or has ended
+                if self.grace and self._process.returncode is None:
+                    self._process.terminate()
+                    await asyncio.wait_for(self._process.wait(), self.grace)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(self._process.pid, signal.SIGKILL)  # a group of its own, by start_new_session
         await self._process.wait()
 
 
@@ -138,18 +141,22 @@ class Guests:
             raise
 
     async def give_back(self, guest: Guest) -> None:
-        """It lets go of its episode, and serves again; one that cannot is ended."""
+        """It lets go of its episode, and serves again; one that cannot, or is not waited for, is ended."""
+        left = False
         try:
             if guest.whole:
                 await guest.ask("leave", LEAVE)
-                self._idle.append(guest)
-            else:
-                await guest.stop()
+                left = True
         except (GuestGone, GuestFailed) as error:
             logger.warning("%s; another will serve in its place", error)
-            await guest.stop()
         finally:
-            self._room.release()
+            try:
+                if left:
+                    self._idle.append(guest)
+                else:
+                    await guest.stop()
+            finally:
+                self._room.release()
 
     async def close(self) -> None:
         """End those that are idle."""

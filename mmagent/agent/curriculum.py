@@ -128,7 +128,8 @@ class ItemStream:
     def draw(
         self, count: int, weights: Mapping[str, float], takes: Callable[[Item], bool] | None = None
     ) -> list[tuple[Task, Item]]:
-        """``count`` items that it ``takes``. Raises ``ValueError`` for a task without items left."""
+        """``count`` items that it ``takes``. Raises ``ValueError`` for a task without items left, and for one whose
+        items come round without one that it takes."""
         names = list(self.tasks)
         share = np.array([weights[name] for name in names], dtype=np.float64)
         generator = np.random.default_rng((self.seed, self.number))
@@ -138,8 +139,12 @@ class ItemStream:
         return [(self.tasks[names[n]], self._taken(names[n], takes)) for n in generator.permutation(chosen)]
 
     def _taken(self, name: str, takes: Callable[[Item], bool] | None) -> Item:
-        item = self._next(name)
+        item, passed = self._next(name), set()
         while takes is not None and not takes(item):
+            if item.key in passed:  # they come round again
+                told = f"none of its {len(passed)} {self.split} items is as hard as curriculum.bands ask"
+                raise ValueError(f"{name}: {told}")
+            passed.add(item.key)
             item = self._next(name)
         return item
 

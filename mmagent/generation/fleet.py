@@ -106,6 +106,7 @@ class Fleet:
         self._seats = [_Seat(name, door) for name, door in doors.items()]
         self._place: Any = None  # of the newest weights
         self._opened = False
+        self._broken: BaseException | None = None  # what looking for a server raised, and should not have
         self._changed, self._exchange = asyncio.Condition(), asyncio.Lock()
 
     @property
@@ -114,7 +115,8 @@ class Fleet:
         return [seat.name for seat in self._seats if not seat.aside]
 
     async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
-        """What a server says. Raises what it refuses, and :class:`EndpointUnavailable` where there is none."""
+        """What a server says. Raises what it refuses, :class:`EndpointUnavailable` where there is none, and what
+        looking for one raised that is neither."""
         for _ in range(self.config.tries):
             seat = await self._seat(prompt.group or prompt.key)
             seat.open += 1
@@ -137,11 +139,12 @@ class Fleet:
 
         Raises what publishing raises. A server that does not take it is set aside; while none has, turns wait."""
         await self._open()
+        self._require_whole()
         async with self._exchange:
             await self._give(source, in_flight == "finish")
         for seat in self._seats:
             if seat.aside and seat.task is None:
-                seat.task = asyncio.create_task(self._recall(seat))
+                self._look_for(seat)
         await self._tell()
 
     async def _give(self, source: Source, wait: bool) -> None:
@@ -215,6 +218,7 @@ class Fleet:
             raise EndpointUnavailable(f"none of {len(self._seats)} servers is there: {self._why()}")
 
     async def _seat(self, group: str) -> _Seat:
+        self._require_whole()
         there = [seat for seat in self._seats if not seat.aside]
         if not there:
             try:
@@ -243,7 +247,21 @@ class Fleet:
         logger.warning("%s is set aside: %s", seat.name, error)
         seat.aside = str(error) or type(error).__name__
         if seat.task is None and self.version != UNKNOWN:
-            seat.task = asyncio.create_task(self._recall(seat))
+            self._look_for(seat)
+
+    def _look_for(self, seat: _Seat) -> None:
+        seat.task = asyncio.create_task(self._recall(seat))
+        seat.task.add_done_callback(self._looked)
+
+    def _looked(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("looking for a server failed: %s", error)
+            self._broken = error
+
+    def _require_whole(self) -> None:
+        """Raises what made somebody stop looking for a server: nobody would, for the rest of the run."""
+        if self._broken is not None:
+            raise self._broken
 
     async def _recall(self, seat: _Seat) -> None:
         """Until it serves the newest weights."""

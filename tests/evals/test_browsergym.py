@@ -16,7 +16,7 @@ import pytest
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
 from evals.foreign.browser_gym import GymTask, Seconds, call
-from evals.foreign.guests import Guest, GuestFailed, GuestGone, guests
+from evals.foreign.guests import SCRIPTS, Guest, GuestFailed, GuestGone, guests
 from evals.runner import Options, evaluate_now
 from evals.suites.browsergym import browsergym
 from evals.summary import summarise
@@ -206,6 +206,40 @@ def test_a_guest_that_breaks_is_an_error_and_spoils_no_other(suite, tmp_path, ki
     assert re.match(wrong, rows[kind].error), rows[kind].error
     assert rows[kind].attempts == attempts
     assert REAL or rows["form"].value == 1.0
+
+
+STUBBORN = """
+import signal, sys, time
+sys.path.insert(0, {folder!r})
+from wire import serve
+def leave():
+    {deaf}
+    time.sleep(60)
+serve({{"leave": leave}}, at_end=lambda: None)
+"""
+
+
+@pytest.mark.parametrize("deaf", ["pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"], ids=["leaving", "ending"])
+def test_a_guest_that_is_given_back_when_time_is_up_is_ended(tmp_path, monkeypatch, deaf):
+    """An item may be over its time while it closes: the guest was in nobody's hands then, and lived on."""
+    (tmp_path / "slow.py").write_text(STUBBORN.format(folder=str(SCRIPTS), deaf=deaf))
+    monkeypatch.setattr("evals.foreign.guests.SCRIPTS", tmp_path)
+
+    async def work() -> None:
+        async with guests("slow", "", None, 1, grace=5.0) as pool:
+            guest = await pool.take()
+            closing = asyncio.create_task(pool.give_back(guest))
+            for _ in range(2 if deaf != "pass" else 1):  # while it leaves, and while it is ended
+                await asyncio.sleep(1)
+                closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            await asyncio.wait_for(guest._process.wait(), 2)  # killed, and not waited for
+            other = await asyncio.wait_for(pool.take(), 5)  # there is room
+            await other.stop()
+            await pool.give_back(other)
+
+    asyncio.run(work())
 
 
 def test_a_guest_ends_with_who_asked_it():

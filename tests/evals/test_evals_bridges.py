@@ -17,7 +17,7 @@ import evals.bridges.__main__ as command
 from evals.bridges import lmms_task
 from evals.bridges.answers import Answerer, Asked
 from evals.bridges.exam import Exam, Source, digest, exam
-from evals.bridges.export import write_lmms, write_vlmeval
+from evals.bridges.export import read_answers, write_lmms, write_vlmeval
 from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import Options, evaluate_now
 from evals.summary import summarise
@@ -114,6 +114,22 @@ def test_what_lmms_eval_reads(our_exam, tmp_path):
         (result,) = lmms_task.judged(row, [our_exam.gold(row["key"])]).values()
         assert result == {"key": row["key"], "task": row["task"], "score": 1.0}
     assert kinds == {"T", "IT"}
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "json", "xlsx"])
+@pytest.mark.parametrize("said", [["3", "007", ""], ["NA", "None", "1e3"], ["two\nlines", '"', "\t"]])
+def test_answers_are_read_as_they_were_written(said, kind, tmp_path):
+    """By pandas left to itself they are 3.0, 7.0 and nothing; nothing, nothing and 1000.0."""
+    pandas = pytest.importorskip("pandas")
+    table, path = pandas.DataFrame({"index": range(3), "prediction": said}), tmp_path / f"answers.{kind}"
+    if kind == "xlsx":
+        pytest.importorskip("openpyxl")
+        table.to_excel(path, index=False)
+    elif kind == "json":
+        table.to_json(path, orient="records")
+    else:
+        table.to_csv(path, sep="\t" if kind == "tsv" else ",", index=False)
+    assert read_answers(path)["prediction"].tolist() == said
 
 
 def test_what_vlmeval_reads(our_exam, tmp_path):

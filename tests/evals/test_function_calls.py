@@ -35,6 +35,7 @@ def listed(kind):
         ("float", [5.0], 5, True),  # but for an integer where a float is declared
         ("float", [5], 5, True),
         ("float", [0.5], 0.25, False),
+        ("float", [0.5], -(10**400), False),
         ("boolean", [True], True, True),
         ("boolean", [True], 1, False),
         ("string", ["April 1, 2024"], "april 1 2024", True),

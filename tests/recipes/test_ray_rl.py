@@ -216,3 +216,33 @@ def test_two_learners_share_their_workers(cluster, agent, tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["rollout/servers"] == 1 for row in rows)
     assert all(row["drift"] < 1e-4 for row in rows if "drift" in row)
+
+
+@pytest.mark.slow
+def test_what_learners_raise_because_one_of_them_died_ends_no_run(cluster, agent, tmp_path, monkeypatch):
+    """Who waits in a collective notices before Ray does. Two learners, the second of which dies once."""
+
+    class Mourning(ray_rl.Learner):  # here, so that Ray takes its code along
+        def train(self, config: Config, rank: int, place: str) -> int:
+            before = Path(config.output) / "before"
+            if before.exists():
+                return os.getpid()
+            if rank:
+                time.sleep(1)
+                before.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(ray_rl, "Learner", Mourning)
+    ray_rl.train(ray_config(agent, tmp_path, "ray.learners=2", "ray.workers=1"))
+
+
+@pytest.mark.slow
+def test_what_a_learner_raises_by_itself_ends_the_run(cluster, agent, tmp_path, monkeypatch):
+    class Wrong(ray_rl.Learner):
+        def train(self, config: Config, rank: int, place: str) -> int:
+            raise ValueError("as wrong as before")
+
+    monkeypatch.setattr(ray_rl, "Learner", Wrong)
+    with pytest.raises(ValueError, match="as wrong as before"):
+        ray_rl.train(ray_config(agent, tmp_path, "ray.learners=2", "ray.workers=1"))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmagent.agent.engines import EnginesConfig
+from mmagent.agent.engines import EnginesConfig, open_engines
 from mmagent.chat import ChatConfig
-from mmagent.interop.agent_folder import save_agent
+from mmagent.dist import World
+from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.interop.conversion import check
 from mmagent.serve.loading import load
 from tests.agent_kit import GEOMETRY, tiny_vocab
@@ -41,6 +42,15 @@ def test_episodes_run_on_servers_and_every_step_gives_them_an_export(agent, tmp_
     put = load(tmp_path / "put" / "000002", device="cpu", trust_code=True)[0].model.state_dict()
     ended = weights(tmp_path / "run")  # what arithmetic says teaches nothing, so they are still these
     assert all(torch.equal(put[name], tensor) for name, tensor in ended.items())
+
+
+@pytest.mark.parametrize("engine", ["mmagent", "vllm", "sglang", "ray"])
+def test_a_model_that_says_blocks_is_refused_by_every_engine_but_our_own(agent, engine):
+    found, world = load_agent(agent), World(0, 1, 0, torch.device("cpu"))
+    found.model.config.denoises = 4
+    with pytest.raises(ValueError, match=rf"rollout.engine={engine}: servers do not tell in which order"):
+        open_engines(EnginesConfig(engine, ["http://x"]), found, world, "", routing=False, in_flight="finish")
+    assert open_engines(EnginesConfig(), found, world, "", routing=False, in_flight="finish") is None
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mmagent.models import presets
 from mmagent.records import Record, from_sample
 from mmagent.tasks import open_tasks
 from mmagent.trajectories import Status, Trajectory
-from recipes.task_traces import Config, write
+from recipes.task_traces import Config, write, written
 from tests.agent_kit import GEOMETRY, tiny_vocab
 
 COUNT, FUNCTIONS = "worlds/counting/objects/level-0", "functions/level-0"
@@ -41,6 +41,16 @@ def test_a_task_shows_what_its_answers_bring_about(tmp_path):
     many = next(record for record in found if record.source == FUNCTIONS)
     assert [message.role for message in many.messages] == ["user", "assistant", "observation", "assistant"]
     assert isinstance(many.messages[1].parts[0], ToolCall)  # a policy's own format, not JSON between words
+
+
+def test_a_folder_holds_what_is_asked_for_or_is_refused(tmp_path):
+    """It was taken for done, whatever had been asked for."""
+    config = Config(folder=str(tmp_path / "gold"), tasks=[COUNT], per_task=1)
+    assert not written(config)
+    asyncio.run(write(config))
+    assert written(replace(config, pages=2))
+    with pytest.raises(ConfigError, match="holds other traces than are asked for"):
+        written(replace(config, per_task=2))
 
 
 def test_of_rollouts_right_answers_are_kept_and_played_again(tmp_path):

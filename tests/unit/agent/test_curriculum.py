@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import count
+from itertools import count, cycle, islice
 
 import pytest
 
@@ -106,6 +106,19 @@ def test_items_are_drawn_stage_by_stage_as_hard_as_they_were_found(tmp_path):
     assert sorted(drawn(5, 1)) == [3]
     assert sorted(drawn(0, 4)) == [1, 4, 6, 7]  # behind the graded ones come such as nobody has tried
     assert Curriculum(["a"], CurriculumConfig(grades=path)).takes(0) is None
+
+
+def test_items_that_come_round_without_one_in_the_band_are_told(tmp_path):
+    """A task of the user's own, of a few items without end: it was asked for another for ever."""
+
+    class Round(Numbers):
+        def items(self, split, seed):
+            return cycle(list(islice(super().items(split, seed), 3)))
+
+    path = graded(tmp_path, **{f"train-0-{n}": (8, 8) for n in range(3)})
+    takes = Curriculum(["a"], CurriculumConfig(grades=path, bands={0: [0.0, 0.5]})).takes(0)
+    with pytest.raises(ValueError, match=r"a: none of its 3 train items is as hard as curriculum.bands ask"):
+        ItemStream([Round("a")], "train", 0).draw(1, {"a": 1.0}, takes)
 
 
 def test_a_stream_with_bands_resumes_where_it_was(tmp_path):

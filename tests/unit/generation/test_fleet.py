@@ -253,6 +253,25 @@ def test_without_any_server_turns_wait_and_then_say_why():
         assert 0.2 < run(fleet, work()) < 3
 
 
+def test_a_search_that_breaks_is_told_and_does_not_leave_a_server_out_in_silence(monkeypatch):
+    with running(SGLangServer()) as server, running(SGLangServer()) as other:
+        fleet = fleet_of(SGLangPolicy, [server, other])
+
+        async def work():
+            await fleet.update(source(0))
+            server.faults = other.faults = ["drop"]
+            monkeypatch.setattr(SGLangPolicy, "ready", broken)
+            for n in range(100):
+                await fleet.complete(row_of(f"g{n}"), LIMITS)
+                await asyncio.sleep(0.01)
+
+        async def broken(self, timeout):
+            raise TypeError("what nobody thought of")
+
+        with pytest.raises(TypeError, match="nobody thought of"):
+            run(fleet, work())
+
+
 def test_a_turn_that_kills_servers_ends_the_run():
     with running(SGLangServer()) as server:
         fleet = fleet_of(SGLangPolicy, [server], FleetConfig(startup=2.0, recall=0.02, patience=5.0, tries=3))
