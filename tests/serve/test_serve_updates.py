@@ -18,7 +18,7 @@ from mmagent.generation.http_mmagent import MMAgentPolicy
 from mmagent.generation.http_transport import EndpointRefused, OtherWeights
 from mmagent.generation.local import LocalPolicy
 from mmagent.generation.token_endpoints import UNKNOWN, TokenServerConfig
-from mmagent.generation.updates import buckets_of_state
+from mmagent.generation.updates import VERSION, buckets_of_state
 from mmagent.generation.versions import DELTA, Versions, VersionsConfig
 from mmagent.serve.updating import Updates, read_update
 from mmagent.trajectories import Limits
@@ -102,6 +102,23 @@ def test_only_folders_that_were_named_are_read(server, tmp_path):
     assert update(server, "000001", 1, in_flight="never")[0] == 400
     assert update(server, "000001", 1, tags=["a"])[0] == 400
     assert server.ask("/get_model_info", None, "GET")[1]["weight_version"] == "-1"
+
+
+def test_other_weights_of_the_same_number_are_not_taken(server, versions, tmp_path):
+    """The trainer writes to another folder than the server reads, which holds what an older run has left."""
+    other = Versions(tmp_path / "other")
+    other.write(buckets_of_state(tiny_model(7).state_dict(), 1, 1 << 16))
+    policy = door(server)
+    asyncio.run(policy.update_weights(versions.folder(0), 0))
+    with pytest.raises(EndpointRefused, match=r"000001 holds other weights than those that are meant.* --updates"):
+        asyncio.run(policy.update_weights(other.folder(1), 1))
+    assert server.ask("/get_model_info", None, "GET")[1]["weight_version"] == "0"
+    asyncio.run(policy.update_weights(versions.folder(1), 1))
+    (other.folder(1) / VERSION).write_text("{")
+    with pytest.raises(EndpointRefused, match=r"000001 was not asked for: .* is not to be read"):
+        asyncio.run(policy.load(str(other.folder(1)), 1))
+    assert update(server, "000001", 1, seal="of wax")[0] == 400
+    assert update(server, "000001", 1)[0] == 200  # whoever does not say takes what is there
 
 
 def test_a_key_is_asked_for(versions):
