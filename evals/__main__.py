@@ -18,7 +18,7 @@ from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import EvaluationBroken, Options, evaluate, pins_of
 from evals.statistics import Comparison, Estimate
 from evals.store import Run, RunError, find_runs, read_run
-from evals.suite import Agent, Suite, choose_tasks
+from evals.suite import EVERY, Agent, Suite, choose_tasks
 from evals.suites import SUITES, WITH_DATA
 from evals.summary import compare_runs, compare_slices, summarise
 from mmagent.browser import BrowserError, require_chromium
@@ -178,10 +178,16 @@ def _list(argv: Sequence[str]) -> int:
     argparse.ArgumentParser("python -m evals list", description="Show the suites.").parse_args(argv)
     for name, build in SUITES.items():
         suite = build()
-        size = f"{len(suite.tasks)} tasks x {suite.per_task} items"
-        print(f"{name:20} version {suite.version}, {size}. {suite.summary}")
+        print(f"{name:20} version {suite.version}, {_size(suite)}. {suite.summary}")
         print(f"{'':20} judge: {suite.judge}" + ("; needs a browser" if suite.needs_browser else ""))
     return 0
+
+
+def _size(suite: Suite) -> str:
+    tasks = f"{len(suite.tasks)} task{'s' * (len(suite.tasks) != 1)}"
+    if not suite.tasks:
+        return "no tasks without --data"
+    return f"{tasks}, all items" if suite.per_task >= EVERY else f"{tasks} x {suite.per_task} items"
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -205,6 +211,7 @@ def _compare(argv: Sequence[str]) -> int:
         for name, result in results.items():
             print(_comparison(name, first[name], second[name], result, args.allow))
     if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
         from evals.report import Section, page
         from evals.report.runs import comparison_body
 

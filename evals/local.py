@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from evals.endpoint import describe_geometry
 from evals.suite import Play, Played
 from mmagent.agent.codec import Codec
@@ -15,6 +13,7 @@ from mmagent.generation.block_decoding import make_generator
 from mmagent.generation.generator import GeneratorConfig
 from mmagent.generation.local import LocalPolicy
 from mmagent.interop.agent_folder import Agent, fingerprint, load_agent
+from mmagent.ops.devices import chosen_device
 from mmagent.protocols import Task
 from mmagent.trajectories import Item, Trajectory
 
@@ -39,8 +38,8 @@ class LocalAgent:
     @classmethod
     def load(cls, folder: Path | str, *, device: str | None = None, dtype: str | None = None) -> LocalAgent:
         """The agent in ``folder``, on ``device`` (default: a GPU if there is one), decoding in ``dtype`` (bfloat16 on a
-        GPU, else float32). Raises ``ValueError`` naming what is missing."""
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        GPU, else float32). Raises ``ValueError`` naming what is missing, or a device that is not here."""
+        device = chosen_device(device)
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         agent = load_agent(folder)
         agent.model.to(device)

@@ -22,6 +22,7 @@ from mmagent.actions import ActionError, Click, format_action, parse_action
 from mmagent.chat import assistant, render, user
 from mmagent.geometry import patchify, visual_tokens
 from mmagent.interop.agent_folder import Agent, load_agent
+from mmagent.ops.devices import chosen_device
 from mmagent.packing import pack
 from mmagent.prompts import turn
 from mmagent.protocols import Task
@@ -206,8 +207,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.items < 2:
         raise ValueError(f"--items {args.items}: a task needs at least 2, or there is no other screen")
-    agent = load_agent(args.checkpoint)
-    agent.model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    agent = load_agent(args.checkpoint, chosen_device(args.device))
     names = args.tasks or [f"miniwob/{page}" for page in miniwob.TASKS]
     by_task = asyncio.run(_collect(names, args.items))
     lonely = [task for task, views in by_task.items() if len(views) < 2]

@@ -55,7 +55,7 @@ def check_comparable(a: Mapping[str, str], b: Mapping[str, str], allow: Iterable
     """Raises :class:`PinsDiffer` unless everything but the policy (and what ``allow`` names) is pinned alike."""
     names = [n for n in differing(a, b) if not n.startswith(POLICY) and n not in set(allow)]
     if names:
-        raise PinsDiffer("these runs cannot be compared", a, b, names)
+        raise PinsDiffer("these runs cannot be compared (--allow PIN does, for each PIN that may differ)", a, b, names)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from mmagent.protocols import Task
 from mmagent.trajectories import Item, Observation, Trajectory
 
 _GOLDEN = 0.6180339887
+EVERY = 10**6
+"""``Suite.per_task`` of a set that is judged whole."""
 
 
 class Played(NamedTuple):
@@ -53,7 +55,7 @@ class Play:
 
     ``rules`` tells a model that was not trained on our format what it may do. ``guess`` is a random answer, for the
     random baseline. ``acts``: answers are actions on the screen that was shown, so a model of another house may give
-    them in its own style (`evals.dialects`).
+    them in its own style (`evals.dialects`). Raises ``ValueError`` for limits that leave nothing to say.
     """
 
     max_steps: int
@@ -64,6 +66,12 @@ class Play:
     rules: str = ""
     guess: Callable[[random.Random], str] = lambda rng: str(rng.random())
     acts: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 1), ("max_tokens", 1), ("temperature", 0)):
+            value = getattr(self, name)
+            if not value >= least:  # nor what is no number
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)

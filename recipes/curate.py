@@ -30,6 +30,7 @@ from evals.suites import SUITES
 from mmagent.config import ConfigError, parse_cli
 from mmagent.files import write_text
 from mmagent.interop.image_text import ImageTextModel, load_image_text
+from mmagent.ops.devices import chosen_device
 
 
 @dataclass
@@ -100,7 +101,7 @@ def clean(config: Config) -> Curation:
         plain = replace(plain, rules=rules)
     scorer = None
     if config.image_text:
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = chosen_device(config.device)
         model = load_image_text(config.image_text)
         known_by = digest_of(config.image_text, model)
         scorer = TowerScorer(model.to(device), known_by)

@@ -26,6 +26,7 @@ from evals.encoder.features import Whole
 from evals.encoder.page import Results, render, score_table
 from mmagent.files import write_text
 from mmagent.interop.zero_shot import ENGLISH, class_embeddings, load_templates
+from mmagent.ops.devices import chosen_device
 from mmagent.train.launch import launch
 from recipes.encoder_sources import Judged, open_judged
 from recipes.probe_data import DataOptions, Question, built_in_questions, users_question
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     add("--features", choices=get_args(Whole), default="both", help="what the linear probe reads (%(default)s)")
     add("--templates", metavar="FILE", help="prompts for names of classes, one a line with {} (built-in English ones)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products (%(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--device", default="", help="(cuda if there is one, else cpu)")
     add("--output", type=Path, default=Path("runs/encoders"), metavar="FOLDER", help="(%(default)s)")
     return made
 
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if min(args.limit, args.max_patches, args.square, args.seed) < 0 or min(*args.k, args.images - 1) < 1:
         raise ValueError("--k must be 1 and --images 2 at least, and no other number negative")
+    args.device = chosen_device(args.device)
     templates = load_templates(args.templates) if args.templates else ENGLISH
     chosen = dict(pair.partition("=")[::2] for pair in args.columns)
     if wrong := sorted(set(chosen) - {one.name for one in fields(ColumnsConfig)}):

@@ -21,9 +21,17 @@ if str(ROOT) not in sys.path:  # a script starts with its own folder there, not 
 from torch import nn  # noqa: E402
 
 from mmagent.config import load_yaml  # noqa: E402
-from mmagent.interop.agent_folder import TOKENIZER, build_agent, load_agent, read_agent_config, save_agent  # noqa: E402
+from mmagent.interop.agent_folder import (  # noqa: E402
+    TOKENIZER,
+    Agent,
+    build_agent,
+    load_agent,
+    read_agent_config,
+    save_agent,
+)
 from mmagent.interop.encoder_folder import (  # noqa: E402
     CONFIG,
+    Encoder,
     EncoderConfig,
     build_encoder,
     load_encoder,
@@ -55,10 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def pack(source: Path, into: Path, masks_at: Path | None, step: int) -> str:
-    masks, pattern = load_masks(masks_at or source.resolve().parent / MASKS)
-    loaded = load_agent(source) if (source / TOKENIZER).is_file() else load_encoder(source)
+    loaded = _load(source)
     if layout_of(loaded.model):
         raise ValueError(f"{source} is packed already")
+    masks, pattern = load_masks(masks_at or source.resolve().parent / MASKS)
     pack_model(loaded.model, masks, pattern.granularity, step)
     if (source / TOKENIZER).is_file():
         save_agent(into, *loaded[:4], encoder=loaded.encoder)
@@ -69,6 +77,12 @@ def pack(source: Path, into: Path, masks_at: Path | None, step: int) -> str:
     return f"{100 * density(masks):.2f} % of {total:,} weights are left, {multiplied:.2f} % are multiplied"
 
 
+def _load(source: Path) -> Agent | Encoder:
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder")
+    return load_agent(source) if (source / TOKENIZER).is_file() else load_encoder(source)
+
+
 def _multiplied(model: nn.Module) -> int:
     """Weights that products read, those that fill up tiles included."""
     sheets = [sheet for own in layout_of(model).values() for held in own.values() for sheet in held]
@@ -76,8 +90,7 @@ def _multiplied(model: nn.Module) -> int:
 
 
 def unpack(source: Path, into: Path) -> str:
-    agent = (source / TOKENIZER).is_file()
-    loaded = load_agent(source) if agent else load_encoder(source)
+    agent, loaded = (source / TOKENIZER).is_file(), _load(source)
     if not layout_of(loaded.model):
         raise ValueError(f"{source} is not packed")
     weights = dense_state(loaded.model)

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from evals.baselines import WORDS
-from evals.foreign.android_world import AndroidServer, AndroidTask, Seconds, devices
+from evals.foreign.android_world import AndroidServer, AndroidTask, DeviceError, Seconds, devices
 from evals.suite import Play, Suite
 from mmagent.actions import PHONE_PROMPT
 from mmagent.browser.sync import run_sync
+from mmagent.generation.http_transport import EndpointRefused, EndpointUnavailable
 from mmagent.trajectories import Item
 
 MAX_STEPS = 30
@@ -35,10 +36,10 @@ def androidworld(
     """Every task of the servers ``where``, ``http://host:5000``, several with commas between; ``combinations``
     instances of each, drawn with ``seed``. Asks the first server for its tasks; none without. ``?steps=FILE`` behind
     them names a JSON object of the actions that each task has, ``max_steps`` without. ``seconds``: limits of requests.
-    Raises ``ValueError`` for a task that the file does not name."""
+    Raises ``ValueError`` for a task that the file does not name, and where no such server answers."""
     servers, _, file = where.partition("?steps=")
     urls = tuple(url.strip() for url in servers.split(",") if url.strip())
-    names = run_sync(AndroidServer(urls[0]).tasks()) if urls else []
+    names = _names(urls[0]) if urls else []
     steps = _steps(Path(file).expanduser(), names) if file else dict.fromkeys(names, max_steps)
     most = max((steps[name] for name in names), default=max_steps)
     told = json.dumps({name: steps[name] for name in names}, sort_keys=True).encode()
@@ -69,6 +70,14 @@ def androidworld(
         at_once=max(len(urls), 1),
         item_seconds=ITEM_SECONDS,
     )
+
+
+def _names(url: str) -> list[str]:
+    """The tasks of a server."""
+    try:
+        return run_sync(AndroidServer(url).tasks())
+    except (EndpointUnavailable, EndpointRefused, DeviceError) as error:
+        raise ValueError(f"--data {url}: no server of AndroidWorld answers there ({error})") from error
 
 
 def _steps(path: Path, names: Sequence[str]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from evals.baselines import random_action
 from evals.foreign.browser_gym import GymTask, Seconds
-from evals.foreign.guests import asked_once, guests, split_python
+from evals.foreign.guests import GuestFailed, GuestGone, asked_once, guests, split_python
 from evals.suite import Play, Suite
 from mmagent.actions import PROMPT
 from mmagent.browser.sync import run_sync
@@ -26,12 +26,15 @@ def browsergym(
 ) -> Suite:
     """``per_task`` seeds of every environment that the modules of ``where`` register as ``browsergym/...``:
     ``browsergym.miniwob``, several with commas between, ``@/path/to/python`` behind them where another interpreter has
-    them. None without."""
+    them. None without. Raises ``ValueError`` where they cannot be imported."""
     python, modules = split_python(where)
     known = {"ids": [], "versions": {}}
     if modules:
         asking = asked_once("gym_env", python, None, "known", (seconds or Seconds()).open, modules=list(modules))
-        known = run_sync(asking)
+        try:
+            known = run_sync(asking)
+        except (GuestFailed, GuestGone) as error:
+            raise ValueError(f"--data {where}: no environments to be had there ({error})") from error
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
 
     @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evals.baselines import WORDS
 from evals.call_sets import CallItem, digest, load_calls, read_calls
-from evals.suite import Play, Suite
+from evals.suite import EVERY, Play, Suite
 from evals.suites.made_calls import make_calls
 from mmagent.tasks.base import malformed, score_of
 from mmagent.tasks.tools import LONGEST
@@ -50,7 +50,7 @@ def function_calls(data: str | Path | None = None) -> Suite:
         "as our chat format writes arguments so; where no function fits, right is to say so: silence is 0",
         tasks=(NAME,),
         open=opened,
-        per_task=10**6,
+        per_task=EVERY,
         play=Play(max_steps=1, max_tokens=512, rules=RULES, guess=_random_call),
         needs_browser=False,
         slices=lambda task, item: {"category": item.payload.category},

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from evals.baselines import random_action
 from evals.foreign.guests import guests
 from evals.foreign.osworld import Machines, OsworldTask, Pace, digest, read_examples
-from evals.suite import Play, Suite
+from evals.suite import EVERY, Play, Suite
 from mmagent.actions import PROMPT
 from mmagent.trajectories import Item
 
@@ -52,7 +52,7 @@ def osworld(where: str = "", max_steps: int = MAX_STEPS, machines: int = 1, pace
         judge="the task's own evaluator, by OSWorld, when the agent ends or its actions are used up",
         tasks=tuple(dict.fromkeys(f"{PREFIX}{one.domain}" for one in examples)),
         open=opened,
-        per_task=10**6,
+        per_task=EVERY,
         play=Play(max_steps=max_steps, max_tokens=1024, rules=PROMPT, guess=random_action, acts=True),
         needs_browser=False,
         slices=_slices,

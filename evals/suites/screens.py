@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evals.baselines import random_action
 from evals.screen_sets import Region, ScreenTarget, digest, load_set
-from evals.suite import Episode, Exhibit, Play, Suite
+from evals.suite import EVERY, Episode, Exhibit, Play, Suite
 from evals.suites.made_screens import SEED, make_set
 from mmagent.actions import ActionError, Click, Fail, Move, format_action, parse_action
 from mmagent.geometry import FRAME, ImageView
@@ -58,7 +58,7 @@ def screens(name: str, where: str = "") -> Suite:
         judge="the point lies inside the region, borders included; a refusal is right where the set has one",
         tasks=(name,),
         open=_opener(name, targets),
-        per_task=10**6,
+        per_task=EVERY,
         play=Play(
             max_steps=1, max_tokens=64, rules=REFUSING if name == "osworld_g" else RULES, guess=random_action, acts=True
         ),

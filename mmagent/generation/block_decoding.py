@@ -185,7 +185,9 @@ class BlockGenerator(Generator):
             )
         self.block = config.block or model.config.denoises
         if not self.block:
-            raise ValueError("generator.block: this model says token by token (denoises 0), so name a size")
+            raise ValueError(
+                "generator.block: this model says token by token (recipes.diffusion teaches it blocks), so name a size"
+            )
         self._settings = config
         self.runner = (WholeRunner if self.whole else BlockRunner)(self.runner, self.block)
         self._mask = vocab.pad_id

@@ -9,12 +9,14 @@ experts, and ``--steady`` makes its numbers those of a steady generator here, to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from mmagent.generation.http_sglang import SGLangPolicy
 from mmagent.generation.http_transport import EndpointRefused, OtherWeights, read_object
 from mmagent.generation.token_endpoints import Sampled, TokenPolicy
+from mmagent.generation.updates import VERSION
+from mmagent.generation.versions import Damaged, Link
 from mmagent.trajectories import Limits, Trajectory
 
 
@@ -54,11 +56,17 @@ class MMAgentPolicy(SGLangPolicy):
         return super()._read(prompt, {**answer, "meta_info": {**meta, "weight_versions": spans}})
 
     async def load(self, folder: str | None, version: int) -> None:
-        """The server looks for the last part of ``folder`` where its own ``--updates`` lies."""
+        """The server looks for the last part of ``folder`` where its own ``--updates`` lies. Where the version can be
+        read here it is told its seal, and takes no other of the same number, as an older run may have left there."""
         if folder is None:
             raise ValueError(f"{self.transport.base}: weights come with a folder; set rehearse=False")
-        name = PurePath(folder).name
+        name = Path(folder).name
         body = {"model_path": name, "weight_version": str(version), "in_flight": self.in_flight}
+        if (Path(folder) / VERSION).is_file():
+            try:
+                body["seal"] = Link.of(Path(folder)).seal.hex()
+            except Damaged as error:
+                raise EndpointRefused(f"{self.transport.base}: {name} was not asked for: {error}") from error
         told = await self.transport.tell("/update_weights_from_disk", body, self.config.update_timeout)
         answer = read_object(told, f"{self.transport.base}/update_weights_from_disk: the answer")
         if answer.get("success") is not True:

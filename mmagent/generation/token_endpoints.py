@@ -149,8 +149,9 @@ class TokenPolicy(ABC):
         await self.inspect()
 
     async def ready(self, timeout: float) -> None:
-        """Until the server answers at all. Raises :class:`EndpointUnavailable` after ``timeout`` seconds."""
-        await self.transport.ready("/health", timeout)
+        """Until the server answers at all, warning every ten seconds of what is waited for. Raises
+        :class:`EndpointUnavailable` after ``timeout`` seconds."""
+        await self.transport.ready("/health", timeout, logger.warning)
 
     async def update_weights(self, folder: Path | str, version: int, *, wait: bool = True) -> None:
         """Let the server load the exported model in ``folder``, which is a path over there, as ``version``.

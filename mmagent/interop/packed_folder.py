@@ -42,6 +42,8 @@ def save_masks(path: Path | str, masks: Mapping[str, Tensor], pattern: PatternCo
 
 def load_masks(path: Path | str) -> Masks:
     """Read a file of :func:`save_masks`. Raises ``ValueError`` for a file that is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no masks there; a run that prunes leaves them in OUTPUT/{MASKS}")
     try:
         with safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(_HEADER)

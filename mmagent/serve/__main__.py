@@ -98,26 +98,24 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     """What prepares prompts, who completes them, and lines for people about both."""
-    import torch
-
     from mmagent.generation.block_decoding import make_generator
     from mmagent.generation.generator import GeneratorConfig
     from mmagent.generation.health import HealthConfig
     from mmagent.generation.local import LocalPolicy
     from mmagent.generation.token_endpoints import UNKNOWN
+    from mmagent.ops.devices import chosen_device
     from mmagent.serve.desk import Desk
     from mmagent.serve.fetching import Fetcher
     from mmagent.serve.loading import load
     from mmagent.serve.pictures import Pictures
     from mmagent.serve.prompts import Prompts
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(options.device)
     dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if options.max_context > options.cache_tokens:
         raise ValueError(
             f"a context of {options.max_context} does not fit a cache of {options.cache_tokens}: raise --cache-tokens"
         )
-    _require_device(device)
     agent, found = load(options.checkpoint, device=device, trust_code=options.trust_code)
     for line in found:
         print(line)
@@ -148,15 +146,6 @@ def _model(options: Options) -> tuple[Prompts, Desk, dict[str, str]]:
     }
     desk = Desk(policy, running=options.max_sequences, waiting=options.max_waiting)
     return Prompts(agent.vocab, agent.chat, pictures, context), desk, notes
-
-
-def _require_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def _key(variable: str) -> str:

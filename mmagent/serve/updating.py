@@ -28,24 +28,29 @@ _IGNORED = ("flush_cache", "abort_all_requests")  # what SGLang's clients say; b
 
 @dataclass(frozen=True)
 class UpdateAsk:
-    """Version ``version`` in ``folder`` (a name), and what becomes of requests ``in_flight``."""
+    """Version ``version`` in ``folder`` (a name), and what becomes of requests ``in_flight``. ``seal``: that of the
+    version that is meant; empty for whichever lies there."""
 
     folder: str
     version: int
     in_flight: str = "finish"
+    seal: bytes = b""
 
 
 def read_update(body: Mapping[str, Any]) -> UpdateAsk:
     """The body of ``POST /update_weights_from_disk``. Raises :class:`~mmagent.serve.refusals.Refused` (400)."""
     fields = Fields(body)
     folder, told = fields.text("model_path", None), fields.text("weight_version", None)
-    in_flight = fields.text("in_flight", "finish")
+    in_flight, seal = fields.text("in_flight", "finish"), fields.text("seal", "") or ""
     fields.done(_IGNORED)
     if not folder or "\0" in folder or not told or not _NUMBER.fullmatch(told):
         raise bad("model_path and weight_version (a number in a text) are needed", "weight_version")
     if in_flight not in IN_FLIGHT:
         raise bad(f"in_flight: {in_flight!r:.40} is none of {', '.join(IN_FLIGHT)}", "in_flight")
-    return UpdateAsk(folder, int(told), in_flight)
+    try:
+        return UpdateAsk(folder, int(told), in_flight, bytes.fromhex(seal))
+    except ValueError as error:
+        raise bad("seal: a number in hexadecimal digits is wanted", "seal") from error
 
 
 class Updates:
@@ -74,7 +79,7 @@ class Updates:
     async def _take(self, folder: Path, ask: UpdateAsk) -> None:
         async with self._turn:
             try:
-                source = await asyncio.to_thread(self._checked, folder, ask.version)
+                source = await asyncio.to_thread(self._checked, folder, ask)
                 if source is None:
                     return
                 self._seal = b""
@@ -84,9 +89,10 @@ class Updates:
                 raise Refused(422, f"version {ask.version} was not taken: {error}", code="bad_version") from error
             self._seal = source.seal
 
-    def _checked(self, folder: Path, version: int) -> ChainBuckets | None:
+    def _checked(self, folder: Path, ask: UpdateAsk) -> ChainBuckets | None:
         """The version, of which every bit is right: what is damaged is found while the old weights still serve. None
         where it is what is served."""
+<<<<<<< HEAD
         versions = Versions(self.root)
         link = Link.of(folder)
         if link.version != version:
@@ -95,6 +101,16 @@ class Updates:
             raise WeightsError(f"version {version} is read from {versions.folder(version).name}, not {folder.name}")
         if elsewhere := [one.folder.name for one in versions.chain(version) if one.folder.resolve() != one.folder]:
             raise _elsewhere(self.root, elsewhere[0])
+=======
+        link, version = Link.of(folder), ask.version
+        if link.version != version:
+            raise WeightsError(f"{folder.name} holds version {link.version}, not {version}")
+        if ask.seal and link.seal != ask.seal:
+            raise WeightsError(
+                f"{folder.name} holds other weights than those that are meant: were they written to the folder that "
+                "--updates names here?"
+            )
+>>>>>>> 1372b8ea3565cdcf8934fdc9a5c2e68f1766f999
         if self.policy.version == version and link.seal == self._seal:
             return None
         held = None

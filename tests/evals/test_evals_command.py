@@ -79,9 +79,11 @@ def test_compare(tmp_path, capsys):
     assert command.main(["compare", str(tmp_path / "a" / "guess"), str(tmp_path / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["guess"]["wins"] == 12
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
-    assert "judge: 'equality' against 'another'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "judge: 'equality' against 'another'" in said
+    assert "--allow PIN" in said
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "c"), "--allow", "judge"]) == 0
-    html = tmp_path / "c.html"
+    html = tmp_path / "pages" / "c.html"
     assert command.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(html)]) == 0
     text = html.read_text()
     assert "a against b" in text
@@ -103,6 +105,13 @@ def test_compare(tmp_path, capsys):
         (["guess", "--baseline", "gold", "--samples", "0"], "error: samples must be at least 1, got 0\n"),
         (["guess", "--baseline", "gold", "--concurrency", "-1"], "error: concurrency must be at least 1, got -1\n"),
         (["guess", "--checkpoint", "/nowhere"], "is no agent folder"),
+        (["guess", "--baseline", "gold", "--max-tokens", "0"], "error: max_tokens must be at least 1, got 0\n"),
+        (["guess", "--baseline", "gold", "--temperature", "-1"], "error: temperature must be at least 0, got -1.0\n"),
+        (["guess", "--baseline", "gold", "--temperature", "nan"], "error: temperature must be at least 0, got nan\n"),
+        (["guess", "--checkpoint", "x", "--device", "nonsense"], "error: device nonsense: "),
+        (["look", "--checkpoint", "x", "--device", "nonsense"], "error: device nonsense: "),
+        (["androidworld", "--baseline", "null", "--data", "http://127.0.0.1:9"], "no server of AndroidWorld"),
+        (["browsergym", "--baseline", "null", "--data", "no_such_gym"], "No module named 'no_such_gym'"),
         (["report", "/nowhere"], "neither a run"),
         (["compare", "/nowhere", "/nowhere"], "neither a run"),
     ],
@@ -122,7 +131,10 @@ def test_nothing_works(tmp_path, capsys, stub):
 
 def test_list_and_help(capsys):
     assert command.main(["list"]) == 0
-    assert "guess" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "guess" in said
+    assert "androidworld         version 1, no tasks without --data. " in said
+    assert "screenspot           version 1, 1 task, all items. " in said
     with pytest.raises(SystemExit) as stop:
         command.main(["--help"])
     assert stop.value.code == 0

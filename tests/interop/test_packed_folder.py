@@ -141,11 +141,14 @@ def test_what_does_not_fit_is_told(agents, tmp_path, capsys):
     with pytest.raises(ValueError, match="holds no masks"):
         load_masks(agents / "agent" / "model.safetensors")
     with pytest.raises(ValueError, match="cannot be read as masks"):
+        load_masks(agents / "agent" / "config.yaml")
+    with pytest.raises(ValueError, match="no masks there; a run that prunes leaves them in OUTPUT"):
         load_masks(tmp_path / "none")
     for arguments, message in (
         ([f"{agents}/packed", "--into", f"{tmp_path}/a"], "is packed already"),
         ([f"{agents}/agent", "--into", f"{tmp_path}/a", "--dense"], "is not packed"),
         ([f"{agents}/agent", "--into", f"{agents}/packed"], "name a new folder"),
+        ([f"{tmp_path}/none", "--into", f"{tmp_path}/a"], f"{tmp_path}/none: no such folder"),
     ):
         assert tool.main(arguments) == 1
         assert message in capsys.readouterr().err

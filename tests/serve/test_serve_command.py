@@ -233,7 +233,7 @@ def test_who_leaves_frees_the_cache(server):
         (["{folder}", "--timeout", "0"], "--timeout must be positive, got 0.0"),
         (["{folder}", "--port", "70000"], "--port must be 65535 or less, got 70000"),
         (["{folder}", "--host", "192.0.2.1"], "cannot listen at 192.0.2.1, port 0: "),
-        (["{folder}", "--device", "nonsense"], "--device nonsense: "),
+        (["{folder}", "--device", "nonsense"], "device nonsense: "),
         (["{folder}/config.yaml"], "config.yaml is a file: name its folder"),
         (["{folder}/.."], "holds no config.json and no config.yaml"),
     ],

@@ -18,7 +18,7 @@ from mmagent.generation.http_mmagent import MMAgentPolicy
 from mmagent.generation.http_transport import EndpointRefused, OtherWeights
 from mmagent.generation.local import LocalPolicy
 from mmagent.generation.token_endpoints import UNKNOWN, TokenServerConfig
-from mmagent.generation.updates import buckets_of_state, write_version
+from mmagent.generation.updates import VERSION, buckets_of_state, write_version
 from mmagent.generation.versions import DELTA, Versions, VersionsConfig
 from mmagent.serve.updating import Updates, read_update
 from mmagent.trajectories import Limits
@@ -127,6 +127,23 @@ def test_what_a_delta_is_told_from_lies_in_the_folder_too(server, versions, tmp_
     versions.folder(0).rename(tmp_path / "elsewhere")
     versions.folder(0).symlink_to(tmp_path / "elsewhere")
     assert update(server, "000002", 2)[0] == 403
+
+
+def test_other_weights_of_the_same_number_are_not_taken(server, versions, tmp_path):
+    """The trainer writes to another folder than the server reads, which holds what an older run has left."""
+    other = Versions(tmp_path / "other")
+    other.write(buckets_of_state(tiny_model(7).state_dict(), 1, 1 << 16))
+    policy = door(server)
+    asyncio.run(policy.update_weights(versions.folder(0), 0))
+    with pytest.raises(EndpointRefused, match=r"000001 holds other weights than those that are meant.* --updates"):
+        asyncio.run(policy.update_weights(other.folder(1), 1))
+    assert server.ask("/get_model_info", None, "GET")[1]["weight_version"] == "0"
+    asyncio.run(policy.update_weights(versions.folder(1), 1))
+    (other.folder(1) / VERSION).write_text("{")
+    with pytest.raises(EndpointRefused, match=r"000001 was not asked for: .* is not to be read"):
+        asyncio.run(policy.load(str(other.folder(1)), 1))
+    assert update(server, "000001", 1, seal="of wax")[0] == 400
+    assert update(server, "000001", 1)[0] == 200  # whoever does not say takes what is there
 
 
 def test_a_key_is_asked_for(versions):

@@ -235,6 +235,14 @@ def test_a_wrong_request_is_not_asked_of_everybody(pair):
     assert len(fleet.serving) == 2
 
 
+def test_a_server_that_is_not_there_at_the_start_is_waited_for_aloud(monkeypatch, caplog):
+    monkeypatch.setattr("mmagent.generation.http_transport.TELL", 0.1)
+    fleet = fleet_of(SGLangPolicy, [SGLangServer()], FleetConfig(startup=0.5, recall=0.05, patience=0.3))
+    with caplog.at_level("WARNING"), pytest.raises(EndpointUnavailable, match="none of 1 servers is there"):
+        run(fleet, fleet.update(source(0)))
+    assert "is not ready after 0 of 0 s: " in caplog.text
+
+
 def test_without_any_server_turns_wait_and_then_say_why():
     fleet = fleet_of(SGLangPolicy, [SGLangServer()], FleetConfig(startup=0.2, recall=0.05, patience=0.3))
     with pytest.raises(EndpointUnavailable, match=r"none of 1 servers is there.*not ready"):
