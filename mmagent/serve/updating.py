@@ -92,25 +92,18 @@ class Updates:
     def _checked(self, folder: Path, ask: UpdateAsk) -> ChainBuckets | None:
         """The version, of which every bit is right: what is damaged is found while the old weights still serve. None
         where it is what is served."""
-<<<<<<< HEAD
-        versions = Versions(self.root)
-        link = Link.of(folder)
+        versions, link, version = Versions(self.root), Link.of(folder), ask.version
         if link.version != version:
             raise WeightsError(f"{folder.name} holds version {link.version}, not {version}")
         if folder != versions.folder(version):  # which is where it, and what it is told from, are looked for
             raise WeightsError(f"version {version} is read from {versions.folder(version).name}, not {folder.name}")
         if elsewhere := [one.folder.name for one in versions.chain(version) if one.folder.resolve() != one.folder]:
             raise _elsewhere(self.root, elsewhere[0])
-=======
-        link, version = Link.of(folder), ask.version
-        if link.version != version:
-            raise WeightsError(f"{folder.name} holds version {link.version}, not {version}")
         if ask.seal and link.seal != ask.seal:
             raise WeightsError(
                 f"{folder.name} holds other weights than those that are meant: were they written to the folder that "
                 "--updates names here?"
             )
->>>>>>> 1372b8ea3565cdcf8934fdc9a5c2e68f1766f999
         if self.policy.version == version and link.seal == self._seal:
             return None
         held = None

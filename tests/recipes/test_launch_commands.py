@@ -57,7 +57,7 @@ def test_it_resolves(where, module, arguments):
     with argv, redirect_stdout(said), pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     assert stopped.value.code == 0
-    assert re.search("^(seed|output): ", said.getvalue(), re.MULTILINE)
+    assert re.search("^(seed|output|to): ", said.getvalue(), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("recipe", "where"), [(pretrain, "pretrain"), (sft, "sft")])
