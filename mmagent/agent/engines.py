@@ -23,7 +23,7 @@ from mmagent.generation.http_vllm import VLLMPolicy
 from mmagent.generation.token_endpoints import UNKNOWN, TokenPolicy, TokenServerConfig
 from mmagent.generation.updates import Source
 from mmagent.generation.versions import Versions, VersionsConfig
-from mmagent.interop.agent_folder import Agent
+from mmagent.interop.agent_folder import Agent, require_model_folder
 from mmagent.interop.conversion import export_model
 from mmagent.interop.model_source import FORMATS
 
@@ -99,15 +99,18 @@ def open_engines(
 
 
 def _exports(folder: Path, agent: Agent, config: EnginesConfig) -> Callable[[Source], Any]:
-    """Writes the live model, which ranks hold whole, as other servers read it, and keeps the newest ones."""
+    """Writes the live model, which ranks hold whole, as other servers read it, and keeps the newest ones. What is no
+    model is not removed, whatever it is called: a ``ValueError``."""
 
     def publish(source: Source, full: bool) -> str:
         version = source.manifest.version
         path = folder / f"{version:06d}"
         if dist.is_main():
             export_model(path, agent, config.format)
-            ended = sorted(p for p in folder.iterdir() if p.name.isdecimal() and int(p.name) < version)
+            found = [p for p in folder.iterdir() if p.name.isdecimal() and p.name == f"{int(p.name):06d}"]
+            ended = sorted((p for p in found if int(p.name) < version), key=lambda p: int(p.name))
             for old in ended[: -config.versions.keep]:
+                require_model_folder(old)
                 shutil.rmtree(old)
         return str(path.resolve())
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mmagent.agent.engines import EnginesConfig, open_engines
+from mmagent.agent.weight_sync import buckets_of
 from mmagent.chat import ChatConfig
 from mmagent.dist import World
+from mmagent.generation.versions import VersionsConfig
 from mmagent.interop.agent_folder import load_agent, save_agent
 from mmagent.interop.conversion import check
 from mmagent.serve.loading import load
@@ -42,6 +44,21 @@ def test_episodes_run_on_servers_and_every_step_gives_them_an_export(agent, tmp_
     put = load(tmp_path / "put" / "000002", device="cpu", trust_code=True)[0].model.state_dict()
     ended = weights(tmp_path / "run")  # what arithmetic says teaches nothing, so they are still these
     assert all(torch.equal(put[name], tensor) for name, tensor in ended.items())
+
+
+def test_of_the_folder_of_exports_nothing_else_is_removed(agent, tmp_path):
+    """As where it was named like that of a run's checkpoints: folders with numbers for names were taken for exports."""
+    found, world = load_agent(agent), World(0, 1, 0, torch.device("cpu"))
+    kept = [tmp_path / name / "dear.txt" for name in ("00000000", "7", "000001")]
+    for path in kept:
+        path.parent.mkdir()
+        path.write_text("dear")
+    config = EnginesConfig("vllm", ["http://x"], weights=str(tmp_path), versions=VersionsConfig(keep=1))
+    fleet = open_engines(config, found, world, "", routing=False, in_flight="finish")
+    assert fleet.publish(buckets_of(found.model, 8), False) == str(tmp_path / "000008")
+    with pytest.raises(ValueError, match="000001"):
+        fleet.publish(buckets_of(found.model, 9), False)
+    assert all(path.is_file() for path in kept)
 
 
 @pytest.mark.parametrize("engine", ["mmagent", "vllm", "sglang", "ray"])
