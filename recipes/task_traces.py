@@ -27,12 +27,14 @@ from mmagent.files import new_folder
 from mmagent.interop.agent_folder import load_agent
 from mmagent.protocols import Task
 from mmagent.tasks import open_tasks
+from mmagent.train.launch import launch
 from mmagent.trajectories import Item, Status
 from recipes.conversations import answer, conversation
 from recipes.grade_items import recorded
 
 SEARCHED = 100_000
 """Items of a task among which those of rollouts are looked for."""
+NOT_RIGHT = ", not right"
 Asked = tuple[Task, Item, list[str] | None]
 """An item, and what was said; None: the task's own answer."""
 
@@ -60,6 +62,11 @@ class Config:
             raise ConfigError(f"answers must be gold, or own of rollouts that are named, got {self.answers!r}")
         if min(self.per_task, self.each) < 1:
             raise ConfigError("per_task and each must be at least 1")
+
+    def check(self) -> None:
+        """Raises ``ConfigError`` where there is nothing to write."""
+        if not self.tasks:
+            raise ConfigError("tasks: name at least one")
 
 
 def gold(tasks: Sequence[Task], config: Config) -> Iterator[Asked]:
@@ -96,6 +103,7 @@ def played(tasks: Sequence[Task], config: Config) -> Iterator[Asked]:
 
 async def write(config: Config) -> dict[str, int]:
     """The shards, and ``traces.json``: how many conversations of each task were kept, and how many were not."""
+    config.check()
     counts: dict[str, int] = {}
     with new_folder(Path(config.folder)) as beside:
         async with open_tasks(config.tasks, pages=config.pages) as tasks:
@@ -104,7 +112,7 @@ async def write(config: Config) -> dict[str, int]:
                     record = await conversation(
                         task, item, await answer(task, item) if actions is None else actions, config.least
                     )
-                    name = task.name if record else f"{task.name}, not right"
+                    name = task.name if record else f"{task.name}{NOT_RIGHT}"
                     counts[name] = counts.get(name, 0) + 1
                     if record:
                         writer.write(record)
@@ -113,12 +121,19 @@ async def write(config: Config) -> dict[str, int]:
 
 
 def main() -> None:
-    """Write what is not written yet."""
+    """Write what is not written yet, and say what there is."""
     config = parse_cli({"laptop": Config}, __doc__ or "")
-    if not (Path(config.folder) / "traces.json").is_file():
-        for name, count in asyncio.run(write(config)).items():
-            print(f"{name}: {count}")
+    written = Path(config.folder) / "traces.json"
+    if written.is_file():
+        print(f"{written} is there already; another folder, or none there, for others")
+        counts = json.loads(written.read_text(encoding="utf-8"))
+    else:
+        counts = asyncio.run(write(config))
+    for name, count in counts.items():
+        print(f"{name}: {count}")
+    if not any(count for name, count in counts.items() if not name.endswith(NOT_RIGHT)):
+        print(f"no answer was right: {config.folder} holds no conversation")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
