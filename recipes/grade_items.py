@@ -18,6 +18,7 @@ from pathlib import Path
 from mmagent.agent.difficulty import Grades
 from mmagent.agent.store import load_trajectories
 from mmagent.config import ConfigError, parse_cli
+from mmagent.train.launch import launch
 from mmagent.trajectories import Trajectory
 
 
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -21,6 +21,7 @@ from mmagent.files import write_text
 from mmagent.interop.agent_folder import load_agent
 from mmagent.tasks import open_tasks
 from mmagent.tasks.catalogue import needs_browser
+from mmagent.train.launch import launch
 
 
 @dataclass
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mmagent.config import ConfigError
@@ -44,6 +45,17 @@ class ClusterConfig:
             shares = [len(range(n, self.workers, self.learners)) for n in range(self.learners)]
             found = [{kind: learner[kind] + share * worker[kind] for kind in learner} for share in shares]
         return [{kind: count for kind, count in bundle.items() if count} for bundle in found]
+
+    def check(self, there: Mapping[str, float]) -> None:
+        """Raises ``ConfigError`` where all of ``there`` is less than the bundles hold."""
+        for kind in ("CPU", "GPU"):
+            wanted, has = sum(bundle.get(kind, 0.0) for bundle in self.bundles()), there.get(kind, 0.0)
+            if wanted > has:
+                who, key = f"{self.learners} learners and {self.workers} workers", kind.lower()
+                raise ConfigError(
+                    f"ray: {who} want {wanted:g} {kind}s, and this machine has {has:g}: take fewer workers, or less in "
+                    f"ray.worker_{key}s and ray.learner_{key}s"
+                )
 
     def bundle_of(self, worker: int) -> int:
         """The bundle of a worker; a learner's is its number."""

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mmagent.agent.ray_workers import RolloutWorker
 from mmagent.config import ConfigError, parse_cli
+from mmagent.train.launch import launch
 from recipes import rl
 from recipes.ray_config import PRESETS, Config
 
@@ -56,8 +57,12 @@ def train(config: Config) -> None:
     cluster = config.ray
     if not ray.is_initialized():
         ray.init(cluster.address or None, namespace=NAMESPACE, log_to_driver=True)
+        if not cluster.address:  # nobody will add to it
+            cluster.check(ray.cluster_resources())
     group = placement_group(cluster.bundles(), strategy=cluster.strategy)
     try:
+        if not group.wait(0):
+            logger.warning("waiting at most %g s for room for %s", cluster.wait, cluster.bundles())
         if not group.wait(cluster.wait):
             raise ConfigError(f"ray: the cluster has no room for {cluster.bundles()}: {ray.cluster_resources()}")
         names = [f"{config.output}/worker-{n}" for n in range(cluster.workers)]
@@ -120,4 +125,4 @@ def _somebody_died(runs: Sequence[ray.ObjectRef]) -> bool:
 
 
 if __name__ == "__main__":
-    train(parse_cli(PRESETS, __doc__ or ""))
+    launch(lambda: train(parse_cli(PRESETS, __doc__ or "")))

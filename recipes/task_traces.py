@@ -28,6 +28,7 @@ from mmagent.files import new_folder
 from mmagent.interop.agent_folder import load_agent
 from mmagent.protocols import Task
 from mmagent.tasks import open_tasks
+from mmagent.train.launch import launch
 from mmagent.trajectories import Item, Status
 from recipes.conversations import answer, conversation
 from recipes.grade_items import recorded
@@ -35,6 +36,7 @@ from recipes.grade_items import recorded
 ASKED = "asked.json"
 SEARCHED = 100_000
 """Items of a task among which those of rollouts are looked for."""
+NOT_RIGHT = ", not right"
 Asked = tuple[Task, Item, list[str] | None]
 """An item, and what was said; None: the task's own answer."""
 
@@ -98,8 +100,7 @@ def played(tasks: Sequence[Task], config: Config) -> Iterator[Asked]:
 
 def _asked(config: Config) -> str:
     """All that decides what is written."""
-    told = {name: value for name, value in asdict(config).items() if name not in ("folder", "pages")}
-    return json.dumps(told, indent=1) + "\n"
+    return json.dumps({k: v for k, v in asdict(config).items() if k not in ("folder", "pages")}, indent=1) + "\n"
 
 
 def written(config: Config) -> bool:
@@ -114,15 +115,16 @@ def written(config: Config) -> bool:
 
 async def write(config: Config) -> dict[str, int]:
     """The shards, and ``traces.json``: how many conversations of each task were kept, and how many were not."""
+    if not config.tasks:
+        raise ConfigError("tasks: name at least one")
     counts: dict[str, int] = {}
     with new_folder(Path(config.folder)) as beside:
         async with open_tasks(config.tasks, pages=config.pages) as tasks:
             with ShardWriter(beside) as writer:
                 for task, item, actions in (played if config.rollouts else gold)(tasks, config):
-                    record = await conversation(
-                        task, item, await answer(task, item) if actions is None else actions, config.least
-                    )
-                    name = task.name if record else f"{task.name}, not right"
+                    said = await answer(task, item) if actions is None else actions
+                    record = await conversation(task, item, said, config.least)
+                    name = task.name if record else f"{task.name}{NOT_RIGHT}"
                     counts[name] = counts.get(name, 0) + 1
                     if record:
                         writer.write(record)
@@ -132,12 +134,17 @@ async def write(config: Config) -> dict[str, int]:
 
 
 def main() -> None:
-    """Write what is not written yet."""
+    """Write what is not written yet, and say what there is."""
     config = parse_cli({"laptop": Config}, __doc__ or "")
-    if not written(config):
-        for name, count in asyncio.run(write(config)).items():
-            print(f"{name}: {count}")
+    counted = Path(config.folder) / "traces.json"
+    if there := written(config):
+        print(f"{counted} is there already; another folder, or none there, for others")
+    counts = json.loads(counted.read_text(encoding="utf-8")) if there else asyncio.run(write(config))
+    for name, count in counts.items():
+        print(f"{name}: {count}")
+    if not any(count for name, count in counts.items() if not name.endswith(NOT_RIGHT)):
+        print(f"no answer was right: {config.folder} holds no conversation")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

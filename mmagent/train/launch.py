@@ -32,16 +32,17 @@ OURS = ("__main__", "mmagent", "data_pipelines", "evals", "recipes")
 def launch(main: Callable[[], T]) -> T:
     """Run ``main`` and return what it returns.
 
-    An error of setting up that is meant for the user (a missing file, a ``raise ValueError`` of ours) ends the process
-    with status 1 and ``error: ...`` on stderr. Where all ranks ran into it rank 0 alone says it, unless it comes to it
-    later than the others wait (:func:`mmagent.dist.said_by_main`). Once its work has begun
-    (:data:`mmagent.train.step.begun`), and for errors of libraries and of other kinds, the traceback is shown.
+    An error of setting up that is meant for the user (a missing file, a ``raise ValueError`` of ours, or of a
+    ``ConnectionError``, as for a server that is not there) ends the process with status 1 and ``error: ...`` on stderr.
+    Where all ranks ran into it rank 0 alone says it, unless it comes to it later than the others wait
+    (:func:`mmagent.dist.said_by_main`). Once its work has begun (:data:`mmagent.train.step.begun`), and for errors of
+    libraries and of other kinds, the traceback is shown.
     """
     global launched
     launched = time.time()
     try:
         return main()
-    except (ValueError, *ASKED_FOR, BrowserMissing) as error:
+    except (ValueError, ConnectionError, *ASKED_FOR, BrowserMissing) as error:
         if begun.is_set() or os.environ.get(TRACEBACK) or not _is_for_users(error):
             raise
         named = isinstance(error, tuple(ASKED_FOR))

@@ -149,6 +149,14 @@ def test_bundles_of_a_placement():
     assert [cluster.bundle_of(n) for n in range(3)] == [0, 1, 0]
 
 
+def test_a_machine_that_is_too_small_is_told_at_once():
+    ClusterConfig(workers=1).check({"CPU": 2.0})
+    with pytest.raises(ConfigError, match="1 learners and 2 workers want 3 CPUs, and this machine has 2: take"):
+        ClusterConfig(workers=2).check({"CPU": 2.0, "memory": 1e9})
+    with pytest.raises(ConfigError, match=r"want 1\.5 GPUs, and this machine has 0: .* ray\.worker_gpus"):
+        ClusterConfig(worker_gpus=0.5, learner_gpus=1.0).check({"CPU": 2.0})
+
+
 @pytest.mark.parametrize("wrong", [{"workers": 0}, {"placement": "beside"}, {"restarts": -1}])
 def test_clusters_that_cannot_be(wrong):
     with pytest.raises(ConfigError, match=r"ray"):

@@ -19,7 +19,7 @@ from mmagent.models import presets
 from mmagent.records import Record, from_sample
 from mmagent.tasks import open_tasks
 from mmagent.trajectories import Status, Trajectory
-from recipes.task_traces import Config, write, written
+from recipes.task_traces import Config, main, write, written
 from tests.agent_kit import GEOMETRY, tiny_vocab
 
 COUNT, FUNCTIONS = "worlds/counting/objects/level-0", "functions/level-0"
@@ -83,6 +83,18 @@ def test_of_rollouts_right_answers_are_kept_and_played_again(tmp_path):
     with pytest.raises(ConfigError, match="no item of seed 4"):
         asyncio.run(write(replace(config, seed=4, folder=str(tmp_path / "none"))))
     assert not (tmp_path / "none").exists()
+
+
+def test_what_was_written_is_said_and_not_written_again(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "gold"
+    monkeypatch.setattr("sys.argv", ["task_traces", f"folder={folder}", f"tasks=[{COUNT}]", "per_task=1"])
+    main()
+    assert capsys.readouterr().out == f"{COUNT}: 1\n"
+    main()
+    assert capsys.readouterr().out.startswith(f"{folder}/traces.json is there already; ")
+    (folder / "traces.json").write_text(json.dumps({f"{COUNT}, not right": 2}))
+    main()
+    assert f"no answer was right: {folder} holds no conversation\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
