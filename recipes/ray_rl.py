@@ -25,6 +25,8 @@ from recipes.ray_config import PRESETS, Config
 
 logger = logging.getLogger(__name__)
 NAMESPACE = "mmagent"
+TOLD_AFTER = 10.0
+"""Seconds without room after which it is told what is waited for."""
 
 
 class Learner:
@@ -56,7 +58,7 @@ def train(config: Config) -> None:
             cluster.check(ray.cluster_resources())
     group = placement_group(cluster.bundles(), strategy=cluster.strategy)
     try:
-        if not group.wait(0):
+        if not group.wait(min(TOLD_AFTER, cluster.wait)):
             logger.warning("waiting at most %g s for room for %s", cluster.wait, cluster.bundles())
         if not group.wait(cluster.wait):
             raise ConfigError(f"ray: the cluster has no room for {cluster.bundles()}: {ray.cluster_resources()}")
