@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "mmagent"
 NOTICE = 15.0
 """Seconds within which Ray notices that a process is gone. A collective of the others often fails before."""
+TOLD_AFTER = 10.0
+"""Seconds without room after which it is told what is waited for."""
 
 
 class Learner:
@@ -61,7 +63,7 @@ def train(config: Config) -> None:
             cluster.check(ray.cluster_resources())
     group = placement_group(cluster.bundles(), strategy=cluster.strategy)
     try:
-        if not group.wait(0):
+        if not group.wait(min(TOLD_AFTER, cluster.wait)):
             logger.warning("waiting at most %g s for room for %s", cluster.wait, cluster.bundles())
         if not group.wait(cluster.wait):
             raise ConfigError(f"ray: the cluster has no room for {cluster.bundles()}: {ray.cluster_resources()}")
