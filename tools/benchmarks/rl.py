@@ -183,7 +183,7 @@ async def _play(sizes: Sizes, stream: StreamConfig) -> Measured:
     model.freeze(["encoder", "mtp"])
     points = Points(PointsConfig(reward="tools.benchmarks.rl:by_lot"))
     actor = Actor(model, vocab, GeneratorConfig(), stream, points)
-    objective = PolicyGradient(model, PolicyGradientConfig(), actor.generator.barred)
+    objective = PolicyGradient(model, PolicyGradientConfig(), vocab.barred(model.config.vocab_size))
     optimizer = build_optimizer(objective, OptimConfig(lr=1e-6, weight_decay=0.0))
     engine = build_engine(objective, optimizer, EngineConfig(parallel="none"), world)
     codec = Codec(vocab, GeometryConfig(min_tokens=4, max_tokens=256))
@@ -257,7 +257,7 @@ def packs(sizes: Sizes) -> Iterator[Row]:
         codec = Codec(vocab, GeometryConfig(min_tokens=4, max_tokens=256))
         rollout = RolloutConfig(sizes.group, TURNS, sizes.tokens)
         config = CollectorConfig(2 * sizes.prompts, rollout=rollout)
-        objective = PolicyGradient(model, PolicyGradientConfig(), actor.generator.barred)
+        objective = PolicyGradient(model, PolicyGradientConfig(), vocab.barred(model.config.vocab_size))
         async with _waiting() as tasks, actor:
             with tempfile.TemporaryDirectory() as folder:
                 got = await actor.collects(tasks, codec, config, world, 1, folder).collect()
