@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 
 from mmagent.records import decode_image
+from mmagent.tasks.published import HUB, is_saved, splits_of
 
 SETS = ("screenspot", "screenspot_v2", "screenspot_pro", "osworld_g")
-HUB = "datasets:"
-"""Before the id of a dataset on the hub, which `datasets` then fetches or finds in its cache."""
 PLATFORMS = ("desktop", "mobile", "web")
 SLACK = 1.5
 """Pixels that published boxes may stand over the edge of their image."""
@@ -134,16 +133,12 @@ def load_set(name: str, where: str | Path) -> list[ScreenTarget]:
         raise ValueError(f"screen set {name!r} is none of {', '.join(SETS)}")
     text = str(where)
     if text.startswith(HUB):
-        from datasets import load_dataset
-
-        return _of_dataset(name, load_dataset(text.removeprefix(HUB)), text)
+        return _of_dataset(name, splits_of(text), text)
     path = Path(where)
     if not path.exists():
         raise ValueError(f"{name}: {path} is missing")
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        from datasets import load_from_disk
-
-        return _of_dataset(name, load_from_disk(path), text)
+    if is_saved(path):
+        return _of_dataset(name, splits_of(str(path)), text)
     files = [path] if path.is_file() else list(_files(name, path))
     if not files:
         raise ValueError(f"{name}: {path} holds no {' or '.join(_patterns(name))}")
@@ -204,17 +199,16 @@ def _reader(path: Path) -> Callable[[], np.ndarray]:
     return read
 
 
-def _of_dataset(name: str, found: Any, where: str) -> list[ScreenTarget]:
+def _of_dataset(name: str, splits: Mapping[str, Any], where: str) -> list[ScreenTarget]:
     """Rows of all splits of what `datasets` gave."""
-    splits = found.items() if isinstance(found, Mapping) else [("", found)]
     shares = name in ("screenspot", "screenspot_v2")
     targets = []
-    for split, rows in splits:
+    for split, rows in splits.items():
         if "image" not in rows.column_names:
             raise ValueError(f"{name}: {where} has no column 'image', but {', '.join(rows.column_names)}")
         for number, row in enumerate(rows.remove_columns("image")):
             read = _row_reader(rows, number)
-            targets.append(_target(name, row, f"{split or 'row'} {number}", read, "", shares=shares))
+            targets.append(_target(name, row, f"{split} {number}", read, "", shares=shares))
     return _checked(name, targets, where)
 
 

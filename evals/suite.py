@@ -171,8 +171,8 @@ def _strided(tasks: Sequence[Task]) -> list[Task]:
 
 
 def choose_tasks(suite: Suite, wanted: Sequence[str]) -> Suite:
-    """The suite with only the ``wanted`` tasks, given by full name or by its end after a slash; in the suite's order, so
-    that it is one run in whatever order they are named.
+    """The suite with only the ``wanted`` tasks, given by full name or by its end after a slash; in the suite's order,
+    so that it is one run in whatever order they are named.
 
     Raises ``ValueError`` naming what is not there, and what more than one task ends with.
     """

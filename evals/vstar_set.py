@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 
 from mmagent.records import decode_image
+from mmagent.tasks.published import HUB, is_saved, splits_of
 
 FILE = "test_questions.jsonl"
-HUB = "datasets:"
-"""Before the id of a dataset on the hub."""
 LONGEST = 2000
 """Characters of an answer that are read."""
 _OPTION = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*(\S[^\n]*)$", re.MULTILINE)
@@ -63,12 +62,9 @@ def load_vstar(where: str | Path) -> list[Question]:
     """The questions in ``where``: a folder as published or as `datasets` saved it, or ``datasets:ID``. Raises
     ``ValueError`` naming what is missing or wrong."""
     text, path = str(where), Path(where).expanduser()
-    if text.startswith(HUB) or (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        from datasets import load_dataset, load_from_disk
-
-        found = load_dataset(text.removeprefix(HUB)) if text.startswith(HUB) else load_from_disk(path)
-        splits = found.items() if isinstance(found, Mapping) else [("row", found)]
-        questions = [question for split, rows in splits for question in _of_rows(rows, split, text)]
+    if text.startswith(HUB) or is_saved(path):
+        splits = splits_of(text if text.startswith(HUB) else str(path))
+        questions = [question for split, rows in splits.items() for question in _of_rows(rows, split, text)]
     else:
         file = path / FILE if path.is_dir() else path
         if not file.is_file():

@@ -245,9 +245,7 @@ def _task_table(run: Run, summary: Summary) -> Markup:
     for task, members in sorted(by_task.items()):
         parts = summarise(members).parts
         judged = sum(row.value is not None for row in members)
-        items = len(
-            {row.item for row in members if row.value is not None}
-        )  # as everywhere else: one however often tried
+        items = len({row.item for row in members if row.value is not None})  # one is one, however often it was tried
         cells = {"task": task, "score": summary.by_task.get(task), "items": items, "errors": len(members) - judged}
         rows.append(cells | {name: parts.get(name, 0.0) if judged else None for name in extra})
     totals = {"task": "mean over tasks", "score": summary.score, "items": summary.score.n, "errors": summary.errors}

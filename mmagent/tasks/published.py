@@ -16,9 +16,19 @@ def is_saved(folder: Path) -> bool:
 
 
 def rows_of(source: str) -> Any:
-    """The rows of a set that was saved in folder ``source``, or of the one that the hub has by that name, with
-    ``datasets:`` before it or without: of the split "test" where there is one, else of the only one. Raises
+    """The rows of a set (see :func:`splits_of`): of the split "test" where there is one, else of the only one. Raises
     ``ValueError`` where there is no such set, and where several splits may be meant."""
+    found = splits_of(source)
+    if "test" not in found and len(found) != 1:
+        name = source.removeprefix(HUB)
+        raise ValueError(f"{name}: which of its splits is judged, {', '.join(found)}? save that one alone")
+    return found["test"] if "test" in found else next(iter(found.values()))
+
+
+def splits_of(source: str) -> Mapping[str, Any]:
+    """The rows of every split of a set that was saved in folder ``source``, or of the one that the hub has by that
+    name, with ``datasets:`` before it or without; a set without splits is one that is called "row". Raises
+    ``ValueError`` where there is no such set."""
     name = source.removeprefix(HUB)
     try:
         import datasets
@@ -31,8 +41,4 @@ def rows_of(source: str) -> Any:
             found = datasets.load_dataset(name)
         except (FileNotFoundError, ConnectionError) as error:
             raise ValueError(f"{name}: neither a folder nor a dataset within reach: {error}") from error
-    if not isinstance(found, Mapping):
-        return found
-    if "test" not in found and len(found) != 1:
-        raise ValueError(f"{name}: which of its splits is judged, {', '.join(found)}? save that one alone")
-    return found["test"] if "test" in found else next(iter(found.values()))
+    return found if isinstance(found, Mapping) else {"row": found}

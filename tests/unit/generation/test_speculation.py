@@ -172,12 +172,12 @@ def test_who_is_pushed_out_goes_on_with_the_same_tokens(temperature, monkeypatch
     """Drafts, verdicts and draws are numbered by their place, so a step back changes none of them."""
     monkeypatch.setitem(generator_module.BLOCK_TOKENS, "cpu", 4)
     model = model_with(MTPConfig(depths=2))
-    limits = [Limits(40, temperature, seed=n) for n in range(4)]
+    limits = [Limits(43, temperature, seed=n) for n in range(4)]
     settings = {"speculate": 3, "speculate_least": 0.2}
     plenty = ask(model, limits, **settings)
-    tight = Generator(model, tiny_vocab(), GeneratorConfig(cache_tokens=156, prefill_tokens=16, **settings))
+    tight = Generator(model, tiny_vocab(), GeneratorConfig(cache_tokens=160, prefill_tokens=16, **settings))
     done = tight.generate(list(zip(prompts(), limits, strict=True)))
-    assert tight.counts["preempted"] >= 1
+    assert tight.counts["preempted"] > 1
     assert [c.ids for c in done] == [c.ids for c in plenty]
     tight.pool.check([])
 
