@@ -43,15 +43,14 @@ class Plan:
     size: Size
     processes: int
 
-    def traces(self, name: str, tasks: tuple[str, ...], *told: str) -> Stage:
-        folder = self.root / "traces" / name
+    def traces(self, name: str, tasks: tuple[str, ...], *told: str, mix: str = "") -> Stage:
+        folder = self.root / "traces" / (mix or name) / name  # fine-tuning reads all sources of its mix, and no other
         arguments = ("recipes.task_traces", f"folder={folder}", _listed(tasks), "pages=4", *told)
         return Stage(f"traces-{name}", "right answers", arguments, folder, file("traces.json"), 60, 0)
 
-    def sft(self, name: str, init: Path, sources: tuple[str, ...], steps: int, seed: int, *told: str) -> Stage:
+    def sft(self, name: str, init: Path, mix: str, steps: int, seed: int, *told: str) -> Stage:
         output = self.root / name
-        mix = tuple(f"data.sources.{source}.weight=1" for source in sources)
-        arguments = ("recipes.sft", *self.size.sft, f"init={init}", f"data.folder={self.root / 'traces'}", *mix)
+        arguments = ("recipes.sft", *self.size.sft, f"init={init}", f"data.folder={self.root / 'traces' / mix}")
         arguments += (f"phases.0.steps={steps}", f"seed={seed}", f"data.seed={seed}", f"output={output}", *told)
         return Stage(name, "fine-tune on right answers", arguments, output, _agent, 4 * steps, self.processes)
 
@@ -74,26 +73,25 @@ def plan(part: str, p: Plan, seeds: int) -> list[Stage]:
     stages = []
     if part in ("joint", "narrow", "experts"):
         stages.append(p.traces("base", (*joint, *IN_PAGES.values()), f"per_task={each}", "seed=1000"))
-        stages.append(p.sft("base", p.agent, ("base",), p.size.base, 0))
+        stages.append(p.sft("base", p.agent, "base", p.size.base, 0))
         stages.append(p.judge("base", joint))
     for seed in range(seeds):
         if part == "joint":
             stages.append(p.traces(f"all-{seed}", joint, f"per_task={-(-p.size.asked // len(joint))}", f"seed={seed}"))
             stages.append(p.rl(f"joint-rl-{seed}", base, joint, seed))
-            stages.append(p.sft(f"joint-sft-{seed}", base, (f"all-{seed}",), p.size.fitted, seed, *RATE))
+            stages.append(p.sft(f"joint-sft-{seed}", base, f"all-{seed}", p.size.fitted, seed, *RATE))
             stages += [p.judge(f"joint-{how}-{seed}", joint) for how in ("rl", "sft")]
         for category in NARROW if part in ("narrow", "experts") else ():
             one, name = (JOINT[category],), f"{category}-{seed}"
             stages.append(p.rl(f"only-rl-{name}", base, one, seed))
             if part == "narrow":
                 stages.append(p.traces(name, one, f"per_task={p.size.asked}", f"seed={seed}"))
-                stages.append(p.sft(f"only-sft-{name}", base, (name,), p.size.fitted, seed, *RATE))
+                stages.append(p.sft(f"only-sft-{name}", base, name, p.size.fitted, seed, *RATE))
                 stages += [p.judge(f"only-{how}-{name}", joint) for how in ("rl", "sft")]
             else:
                 stages += _own_answers(p, category, one, seed)
         if part == "experts":
-            sources = tuple(f"own-{category}-{seed}" for category in NARROW)
-            stages.append(p.sft(f"experts-{seed}", base, sources, p.size.fitted, seed, *RATE))
+            stages.append(p.sft(f"experts-{seed}", base, f"own-{seed}", p.size.fitted, seed, *RATE))
             stages.append(p.judge(f"experts-{seed}", joint))
         if part == "visual":
             for arm, told in VISUAL.arms.items():
@@ -113,7 +111,7 @@ def _own_answers(p: Plan, category: str, one: tuple[str, ...], seed: int) -> lis
     rollouts, other = p.root / f"play-{name}" / "recorded", seed + 500
     told = ("train=false", f"collector.record={rollouts}", f"steps={max(p.size.steps // 3, 1)}")
     how = (f"rollouts={rollouts}", "answers=own", f"agent={expert}", f"seed={other}", "each=2")
-    return [p.rl(f"play-{name}", expert, one, other, *told), p.traces(name, one, *how)]
+    return [p.rl(f"play-{name}", expert, one, other, *told), p.traces(name, one, *how, mix=f"own-{seed}")]
 
 
 def _listed(tasks: tuple[str, ...]) -> str:

@@ -62,6 +62,21 @@ def test_arms_of_a_seed_differ_in_what_is_compared_alone():
     assert replace(rvpo.collector, rewards=absolute.collector.rewards) == absolute.collector
 
 
+def test_fine_tuning_reads_its_own_answers_and_no_other():
+    """A recipe mixes all sources of its folder, of other seeds and of other parts as well, if they lie there."""
+    for part, mixes in {
+        "joint": {"base": ["base"], "joint-sft-1": ["all-1"]},
+        "narrow": {"base": ["base"], "only-sft-counting-1": ["counting-1"]},
+        "experts": {"base": ["base"], "experts-1": ["own-counting-1", "own-spatial-relation-1"]},
+    }.items():
+        found = {name: config for each in (part, "joint") for name, config in configs(each).items()}
+        folders = [Path(config.folder) for name, config in found.items() if name.startswith("traces-")]
+        for name, mix in mixes.items():
+            root = Path(found[name].data.folder)
+            assert sorted(folder.name for folder in folders if root == folder.parent) == mix
+            assert not found[name].data.sources
+
+
 def test_interference_by_hand():
     before = {"a": [1.0, 0.0], "b": [0.5, 0.5], "c": [1.0, 1.0], "d": [0.0, 0.0]}
     after = {"a": [0.5, 0.0], "b": [0.5, 0.5], "c": [1.0, 0.0], "d": [1.0, 1.0]}
