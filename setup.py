@@ -45,6 +45,7 @@ setup(
         "datasets": ["datasets>=4.0,<6"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
         "evals": ["beautifulsoup4>=4.13,<5"],  # Design2Code reads pages as its authors do
+        "clip": ["beautifulsoup4>=4.13,<5", "opencv-python-headless>=4.11,<6"],  # its fifth score, which inpaints text
         "ingest": ["datasets>=4.0,<6", "pyarrow>=20", "pypdfium2>=5,<6", "av>=15"],  # parquet, PDF pages and videos
         "quality": ["py3langid>=0.4,<0.5"],  # tells languages; its model comes with it (4.5 MB)
         "wandb": ["wandb>=0.20"],
@@ -57,6 +58,7 @@ setup(
         ],
         "dev": [
             "beautifulsoup4>=4.13,<5",
+            "opencv-python-headless>=4.11,<6",
             "py3langid>=0.4,<0.5",
             "datasets>=4.0,<6",
             "pyarrow>=20",

@@ -134,6 +134,9 @@ def _run_parser() -> argparse.ArgumentParser:
         "--data", action="append", default=[], metavar="[SUITE=]WHERE",
         help="published data of a suite: a folder, datasets:ID, or what `list` says; without, a split made on the spot",
     )  # fmt: skip
+    how.add_argument(
+        "--clip", metavar="DIR", help="CLIP ViT-B/32 in transformers' form: design2code's fifth score as published"
+    )
     how.add_argument("--max-tokens", type=int, metavar="N", help="a turn's tokens, instead of the suite's own; pinned")
     how.add_argument("--temperature", type=float, metavar="T", help="instead of the suite's own; pinned")
     how.add_argument("--concurrency", type=int, metavar="N", help="items at once (default 32, 8 for an endpoint)")
@@ -144,15 +147,16 @@ def _run_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _built(name: str, where: str = "") -> Suite:
+def _built(name: str, where: str = "", clip: str = "") -> Suite:
     if name not in SUITES:
         near = difflib.get_close_matches(name, SUITES, n=1)
         raise ValueError(f"no suite {name!r}; " + (f"did you mean {near[0]}?" if near else f"see: {', '.join(SUITES)}"))
-    return SUITES[name](where) if where else SUITES[name]()
+    return SUITES[name](*[where] * bool(where), **{"clip": clip} if clip else {})
 
 
 def _suite(name: str, args: argparse.Namespace) -> Suite:
-    suite = _built(name, _data(args).get(name, "") if name in SUITES else "")
+    clip = args.clip if args.clip and name == "design2code" else ""
+    suite = _built(name, _data(args).get(name, "") if name in SUITES else "", clip)
     if not suite.tasks:
         raise ValueError(f"suite {name} has no tasks without data. {suite.summary}")
     if args.tasks:
@@ -163,7 +167,10 @@ def _suite(name: str, args: argparse.Namespace) -> Suite:
 
 
 def _data(args: argparse.Namespace) -> dict[str, str]:
-    """``{suite: where its data are}``. Raises ``ValueError`` for data that no suite of the command reads."""
+    """``{suite: where its data are}``. Raises ``ValueError`` for data, and for a CLIP, that no suite of the command
+    reads."""
+    if args.clip and "design2code" not in args.suites:
+        raise ValueError(f"--clip {args.clip}: only design2code looks at pages with it")
     readers = {name for name in args.suites if name in WITH_DATA}
     found = {}
     for text in args.data:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -44,6 +44,9 @@ from mmagent.tasks.svg_code import SIDE, GeneratedDrawings, PublishedDrawings, S
 from mmagent.tasks.ui_repair import REQUESTS, UiRepairTask
 from mmagent.trajectories import Item
 
+if TYPE_CHECKING:
+    from mmagent.tasks.clip_likeness import ClipLikeness
+
 T = TypeVar("T")
 PAGES = 8
 """Small pages open at a time."""
@@ -53,17 +56,26 @@ WINDOWS = 4
 _MARKS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
-def design2code(data: str | Path | None = None, per_task: int = 100, seed: int = 0) -> Suite:
+def design2code(
+    data: str | Path | None = None, per_task: int = 100, seed: int = 0, clip: str | Path | None = None
+) -> Suite:
     """Design2Code on its own pages (``data``: :class:`~mmagent.tasks.design2code.PublishedDesigns`; all of them), or on
-    ``per_task`` generated ones."""
+    ``per_task`` generated ones; with ``clip``, a folder of CLIP's weights, its five scores are the published ones."""
     published = PublishedDesigns(data) if data is not None else None
+    looks = _clip(clip) if clip is not None else None
+    fifth = (
+        "of a perceptual score (mmagent.tasks.visual at 320 pixels width) in place of CLIP's"
+        if looks is None
+        else f"of CLIP's likeness, as published, by weights {looks.name}"
+    )
 
     @contextlib.asynccontextmanager
     async def opened(names: Sequence[str]) -> AsyncIterator[list[Design2CodeTask]]:
         async with BrowserPool(pages_per_process=WINDOWS, recycle=500) as pool:
             screens = Screens(pool, *SIZE, WINDOWS, scripts=False)
             try:
-                yield [Design2CodeTask(screens, published or GeneratedDesigns(screens), name) for name in names]
+                designs = published or GeneratedDesigns(screens)
+                yield [Design2CodeTask(screens, designs, name, looks) for name in names]
             finally:
                 await screens.close()
 
@@ -72,9 +84,8 @@ def design2code(data: str | Path | None = None, per_task: int = 100, seed: int =
         version=1,
         summary="Write the HTML of a whole web page from its screenshot (Si et al. 2024).",
         prompt=f"the screenshot, then {REQUEST!r}",
-        judge="mean of Design2Code's block match, text, position and colour, as published, and of a perceptual score "
-        "(mmagent.tasks.visual at 320 pixels width) in place of CLIP's; whole pages in a window of 1280 x 720, no "
-        "scripts, no network; answers cleaned as published, those beyond bounds 0",
+        judge=f"mean of Design2Code's block match, text, position and colour, as published, and {fifth}; whole pages "
+        "in a window of 1280 x 720, no scripts, no network; answers cleaned as published, those beyond bounds 0",
         tasks=("design2code",),
         open=opened,
         per_task=len(published) if published is not None else per_task,
@@ -83,6 +94,12 @@ def design2code(data: str | Path | None = None, per_task: int = 100, seed: int =
         exhibit=_design,
         data=_named(data, published, lambda item: published.design(item).html if published else ""),
     )
+
+
+def _clip(folder: str | Path) -> ClipLikeness:
+    from mmagent.tasks.clip_likeness import ClipLikeness  # torch models are not needed without
+
+    return ClipLikeness(folder)
 
 
 def chart_to_code(data: str | Path | None = None, per_task: int = 100, seed: int = 0) -> Suite:

@@ -2,9 +2,9 @@
 
 The value is the mean of five: ``block``, ``text``, ``position`` and ``color`` as published
 (:mod:`mmagent.tasks.page_blocks`, :mod:`mmagent.tasks.block_match`), and ``visual``
-(:mod:`mmagent.tasks.visual`), which needs no download, where the published mean has the cosine of CLIP's ViT-B/32 after
-the text has been painted over. Values are therefore near published ones, and not the same. Pages are drawn as there, at
-1280 x 720 with the whole document in the picture, but without scripts and without network.
+(:mod:`mmagent.tasks.visual`), which needs no download; values are therefore near published ones, and not the same. With
+CLIP's weights at hand (:mod:`mmagent.tasks.clip_likeness`) ``clip`` takes its place, as published. Pages are drawn as
+there, at 1280 x 720 with the whole document in the picture, but without scripts and without network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,11 @@ from mmagent.tasks.rendered import PageScenes
 from mmagent.tasks.screenshot_to_html import HtmlEnvironment
 from mmagent.tasks.visual import visual_similarity
 from mmagent.trajectories import Item, Observation, Score, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmagent.tasks.clip_likeness import ClipLikeness
 
 logger = logging.getLogger(__name__)
 SIZE = (1280, 720)
@@ -276,15 +281,22 @@ class Judged:
 
 class Design2CodeTask:
     """Pages of ``designs``, asked for with the benchmark's words. A page that cannot be shown, read or compared within
-    bounds scores 0: its author's fault, as the reference was."""
+    bounds scores 0: its author's fault, as the reference was. With ``clip`` the five scores are the published ones."""
 
     category = "ui-to-code"
 
-    def __init__(self, screens: Screens, designs: GeneratedDesigns | PublishedDesigns, name: str = "design2code"):
-        self.name, self.designs = name, designs
+    def __init__(
+        self,
+        screens: Screens,
+        designs: GeneratedDesigns | PublishedDesigns,
+        name: str = "design2code",
+        clip: ClipLikeness | None = None,
+    ):
+        self.name, self.designs, self.clip = name, designs, clip
         self.reader = PageReader(screens, designs.placeholder)
         self._known = Remembered[str, Looked](REMEMBERED)
         self._judged = Remembered[tuple[str, str], Judged](REMEMBERED)
+        self._embedded = Remembered[str, "torch.Tensor"](REMEMBERED)
 
     def items(self, split: str, seed: int) -> Iterator[Item]:
         return self.designs.items(self.name, split, seed)
@@ -334,8 +346,18 @@ class Design2CodeTask:
             scores = await asyncio.to_thread(compare_blocks, seen.blocks, reference.blocks)
         except TooMuchWork:
             return Judged(Score(0.0, {"too_large": 1.0}), seen)
-        parts = {**scores.parts(), "visual": await asyncio.to_thread(likeness, reference.image, seen.image)}
-        return Judged(Score(sum(parts.values()) / len(parts), parts), seen, scores)
+        if self.clip is None:
+            looks = {"visual": await asyncio.to_thread(likeness, reference.image, seen.image)}
+        else:
+            right = await self._embedded.get(item.key, lambda: self._embed(reference))
+            looks = {"clip": float(await self._embed(seen) @ right)}
+        parts = {**scores.parts(), **looks}
+        value = max(sum(parts.values()) / len(parts), 0.0)  # a cosine may be less
+        return Judged(Score(value, parts), seen, scores)
+
+    async def _embed(self, page: Looked) -> torch.Tensor:
+        assert self.clip is not None
+        return await asyncio.to_thread(self.clip.embed, page.image, [block.box for block in page.blocks])
 
 
 class Design2CodeEnvironment(HtmlEnvironment):
