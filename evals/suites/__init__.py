@@ -12,11 +12,11 @@ from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.osworld import osworld
 from evals.suites.pages import page_grounding, screenshot_to_html
+from evals.suites.questions import question_suites
 from evals.suites.screens import screen_suites
 from evals.suites.search import crop_search, small_search
 from evals.suites.sites import sites
 from evals.suites.tasks import tasks
-from evals.suites.vstar import vstar
 from evals.suites.worlds import worlds
 
 SUITES: dict[str, Callable[..., Suite]] = {
@@ -36,13 +36,13 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "small_search": small_search,
     "crop_search": crop_search,
     "tasks": tasks,
-    "vstar": vstar,
     "worlds": worlds,
     **screen_suites(),
+    **question_suites(),
 }
 FOREIGN = frozenset({"androidworld", "browsergym", "osworld"})
 """Suites that drive environments of other houses: they have tasks only where ``--data`` says where those are."""
 WITH_DATA = frozenset(
-    {"chart_to_code", "design2code", "function_calls", "svg_code", "vstar", *screen_suites(), *FOREIGN}
+    {"chart_to_code", "design2code", "function_calls", "svg_code", *screen_suites(), *question_suites(), *FOREIGN}
 )
 """Suites whose builder takes where published data are."""

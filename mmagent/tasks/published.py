@@ -26,19 +26,23 @@ def rows_of(source: str) -> Any:
 
 
 def splits_of(source: str) -> Mapping[str, Any]:
-    """The rows of every split of a set that was saved in folder ``source``, or of the one that the hub has by that
-    name, with ``datasets:`` before it or without; a set without splits is one that is called "row". Raises
-    ``ValueError`` where there is no such set."""
-    name = source.removeprefix(HUB)
+    """The rows of every split of a set that was saved in folder ``source``, or of the one that the hub (or a clone of
+    it, a folder) has by that name, with ``datasets:`` before it or without and its configuration behind an ``@``; a set
+    without splits is one that is called "row". Raises ``ValueError`` where there is no such set."""
+    name, config = source.removeprefix(HUB), ""
+    if not Path(name).is_dir():  # whose name may hold anything
+        name, _, config = name.partition("@")
     try:
         import datasets
     except ImportError as error:
         raise ValueError(f"{name}: no folder, and to load datasets wants pip install -e '.[datasets]'") from error
-    if Path(name).is_dir():
+    if is_saved(Path(name)):
         found = datasets.load_from_disk(name)
     else:
         try:
-            found = datasets.load_dataset(name)
+            found = datasets.load_dataset(name, config or None)
         except (FileNotFoundError, ConnectionError) as error:
             raise ValueError(f"{name}: neither a folder nor a dataset within reach: {error}") from error
+        except ValueError as error:  # more than one configuration, or none of that name
+            raise ValueError(f"{name}: {error}; one is named as {HUB}{name}@CONFIG") from error
     return found if isinstance(found, Mapping) else {"row": found}

@@ -10,11 +10,14 @@ from PIL import Image
 
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
+from evals.judges import LONGEST, chosen
+from evals.published_sets import VSTAR
+from evals.question_sets import load_questions
 from evals.runner import Options, evaluate_now
 from evals.store import read_run
-from evals.suites.vstar import make_vstar, vstar
+from evals.suites import SUITES
+from evals.suites.made_questions import make_vstar
 from evals.summary import summarise
-from evals.vstar_set import LONGEST, load_vstar
 
 ROW = {  # as in craigwu/vstar_bench
     "image": "direct_attributes/sa_4690.jpg",
@@ -47,11 +50,11 @@ def folder(tmp_path):
 
 
 def test_a_folder_as_published(folder, tmp_path):
-    questions = load_vstar(folder)
+    questions = load_questions(VSTAR, folder)
     assert [q.key for q in questions] == ["direct_attributes-0", "relative_position-115"]
     assert questions[0].options == {"A": "rubber", "B": "cotton", "C": "kevlar", "D": "leather"}
-    assert questions[0].load().shape == (150, 225, 3)
-    suite = vstar(folder)
+    assert questions[0].load().images[0].shape == (150, 225, 3)
+    suite = SUITES["vstar"](folder)
     assert suite.data.startswith("2 questions, ")
     run = evaluate_now(suite, BaselineAgent("gold"), tmp_path / "gold", OPTIONS)
     assert summarise(run.rows).score.mean == 1.0
@@ -64,13 +67,13 @@ def test_a_hub_copy_holds_its_pictures(folder, tmp_path):
     rows = [{**row, "image": str(folder / row["image"])} for row in (ROW, SIDES)]
     texts = datasets.Dataset.from_list(rows)
     texts.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
-    assert [(q.key, q.label, q.load().shape) for q in load_vstar(tmp_path / "saved")] == [
+    assert [(q.key, q.answers[0], q.load().images[0].shape) for q in load_questions(VSTAR, tmp_path / "saved")] == [
         ("direct_attributes-0", "A", (150, 225, 3)),
         ("relative_position-115", "B", (150, 225, 3)),
     ]
     texts.save_to_disk(tmp_path / "paths")
     with pytest.raises(ValueError, match="holds no pictures; give the folder of a clone"):
-        load_vstar(tmp_path / "paths")
+        load_questions(VSTAR, tmp_path / "paths")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_a_hub_copy_holds_its_pictures(folder, tmp_path):
     ],
 )  # fmt: skip
 def test_answers_that_name_an_option(folder, answer, letter):
-    assert load_vstar(folder)[0].chosen(answer) == letter
+    assert chosen(load_questions(VSTAR, folder)[0].options, answer) == letter
 
 
 @pytest.mark.parametrize(
@@ -90,15 +93,15 @@ def test_answers_that_name_an_option(folder, answer, letter):
     ["", "E", "(A) cotton", "A or B", "A glove of rubber", "It is made of rubber, I think", "AB", "A" * (LONGEST + 1)],
 )
 def test_answers_that_name_none(folder, tmp_path, answer):
-    question = load_vstar(folder)[0]
+    question = load_questions(VSTAR, folder)[0]
     with pytest.raises(ValueError, match=r"names none of the options A, B, C, D|at most 2000 are read"):
-        question.chosen(answer)
+        chosen(question.options, answer)
 
 
 def test_sentences_may_be_options(folder):
-    question = load_vstar(folder)[1]
-    assert question.chosen("The car is on the left side of the dog.") == "B"
-    assert question.chosen("(A) The car is on the right side of the dog") == "A"
+    question = load_questions(VSTAR, folder)[1]
+    assert chosen(question.options, "The car is on the left side of the dog.") == "B"
+    assert chosen(question.options, "(A) The car is on the right side of the dog") == "A"
 
 
 @pytest.mark.parametrize(
@@ -115,27 +118,29 @@ def test_sentences_may_be_options(folder):
 def test_what_is_wrong_is_named(folder, line, says):
     (folder / "test_questions.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=says):
-        load_vstar(folder)
+        load_questions(VSTAR, folder)
 
 
 def test_a_folder_without_questions_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"test_questions\.jsonl is missing"):
-        load_vstar(tmp_path)
+        load_questions(VSTAR, tmp_path)
 
 
 def test_a_picture_that_is_missing_is_an_error_and_no_zero(folder, tmp_path):
     (folder / SIDES["image"]).unlink()
-    run = evaluate_now(vstar(folder), BaselineAgent("gold"), tmp_path / "out", OPTIONS)
+    run = evaluate_now(SUITES["vstar"](folder), BaselineAgent("gold"), tmp_path / "out", OPTIONS)
     assert len(run.judged) == 1
     assert [row.error for row in run.errors] == [f"ValueError: {folder / SIDES['image']} is missing"]
 
 
 def test_the_drawn_set_is_of_the_published_form_and_each_answer_is_there_once(tmp_path):
     make_vstar(tmp_path / "made")
-    questions = load_vstar(tmp_path / "made")
-    assert [sum(q.category == name for q in questions) for name in ("direct_attributes", "relative_position")] == [9, 9]
-    assert len({q.label for q in questions}) > 2  # no letter is always right
-    assert max(q.load().shape[1] for q in questions) == 1920
+    questions = load_questions(VSTAR, tmp_path / "made")
+    assert [
+        sum(q.slices["category"] == name for q in questions) for name in ("direct_attributes", "relative_position")
+    ] == [9, 9]
+    assert len({q.answers for q in questions}) > 2  # no letter is always right
+    assert max(q.load().images[0].shape[1] for q in questions) == 1920
 
 
 def test_the_command_takes_a_folder(folder, tmp_path):

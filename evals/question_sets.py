@@ -1,0 +1,273 @@
+"""Published sets of questions about pictures and videos: what they have in common, and how their rows are found.
+
+A set is a folder as its authors publish it, one annotation file of it, a folder that `datasets` saved or a clone with
+parquet files, or ``datasets:ID`` (``datasets:ID@CONFIG`` where the hub has several). A :class:`QuestionSet` says which
+files hold the rows and how a row is read; `evals.published_sets` has those that are known.
+
+Nothing is decoded before it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmagent.records import decode_image
+from mmagent.tasks.published import HUB, is_saved, splits_of
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a question is about: ``images``, ``(height, width, 3)`` uint8 each; the frames of a video have ``times``, a
+    second each."""
+
+    images: tuple[np.ndarray, ...]
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item: ``text`` as it is asked; ``answers`` as published, the first of which must score 1; ``options`` by
+    letter, where it has some; ``kind``: what a judge must know beside. ``slices`` name the groups that its score is
+    shown by."""
+
+    key: str
+    text: str
+    answers: tuple[str, ...]
+    load: Callable[[], Shown]
+    slices: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Annotation files of a set: their ``pattern`` within its folder, ``values`` that all their rows have, and the
+    folders in which paths of ``pictures`` begin, seen from the file; the first that holds a picture gives it."""
+
+    pattern: str
+    values: Mapping[str, str] = field(default_factory=dict)
+    pictures: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """How set ``name`` is read. ``layouts`` are folders that its rows may lie in, the first that is there counts and
+    must be whole; ``splits`` of a dataset are those of which the first that is there is judged, all without any."""
+
+    name: str
+    read: Callable[[Row], Question]
+    layouts: tuple[tuple[Files, ...], ...]
+    splits: tuple[str, ...] = ()
+
+
+class Row:
+    """One row: its ``values`` by column, its ``place`` for messages, its ``number``, and ``open``, which finds what a
+    column's picture is (None where that column has none)."""
+
+    def __init__(
+        self, values: Mapping[str, Any], place: str, number: int, open: Callable[[str], Callable[[], bytes] | None],
+        root: Path | None = None,
+    ):  # fmt: skip
+        self.values, self.place, self.number, self._open, self.root = values, place, number, open, root
+
+    def wrong(self, what: str) -> ValueError:
+        """The error to raise: ``what`` is wrong, with the row's place before it."""
+        return ValueError(f"{self.place}: {what}")
+
+    def get(self, *columns: str) -> Any:
+        """The value of the first of ``columns`` that is there. Raises ``ValueError`` where none is."""
+        for name in columns:
+            if self.values.get(name) is not None:
+                return self.values[name]
+        raise self.wrong(f"there is no {' or '.join(columns)}, but {', '.join(self.values) or 'nothing'}")
+
+    def text(self, *columns: str) -> str:
+        """A text that is not empty. Raises ``ValueError`` for anything else."""
+        value = self.get(*columns)
+        if not isinstance(value, str) or not value.strip():
+            raise self.wrong(f"{' or '.join(columns)} must be a text, not {value!r:.60}")
+        return value
+
+    def texts(self, *columns: str, least: int = 1) -> tuple[str, ...]:
+        """A list of at least so many texts; a text alone is a list of one. Raises ``ValueError`` for anything else."""
+        value = self.get(*columns)
+        listed = (value,) if isinstance(value, str) else value
+        whole = isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed)
+        if not whole or len(listed) < least or not any(one.strip() for one in listed[:least]):
+            raise self.wrong(f"{' or '.join(columns)} must be a list of texts, not {value!r:.60}")
+        return tuple(listed)
+
+    def choices(self, column: str) -> dict[str, str]:
+        """Options by letter; none where the column is empty. Raises ``ValueError`` for what is no list of texts."""
+        value = self.values.get(column)
+        if value is None or (isinstance(value, Sequence) and len(value) == 0):
+            return {}
+        return dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", self.texts(column), strict=False))
+
+    def word(self, column: str) -> str:
+        """What a slice is called: the column's value, or "other"."""
+        return str(self.values.get(column) or "other")
+
+    def picture(self, *columns: str) -> Callable[[], Shown]:
+        """Reads the picture of the first of ``columns`` that has one, decoded when it is called. Raises ``ValueError``
+        where none has."""
+        for name in columns:
+            read = self._open(name)
+            if read is not None:
+                return lambda: Shown((decode_image(read(), self.place),))
+        if any(isinstance(self.values.get(name), str) for name in columns):
+            raise self.wrong(f"its column {columns[0]!r} holds no pictures; give the folder of a clone of the dataset")
+        raise self.wrong(f"no object with the path of an image in {' or '.join(columns)}")
+
+
+def load_questions(of: QuestionSet, where: str | Path) -> list[Question]:
+    """All questions of a set in ``where`` (see the module). Raises ``ValueError`` naming set, row and what is missing
+    or wrong."""
+    text, path = str(where), Path(where).expanduser()
+    if text.startswith(HUB):
+        rows = _of_dataset(of, text)
+    elif not path.exists():
+        raise ValueError(f"{of.name}: {path} is missing")
+    elif path.is_file():
+        layout = (files for files in (one for each in of.layouts for one in each) if path.match(files.pattern))
+        rows = _of_file(path, next(layout, Files(path.name)))
+    elif is_saved(path):
+        rows = _of_dataset(of, str(path))
+    else:
+        rows = _of_folder(of, path)
+    met: dict[str, int] = {}
+    questions = []
+    for row in rows:
+        row.place = f"{of.name}, {row.place}"
+        question = of.read(row)
+        met[question.key] = met.get(question.key, 0) + 1
+        again = met[question.key]  # ids that a set uses twice
+        questions.append(question if again == 1 else replace(question, key=f"{question.key}~{again}"))
+    if not questions:
+        raise ValueError(f"{of.name}: {where} holds no questions")
+    return questions
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """Of all that is asked and of what is right."""
+    told = [[q.key, q.text, *q.answers, *((q.kind,) if q.kind else ())] for q in questions]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def _of_folder(of: QuestionSet, folder: Path) -> Iterator[Row]:
+    for layout in of.layouts:
+        found = [(files, sorted(folder.glob(files.pattern))) for files in layout]
+        if any(paths for _, paths in found):
+            for files, paths in found:
+                if not paths:
+                    raise ValueError(f"{of.name}: {folder / files.pattern} is missing")
+                for path in paths:
+                    yield from _of_file(path, files)
+            return
+    if next(folder.rglob("*.parquet"), None) is None:
+        wanted = " or ".join(" and ".join(files.pattern for files in layout) for layout in of.layouts)
+        raise ValueError(f"{of.name}: {folder}: {wanted} is missing, and there is nothing that `datasets` saved")
+    yield from _of_dataset(of, str(folder))
+
+
+def _of_file(file: Path, files: Files) -> Iterator[Row]:
+    for number, name, values in _objects(file):
+        place = f"{file}, {name}"
+        if not isinstance(values, dict):
+            raise ValueError(f"{place}: no object with the path of an image, but {values!r:.60}")
+        whole = {**files.values, **values}
+
+        def opened(column: str, whole: Mapping[str, Any] = whole) -> Callable[[], bytes] | None:
+            path = whole.get(column)
+            return _reader(file.parent, files.pictures, path) if isinstance(path, str) and path else None
+
+        yield Row(whole, place, number, opened, file.parent)
+
+
+def _objects(file: Path) -> Iterator[tuple[int, str, Any]]:
+    """Rows of a file, their numbers and what they are called: lines of JSON (``.jsonl``), or a list, an object of rows
+    by their name, or either of them as its "data"."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield number, f"line {number}", _parsed(line, f"{file}, line {number}")
+        return
+    body = _parsed(text, str(file))
+    if isinstance(body, dict) and "data" in body:
+        body = body["data"]
+    if not isinstance(body, list | dict):
+        raise ValueError(f"{file}: a list of rows is expected, or an object of them")
+    named: Iterable[tuple[Any, Any]] = body.items() if isinstance(body, dict) else enumerate(body, 1)
+    for number, (name, values) in enumerate(named, 1):
+        yield number, f"row {name}", values
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: no JSON: {error}") from error
+
+
+def _reader(folder: Path, bases: Sequence[str], name: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        return found_in(folder, bases, name).read_bytes()
+
+    return read
+
+
+def found_in(folder: Path, bases: Sequence[str], name: str) -> Path:
+    """The file ``name`` in the first of ``bases`` within ``folder`` that has it. Raises ``ValueError`` where none has,
+    and for a name that leads out of them."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{folder}: the path {name!r} leads out of the set")
+    paths = [folder / base / name for base in bases]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"{' or '.join(map(str, paths))} is missing")
+    return found
+
+
+def _of_dataset(of: QuestionSet, where: str) -> Iterator[Row]:
+    """Rows of what `datasets` gives, pictures apart, names of classes in place of their numbers."""
+    found = splits_of(where)
+    if of.splits and len(found) > 1:
+        judged = next((split for split in of.splits if split in found), None)
+        if judged is None:
+            wanted = f"{of.name} is judged on {' or '.join(of.splits)}"
+            raise ValueError(f"{of.name}: {where} has the splits {', '.join(found)}; {wanted}")
+        found = {judged: found[judged]}
+    for split, rows in found.items():
+        pictures = {name: one for name, one in rows.features.items() if getattr(one, "decode", None) is not None}
+        encoded = {name: rows.select_columns([name]) for name in pictures}
+        encoded = {name: one.cast_column(name, type(pictures[name])(decode=False)) for name, one in encoded.items()}
+        classes = {name: one.names for name, one in rows.features.items() if hasattr(one, "names")}
+        for number, values in enumerate(rows.remove_columns(list(pictures))):
+            for name, names in classes.items():
+                values[name] = None if values[name] is None else names[values[name]]
+            place = f"{where}, {split} {number}"
+
+            def opened(
+                column: str, encoded: Mapping[str, Any] = encoded, number: int = number, place: str = place
+            ) -> Callable[[], bytes] | None:
+                return _cell(encoded[column], column, number, place) if column in encoded else None
+
+            yield Row(values, place, number, opened, None if where.startswith(HUB) else Path(where))
+
+
+def _cell(rows: Any, column: str, number: int, place: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        cell = rows[number][column]
+        if not cell or not (cell.get("bytes") or cell.get("path")):
+            raise ValueError(f"{place}: its column {column!r} holds no picture")
+        return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+    return read

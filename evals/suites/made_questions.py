@@ -1,0 +1,96 @@
+"""Small splits of published question sets, made from our own worlds and written as the sets are published."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from evals.published_sets import LETTER_DIRECTLY
+from mmagent.files import write_text
+from mmagent.records import encode_image
+from mmagent.tasks.worlds import WorldTask
+from mmagent.worlds import search
+from mmagent.worlds.catalogue import choose_worlds
+from mmagent.worlds.examples import Example
+
+SEED = 700
+"""Of what is made here; no other suite uses it."""
+VSTAR_EACH = 9
+"""Questions of each kind of :data:`CATEGORIES`."""
+CATEGORIES = {"search/attribute": "direct_attributes", "search/position": "relative_position"}
+_FORM = re.compile(
+    r" Answer with (?:a number(?: of degrees)?|its name|one word|the text as printed|the cell's text)\.$"
+)
+
+
+def make_vstar(folder: Path) -> None:
+    """V*Bench; nine questions of each kind."""
+    lines: list[dict[str, Any]] = []
+    for world in search.worlds():
+        if world.name not in CATEGORIES:
+            continue
+        category = CATEGORIES[world.name]
+        (folder / category).mkdir(parents=True)
+        task = WorldTask(world)
+        for item in islice(task.items("test", SEED), VSTAR_EACH):
+            example = task.example(item)
+            question, _, told = example.question.partition(" Answer with one of ")
+            words = told.rstrip(".").split(", ")
+            random.Random(item.seed).shuffle(words)
+            letters = "ABCDEFGH"[: len(words)]
+            options = "".join(f"\n({letter}) {word}" for letter, word in zip(letters, words, strict=True))
+            row = {
+                "image": _picture(example, folder, f"{category}/made_{item.seed}.png"),
+                "text": f"{question}{options}\n{LETTER_DIRECTLY}",
+                "category": category,
+                "label": letters[words.index(example.answer)],
+                "question_id": str(len(lines)),
+            }
+            lines.append(row)
+    _write_lines(folder / "test_questions.jsonl", lines)
+
+
+def make_chartqa(folder: Path) -> None:
+    """ChartQA; 12 questions that ask for more than a reading, 8 that do not."""
+    for part, worlds in {"human": ("charts/compare", "charts/calculate"), "augmented": ("charts/value",)}.items():
+        rows = [
+            {"imgname": _name(example, folder / "test/png"), "query": question, "label": example.answer}
+            for world in worlds
+            for example, question in _examples(world, 6 if part == "human" else 8)
+        ]
+        _write_json(folder / f"test/test_{part}.json", rows)
+
+
+def _examples(world: str, count: int) -> Iterator[tuple[Example, str]]:
+    """Test examples, and what they ask without the form of the answer."""
+    (chosen,) = choose_worlds([world])
+    task = WorldTask(chosen)
+    for item in islice(task.items("test", SEED), count):
+        example = task.example(item)
+        yield example, _FORM.sub("", example.question)
+
+
+def _name(example: Example, folder: Path) -> str:
+    """Write the picture of an example into ``folder``, and what it is called there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"made_{len(list(folder.iterdir()))}.png"
+    return _picture(example, folder, name)
+
+
+def _picture(example: Example, folder: Path, name: str) -> str:
+    (folder / name).write_bytes(encode_image(example.images[0]).data)
+    return name
+
+
+def _write_json(file: Path, body: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(body, ensure_ascii=False, indent=1) + "\n")
+
+
+def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))

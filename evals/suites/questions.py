@@ -1,0 +1,152 @@
+"""Published questions about pictures and videos, asked as they are published and judged by the published rules.
+
+Without data there is a small split made from our own worlds, written as the set is published and read back by the same
+loader, so that a suite can be tried where nothing can be downloaded; it says so in its pins, and its scores are not
+those of the set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import random
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evals import judges, published_sets
+from evals.baselines import WORDS
+from evals.question_sets import Question, QuestionSet, digest, load_questions
+from evals.suite import EVERY, Play, Suite
+from evals.suites import made_questions
+from mmagent.chat import Text, Video
+from mmagent.tasks.base import malformed, score_of
+from mmagent.trajectories import Item, Observation, Score, Trajectory
+
+LETTER = "Answer with the letter of the right option alone."
+SHORT = "Answer with the answer alone, without a sentence around it."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a set is asked and judged. ``summary`` ends with the set's name; ``prompt``, ``judged`` and ``made`` (the
+    split that ``make`` writes into a folder) are what the pins say; ``rules`` are told to models of other houses;
+    ``guess`` is a random answer."""
+
+    of: QuestionSet
+    summary: str
+    prompt: str
+    judge: judges.Judge
+    judged: str
+    make: Callable[[Path], None]
+    made: str
+    rules: str = SHORT
+    guess: Callable[[random.Random], str] = lambda rng: rng.choice((*WORDS, *map(str, range(20))))
+    max_tokens: int = 256
+
+
+SETS = (
+    Asked(
+        published_sets.VSTAR,
+        "Find a small thing in a large picture: its attribute, or where it lies from another (V*Bench)",
+        "the picture, then the question with its options and how to answer, as published",
+        judges.choice,
+        "the letter of the right option, alone or with its words, or those words alone; luck is 1/4 and 1/2",
+        made_questions.make_vstar,
+        f"drawn, seed {made_questions.SEED}",
+        LETTER,
+        lambda rng: rng.choice("ABCD"),
+    ),
+    Asked(
+        published_sets.CHARTQA,
+        "Read charts, and reckon with what they show, by who asks (ChartQA)",
+        f"the picture, then the question and {published_sets.ONE_WORD!r}",
+        judges.relaxed,
+        "relaxed accuracy: within 5 % of a number that is not 0 (with % behind it, its hundredth), else the same text "
+        "but for capitals",
+        made_questions.make_chartqa,
+        f"drawn, seed {made_questions.SEED}",
+    ),
+)
+
+
+def questions(asked: Asked, data: str | Path | None = None) -> Suite:
+    """All questions of ``data`` (:func:`evals.question_sets.load_questions`); a small made split without."""
+    published = load_questions(asked.of, data) if data else None
+    name = asked.of.name
+
+    @contextlib.asynccontextmanager
+    async def opened(names: Sequence[str]) -> AsyncIterator[list[QuestionTask]]:
+        if published is not None:
+            yield [QuestionTask(name, published, asked.judge)]
+            return
+        with tempfile.TemporaryDirectory(prefix=f"mmagent-{name}-") as folder:
+            await asyncio.to_thread(asked.make, Path(folder))
+            yield [QuestionTask(name, load_questions(asked.of, folder), asked.judge)]
+
+    return Suite(
+        name=name,
+        version=1,
+        summary=asked.summary
+        + ("; a small drawn set of its form, give --data for the published one." if published is None else "."),
+        prompt=asked.prompt,
+        judge=asked.judged,
+        tasks=(name,),
+        open=opened,
+        per_task=EVERY,
+        play=Play(max_steps=1, max_tokens=asked.max_tokens, rules=asked.rules, guess=asked.guess),
+        needs_browser=False,
+        slices=lambda task, item: item.payload.slices,
+        data=asked.made if published is None else f"{len(published)} questions, {digest(published)}",
+    )
+
+
+def question_suites() -> dict[str, Callable[..., Suite]]:
+    """Every set's suite by name."""
+    return {asked.of.name: functools.partial(questions, asked) for asked in SETS}
+
+
+class QuestionTask:
+    """One set as a task of the split "test"; there is nothing of it to train on."""
+
+    category = "perception"
+
+    def __init__(self, name: str, asked: Sequence[Question], judge: judges.Judge):
+        self.name, self.questions, self.judge = name, asked, judge
+
+    def items(self, split: str, seed: int) -> Iterator[Item]:
+        for number, question in enumerate(self.questions if split == "test" else ()):
+            yield Item(self.name, question.key, number, question)
+
+    def environment(self, item: Item) -> QuestionEnvironment:
+        return QuestionEnvironment(item.payload, self.judge)
+
+    async def score(self, item: Item, trajectory: Trajectory) -> Score:
+        return score_of(trajectory)
+
+    def gold(self, item: Item) -> Iterator[str]:
+        yield item.payload.answers[0]
+
+
+class QuestionEnvironment:
+    """One question, one answer."""
+
+    def __init__(self, question: Question, judge: judges.Judge):
+        self.question, self.judge = question, judge
+
+    async def reset(self) -> Observation:
+        shown = await asyncio.to_thread(self.question.load)
+        layout = (Video(shown.times), Text(self.question.text)) if shown.times else ()
+        return Observation(self.question.text, shown.images, layout=layout)
+
+    async def step(self, action: str) -> Observation:
+        try:
+            value = self.judge(self.question, action)
+        except ValueError as error:
+            return malformed(str(error))
+        return Observation("right" if value == 1 else "wrong" if value == 0 else "near", done=True, reward=value)
+
+    async def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,199 @@
+"""Published question sets: what is read from folders and from `datasets`, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evals.__main__ import main
+from evals.baselines import BaselineAgent
+from evals.published_sets import CHARTQA, VSTAR
+from evals.question_sets import digest, load_questions
+from evals.runner import Options, evaluate_now
+from evals.store import read_run
+from evals.suites import SUITES, WITH_DATA
+from evals.suites.questions import SETS, question_suites
+from evals.summary import summarise
+
+OPTIONS = Options(progress=False)
+HUMAN = {"imgname": "1.png", "query": "What share is blue?", "label": "14"}
+MACHINE = {"imgname": "2.png", "query": "Which year was best?", "label": "2010"}
+
+
+def picture(path: Path, grey: int = 90) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((30, 45, 3), grey, np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def charts(tmp_path):
+    """ChartQA as its authors publish it."""
+    folder = tmp_path / "ChartQA Dataset"
+    for row in (HUMAN, MACHINE):
+        picture(folder / "test/png" / row["imgname"])
+    (folder / "test/test_human.json").write_text(json.dumps([HUMAN]))
+    (folder / "test/test_augmented.json").write_text(json.dumps([MACHINE]))
+    return folder
+
+
+def test_a_folder_as_published(charts, tmp_path):
+    suite = SUITES["chartqa"](charts)
+    assert suite.data == f"2 questions, {digest(load_questions(CHARTQA, charts))}"
+    run = evaluate_now(suite, BaselineAgent("gold"), tmp_path / "gold", OPTIONS)
+    assert sorted(row.key for row in run.rows) == ["chartqa/augmented-1", "chartqa/human-1"]
+    assert summarise(run.rows).score.mean == 1.0
+    assert {row.steps[0].text for row in run.rows} == {
+        "What share is blue?\nAnswer the question with a single word.",
+        "Which year was best?\nAnswer the question with a single word.",
+    }
+    assert set(summarise(run.rows).by_slice["asked by"]) == {"human", "augmented"}
+
+
+def test_rows_of_the_hub_in_both_of_their_forms(charts, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [str(charts / "test/png" / row["imgname"]) for row in (HUMAN, MACHINE)]
+    pixels = datasets.Image()
+    m4 = datasets.Dataset.from_dict(
+        {
+            "image": images,
+            "query": [HUMAN["query"], MACHINE["query"]],
+            "label": [[HUMAN["label"]], [MACHINE["label"]]],
+            "human_or_machine": [0, 1],
+        },
+        datasets.Features(
+            {
+                "image": pixels, "query": datasets.Value("string"), "label": datasets.List(datasets.Value("string")),
+                "human_or_machine": datasets.ClassLabel(names=["human", "machine"]),
+            }
+        ),
+    )  # fmt: skip
+    datasets.DatasetDict({"train": m4.select([1, 1, 1]), "test": m4}).save_to_disk(tmp_path / "m4")
+    lmms = {
+        "image": images, "question": [HUMAN["query"], MACHINE["query"]], "answer": [HUMAN["label"], MACHINE["label"]],
+        "type": ["human_test", "augmented_test"],
+    }  # fmt: skip
+    datasets.Dataset.from_dict(lmms).cast_column("image", pixels).to_parquet(tmp_path / "clone/data/test-0.parquet")
+    expected = [("human-0", ("14",), {"asked by": "human"}), ("augmented-1", ("2010",), {"asked by": "augmented"})]
+    for folder in ("m4", "clone"):  # saved, and a clone of the hub with its parquet files
+        found = load_questions(CHARTQA, tmp_path / folder)
+        assert [(q.key, q.answers, q.slices) for q in found] == expected
+        assert [q.load().images[0].shape for q in found] == [(30, 45, 3)] * 2
+    datasets.DatasetDict({"train": m4, "val": m4}).save_to_disk(tmp_path / "wrong")
+    with pytest.raises(ValueError, match=r"chartqa: .*has the splits train, val; chartqa is judged on test"):
+        load_questions(CHARTQA, tmp_path / "wrong")
+    m4.remove_columns("image").save_to_disk(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"chartqa, .*row 0: no object with the path of an image in image or imgname"):
+        load_questions(CHARTQA, tmp_path / "bare")
+
+
+def test_pictures_are_decoded_when_they_are_asked_for(charts):
+    (charts / "test/png/1.png").write_bytes(b"no picture")
+    (charts / "test/png/2.png").unlink()
+    first, second = load_questions(CHARTQA, charts)
+    with pytest.raises(ValueError, match=r"chartqa, .*test_human\.json, row 1"):
+        first.load()
+    with pytest.raises(ValueError, match=r"2\.png is missing"):
+        second.load()
+
+
+def test_a_picture_with_holes_lies_on_white(charts):
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(charts / "test/png/1.png")
+    assert load_questions(CHARTQA, charts)[0].load().images[0].min() == 255
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([], "holds no questions"),
+        (["x"], "row 1: no object"),
+        ([{"imgname": "1.png", "query": "What?"}], "row 1: there is no label or answer, but type, imgname, query"),
+        ([{**HUMAN, "label": 3}], "row 1: label or answer must be a list of texts, not 3"),
+        ([{**HUMAN, "label": [""]}], "row 1: label or answer must be a list of texts"),
+        ([{**HUMAN, "query": ""}], "row 1: query or question must be a text, not ''"),
+        ([{**HUMAN, "imgname": None}], "row 1: no object with the path of an image in image or imgname"),
+        ([{**HUMAN, "type": "else"}], "row 1: who asks must be one of human"),
+        (7, "a list of rows is expected"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_row(charts, row, says):
+    (charts / "test/test_human.json").write_text(json.dumps(row))
+    (charts / "test/test_augmented.json").write_text("[]")
+    with pytest.raises(ValueError, match=says) as raised:
+        load_questions(CHARTQA, charts)
+    assert "chartqa" in str(raised.value) or "test_human.json" in str(raised.value)
+
+
+def test_folders_that_are_none_are_named(charts, tmp_path):
+    with pytest.raises(ValueError, match=r"chartqa: .*nowhere is missing"):
+        load_questions(CHARTQA, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"test_human\.json and test/test_augmented\.json or test\.jsonl is missing"):
+        load_questions(CHARTQA, tmp_path / "empty")
+    (charts / "test/test_augmented.json").unlink()
+    with pytest.raises(ValueError, match=r"test/test_augmented\.json is missing"):
+        load_questions(CHARTQA, charts)
+    (charts / "test/test_human.json").write_text("{")
+    with pytest.raises(ValueError, match=r"test_human\.json: no JSON"):
+        load_questions(CHARTQA, charts)
+
+
+def test_a_path_stays_within_the_set(charts):
+    for path in ("../../../x.png", str(charts / "test/png/1.png")):
+        (charts / "test/test_human.json").write_text(json.dumps([{**HUMAN, "imgname": path}]))
+        with pytest.raises(ValueError, match="leads out of the set"):
+            load_questions(CHARTQA, charts)[0].load()
+
+
+def test_ids_that_occur_twice_are_told_apart(tmp_path):
+    picture(tmp_path / "a.png")
+    row = {"image": "a.png", "text": "Left?\n(A) yes\n(B) no", "label": "A", "category": "side", "question_id": 7}
+    (tmp_path / "test_questions.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    assert [q.key for q in load_questions(VSTAR, tmp_path)] == ["side-7", "side-7~2"]
+
+
+def test_lines_of_the_columns_of_the_hub_are_a_set_too(tmp_path):
+    picture(tmp_path / "a.png")
+    row = {"image": "a.png", "query": "What?", "label": "a", "type": "human"}
+    (tmp_path / "test.jsonl").write_text(f"{json.dumps(row)}\n\n{json.dumps(row)}\n")
+    assert [q.key for q in load_questions(CHARTQA, tmp_path)] == ["human-1", "human-3"]
+    assert len(load_questions(CHARTQA, tmp_path / "test.jsonl")) == 2  # the file alone
+
+
+def test_the_command_takes_a_folder(charts, tmp_path, capsys):
+    out = ["--quiet", "--out", str(tmp_path / "o")]
+    assert main(["chartqa", "--data", str(charts), "--baseline", "null", "--limit", "1", "--blind", *out]) == 0
+    run = read_run(tmp_path / "o" / "chartqa")
+    assert [(row.value, row.parts) for row in run.rows] == [(0.0, {"malformed": 1.0})]
+    assert main(["chartqa", "--data", str(tmp_path / "no"), "--baseline", "null", *out]) == 2
+    assert "error: chartqa: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [asked for asked in SETS if asked.of.name != "vstar"], ids=lambda a: a.of.name)
+def test_the_drawn_split_is_of_the_published_form(asked, tmp_path):
+    """Gold is right; nothing else is: not silence, not a refusal, not a page, not all options, not "0"."""
+    asked.make(tmp_path)
+    found = load_questions(asked.of, tmp_path)
+    assert 12 <= len(found) <= 60
+    assert {asked.judge(q, q.answers[0]) for q in found} == {1.0}
+    empty = ("", " ", "I don't know", "0", "lorem ipsum dolor " * 400, "x" * 100_000, "(" * 5000, "\x00", "٣" * 50)
+    for said in empty:
+        assert np.mean([_judged(asked, q, said) for q in found]) <= 0.05, said[:20]
+    listed = [_judged(asked, q, "\n".join(f"({a}) {b}" for a, b in q.options.items()) or "1 2 3 4 5") for q in found]
+    assert np.mean(listed) <= 0.15
+
+
+def _judged(asked, question, said: str) -> float:
+    try:
+        return asked.judge(question, said)
+    except ValueError:
+        return 0.0
+
+
+def test_every_set_is_a_suite_that_takes_data():
+    assert question_suites().keys() <= WITH_DATA
+    assert all(question_suites()[name]().play.max_steps == 1 for name in question_suites())
