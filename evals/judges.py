@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from evals.question_sets import Question
+from mmagent.worlds.grading import edit_distance, narrow
 
 LONGEST = 2000
 """Characters of a short answer that are read."""
@@ -83,3 +84,92 @@ def _float(text: str) -> float | None:
         return float(text.rstrip("%")) / 100 if share else float(text)
     except ValueError:
         return None
+
+
+# ------------------------------------------------------------------------------------------ read text
+
+CONTAINED = 1000
+"""Characters of an answer of which a part may be the right one."""
+FORMULAS = "HME100k"
+"""The kind of OCRBench's questions whose answers are formulas."""
+
+
+def contained(question: Question, answer: str) -> float:
+    """OCRBench's rule (Liu et al. 2023, arXiv 2305.07895, and its authors' script): one of the answers stands somewhere
+    in what was said, line breaks as spaces, capitals and full-width signs as plain ones; for handwritten formulas
+    capitals count and spaces do not. So a list of guesses passes where one of them is right."""
+    if question.kind == FORMULAS:
+        said = "".join(read(answer, CONTAINED).replace("\n", " ").split(" "))
+        truths = ["".join(truth.strip().replace("\n", " ").split(" ")) for truth in question.answers]
+    else:
+        said = narrow(read(answer, CONTAINED)).lower().strip().replace("\n", " ")
+        truths = [narrow(truth).lower().strip().replace("\n", " ") for truth in question.answers]
+    return float(any(truth and truth in said for truth in truths))
+
+
+def anls(question: Question, answer: str) -> float:
+    """Average normalised Levenshtein similarity (Biten et al. 2019, arXiv 1905.13648; DocVQA takes it): 1 - distance /
+    the longer length for the nearest answer, 0 where that is below a half. Capitals and runs of space are nothing to
+    the distance of edits; lengths are those of the texts as they stand."""
+    said = read(answer)
+    return max(_similar(said, truth) for truth in question.answers)
+
+
+def _similar(said: str, truth: str) -> float:
+    one, other = (" ".join(text.strip().lower().split()) for text in (said, truth))
+    longest = max(len(said.upper()), len(truth.upper()))
+    if abs(len(one) - len(other)) * 2 > longest:  # so many letters are too many already
+        return 0.0
+    alike = 1 - edit_distance(one, other) / longest
+    return alike if alike >= 0.5 else 0.0
+
+
+def consensus(question: Question, answer: str) -> float:
+    """VQA accuracy over ten people's answers (Antol et al. 2015, arXiv 1505.00468; TextVQA takes it): the mean, over
+    all choices of nine of them, of the share of three that said the same, at most 1; both sides as :func:`spoken`."""
+    said = spoken(read(answer))
+    truths = [spoken(truth) for truth in question.answers]
+    others = (truths[:n] + truths[n + 1 :] for n in range(len(truths)))
+    return sum(min(1.0, rest.count(said) / 3) for rest in others) / len(truths)
+
+
+def spoken(text: str) -> str:
+    """An answer as the VQA evaluation compares them: small letters, no punctuation, no articles, words for small
+    numbers as digits, contractions with their apostrophes."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = " ".join(text.split("\n")).replace("\t", " ").strip()
+    plain = text
+    for sign in _SIGNS:  # beside a space it goes, between letters it becomes one
+        plain = plain.replace(sign, "" if sign + " " in text or " " + sign in text else " ")
+    words = [_DIGITS.get(word, word) for word in _STOP.sub("", plain).split()]
+    return " ".join(_SHORTENED.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+_STOP = re.compile(r"\.(?!\d)")
+_SIGNS = ';/[]"{}()=+\\_-><@`,?!'
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(n) for n, word in enumerate(_WORDS)}
+_DIGITS["none"] = "0"
+_CONTRACTIONS = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've "
+    "we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
+    "you'll you're you've "
+)
+
+
+def _shortened() -> dict[str, str]:
+    """What is written without one of its apostrophes, and what it stands for."""
+    known = {}
+    for whole in _CONTRACTIONS.split():
+        for place, sign in enumerate(whole):
+            if sign == "'":
+                known[whole[:place] + whole[place + 1 :]] = whole
+    return known | {"somebody'd": "somebodyd"}  # the published table has it the wrong way round
+
+
+_SHORTENED = _shortened()

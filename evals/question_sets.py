@@ -68,14 +68,16 @@ class QuestionSet:
 
 
 class Row:
-    """One row: its ``values`` by column, its ``place`` for messages, its ``number``, and ``open``, which finds what a
-    column's picture is (None where that column has none)."""
+    """One row: its ``values`` by column, its ``place`` for messages, its ``number``, the encoded pictures that are in
+    it (``cells``, read when called), the folders in which its paths of pictures begin (``bases``, none where paths lead
+    nowhere), and the folder that the set lies in, ``root``, where there is one."""
 
     def __init__(
-        self, values: Mapping[str, Any], place: str, number: int, open: Callable[[str], Callable[[], bytes] | None],
-        root: Path | None = None,
+        self, values: Mapping[str, Any], place: str, number: int, *,
+        cells: Mapping[str, Callable[[], bytes]] | None = None, bases: Sequence[Path] = (), root: Path | None = None,
     ):  # fmt: skip
-        self.values, self.place, self.number, self._open, self.root = values, place, number, open, root
+        self.values, self.place, self.number = values, place, number
+        self.cells, self.bases, self.root = cells or {}, bases, root
 
     def wrong(self, what: str) -> ValueError:
         """The error to raise: ``what`` is wrong, with the row's place before it."""
@@ -115,16 +117,31 @@ class Row:
         """What a slice is called: the column's value, or "other"."""
         return str(self.values.get(column) or "other")
 
-    def picture(self, *columns: str) -> Callable[[], Shown]:
-        """Reads the picture of the first of ``columns`` that has one, decoded when it is called. Raises ``ValueError``
-        where none has."""
+    def picture(self, *columns: str, suffix: str = "") -> Callable[[], Shown]:
+        """Reads the picture of the first of ``columns`` that has one, itself or by its path, when it is called;
+        ``suffix`` goes behind a path without one. Raises ``ValueError`` where none has."""
         for name in columns:
-            read = self._open(name)
-            if read is not None:
-                return lambda: Shown((decode_image(read(), self.place),))
+            cell, path = self.cells.get(name), self.values.get(name)
+            if cell is not None:
+                return lambda: Shown((decode_image(cell(), self.place),))
+            if self.bases and isinstance(path, str) and path:
+                file = path if Path(path).suffix else path + suffix
+                return lambda: Shown((decode_image(found_in(self.bases, file).read_bytes(), self.place),))
         if any(isinstance(self.values.get(name), str) for name in columns):
             raise self.wrong(f"its column {columns[0]!r} holds no pictures; give the folder of a clone of the dataset")
         raise self.wrong(f"no object with the path of an image in {' or '.join(columns)}")
+
+
+def found_in(bases: Sequence[Path], name: str) -> Path:
+    """The file ``name`` in the first of the folders ``bases`` that has it. Raises ``ValueError`` where none has, and
+    for a name that leads out of them."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{bases[0]}: the path {name!r} leads out of the set")
+    paths = [base / name for base in bases]
+    found = next((path for path in paths if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"{' or '.join(map(str, paths))} is missing")
+    return found
 
 
 def load_questions(of: QuestionSet, where: str | Path) -> list[Question]:
@@ -182,13 +199,8 @@ def _of_file(file: Path, files: Files) -> Iterator[Row]:
         place = f"{file}, {name}"
         if not isinstance(values, dict):
             raise ValueError(f"{place}: no object with the path of an image, but {values!r:.60}")
-        whole = {**files.values, **values}
-
-        def opened(column: str, whole: Mapping[str, Any] = whole) -> Callable[[], bytes] | None:
-            path = whole.get(column)
-            return _reader(file.parent, files.pictures, path) if isinstance(path, str) and path else None
-
-        yield Row(whole, place, number, opened, file.parent)
+        bases = [file.parent / base for base in files.pictures]
+        yield Row({**files.values, **values}, place, number, bases=bases, root=file.parent)
 
 
 def _objects(file: Path) -> Iterator[tuple[int, str, Any]]:
@@ -217,25 +229,6 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place}: no JSON: {error}") from error
 
 
-def _reader(folder: Path, bases: Sequence[str], name: str) -> Callable[[], bytes]:
-    def read() -> bytes:
-        return found_in(folder, bases, name).read_bytes()
-
-    return read
-
-
-def found_in(folder: Path, bases: Sequence[str], name: str) -> Path:
-    """The file ``name`` in the first of ``bases`` within ``folder`` that has it. Raises ``ValueError`` where none has,
-    and for a name that leads out of them."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{folder}: the path {name!r} leads out of the set")
-    paths = [folder / base / name for base in bases]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
-        raise ValueError(f"{' or '.join(map(str, paths))} is missing")
-    return found
-
-
 def _of_dataset(of: QuestionSet, where: str) -> Iterator[Row]:
     """Rows of what `datasets` gives, pictures apart, names of classes in place of their numbers."""
     found = splits_of(where)
@@ -255,12 +248,8 @@ def _of_dataset(of: QuestionSet, where: str) -> Iterator[Row]:
                 values[name] = None if values[name] is None else names[values[name]]
             place = f"{where}, {split} {number}"
 
-            def opened(
-                column: str, encoded: Mapping[str, Any] = encoded, number: int = number, place: str = place
-            ) -> Callable[[], bytes] | None:
-                return _cell(encoded[column], column, number, place) if column in encoded else None
-
-            yield Row(values, place, number, opened, None if where.startswith(HUB) else Path(where))
+            cells = {name: _cell(one, name, number, place) for name, one in encoded.items()}
+            yield Row(values, place, number, cells=cells, root=None if where.startswith(HUB) else Path(where))
 
 
 def _cell(rows: Any, column: str, number: int, place: str) -> Callable[[], bytes]:

@@ -66,6 +66,42 @@ def make_chartqa(folder: Path) -> None:
         _write_json(folder / f"test/test_{part}.json", rows)
 
 
+def make_ocrbench(folder: Path) -> None:
+    """OCRBench; six questions of each of three kinds."""
+    rows = []
+    for world, kind, source in (
+        ("documents/lookup", "Key Information Extraction", "made"),
+        ("tables/lookup", "Doc-oriented VQA", "made"),
+        ("formulas/latex", "Handwritten Mathematical Expression Recognition", "HME100k"),
+    ):
+        for example, question in _examples(world, 6):
+            name = _name(example, folder / "OCRBench_Images")
+            row = {"dataset_name": source, "type": kind, "question": question, "answers": [example.answer]}
+            rows.append({**row, "id": len(rows), "image_path": name})
+    _write_json(folder / "OCRBench/OCRBench.json", rows)
+
+
+def make_docvqa(folder: Path) -> None:
+    """DocVQA; 16 questions about forms and tables."""
+    rows: list[dict[str, Any]] = []
+    for world, kind in (("documents/lookup", "form"), ("tables/lookup", "table/list")):
+        for example, question in _examples(world, 8):
+            name = f"documents/{_name(example, folder / 'val/documents')}"
+            row = {"questionId": len(rows), "question": question, "image": name, "answers": [example.answer]}
+            rows.append({**row, "question_types": [kind]})
+    _write_json(folder / "val/val_v1.0_withQT.json", {"dataset_name": "made", "data": rows})
+
+
+def make_textvqa(folder: Path) -> None:
+    """TextVQA; 12 questions on which seven of ten people agree."""
+    rows = []
+    for example, question in _examples("documents/lookup", 12):
+        name = _name(example, folder / "train_images", "jpg").removesuffix(".jpg")
+        answers = [example.answer] * 7 + ["unreadable", "nothing", f"{example.answer} or so"]
+        rows.append({"question_id": len(rows), "question": question, "image_id": name, "answers": answers})
+    _write_json(folder / "TextVQA_0.5.1_val.json", {"dataset_name": "made", "data": rows})
+
+
 def _examples(world: str, count: int) -> Iterator[tuple[Example, str]]:
     """Test examples, and what they ask without the form of the answer."""
     (chosen,) = choose_worlds([world])
@@ -75,10 +111,10 @@ def _examples(world: str, count: int) -> Iterator[tuple[Example, str]]:
         yield example, _FORM.sub("", example.question)
 
 
-def _name(example: Example, folder: Path) -> str:
+def _name(example: Example, folder: Path, ending: str = "png") -> str:
     """Write the picture of an example into ``folder``, and what it is called there."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"made_{len(list(folder.iterdir()))}.png"
+    name = f"made_{len(list(folder.iterdir()))}.{ending}"
     return _picture(example, folder, name)
 
 

@@ -69,6 +69,36 @@ SETS = (
         made_questions.make_chartqa,
         f"drawn, seed {made_questions.SEED}",
     ),
+    Asked(
+        published_sets.OCRBENCH,
+        "Read words, numbers, receipts, documents and formulas, by kind (OCRBench)",
+        "the picture, then the question as published",
+        judges.contained,
+        "one of the answers stands somewhere in the answer, of which 1000 characters are read (line breaks as spaces, "
+        "capitals and full-width signs as plain ones; for HME100k's formulas capitals count and spaces do not): so a "
+        "list of guesses passes where one is right",
+        made_questions.make_ocrbench,
+        f"drawn, seed {made_questions.SEED}",
+    ),
+    Asked(
+        published_sets.DOCVQA,
+        "Find what a scanned document says, by kind of page (DocVQA)",
+        f"the page, then the question and {published_sets.PHRASE!r}",
+        judges.anls,
+        "ANLS: 1 - edit distance / the longer length for the nearest answer, 0 below a half",
+        made_questions.make_docvqa,
+        f"drawn, seed {made_questions.SEED}",
+    ),
+    Asked(
+        published_sets.TEXTVQA,
+        "Read what is written on things, by how many of ten people agreed (TextVQA)",
+        f"the picture, then the question (capitalised, no OCR tokens) and {published_sets.PHRASE!r}",
+        judges.consensus,
+        "VQA accuracy: how many of nine people said the same, of three, the mean over the ten nines; normalised "
+        "as in the VQA evaluation. Where people disagree the best answer has less than 1",
+        made_questions.make_textvqa,
+        f"drawn, seed {made_questions.SEED}",
+    ),
 )
 
 

@@ -173,6 +173,66 @@ def test_the_command_takes_a_folder(charts, tmp_path, capsys):
     assert "error: chartqa: " in capsys.readouterr().err
 
 
+HUB_ROWS = {  # as the hub has them, without pictures; key, text, answers and slices that come of them
+    "ocrbench": (
+        {
+            "dataset": "HME100k", "question": " Write it in LaTeX. ", "answer": ["x ^ { 2 }"],
+            "question_type": "Handwritten Mathematical Expression Recognition",
+        },
+        ("handwritten-mathematical-expression-recognition-{}", "Write it in LaTeX.", ("x ^ { 2 }",)),
+        {"type": "Handwritten Mathematical Expression Recognition"},
+    ),
+    "docvqa": (
+        {"questionId": "49153", "question": "What is the date?", "answers": ["1/8/93", "8 Jan"],
+         "question_types": ["handwritten", "form"], "docId": 14465, "data_split": "val"},
+        ("49153", "What is the date?\nAnswer the question using a single word or phrase.", ("1/8/93", "8 Jan")),
+        {"type": "form + handwritten"},
+    ),
+    "textvqa": (
+        {"question_id": 34602, "question": "what is the brand of this Camera?", "image_id": "003a8ae2ef43b901",
+         "answers": ["nous les gosses", *["dakota"] * 3, "Dakota", *["clos culombu"] * 3, "dakota.", "x"]},
+        ("34602", "What is the brand of this camera?\nAnswer the question using a single word or phrase.",
+         ("dakota", "dakota", "dakota", "Dakota", "dakota.", *["clos culombu"] * 3, "nous les gosses", "x")),
+        {"agreed": "5"},
+    ),
+}  # fmt: skip
+COLUMN = {"mathvista": "decoded_image", "mathvision": "decoded_image"}
+"""Of the picture; "image" in the others."""
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_rows_of_the_hub(name, tmp_path):
+    """As lines of JSON with paths, and as `datasets` saves them."""
+    datasets = pytest.importorskip("datasets")
+    (asked,) = (asked for asked in SETS if asked.of.name == name)
+    row, (key, text, answers), slices = HUB_ROWS[name]
+    picture(tmp_path / "images/a.png")
+    column = COLUMN.get(name, "image")
+    (tmp_path / "test.jsonl").write_text(json.dumps({**row, column: "images/a.png"}) + "\n")
+    saved = datasets.Dataset.from_list([{**row, column: str(tmp_path / "images/a.png")}])
+    saved.cast_column(column, datasets.Image()).save_to_disk(tmp_path / "saved")
+    for number, where in ((1, tmp_path), (0, tmp_path / "saved")):
+        (question,) = load_questions(asked.of, where)
+        assert (question.key, question.text, question.answers) == (key.format(number), text, answers)
+        assert question.slices == slices
+        assert question.load().images[0].shape == (30, 45, 3)
+        assert asked.judge(question, question.answers[0]) > 0.9
+    for missing in row.keys() - {
+        "image_id",
+        "docId",
+        "data_split",
+        "question_types",
+        "level",
+        "unit",
+        "metadata",
+        "id",
+    }:
+        less = {column: "images/a.png"} | {name: value for name, value in row.items() if name != missing}
+        (tmp_path / "test.jsonl").write_text(json.dumps(less) + "\n")
+        with pytest.raises(ValueError, match=rf"{name}, .*test\.jsonl, line 1: .*{missing}"):
+            load_questions(asked.of, tmp_path)
+
+
 @pytest.mark.parametrize("asked", [asked for asked in SETS if asked.of.name != "vstar"], ids=lambda a: a.of.name)
 def test_the_drawn_split_is_of_the_published_form(asked, tmp_path):
     """Gold is right; nothing else is: not silence, not a refusal, not a page, not all options, not "0"."""
