@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from evals.question_sets import Question
-from mmagent.worlds.grading import edit_distance, narrow
+from mmagent.worlds.expressions import Unreadable, value_of
+from mmagent.worlds.grading import edit_distance, narrow, read_number
 
 LONGEST = 2000
 """Characters of a short answer that are read."""
@@ -173,3 +174,152 @@ def _shortened() -> dict[str, str]:
 
 
 _SHORTENED = _shortened()
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+SENTENCE = 200
+"""Characters of an answer that is to be a count."""
+_COUNT = re.compile(r"(?<![\w.,])-?\d+(?:[.,]\d+)*|[a-z]+(?:-[a-z]+)?", re.ASCII)
+_TEENS = ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_NAMES = {word: n for n, word in enumerate((*_WORDS, *_TEENS))}
+_NAMES |= {f"{ten}{one}": 20 + 10 * t + n for t, ten in enumerate(_TENS) for n, one in
+           enumerate(("", *(f"-{word}" for word in _WORDS[1:10])))}  # fmt: skip
+
+
+def count(question: Question, answer: str) -> float:
+    """Whether the only number in a sentence, in digits or as a word up to ninety-nine, is the right one."""
+    said = read(answer, SENTENCE).lower()
+    found = {_counted(word) for word in _COUNT.findall(said)} - {None}
+    if len(found) != 1:
+        raise ValueError(f"{answer[:60]!r} names {len(found)} numbers, not one")
+    return float(found == {question.answers[0]})
+
+
+def _counted(word: str) -> str | None:
+    if word in _NAMES:
+        return str(_NAMES[word])
+    if word[-1].isdigit():
+        whole, _, rest = word.replace(",", "").partition(".")
+        return str(int(whole)) + (f".{rest}" if rest.strip("0") else "")
+    return None
+
+
+REASONED = 20_000
+"""Characters of an answer that ends in its result."""
+_STATED = re.compile(r"\banswer(?: is\b:?|:| =)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,18})(?:\.\d{1,18})?|[-+]?\.\d{1,18}", re.ASCII)
+_PICKED = re.compile(r"\(([A-Z])\)")
+_LIST = re.compile(r"\[([^\[\]]{0,300})\]")
+_MANTLE = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]{0,200})\}|[$*]|\\[,!;()\[\]]|\\(?:left|right)\b")
+
+
+def stated(answer: str) -> tuple[str, bool]:
+    """What a worked answer gives as its result: what its last ``\\boxed{}`` holds; else the line behind its last
+    "answer is" or "answer:"; else its last line. And whether it said so, which a last line does not."""
+    said = read(answer, REASONED)
+    at = said.rfind("\\boxed{")
+    if at >= 0:
+        depth, start = 0, at + len("\\boxed{")
+        for place in range(start, min(len(said), start + SENTENCE)):
+            depth += {"{": 1, "}": -1}.get(said[place], 0)
+            if depth < 0:
+                return said[start:place].strip(), True
+    marks = list(_STATED.finditer(said))
+    if marks:
+        behind = said[marks[-1].end() :].strip().split("\n")[0].strip()
+        if behind:
+            return behind, True
+    return said.split("\n")[-1].strip(), False
+
+
+def mathvista(question: Question, answer: str) -> float:
+    """MathVista's comparison (Lu et al. 2023, arXiv 2310.02255) without the language model that its script asks to find
+    the answer: what :func:`stated` finds is read by rule. ``kind`` is "multi_choice", "integer", "list" or "float N",
+    N the decimals that both sides are rounded to; of whole numbers the decimals are cut. Nor is the most similar option
+    taken for one that was not named."""
+    said, sure = stated(answer)
+    if question.kind == "multi_choice":
+        return float(_option(question.options, said) == question.answers[0])
+    if question.kind == "list":
+        lists = [_numbers(inside) for inside in _LIST.findall(said)]
+        if not lists:
+            raise ValueError(f"{said[:60]!r} holds no list")
+        return float(lists[-1] == _numbers(question.answers[0]))
+    number, truth = _value(said, first=sure), float(question.answers[0])
+    if question.kind == "integer":
+        return float(int(number) == int(truth))
+    places = int(question.kind.removeprefix("float "))
+    return float(round(number, places) == round(truth, places))
+
+
+def mathvision(question: Question, answer: str) -> float:
+    """MATH-Vision's comparison (Wang et al. 2024, arXiv 2402.14804): the letter or the words of the right option; else
+    the same text or, to two decimals, the same value. Formulas are read by our own grammar, not by latex2sympy."""
+    said, sure = stated(answer)
+    if question.options:
+        return float(_option(question.options, said) == question.answers[0])
+    bare, truth = _bare(said), _bare(question.answers[0])
+    if bare == truth:
+        return 1.0
+    try:
+        wanted = value_of(truth)
+    except Unreadable:
+        return 0.0  # a text, and another one
+    try:
+        found = value_of(bare)
+    except Unreadable:
+        found = complex(_value(said, first=sure))
+    return float(round(found.real, 2) == round(wanted.real, 2) and abs(found.imag - wanted.imag) < 0.005)
+
+
+def _bare(text: str) -> str:
+    """A result without what is written around it: dollar signs, stars, spaces, commands that only set it, and whatever
+    it is said to equal."""
+    plain = _unset(text).lower()
+    for written, meant in _WRITTEN.items():
+        plain = plain.replace(written, meant)
+    return "".join(plain.split("=")[-1].split()).rstrip(".").lstrip(":").replace(":", "/")
+
+
+_WRITTEN = {
+    "\\approx": "=",
+    "≈": "=",
+    "^{\\circ}": "",
+    "^\\circ": "",
+    "°": "",
+    "π": "\\pi ",
+    "dfrac": "frac",
+    "tfrac": "frac",
+}
+
+
+def _unset(text: str) -> str:
+    return _MANTLE.sub(lambda found: found[1] or "", text)
+
+
+def _option(options: Mapping[str, str], said: str) -> str:
+    """The letter that a result names (:func:`chosen`), or the only letter in brackets in it."""
+    try:
+        return chosen(options, _unset(said))
+    except ValueError:
+        letters = set(_PICKED.findall(said)) & set(options)
+        if len(letters) != 1:
+            raise
+        return letters.pop()
+
+
+def _value(said: str, *, first: bool) -> float:
+    """The number that a result is, or the first or last one in it. Raises ``ValueError`` where there is none."""
+    whole = read_number(_unset(said))
+    if whole is not None:
+        return float(whole)
+    found = _numbers(said)
+    if not found:
+        raise ValueError(f"{said[:60]!r} holds no number")
+    return found[0] if first else found[-1]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(text.replace("−", "-")[:LONGEST])]

@@ -16,6 +16,14 @@
 ``textvqa``   TextVQA (Singh et al. 2019), its validation split: ``TextVQA_0.5.1_val.json``, ``{"data": [...]}`` of
               ``question_id``, ``question``, ``image_id``, ten ``answers``, beside ``train_images``;
               ``lmms-lab/textvqa``
+``countbench``  CountBenchQA (Beyer et al. 2024): ``vikhyatk/CountBenchQA`` (``image``, ``question``, ``number``; its
+              ``text``, which tells the number, is not shown)
+``mathvista``  MathVista (Lu et al. 2023), testmini, as the answers of test are not published: ``data/testmini.json`` or
+              ``annot_testmini.json``, an object of ``query``, ``choices``, ``answer``, ``question_type``,
+              ``answer_type``, ``precision``, ``metadata``, ``image`` by number, beside ``images``;
+              ``AI4Math/MathVista`` has the same, its pictures in ``decoded_image``
+``mathvision``  MATH-Vision (Wang et al. 2024): ``data/test.jsonl`` of ``id``, ``question``, ``options``, ``answer``,
+              ``level``, ``subject``, ``image``, beside ``images``; ``MathLLMs/MathVision``
 ============  =====================================================================================================
 
 Every set may also be a folder with ``test.jsonl``: a line a row, the columns of the hub, paths of pictures.
@@ -32,6 +40,8 @@ _OPTION = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 LETTER_DIRECTLY = "Answer with the option's letter from the given choices directly."
 ONE_WORD = "Answer the question with a single word."
 PHRASE = "Answer the question using a single word or phrase."
+NUMBER = "Answer with a single number."
+BOXED = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
 _LINES = (Files("test.jsonl"),)
 
 
@@ -89,6 +99,49 @@ def _textvqa(row: Row) -> Question:
     return Question(str(row.get("question_id")), text, answers, shown, {"agreed": str(often[answers[0]])})
 
 
+def _countbench(row: Row) -> Question:
+    number = row.get("number")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise row.wrong(f"number must be an integer, not {number!r:.60}")
+    text = f"{row.text('question')}\n{NUMBER}"
+    return Question(str(row.number), text, (str(number),), row.picture("image"), {"number": str(number)})
+
+
+def _mathvista(row: Row) -> Question:
+    kind, answer, options = row.text("question_type"), row.text("answer"), row.choices("choices")
+    if kind == "multi_choice":
+        by_words = {words: letter for letter, words in reversed(options.items())}
+        if answer not in by_words:
+            raise row.wrong(f"answer {answer!r:.60} is none of the choices {', '.join(options.values()) or 'at all'}")
+        answer = by_words[answer]
+    else:
+        kind = row.text("answer_type")
+        if kind == "float":
+            kind = f"float {int(row.get('precision'))}"
+        readable = _LISTED if kind == "list" else _NUMERIC if kind.split()[0] in ("integer", "float") else None
+        if readable is None or not readable.fullmatch(answer.strip()):
+            raise row.wrong(f"answer_type {kind!r:.60} does not fit the answer {answer!r:.60}")
+    meta = row.values.get("metadata") or {}
+    slices = {name: str(meta.get(name) or "other") for name in ("task", "category", "context")}
+    slices |= {"answer": kind.split()[0]}
+    picture = row.picture("decoded_image", "image")
+    return Question(str(row.get("pid")), row.text("query"), (answer,), picture, slices, options, kind)
+
+
+def _mathvision(row: Row) -> Question:
+    answer, options = row.text("answer"), row.choices("options")
+    if options and answer not in options:
+        raise row.wrong(f"answer {answer!r:.60} is none of the options {', '.join(options)}")
+    lines = "".join(f"\n({letter}) {words}" for letter, words in options.items())
+    text = f"{BOXED}\n{row.text('question')}{lines and chr(10) + 'Choices:'}{lines}"
+    slices = {"subject": row.word("subject"), "level": row.word("level"), "answer": "option" if options else "free"}
+    return Question(str(row.get("id")), text, (answer,), row.picture("decoded_image", "image"), slices, options)
+
+
+_NUMERIC = re.compile(r"[-+]?\d{1,15}(?:\.\d{0,15})?|[-+]?\.\d{1,15}", re.ASCII)
+_LISTED = re.compile(r"\[[-+.,\d\s]*\d[-+.,\d\s]*\]", re.ASCII)
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -124,3 +177,17 @@ TEXTVQA = QuestionSet(
     ((Files("TextVQA_0.5.1_val.json", pictures=("train_images", "train_val_images/train_images")),), _LINES),
     splits=("validation",),
 )  # fmt: skip
+COUNTBENCH = QuestionSet("countbench", _countbench, (_LINES,), splits=("test",))
+MATHVISTA = QuestionSet(
+    "mathvista", _mathvista,
+    (
+        (Files("data/testmini.json", pictures=("..", "")),),
+        (Files("annot_testmini.json"),),
+        (Files("testmini.json"),),
+        _LINES,
+    ),
+    splits=("testmini",),
+)  # fmt: skip
+MATHVISION = QuestionSet(
+    "mathvision", _mathvision, ((Files("data/test.jsonl", pictures=("..", "")),), _LINES), splits=("test", "testmini")
+)

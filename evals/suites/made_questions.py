@@ -24,7 +24,7 @@ VSTAR_EACH = 9
 """Questions of each kind of :data:`CATEGORIES`."""
 CATEGORIES = {"search/attribute": "direct_attributes", "search/position": "relative_position"}
 _FORM = re.compile(
-    r" Answer with (?:a number(?: of degrees)?|its name|one word|the text as printed|the cell's text)\.$"
+    r" Answer with (?:a number(?: of degrees|, in \w+)?|its name|one word|the text as printed|the cell's text)\.$"
 )
 
 
@@ -100,6 +100,70 @@ def make_textvqa(folder: Path) -> None:
         answers = [example.answer] * 7 + ["unreadable", "nothing", f"{example.answer} or so"]
         rows.append({"question_id": len(rows), "question": question, "image_id": name, "answers": answers})
     _write_json(folder / "TextVQA_0.5.1_val.json", {"dataset_name": "made", "data": rows})
+
+
+def make_countbench(folder: Path) -> None:
+    """CountBenchQA; 16 questions about drawn shapes."""
+    rows = [
+        {"image": f"images/{_name(example, folder / 'images')}", "question": question, "number": int(example.answer)}
+        for example, question in _examples("counting/objects", 40)
+        if 2 <= int(example.answer) <= 10  # as in the published set
+    ]
+    _write_lines(folder / "test.jsonl", rows[:16])
+
+
+def make_mathvista(folder: Path) -> None:
+    """MathVista; six questions each with options, whole numbers and decimals."""
+    rows: dict[str, dict[str, Any]] = {}
+    for world, task, kind in (
+        ("scenes/attribute", "visual question answering", "text"),
+        ("geometry/angle", "geometry problem solving", "integer"),
+        ("physics/lever", "textbook question answering", "float"),
+    ):
+        for example, question in _examples(world, 6):
+            question, _, told = question.partition(" Answer with one of: ")
+            choices = told.rstrip(".").split(", ") if kind == "text" else None
+            answer = f"{float(example.answer.split()[0]):.1f}" if kind == "float" else example.answer
+            lines = "".join(f"\n({letter}) {words}" for letter, words in zip("ABCDEFGH", choices or (), strict=False))
+            row = {
+                "pid": str(len(rows) + 1),
+                "question": question,
+                "image": f"images/{_name(example, folder / 'images')}",
+                "choices": choices,
+                "unit": None,
+                "precision": 1.0 if kind == "float" else None,
+                "answer": answer,
+                "question_type": "multi_choice" if choices else "free_form",
+                "answer_type": kind,
+                "metadata": {"category": "made", "context": "synthetic scene", "task": task, "split": "testmini"},
+                "query": f"{_HINTS[kind]}\nQuestion: {question}{lines and chr(10) + 'Choices:'}{lines}",
+            }
+            rows[row["pid"]] = row
+    _write_json(folder / "data/testmini.json", rows)
+
+
+_HINTS = {"text": "Give the letter of the right choice.", "integer": "Give a whole number.", "float": "One decimal."}
+
+
+def make_mathvision(folder: Path) -> None:
+    """MATH-Vision; 14 problems, half of them with options."""
+    rows: list[dict[str, Any]] = []
+    for world, subject, choices in (
+        ("geometry/length", "metric geometry - length", True),
+        ("geometry/area", "metric geometry - area", False),
+        ("formulas/evaluate", "arithmetic", False),
+    ):
+        for example, question in _examples(world, 7 if choices else 4):
+            answer, options = example.answer, []
+            if choices:
+                near = {answer} | {str(int(answer) + step) for step in (-3, 2, 5, 9)}
+                options = sorted(near, key=int)
+                answer = "ABCDE"[options.index(answer)]
+            name = f"images/{_name(example, folder / 'images')}"
+            row = {"id": str(len(rows) + 1), "question": f"{question}\n<image1>", "options": options, "image": name}
+            rows.append({**row, "answer": answer, "level": example.level + 1, "subject": subject})
+    (folder / "data").mkdir()
+    _write_lines(folder / "data/test.jsonl", rows)
 
 
 def _examples(world: str, count: int) -> Iterator[tuple[Example, str]]:

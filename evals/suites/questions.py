@@ -26,6 +26,7 @@ from mmagent.tasks.base import malformed, score_of
 from mmagent.trajectories import Item, Observation, Score, Trajectory
 
 LETTER = "Answer with the letter of the right option alone."
+RESULT = "Work it out, then write the result alone in a last line, after 'Answer:'."
 SHORT = "Answer with the answer alone, without a sentence around it."
 
 
@@ -98,6 +99,45 @@ SETS = (
         "as in the VQA evaluation. Where people disagree the best answer has less than 1",
         made_questions.make_textvqa,
         f"drawn, seed {made_questions.SEED}",
+    ),
+    Asked(
+        published_sets.COUNTBENCH,
+        "Count things, by their number (CountBenchQA)",
+        f"the picture, then the question (without its caption) and {published_sets.NUMBER!r}",
+        judges.count,
+        "the only number in a sentence of at most 200 characters, in digits or as a word, is the right one",
+        made_questions.make_countbench,
+        f"drawn, seed {made_questions.SEED}",
+        guess=lambda rng: str(rng.randrange(2, 11)),
+    ),
+    Asked(
+        published_sets.MATHVISTA,
+        "Reason about figures, plots and photographs, by task and kind of answer (MathVista, testmini)",
+        "the picture, then the query as published",
+        judges.mathvista,
+        "the result (in the last box, else behind the last 'answer is' or 'answer:', else in the last line) is the "
+        "right option by letter or words, or the number (the first of what is stated, the last of a last line), whole "
+        "ones cut, others rounded to their precision, or the list. Read by this rule, not by the language model of the "
+        "published script, and no option is taken for the most similar one: scores may be lower than published ones",
+        made_questions.make_mathvista,
+        f"drawn, seed {made_questions.SEED}",
+        RESULT,
+        lambda rng: rng.choice((*"ABCD", *map(str, range(20)))),
+        1024,
+    ),
+    Asked(
+        published_sets.MATHVISION,
+        "Solve problems of competitions with their figures, by subject and level (MATH-Vision)",
+        f"the picture, then {published_sets.BOXED!r}, the problem and its choices by letter",
+        judges.mathvision,
+        "the result (in the last box, else behind the last 'answer is' or 'answer:', else in the last line) is the "
+        "right option by letter or words, else the same text or, to two decimals, the same value; formulas are read by "
+        "a grammar of our own where the published script has latex2sympy",
+        made_questions.make_mathvision,
+        f"drawn, seed {made_questions.SEED}",
+        RESULT,
+        lambda rng: rng.choice((*"ABCDE", *map(str, range(20)))),
+        1024,
     ),
 )
 

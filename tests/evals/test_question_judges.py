@@ -91,3 +91,102 @@ def test_vqa_accuracy(same, score):
 )  # fmt: skip
 def test_answers_as_the_vqa_evaluation_compares_them(text, same):
     assert judges.spoken(text) == same
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("7", 1), ("seven", 1), ("Seven.", 1), ("There are 7 dogs.", 1), ("7 (seven)", 1), ("7.0", 1), ("**7**", 1),
+        ("8", 0), ("7.5", 0), ("-7", 0), ("seventeen", 0), ("twenty-seven", 0), ("0", 0), ("77", 0), ("1,007", 0),
+    ],
+)  # fmt: skip
+def test_counts(said, score):
+    assert judges.count(asked("7"), said) == score
+
+
+@pytest.mark.parametrize("said", ["", "many", "6 or 7", "1 2 3 4 5 6 7 8 9", "I don't know", "7" + " dogs" * 60])
+def test_what_is_no_count(said):
+    with pytest.raises(ValueError, match=r"empty|names (0|2|9) numbers|at most 200"):
+        judges.count(asked("7"), said)
+
+
+def test_number_words_go_to_ninety_nine():
+    for truth, word in ((0, "zero"), (11, "eleven"), (20, "twenty"), (42, "forty-two"), (99, "ninety-nine")):
+        assert judges.count(asked(str(truth)), f"I see {word}") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [
+        ("5", ("5", False)), ("2 + 3\n= 5", ("= 5", False)), ("So the answer is: 5", ("5", True)),
+        ("Answer: 4\nno, Answer: 5\nDone.", ("5", True)), (r"Hence \boxed{\frac{1}{2}}.", (r"\frac{1}{2}", True)),
+        (r"\boxed{1} or \boxed{2}", ("2", True)), (r"the answer is 3, \boxed{4}", ("4", True)),
+        (r"\boxed{1", (r"\boxed{1", False)), ("I will answer the question.\n5", ("5", False)),
+    ],
+)  # fmt: skip
+def test_results_of_worked_answers(answer, result):
+    assert judges.stated(answer) == result
+
+
+FOUR = {"A": "30°", "B": "45", "C": "a kite", "D": "B"}
+
+
+@pytest.mark.parametrize(
+    ("truth", "kind", "said", "score"),
+    [
+        ("C", "multi_choice", "C", 1), ("C", "multi_choice", "(C) a kite", 1), ("C", "multi_choice", "A kite.", 1),
+        ("C", "multi_choice", "It has two axes.\nAnswer: C", 1), ("C", "multi_choice", r"\boxed{\text{C}}", 1),
+        ("C", "multi_choice", "so it must be (C), which is a kite", 1), ("C", "multi_choice", "A", 0),
+        ("D", "multi_choice", "B", 1),  # words come before letters
+        ("5", "integer", "5", 1), ("5", "integer", "The answer is 5 cm, as 2 + 3 = 5.", 1), ("5", "integer", "5.9", 1),
+        ("5", "integer", "It is 2 + 3 = 5", 1), ("5", "integer", "Answer: 6, not 5", 0),
+        ("1200", "integer", "1,200", 1),
+        ("-5", "integer", "−5", 1), ("5", "integer", "$5$", 1), ("0", "integer", "1", 0),
+        ("1.2", "float 1", "1.24", 1), ("1.2", "float 1", "1.26", 0), ("0.67", "float 2", "2/3", 1),
+        ("0.60", "float 2", "0.6", 1), ("[1, 2]", "list", "so [3], then [1,2.0]", 1), ("[1, 2]", "list", "[2, 1]", 0),
+    ],
+)  # fmt: skip
+def test_mathvista(truth, kind, said, score):
+    options = FOUR if kind == "multi_choice" else {}
+    assert judges.mathvista(asked(truth, options=options, kind=kind), said) == score
+
+
+@pytest.mark.parametrize(
+    ("truth", "kind", "said"),
+    [
+        ("C", "multi_choice", "a kit"),  # the published script takes the most similar option
+        ("C", "multi_choice", "(A) 30° (B) 45 (C) a kite (D) B"), ("C", "multi_choice", "none of them"),
+        ("5", "integer", "five"), ("5", "integer", "I don't know"), ("[1]", "list", "1"),
+        ("5", "integer", "5" * 20_001),
+    ],
+)  # fmt: skip
+def test_mathvista_cannot_read(truth, kind, said):
+    options = FOUR if kind == "multi_choice" else {}
+    with pytest.raises(ValueError, match=r"none of the options|no number|no list|at most"):
+        judges.mathvista(asked(truth, options=options, kind=kind), said)
+
+
+@pytest.mark.parametrize(
+    ("truth", "said", "score"),
+    [
+        ("12", "12", 1), ("12", r"Thus \boxed{12}", 1), ("12", r"\boxed{x = 12}", 1), ("12", "The answer is 12.", 1),
+        ("12", "12.004", 1), ("12", "12.02", 0), ("12", "The area is 12 cm", 1), ("12", "21", 0), ("12", "0", 0),
+        (r"\frac{1}{3}", r"\boxed{\frac{1}{3}}", 1), (r"\frac{1}{3}", "1/3", 1), (r"\frac{1}{3}", "0.333", 1),
+        (r"2\sqrt{3}", r"\boxed{\sqrt{12}}", 1), (r"6 \pi", "6π", 1), (r"6 \pi", "18.85", 1),
+        ("60", r"$60^{\circ}$", 1),
+        ("(3,4)", r"\boxed{(3, 4)}", 1), ("(3,4)", "(4,3)", 0), ("Tuesday", "Answer: tuesday", 1),
+        ("Tuesday", "Monday", 0),
+        (r"2\sqrt{3}", "√12 is 3.46", 1), (r"\frac{1}{3}", r"\dfrac{1}{3}", 1), (r"\frac{1}{3}", "1:3", 1),
+    ],
+)  # fmt: skip
+def test_mathvision(truth, said, score):
+    assert judges.mathvision(asked(truth), said) == score
+
+
+def test_mathvision_with_options():
+    question = asked("B", options={"A": "12", "B": r"\frac{1}{2}", "C": "C"})
+    right = [judges.mathvision(question, said) for said in ("B", r"\boxed{B}", r"\boxed{\frac{1}{2}}", "so it is (B).")]
+    assert right == [1.0] * 4
+    assert judges.mathvision(question, "Answer: A") == 0
+    with pytest.raises(ValueError, match="names none of the options"):
+        judges.mathvision(question, "0")

@@ -195,9 +195,37 @@ HUB_ROWS = {  # as the hub has them, without pictures; key, text, answers and sl
          ("dakota", "dakota", "dakota", "Dakota", "dakota.", *["clos culombu"] * 3, "nous les gosses", "x")),
         {"agreed": "5"},
     ),
+    "countbench": (
+        {"question": "How many headsets are there in the image?", "number": 10},
+        ("{}", "How many headsets are there in the image?\nAnswer with a single number.", ("10",)),
+        {"number": "10"},
+    ),
+    "mathvista": (
+        {"pid": "3", "question": "Find $m\\angle H$", "choices": ["97", "102", "107", "122"], "unit": None,
+         "precision": None, "answer": "107", "question_type": "multi_choice", "answer_type": "text",
+         "metadata": {"category": "math-targeted-vqa", "context": "geometry diagram", "task": "geometry"},
+         "query": "Hint: give the letter.\nQuestion: Find $m\\angle H$\nChoices:\n(A) 97\n(B) 102\n(C) 107\n(D) 122"},
+        ("3", "Hint: give the letter.\nQuestion: Find $m\\angle H$\nChoices:\n(A) 97\n(B) 102\n(C) 107\n(D) 122",
+         ("C",)),
+        {"task": "geometry", "category": "math-targeted-vqa", "context": "geometry diagram",
+         "answer": "multi_choice"},
+    ),
+    "mathvision": (
+        {"id": "4", "question": "Which piece fits?\n<image1>", "options": ["A", "B", "C", "D", "E"], "answer": "B",
+         "level": 1, "subject": "combinatorial geometry"},
+        ("4", 'Please solve the problem step by step and put your answer in one "\\boxed{}".\nWhich piece fits?\n'
+         "<image1>\nChoices:\n(A) A\n(B) B\n(C) C\n(D) D\n(E) E", ("B",)),
+        {"subject": "combinatorial geometry", "level": "1", "answer": "option"},
+    ),
 }  # fmt: skip
 COLUMN = {"mathvista": "decoded_image", "mathvision": "decoded_image"}
 """Of the picture; "image" in the others."""
+
+
+SPARED = {
+    "image_id", "docId", "data_split", "question_types", "level", "subject", "unit", "metadata", "precision", "options",
+}  # fmt: skip
+"""What a row may do without; and what is in the query of MathVista already."""
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
@@ -217,20 +245,44 @@ def test_rows_of_the_hub(name, tmp_path):
         assert question.slices == slices
         assert question.load().images[0].shape == (30, 45, 3)
         assert asked.judge(question, question.answers[0]) > 0.9
-    for missing in row.keys() - {
-        "image_id",
-        "docId",
-        "data_split",
-        "question_types",
-        "level",
-        "unit",
-        "metadata",
-        "id",
-    }:
+    told = {"question", "answer_type"} if name == "mathvista" else set()
+    for missing in row.keys() - SPARED - told:
         less = {column: "images/a.png"} | {name: value for name, value in row.items() if name != missing}
         (tmp_path / "test.jsonl").write_text(json.dumps(less) + "\n")
-        with pytest.raises(ValueError, match=rf"{name}, .*test\.jsonl, line 1: .*{missing}"):
+        with pytest.raises(ValueError, match=rf"{name}, .*test\.jsonl, line 1: .*{missing[:-1]}"):
             load_questions(asked.of, tmp_path)
+
+
+def _math(**changes) -> dict:
+    row = {"pid": "1", "query": "?", "choices": None, "unit": None, "precision": 1.0, "answer": "1.5", "image": "a.png",
+           "question_type": "free_form", "answer_type": "float"}  # fmt: skip
+    return {**row, **changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("countbench", {"image": "a.png", "question": "?", "number": "3"}, "number must be an integer, not '3'"),
+        ("countbench", {"image": "a.png", "question": "?", "number": True}, "number must be an integer, not True"),
+        ("docvqa", {"image": "a.png", "question": "?", "questionId": 1, "answers": []}, "must be a list of texts"),
+        ("docvqa", {"image": "a.png", "question": "?", "questionId": 1, "answers": None}, "there is no answers"),
+        ("textvqa", {"image": "a.png", "question": "?", "question_id": 1, "answers": ["a"] * 9}, "ten people .* not 9"),
+        ("mathvista", _math(answer=""), "answer must be a text"),  # of test, which is not published
+        ("mathvista", _math(answer="1.5 cm"), "'float 1' does not fit the answer '1.5 cm'"),
+        ("mathvista", _math(answer_type="list"), "'list' does not fit the answer '1.5'"),
+        ("mathvista", _math(answer_type="word"), "'word' does not fit"),
+        ("mathvista", _math(precision=None), "there is no precision"),
+        ("mathvista", _math(question_type="multi_choice", choices=["1", "2"]), "'1.5' is none of the choices 1, 2"),
+        ("mathvista", _math(question_type="multi_choice"), "'1.5' is none of the choices at all"),
+        ("mathvista", _math(question_type="multi_choice", choices=[1, 2]), "choices must be a list of texts"),
+        ("mathvision", {"id": "1", "question": "?", "options": ["1", "2"], "answer": "C"}, "'C' is none of .* A, B"),
+    ],
+)
+def test_rows_that_cannot_be_judged_are_named(name, row, says, tmp_path):
+    (asked,) = (asked for asked in SETS if asked.of.name == name)
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"^{name}, .*test\.jsonl, line 1: .*{says}"):
+        load_questions(asked.of, tmp_path)
 
 
 @pytest.mark.parametrize("asked", [asked for asked in SETS if asked.of.name != "vstar"], ids=lambda a: a.of.name)
