@@ -18,10 +18,10 @@ from evals.dialects import STYLES, style_of
 from evals.endpoint import EndpointAgent, EndpointConfig
 from evals.runner import DISK_FULL, EvaluationBroken, Options, evaluate, pins_of
 from evals.statistics import Comparison, Estimate
-from evals.store import Run, RunError, find_runs, read_run
+from evals.store import Run, RunError, check_allowed, find_runs, read_run
 from evals.suite import EVERY, Agent, Suite, choose_tasks
 from evals.suites import SUITES, WITH_DATA
-from evals.summary import compare_runs, compare_slices, summarise
+from evals.summary import COSTS, compare_runs, compare_slices, costs, summarise
 from mmagent.browser import BrowserError, require_chromium
 from mmagent.sandbox import SandboxUnavailable
 
@@ -238,9 +238,15 @@ def _compare(argv: Sequence[str]) -> int:
     shared = [name for name in first if name in second]
     if not shared:
         raise RunError(f"no suite in common: {', '.join(first)} against {', '.join(second)}")
+    check_allowed(args.allow, [(first[name].pins, second[name].pins) for name in shared])
     results = {name: compare_runs(first[name], second[name], args.allow) for name in shared}
     if args.json:
-        print(json.dumps({name: dataclasses.asdict(result) for name, result in results.items()}, indent=1))
+        told = {
+            name: dataclasses.asdict(result)
+            | {"costs": {side: costs(summarise(run.rows)) for side, run in (("a", first[name]), ("b", second[name]))}}
+            for name, result in results.items()
+        }
+        print(json.dumps(told, indent=1))
     else:
         for name, result in results.items():
             print(_comparison(name, first[name], second[name], result, args.allow))
@@ -287,12 +293,9 @@ def _comparison(name: str, a: Run, b: Run, c: Comparison, allow: Sequence[str]) 
     malformed = [100 * summary.parts.get("malformed", 0.0) for summary in both]
     if any(malformed):
         rows.append(["malformed", *(f"{share:.1f} %" for share in malformed), f"{malformed[1] - malformed[0]:+.1f}"])
-    for what, values in (
-        ("tokens read an item", [summary.prompt_tokens_per_item for summary in both]),
-        ("tokens written an item", [summary.tokens_per_item for summary in both]),
-        ("seconds an item", [summary.seconds_per_item for summary in both]),
-    ):
-        rows.append([what, *(f"{value:.1f}" for value in values), f"{values[1] - values[0]:+.1f}"])
+    first, second = map(costs, both)
+    for name, what in COSTS.items():
+        rows.append([what, f"{first[name]:.1f}", f"{second[name]:.1f}", f"{second[name] - first[name]:+.1f}"])
     return "\n".join([*lines, *_aligned([["", "A", "B", "B - A", "95 % interval", "items"], *rows])])
 
 

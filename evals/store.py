@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import difflib
 import fcntl
 import hashlib
 import json
@@ -56,6 +57,22 @@ def check_comparable(a: Mapping[str, str], b: Mapping[str, str], allow: Iterable
     names = [n for n in differing(a, b) if not n.startswith(POLICY) and n not in set(allow)]
     if names:
         raise PinsDiffer("these runs cannot be compared (--allow PIN does, for each PIN that may differ)", a, b, names)
+
+
+def check_allowed(allow: Iterable[str], runs: Iterable[tuple[Mapping[str, str], Mapping[str, str]]]) -> None:
+    """Raises ``ValueError`` where ``allow`` names what is no pin of any of the pairs of runs: a misspelt name would
+    allow nothing, or seem to."""
+    runs = list(runs)
+    known = {name for pair in runs for pins in pair for name in pins}
+    differs = dict.fromkeys(name for a, b in runs for name in differing(a, b) if not name.startswith(POLICY))
+    for name in allow:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else "."
+            raise ValueError(
+                f"--allow {name}: these runs have no such pin{hint} Those that differ: {', '.join(differs) or 'none'}. "
+                f"All: {', '.join(sorted(known))}"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,12 @@ from evals.statistics import Comparison, Estimate, compare_paired, mean_interval
 from evals.store import Row, Run, check_comparable
 
 RIGHT = 1.0 - 1e-9
+COSTS = {
+    "prompt_tokens_per_item": "tokens read an item",
+    "tokens_per_item": "tokens written an item",
+    "seconds_per_item": "seconds an item",
+}
+"""What a run costs: names of a :class:`Summary`, and words for them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,11 @@ class Summary:
     seconds_per_item: float
     by_slice: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     prompt_tokens_per_item: float = 0.0
+
+
+def costs(summary: Summary) -> dict[str, float]:
+    """``{name of :data:`COSTS`: mean over the items}``."""
+    return {name: float(getattr(summary, name)) for name in COSTS}
 
 
 def item_values(rows: Iterable[Row]) -> dict[tuple[str, str], list[float]]:

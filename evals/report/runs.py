@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, trajectory
 from evals.store import POLICY, Row, Run, StepRecord
-from evals.summary import RIGHT, Summary, compare_runs, compare_slices, summarise
+from evals.summary import COSTS, RIGHT, Summary, compare_runs, compare_slices, costs, summarise
 from mmagent.geometry import ImageView
 from mmagent.html.charts import bar_chart
 from mmagent.html.pieces import (
@@ -132,7 +132,23 @@ def comparison_body(runs: Mapping[str, Run], allow: Iterable[str] = ()) -> Marku
     parts.append(table(rows, columns, totals=[{"task": "mean over tasks", **means}]))
     if steps:
         parts += [heading("Each against the one before, item by item"), table(steps)]
+    parts += [heading("What it cost"), _cost_table(summaries)]
     return join([*parts, *_slice_tables(runs, summaries, allow)])
+
+
+def _cost_table(summaries: Mapping[str, Summary]) -> Markup:
+    """What every run costs an item, and how much more than the one before."""
+    found = {name: costs(summary) for name, summary in summaries.items()}
+    columns = [Column("mean", "mean over items"), *(Column(f"run {name}", name) for name in found)]
+    rows: list[dict[str, object]] = [
+        {"mean": what, **{f"run {name}": each[cost] for name, each in found.items()}} for cost, what in COSTS.items()
+    ]
+    for pair in pairwise(found):
+        of = f", {' to '.join(pair)}" if len(found) > 2 else ""
+        columns.append(Column(f"d {pair}", f"difference{of}"))
+        for row, cost in zip(rows, COSTS, strict=True):
+            row[f"d {pair}"] = f"{found[pair[1]][cost] - found[pair[0]][cost]:+.1f}"
+    return table(rows, columns)
 
 
 def _slice_tables(runs: Mapping[str, Run], summaries: Mapping[str, Summary], allow: Iterable[str]) -> list[Markup]:

@@ -115,6 +115,46 @@ def test_compare(tmp_path, capsys):
     assert "mean over tasks" in text
 
 
+def test_a_misspelt_pin_is_no_permission(tmp_path, capsys):
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path / "a" / "guess", QUIET)
+    evaluate_now(guess_suite(judge="another"), RuleAgent(gold), tmp_path / "b" / "guess", QUIET)
+    evaluate_now(guess_suite(2, ["odd"], name="other", data="x"), RuleAgent(gold), tmp_path / "a" / "other", QUIET)
+    evaluate_now(guess_suite(2, ["odd"], name="other", data="y"), RuleAgent(gold), tmp_path / "b" / "other", QUIET)
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    for allowed in (["jugde"], ["judge", "suite.data", "jugde"]):  # also beside names that allow all there is
+        assert command.main(["compare", *both, *(word for name in allowed for word in ("--allow", name))]) == 2
+        said = capsys.readouterr().err
+        assert "--allow jugde: these runs have no such pin, did you mean judge?" in said
+        assert "Those that differ: judge, suite.data. All: " in said
+        assert "suite.version" in said
+    assert command.main(["compare", both[0], both[0], "--allow", "nonsense"]) == 2  # although nothing differs
+    assert "no such pin. Those that differ: none." in capsys.readouterr().err
+    # a pin of one of the suites alone
+    assert command.main(["compare", *both, "--allow", "judge", "--allow", "suite.data"]) == 0
+
+
+def test_what_runs_cost_is_compared_wherever_they_are(tmp_path, capsys):
+    class Wordy(RuleAgent):
+        async def play(self, task, item, play):
+            return (await super().play(task, item, play))._replace(read=41)
+
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path / "a" / "guess", QUIET)
+    evaluate_now(guess_suite(), Wordy(gold, pause=0.3), tmp_path / "b" / "guess", QUIET)
+    html = tmp_path / "c.html"
+    argv = ["compare", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert command.main([*argv, "--json", "--html", str(html)]) == 0
+    told = json.loads(capsys.readouterr().out)["guess"]["costs"]
+    assert [told[side]["prompt_tokens_per_item"] for side in "ab"] == [3.0, 41.0]
+    assert [told[side]["tokens_per_item"] for side in "ab"] == [2.0, 2.0]
+    assert told["b"]["seconds_per_item"] >= 0.3 > told["a"]["seconds_per_item"]
+    text = html.read_text()
+    assert command.main(argv) == 0
+    printed = capsys.readouterr().out
+    for words in ("tokens read an item", "tokens written an item", "seconds an item", "+38.0"):
+        assert words in text
+        assert words in printed
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
