@@ -21,7 +21,7 @@ from evals.statistics import Comparison, Estimate
 from evals.store import Run, RunError, check_allowed, find_runs, read_run
 from evals.suite import EVERY, Agent, Suite, choose_tasks
 from evals.suites import SUITES, WITH_DATA
-from evals.summary import COSTS, compare_runs, compare_slices, costs, summarise
+from evals.summary import COSTS, beside_told, compare_runs, compare_slices, costs, summarise
 from mmagent.browser import BrowserError, require_chromium
 from mmagent.sandbox import SandboxUnavailable
 
@@ -363,7 +363,8 @@ def _score_table(runs: Sequence[Run]) -> str:
             for group, estimate in groups.items():
                 scored(f"  {what}: {group}", estimate)
         rows += [[f"  pass@{k}", f"{100 * value:.1f} %"] for k, value in summary.pass_at.items()]
-    return "\n".join(line.removeprefix("  ") for line in _aligned(rows))
+    lines = [line.removeprefix("  ") for line in _aligned(rows)]
+    return "\n".join([*lines, *(f"{run.suite}: {told}" for run in runs if (told := beside_told(run)))])
 
 
 def _slug(name: str) -> str:

@@ -88,7 +88,8 @@ def pins_of(suite: Suite, agent: Agent, options: Options) -> dict[str, str]:
 
 
 async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | None = None) -> Run:
-    """Run what is not judged yet and return the whole run.
+    """Run what is not judged yet and return the whole run: the items that ``options`` ask for. Rows of others, which an
+    earlier call with a larger limit left, stay in the folder and in no figure.
 
     Raises :class:`~evals.store.PinsDiffer` when ``folder`` holds a run made otherwise, and
     :class:`EvaluationBroken` when every item fails. Whatever was judged before an exception or a kill is kept.
@@ -97,16 +98,18 @@ async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | 
     pins = pins_of(suite, agent, options)
     facts = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     with Store(folder, pins, facts) as store:
-        if options.retry_errors:
-            store.forget_errors()
         async with suite.open(suite.tasks) as tasks:
             jobs = [
                 _Job(task, item, sample)
                 for sample in range(options.samples)
                 for task, item in suite.items(tasks, options.limit)
             ]
+            keys = {job.key: job for job in jobs}
+            if options.retry_errors:
+                store.forget_errors(keys)
+            judged = store.ask(keys)
             missing = [job for job in jobs if job.key not in store.rows]
-            with _Progress(suite.name, len(jobs), list(store.rows.values()), options.progress) as progress:
+            with _Progress(suite.name, len(jobs), judged, options.progress) as progress:
                 await _run_all(missing, _Judge(suite, agent, store, options), progress, options)
     return read_run(folder)
 
@@ -338,7 +341,7 @@ class _Progress:
         self._sums: dict[str, tuple[float, int]] = {}
         self._errors = 0
         self._bar = tqdm(
-            total=total, initial=min(len(rows), total), desc=name, unit="item", disable=not visible, file=sys.stderr,
+            total=total, initial=len(rows), desc=name, unit="item", disable=not visible, file=sys.stderr,
             dynamic_ncols=True, smoothing=0.1,
         )  # fmt: skip
         for row in rows:

@@ -1,6 +1,7 @@
 """A run on disk: what was pinned, and one JSON line an item.
 
-``FOLDER/run.json`` holds the pins, written before the first item; ``FOLDER/items.jsonl`` grows by one flushed line an
+``FOLDER/run.json`` holds the pins, written before the first item, and which items were asked for last where that is
+fewer than lie there; ``FOLDER/items.jsonl`` grows by one flushed line an
 item; ``FOLDER/items/KEY/`` holds the item's pictures, complete before its line is written. A process may be killed
 at any moment: a torn last line is cut off on opening, and the item it stood for is run again.
 """
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """A run read back: its ``pins``, loose ``facts`` (when, where) and its rows in the order they finished."""
+    """A run read back: its ``pins``, loose ``facts`` (when, where) and its rows in the order they finished.
+
+    Rows are of the items that were asked for last; ``beside`` says how many more lie in the folder, from an earlier
+    command with another limit.
+    """
 
     folder: Path
     pins: Mapping[str, str]
     facts: Mapping[str, Any]
     rows: tuple[Row, ...]
+    beside: int = 0
 
     @property
     def suite(self) -> str:
@@ -159,7 +165,9 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     head = _read_head(folder)
     rows, _ = _read_rows(folder / "items.jsonl")
-    return Run(folder, head["pins"], head["facts"], tuple(rows))
+    asked = head.get("asked")
+    wanted = rows if asked is None else [row for row in rows if row.key in set(asked)]
+    return Run(folder, head["pins"], head["facts"], tuple(wanted), len(rows) - len(wanted))
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -203,14 +211,31 @@ class Store:
             elif path.stat().st_size:
                 raise RunError(f"{path} holds results, but run.json is missing: what they were made with is unknown")
             else:
-                write_text(self.folder / "run.json", json.dumps({"pins": dict(pins), "facts": dict(facts)}, indent=1))
+                head = {"pins": dict(pins), "facts": dict(facts)}
+                self._write_head(head)
             rows, whole = _read_rows(path)
             os.ftruncate(self._fd, whole)
         except BaseException:
             os.close(self._fd)
             raise
         self.rows = {row.key: row for row in rows}
+        self._head = head
         self._synced = len(self.rows)
+
+    def ask(self, keys: Collection[str]) -> list[Row]:
+        """The run is now that of the items ``keys``, and no other row that lies here is one of it; returns the rows of
+        those that are judged already."""
+        wanted = set(keys)
+        asked = None if self.rows.keys() <= wanted else list(keys)
+        if self._head.get("asked") != asked:
+            self._head = {name: value for name, value in self._head.items() if name != "asked"}
+            if asked is not None:
+                self._head["asked"] = asked
+            self._write_head(self._head)
+        return [row for key, row in self.rows.items() if key in wanted]
+
+    def _write_head(self, head: Mapping[str, Any]) -> None:
+        write_text(self.folder / "run.json", json.dumps(head, indent=1))
 
     def _claim(self) -> None:
         try:
@@ -239,9 +264,9 @@ class Store:
             os.fsync(self._fd)
             self._synced = written
 
-    def forget_errors(self) -> int:
-        """Drop the rows that could not be judged, so that they run again; returns how many."""
-        kept = [row for row in self.rows.values() if row.error is None]
+    def forget_errors(self, keys: Container[str]) -> int:
+        """Drop the rows of ``keys`` that could not be judged, so that they run again; returns how many."""
+        kept = [row for row in self.rows.values() if row.error is None or row.key not in keys]
         dropped = len(self.rows) - len(kept)
         if dropped:
             path = self.folder / "items.jsonl"
@@ -290,6 +315,9 @@ def _read_head(folder: Path) -> dict[str, Any]:
         raise RunError(f"{path} does not parse: {error}") from error
     if not isinstance(head, dict) or not isinstance(head.get("pins"), dict) or "suite.name" not in head["pins"]:
         raise RunError(f"{path} names no suite in its pins")
+    asked = head.get("asked")
+    if asked is not None and not (isinstance(asked, list) and all(isinstance(key, str) for key in asked)):
+        raise RunError(f"{path}: `asked` is no list of keys")
     return {"facts": {}, **head}
 
 

@@ -47,6 +47,11 @@ def costs(summary: Summary) -> dict[str, float]:
     return {name: float(getattr(summary, name)) for name in COSTS}
 
 
+def beside_told(run: Run) -> str:
+    """A sentence about rows that are in no figure; "" where there are none."""
+    return f"{run.beside} more rows lie there, which the last command did not ask for" if run.beside else ""
+
+
 def item_values(rows: Iterable[Row]) -> dict[tuple[str, str], list[float]]:
     """``{(task, item): values of its samples}`` of everything that could be judged."""
     values: dict[tuple[str, str], list[float]] = {}

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from evals.report.figures import ClickFigure, Mark, StepFigure, figure_clicks, trajectory
 from evals.store import POLICY, Row, Run, StepRecord
-from evals.summary import COSTS, RIGHT, Summary, compare_runs, compare_slices, costs, summarise
+from evals.summary import COSTS, RIGHT, Summary, beside_told, compare_runs, compare_slices, costs, summarise
 from mmagent.geometry import ImageView
 from mmagent.html.charts import bar_chart
 from mmagent.html.pieces import (
@@ -287,7 +287,9 @@ def _pins(runs: Sequence[Run]) -> Markup:
 
 def _intro(run: Run, summary: Summary) -> str:
     low, high = percent(summary.score.low), percent(summary.score.high)
-    return f"Judge: {run.pins.get('judge', '?')}. Score {percent(summary.score.mean)}, interval {low} to {high}."
+    told = f"Judge: {run.pins.get('judge', '?')}. Score {percent(summary.score.mean)}, interval {low} to {high}."
+    beside = beside_told(run)
+    return f"{told} {beside}." if beside else told
 
 
 def _name(run: Run) -> str:

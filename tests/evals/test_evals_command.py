@@ -71,6 +71,22 @@ def test_run_resume_report(stub, tmp_path, capsys):
     assert command.main(["report", str(tmp_path / "guess")]) == 0
 
 
+def test_what_is_printed_and_reported_is_what_was_asked_for_last(stub, tmp_path, capsys):
+    argv = ["guess", "--url", stub.url, "--model", "m", "--out", str(tmp_path), "--quiet"]
+    tables = []
+    for limit in ((), ("--limit", "4")):
+        assert command.main([*argv, *limit]) == 0
+        tables.append(capsys.readouterr().out.rpartition("report: ")[0])
+    assert "guess: 8 more rows lie there, which the last command did not ask for" in tables[1]
+    assert "more rows" not in tables[0]
+    page = (tmp_path / "report.html").read_text()
+    assert "8 more rows lie there" in page
+    assert command.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rpartition("report: ")[0] == tables[1]
+    assert (tmp_path / "report.html").read_text() == page
+    assert len(stub.requests) == 12
+
+
 def test_temperature_and_samples_are_pinned(stub, tmp_path, capsys):
     argv = ["other", "--url", stub.url, "--model", "m", "--out", str(tmp_path), "--quiet"]
     assert command.main([*argv, "--temperature", "0.7", "--samples", "2"]) == 0

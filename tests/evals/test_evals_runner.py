@@ -15,6 +15,7 @@ import pytest
 from evals_kit import Guess, GuessEnvironment, RuleAgent, gold, guess_suite, lines
 
 from evals import runner
+from evals.report.runs import render_report
 from evals.runner import EvaluationBroken, Options, evaluate, evaluate_now
 from evals.store import PinsDiffer, Row, RunError, Store, differing, read_run
 from evals.suite import Played
@@ -78,6 +79,49 @@ def test_limit_keeps_tasks_balanced_and_can_be_raised(tmp_path):
     run = evaluate_now(guess_suite(), agent, tmp_path, options(limit=7))
     assert len(run.rows) == 7
     assert Counter(agent.played).most_common(1)[0][1] == 1
+
+
+def test_a_run_is_of_the_items_that_were_asked_for_last(tmp_path):
+    agent = RuleAgent(lambda task, item, seed: gold(task, item, seed) if item.key in ("test-0", "test-1") else "no")
+    head = tmp_path / "run.json"
+    whole = evaluate_now(guess_suite(), agent, tmp_path, QUIET)
+    before = json.loads(head.read_text())
+    assert (len(whole.rows), whole.beside, summarise(whole.rows).score.mean) == (12, 0, 4 / 12)
+    fewer = evaluate_now(guess_suite(), agent, tmp_path, options(limit=4))
+    assert (len(fewer.rows), fewer.beside, summarise(fewer.rows).score.mean) == (4, 8, 1.0)
+    assert read_run(tmp_path) == fewer
+    assert "8 more rows lie there, which the last command did not ask for" in render_report([fewer])
+    more = evaluate_now(guess_suite(), agent, tmp_path, options(limit=7))
+    assert (len(more.rows), more.beside) == (7, 5)
+    again = evaluate_now(guess_suite(), agent, tmp_path, QUIET)
+    assert (again.rows, again.beside) == (whole.rows, 0)
+    assert json.loads(head.read_text()) == before
+    assert len(agent.played) == 12  # nothing was judged twice
+
+
+def test_the_bar_counts_what_is_asked_for(tmp_path, capsys):
+    agent = RuleAgent(lambda task, item, seed: gold(task, item, seed) if item.key == "test-0" else "no")
+    evaluate_now(guess_suite(), agent, tmp_path, options(limit=6))
+    capsys.readouterr()
+    evaluate_now(guess_suite(), agent, tmp_path, options(limit=2, progress=True))
+    said = capsys.readouterr().err
+    assert "2/2" in said
+    assert "score 100.0 %" in said
+
+
+def test_errors_that_are_not_asked_for_are_kept(tmp_path):
+    evaluate_now(guess_suite(), RuleAgent(lambda *_: 1 / 0), tmp_path, options(give_up_after=99))
+    again = evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, options(limit=4, retry_errors=True))
+    assert (len(again.judged), len(again.errors), again.beside) == (4, 0, 8)
+    assert len(lines(tmp_path)) == 12
+
+
+def test_a_head_that_asks_for_nonsense_is_named(tmp_path):
+    evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, QUIET)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "asked": 4}))
+    with pytest.raises(RunError, match=r"run\.json: `asked` is no list of keys"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 6, 12, 25, 59])
