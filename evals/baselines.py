@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
 
 from evals.suite import Play, Played
+from mmagent.browser import in_thread
 from mmagent.protocols import Task
 from mmagent.trajectories import Item, Status, Trajectory
 
@@ -28,7 +28,7 @@ class BaselineAgent:
 
     async def play(self, task: Task, item: Item, play: Play) -> Played:
         # the gold of a task may block on a browser of its own, so it is asked for on another thread
-        gold = await asyncio.to_thread(lambda: list(task.gold(item))) if self.kind == "gold" else []
+        gold = await in_thread(lambda: list(task.gold(item))) if self.kind == "gold" else []
         answers = self._answers(gold, play.guess, random.Random(play.seed))
         environment = task.environment(item)
         trajectory = Trajectory(item.key, task.name)

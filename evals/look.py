@@ -19,6 +19,7 @@ from tqdm.asyncio import tqdm
 
 from evals.statistics import Estimate, mean_interval
 from mmagent.actions import ActionError, Click, format_action, parse_action
+from mmagent.browser import in_thread
 from mmagent.chat import assistant, render, user
 from mmagent.geometry import patchify, visual_tokens
 from mmagent.interop.agent_folder import Agent, load_agent
@@ -103,7 +104,7 @@ async def _first_click(task: Task, item: Item) -> Click | None:
         case GroundingTask():
             actions = [await task.answer(item)]
         case _:  # gold may block on a browser of its own
-            actions = await asyncio.to_thread(lambda: list(islice(task.gold(item), 1)))
+            actions = await in_thread(lambda: list(islice(task.gold(item), 1)))
     with contextlib.suppress(ActionError):
         action = parse_action(actions[0]) if actions else None
         return action if type(action) is Click else None

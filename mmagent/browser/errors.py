@@ -19,5 +19,9 @@ class BrowserCrashed(BrowserError):
     """The browser process, or the page's renderer, died under the call."""
 
 
+class BrowserClosed(RuntimeError):
+    """Who opened the browser has closed it: no fault of a page, and nothing to try again."""
+
+
 class ScriptError(BrowserError):
     """Script given to ``evaluate`` raised an exception in the page."""

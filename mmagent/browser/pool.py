@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmagent.browser.errors import BrowserCrashed, BrowserError
+from mmagent.browser.errors import BrowserClosed, BrowserCrashed, BrowserError
 from mmagent.browser.find import require_chromium
 from mmagent.browser.page import Page, PageOptions
 from mmagent.browser.process import ORDINARY_LEAST, Chromium, sweep
@@ -89,7 +89,8 @@ class BrowserPool:
         await self._process(0)
 
     async def close(self) -> None:
-        """End every process. Pages that are still open raise :class:`BrowserCrashed` from now on."""
+        """End every process. Pages that are still open raise :class:`BrowserCrashed` from now on, and who asks for one
+        or waits for one that is being opened is told :class:`BrowserClosed`: no process is started any more."""
         browsers = [browser for browser in self._slots if browser is not None] + list(self._draining)
         self._slots = [None] * len(self._slots)
         self._draining.clear()
@@ -125,7 +126,7 @@ class BrowserPool:
         if os.getpid() != self._pid:
             raise RuntimeError("BrowserPool: made in another process; make one pool in each process")
         if self._loop is None:
-            raise RuntimeError("BrowserPool: not started, or closed; use `async with BrowserPool() as pool`")
+            raise BrowserClosed("BrowserPool: not started, or closed; use `async with BrowserPool() as pool`")
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError("BrowserPool: belongs to another event loop; make one pool for each loop")
 
@@ -146,6 +147,8 @@ class BrowserPool:
                     browser.pages -= 1
                     if isinstance(error, TimeoutError):
                         self._retire(slot, browser)
+                if self._loop is None and isinstance(error, Exception):
+                    raise BrowserClosed("BrowserPool: closed while a page was opened") from error
                 if attempt == OPEN_ATTEMPTS or not isinstance(error, (BrowserCrashed, TimeoutError)):
                     raise
                 continue
@@ -182,7 +185,12 @@ class BrowserPool:
                 self.stats.crashed += 1
                 self._slots[slot] = None
                 await browser.close()
-            self._slots[slot] = browser = await self._launch()
+            self._check_owner()  # while this one waited its turn the pool may have been closed
+            browser = await self._launch()
+            if self._loop is None:  # or while the process was started
+                await browser.close()
+                raise BrowserClosed("BrowserPool: closed while a process was started")
+            self._slots[slot] = browser
             self._served[slot] = 0
             self.stats.started += 1
             return browser

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -23,12 +25,58 @@ def run_sync(work: Coroutine[Any, Any, T]) -> T:
     if threading.current_thread() is thread:
         work.close()
         raise RuntimeError("run_sync: called from the background loop itself, which would wait for ever")
-    future = asyncio.run_coroutine_threadsafe(work, loop)
+    works = _of_thread.get() or _Works()
+    future = works.begin(work, loop)
     try:
         return future.result()
     except BaseException:
         future.cancel()
         raise
+
+
+async def in_thread(call: Callable[[], T]) -> T:
+    """What ``call`` returns, made on another thread, so that it may block and use :func:`run_sync`.
+
+    Where the caller is cancelled, the work that it waits for there is cancelled too and no more of it is begun: else a
+    stopped program would wait until that thread has done it all.
+    """
+    works = _Works()
+    token = _of_thread.set(works)  # the thread runs in a copy of this context
+    try:
+        return await asyncio.to_thread(call)
+    except asyncio.CancelledError:
+        works.stop()
+        raise
+    finally:
+        _of_thread.reset(token)
+
+
+class _Works:
+    """What one thread waits for."""
+
+    def __init__(self) -> None:
+        self._lock, self._stopped = threading.Lock(), False
+        self._running: set[Future[Any]] = set()
+
+    def begin(self, work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Future[T]:
+        """Raises ``CancelledError`` of `concurrent.futures` where it was stopped."""
+        with self._lock:
+            if self._stopped:
+                work.close()
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(work, loop)
+            self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+        for future in list(self._running):
+            future.cancel()
+
+
+_of_thread: ContextVar[_Works | None] = ContextVar("_of_thread", default=None)
 
 
 def _background_loop() -> tuple[asyncio.AbstractEventLoop, threading.Thread]:

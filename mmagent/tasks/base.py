@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mmagent.actions import Action
-from mmagent.browser import BrowserCrashed, BrowserPool, BrowserTimeout, Page
+from mmagent.browser import BrowserClosed, BrowserCrashed, BrowserError, BrowserPool, BrowserTimeout, Page
 from mmagent.trajectories import Observation, Score, Status, Trajectory
 
 T = TypeVar("T")
@@ -93,6 +93,7 @@ class Screens:
         self._opening: Counter[str] = Counter()
         self._kinds: set[str] = set()
         self._freed = asyncio.Condition()
+        self._closed = False
 
     @contextlib.asynccontextmanager
     async def borrow(
@@ -100,13 +101,17 @@ class Screens:
     ) -> AsyncIterator[Seat]:
         """A page that holds ``kind``, or is free to: the one of least ``cost``, sparing those that others own.
 
-        A page that breaks is closed, and replaced when next one is needed.
+        A page that breaks is closed, and replaced when next one is needed. Raises
+        :class:`~mmagent.browser.BrowserClosed` once the screens are closed, also for a page that closing broke: what
+        was done with it must not be tried again.
         """
         seat = await self._take(kind, owner, cost)
         try:
             yield seat
-        except BaseException:
+        except BaseException as error:
             await self._drop(seat)
+            if self._closed and isinstance(error, BrowserError):
+                raise BrowserClosed("screens: closed while a page was lent") from error
             raise
         finally:
             seat.busy = False
@@ -120,16 +125,20 @@ class Screens:
                 seat.owner = None
 
     async def close(self) -> None:
-        """Close every page."""
+        """Close every page, those that are lent too, and lend no more."""
+        self._closed = True
         seats, self._seats = self._seats, []
-        for seat in seats:
-            await seat.context.__aexit__(None, None, None)
+        async with self._freed:
+            self._freed.notify_all()  # who waits for a page is told that there will be none
+        await asyncio.gather(*(seat.context.__aexit__(None, None, None) for seat in seats))
 
     async def _take(self, kind: str, owner: object | None, cost: Callable[[Seat], float]) -> Seat:
         self._kinds.add(kind)
         async with self._freed:
+            self._check_open()
             while (seat := self._choose(kind, owner, cost)) is None and not self._may_open(kind):
                 await self._freed.wait()
+                self._check_open()
             if seat is not None:
                 self._seats.remove(seat)
             if seat is not None and (seat.loans < LOANS or seat.owner is not None):
@@ -146,8 +155,15 @@ class Screens:
             seat = Seat(await context.__aenter__(), context, kind, owner=owner)
         finally:
             self._opening[kind] -= 1
+        if self._closed:
+            await context.__aexit__(None, None, None)
+        self._check_open()
         self._seats.append(seat)
         return seat
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BrowserClosed("screens: closed, no page is lent any more")
 
     def _choose(self, kind: str, owner: object | None, cost: Callable[[Seat], float]) -> Seat | None:
         free = [seat for seat in self._seats if not seat.busy]

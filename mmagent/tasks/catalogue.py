@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
 from collections import defaultdict
@@ -200,10 +201,7 @@ class Desk:
         self.designs = Screens(pool, *SIZE, min(pages, MOST_DESIGNS), scripts=False)
 
     async def close(self) -> None:
-        await self.miniwob.close()
-        await self.sites.close()
-        await self.documents.close()
-        await self.designs.close()
+        await asyncio.gather(*(some.close() for some in (self.miniwob, self.sites, self.documents, self.designs)))
 
 
 def _make(name: str, desk: Desk | None, max_steps: int | None, sandbox: Sandbox | None) -> Task:

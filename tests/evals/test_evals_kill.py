@@ -1,4 +1,5 @@
-"""A real evaluation process, killed with SIGKILL at random moments, ends as if nothing had happened."""
+"""A real evaluation process, killed with SIGKILL at random moments or stopped with Ctrl-C, ends as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -64,3 +65,33 @@ def test_kill_minus_nine_then_resume_equals_uninterrupted(tmp_path: Path, kills:
     with Store(folder, run.pins, {}):  # the lock died with its process
         pass
     write_report([run], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("baseline", ["random", pytest.param("gold", marks=pytest.mark.slow)])
+def test_a_stop_is_quick_and_quiet_and_the_same_command_goes_on(tmp_path: Path, baseline: str):
+    """With a browser that is busy for many episodes; the gold answers come from browsers of other threads, too."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(evals.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "evals", "miniwob", "--baseline", baseline, "--tasks", "click-button", "drag-box",
+               "--limit", "16", "--quiet", "--out", str(tmp_path)]  # fmt: skip
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, **told)
+    folder, path = tmp_path / "miniwob", tmp_path / "miniwob" / "items.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    stopped = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    took = time.monotonic() - stopped
+    assert process.returncode == 130
+    assert said.strip() == "stopped; the same command goes on where it was"  # of broken pages not a word
+    assert took < 8  # 2 to 3 s on a busy machine; 7 to 9 while the pages that closing broke were tried again
+    before = lines(folder)
+    assert len(read_run(folder).rows) == len(before) < 16
+
+    done = subprocess.run(command, env=environment, timeout=300, **told)
+    assert done.returncode == 0, done.stderr
+    assert lines(folder)[: len(before)] == before
+    assert len({row.key for row in read_run(folder).judged}) == 16

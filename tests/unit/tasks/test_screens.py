@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import pytest
+
+from mmagent.browser import BrowserClosed, BrowserCrashed
 from mmagent.tasks import base
-from mmagent.tasks.base import Screens
+from mmagent.tasks.base import Screens, retried
 
 
 class Pool:
@@ -62,3 +65,60 @@ def test_a_page_that_somebody_would_like_to_find_again_stays_until_it_is_release
         return pages
 
     assert asyncio.run(episode()) == [1] * 6 + [2]
+
+
+def test_a_page_that_closing_broke_is_not_tried_again_and_nobody_waits_for_one(caplog):
+    async def stopped() -> tuple[Pool, list[object], int]:
+        pool, tries = Pool(), 0
+        screens = Screens(pool, 80, 60, 1)
+        closed = asyncio.Event()
+
+        async def look() -> None:
+            nonlocal tries
+            tries += 1
+            async with screens.borrow("drawings"):
+                await closed.wait()
+                raise BrowserCrashed("the page is gone")
+
+        works = [asyncio.create_task(retried(look)) for _ in range(3)]  # one has the page, two wait for it
+        await asyncio.sleep(0.01)
+        await screens.close()
+        closed.set()
+        async with asyncio.timeout(5):
+            ends = await asyncio.gather(*works, return_exceptions=True)
+        with pytest.raises(BrowserClosed):
+            async with screens.borrow("drawings"):
+                pass
+        return pool, ends, tries
+
+    pool, ends, tries = asyncio.run(stopped())
+    assert [type(end) for end in ends] == [BrowserClosed] * 3
+    assert (pool.opened, pool.open, tries) == (1, set(), 3)
+    assert "trying again" not in caplog.text
+
+
+def test_a_page_that_comes_when_the_screens_are_closed_is_closed_too():
+    class Slow(Pool):
+        @contextlib.asynccontextmanager
+        async def page(self, width, height, *, scripts):
+            await asyncio.sleep(0.02)
+            async with super().page(width, height, scripts=scripts) as number:
+                yield number
+
+    async def stopped() -> Pool:
+        pool = Slow()
+        screens = Screens(pool, 80, 60, 1)
+
+        async def look() -> None:
+            async with screens.borrow("drawings"):
+                raise AssertionError("lent")
+
+        work = asyncio.create_task(look())
+        await asyncio.sleep(0)
+        await screens.close()
+        with pytest.raises(BrowserClosed):
+            await work
+        return pool
+
+    pool = asyncio.run(stopped())
+    assert (pool.opened, pool.open) == (1, set())
