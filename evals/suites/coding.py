@@ -92,7 +92,12 @@ def design2code(
         play=Play(max_steps=1, max_tokens=4096, guess=random_page),
         seed=seed,
         exhibit=_design,
-        data=_named(data, published, lambda item: published.design(item).html if published else ""),
+        data=_named(
+            data,
+            published,
+            lambda item: published.design(item).html if published else "",
+            published.placeholder if published else None,
+        ),
     )
 
 
@@ -182,13 +187,16 @@ def _small_pages(make: Callable[[Screens, str], T]) -> Callable[[Sequence[str]],
     return opened
 
 
-def _named(data: str | Path | None, items: _Published | None, text: Callable[[Item], str]) -> str:
-    """The name of a set with its size and a digest of all its texts, in order."""
+def _named(
+    data: str | Path | None, items: _Published | None, text: Callable[[Item], str], shared: bytes | None = None
+) -> str:
+    """The name of a set with its size and a digest of all its texts, in order, and of the picture that they share."""
     if items is None or data is None:
         return "generated"
     found = hashlib.sha256()
     for item in items.items("", "test", 0):
         found.update(text(item).encode("utf-8", "replace") + b"\0")
+    found.update(shared or b"")
     return f"{Path(data).name}, {len(items)} items, {found.hexdigest()[:12]}"
 
 

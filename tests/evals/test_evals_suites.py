@@ -92,6 +92,17 @@ def test_a_suite_proves_itself(name, tmp_path):
     assert score["random"] <= CEILING[name]
 
 
+def test_the_picture_that_pages_share_is_pinned(tmp_path):
+    (tmp_path / "1.html").write_text('<!DOCTYPE html><html><body><img src="rick.jpg"></body></html>')
+    plain = design2code(tmp_path).data
+    (tmp_path / "rick.jpg").write_bytes(b"one")
+    first = design2code(tmp_path).data
+    assert design2code(tmp_path).data == first
+    (tmp_path / "rick.jpg").write_bytes(b"other")
+    assert len({plain, first, design2code(tmp_path).data}) == 3
+    assert {data.rpartition(", ")[0] for data in (plain, first)} == {f"{tmp_path.name}, 1 items"}
+
+
 def test_a_page_that_is_cut_is_rendered_beside_its_target(tmp_path):
     vocab = Vocab.train(["<p>"], 256 + len(SPECIAL_TOKENS) + 2)
     torch.manual_seed(0)
