@@ -14,7 +14,7 @@ from evals.suites.osworld import osworld
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.questions import question_suites
 from evals.suites.screens import screen_suites
-from evals.suites.search import crop_search, small_search
+from evals.suites.search import crop_search, small_search, vstar_crop
 from evals.suites.sites import sites
 from evals.suites.tasks import tasks
 from evals.suites.worlds import worlds
@@ -36,6 +36,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "small_search": small_search,
     "crop_search": crop_search,
     "tasks": tasks,
+    "vstar_crop": vstar_crop,
     "worlds": worlds,
     **screen_suites(),
     **question_suites(),
@@ -43,6 +44,11 @@ SUITES: dict[str, Callable[..., Suite]] = {
 FOREIGN = frozenset({"androidworld", "browsergym", "osworld"})
 """Suites that drive environments of other houses: they have tasks only where ``--data`` says where those are."""
 WITH_DATA = frozenset(
-    {"chart_to_code", "design2code", "function_calls", "svg_code", *screen_suites(), *question_suites(), *FOREIGN}
+    {
+        *("chart_to_code", "design2code", "function_calls", "svg_code", "vstar_crop"),
+        *screen_suites(),
+        *question_suites(),
+        *FOREIGN,
+    }
 )
 """Suites whose builder takes where published data are."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from evals.baselines import WORDS
 from evals.suite import Play, Suite
+from evals.suites.questions import question_suites
 from mmagent.tasks import open_tasks
-from mmagent.tasks.looking import MAX_CROPS, CropTask
+from mmagent.tasks.looking import MAX_CROPS, SHOWN, Cropped, CropTask
 from mmagent.tasks.worlds import WorldTask
 from mmagent.trajectories import Item
 from mmagent.worlds import search
@@ -53,6 +57,33 @@ def crop_search(per_task: int = 30, seed: int = 0) -> Suite:
         seed=seed,
         needs_browser=False,
         slices=_slices,
+    )
+
+
+def vstar_crop(data: str | Path | None = None) -> Suite:
+    """The questions of the suite ``vstar`` about pictures shown with 448 pixels, with the same tool."""
+    plain = question_suites()["vstar"](data)
+
+    @contextlib.asynccontextmanager
+    async def opened(names: Sequence[str]) -> AsyncIterator[list[Cropped]]:
+        async with plain.open(plain.tasks) as tasks:
+            yield [task for task in map(Cropped, tasks) if task.name in names]
+
+    def sliced(task: Cropped, item: Item) -> Mapping[str, str]:
+        return plain.slices(task.plain, task.asked(item)) if plain.slices is not None else {}
+
+    return replace(
+        plain,
+        name="vstar_crop",
+        version=1,
+        summary=f"{plain.summary} Shown too small: cut out and enlarge what must be seen, then answer.",
+        prompt=f"the picture with {SHOWN} pixels on its longer side, the question as published and the tool; after a "
+        f"crop the part that was asked for, with as many pixels; {MAX_CROPS} crops",
+        judge=f"{plain.judge}; crops that are none end the episode at 0",
+        tasks=tuple(f"{name}/crop" for name in plain.tasks),
+        open=opened,
+        play=replace(plain.play, max_steps=MAX_CROPS + 1, rules=TOOL),
+        slices=sliced,
     )
 
 

@@ -16,7 +16,7 @@ from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.questions import question_suites
 from evals.suites.screens import screen_suites
-from evals.suites.search import crop_search, small_search
+from evals.suites.search import crop_search, small_search, vstar_crop
 from evals.suites.sites import sites
 from evals.suites.tasks import tasks
 from evals.suites.worlds import worlds
@@ -48,6 +48,7 @@ SMALL = {
     "worlds": lambda: worlds(("counting", "text"), per_task=5),
     "small_search": lambda: small_search(per_task=3),
     "crop_search": lambda: crop_search(per_task=3),
+    "vstar_crop": vstar_crop,
     "sites": lambda: sites(("shop/buy", "shop/missing", "mail/code", "kanban/drag"), per_task=1),
     **screen_suites(),
     **question_suites(),
@@ -63,6 +64,7 @@ CEILING = {
     "page_grounding": 0.3,
     "screenshot_to_html": 0.25,
     "sites": 0.0,
+    "vstar_crop": 0.6,
     "small_search": 0.4,
     "crop_search": 0.4,
     "tasks": 0.1,
