@@ -14,6 +14,7 @@ from mmagent.config import ConfigError, locate
 from mmagent.protocols import Task
 from mmagent.sandbox import Sandbox
 from mmagent.tasks.base import Screens
+from mmagent.tasks.chart_to_code import LEVELS as CHART_LEVELS
 from mmagent.tasks.chart_to_code import PRELOAD, ChartToCodeTask, GeneratedCharts
 from mmagent.tasks.design2code import SIZE, Design2CodeTask, GeneratedDesigns
 from mmagent.tasks.functions import FunctionTask
@@ -22,15 +23,18 @@ from mmagent.tasks.grounding import GroundingTask
 from mmagent.tasks.image_tools import ImageToolTask
 from mmagent.tasks.looking import CropTask
 from mmagent.tasks.miniwob import MiniWobTask
+from mmagent.tasks.mixture import MixedTask
 from mmagent.tasks.perception import PerceptionTask
 from mmagent.tasks.programs import ProgramTask
 from mmagent.tasks.screenshot_to_html import ScreenshotToHtmlTask
 from mmagent.tasks.search import SearchTask
 from mmagent.tasks.single_step import SingleStepTask
 from mmagent.tasks.sites import SiteTask, site_names
+from mmagent.tasks.svg_code import LEVELS as DRAWING_LEVELS
 from mmagent.tasks.svg_code import GeneratedDrawings, SvgCodeTask
 from mmagent.tasks.ui_repair import UiRepairTask
 from mmagent.tasks.worlds import WorldTask
+from mmagent.trajectories import Item
 from mmagent.worlds import miniwob, search, sites
 from mmagent.worlds.catalogue import all_worlds
 from mmagent.worlds.drawing import once
@@ -53,7 +57,26 @@ CELLS = 2
 CHARTS = "chart-to-code"
 SITES = "sites/"
 """Before the name of an errand at a local site: ``sites/shop/buy``."""
+GRADES = ("easy", "medium", "hard")
+"""Of a family of levels: the first, all between, and the last."""
+MARK = "/level-"
 Maker = Callable[["Desk"], Task]
+Levels = tuple[int, int]
+Rendered = Callable[["Desk", Levels, str], Task]
+_RENDERED: dict[str, tuple[str, Levels, Rendered]] = {
+    "grounding": (GroundingTask.category, (1, 5), lambda desk, *how: GroundingTask(desk.documents, *how)),
+    "perception": (PerceptionTask.category, (1, 5), lambda desk, *how: PerceptionTask(desk.documents, *how)),
+    "screenshot-to-html": (
+        ScreenshotToHtmlTask.category, (1, 2), lambda desk, *how: ScreenshotToHtmlTask(desk.documents, *how),
+    ),
+    "design2code": (
+        Design2CodeTask.category, (1, 3),
+        lambda desk, levels, name: Design2CodeTask(desk.designs, GeneratedDesigns(desk.designs, levels), name),
+    ),
+    "ui-polish": (UiRepairTask.category, (1, 3), lambda desk, *how: UiRepairTask(desk.documents, "polish", *how)),
+    "ui-edit": (UiRepairTask.category, (1, 3), lambda desk, *how: UiRepairTask(desk.documents, "edit", *how)),
+}  # fmt: skip
+"""Tasks on pages of :mod:`mmagent.worlds.pages`: category, difficulties of the pages, and how they are made."""
 
 
 def all_task_names() -> tuple[str, ...]:
@@ -63,16 +86,42 @@ def all_task_names() -> tuple[str, ...]:
 
 def all_tasks() -> dict[str, tuple[str, ...]]:
     """What ships: every category, those of :data:`CATEGORIES` first, with the names of its tasks for
-    :func:`open_tasks`, each of all its levels."""
+    :func:`open_tasks`, each of all its levels. See :func:`task_names` for those of one."""
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for task in (factory() for name, factory in _plain_tasks().items() if "/level-" not in name):
+    for task in (factory() for name, factory in _plain_tasks().items() if MARK not in name):
         found[task.category].append(task.name)
     found[ProgramTask.category].append(ProgramTask.name)
     found[ChartToCodeTask.category].append(CHARTS)
     for name, (category, _) in _page_tasks().items():
-        found[category].append(name)
+        if MARK not in name:
+            found[category].append(name)
     others = sorted(set(found) - set(CATEGORIES))
     return {category: tuple(found[category]) for category in (*CATEGORIES, *others)}
+
+
+def task_names(level: int | str, categories: Sequence[str] = CATEGORIES) -> list[str]:
+    """Names of the tasks of one level in ``categories``, for :func:`open_tasks`: ``games/maze/level-0``, and
+    ``miniwob/level-0``, ``step/level-0`` and ``sites/level-0`` for the pages and errands of that level in turn.
+
+    ``level`` counts from 0, the easiest, and families that do not go so far are left out; or it is one of
+    :data:`GRADES`. Raises ``ValueError`` for another one, and for a category that there is none of.
+    """
+    if isinstance(level, str) and level not in GRADES:
+        raise ValueError(f"level {level!r} is neither a number nor one of {', '.join(GRADES)}")
+    if isinstance(level, int) and level < 0:
+        raise ValueError(f"level {level} is negative; 0 is the easiest")
+    shipped = all_tasks()
+    if unknown := [category for category in categories if category not in shipped]:
+        raise ValueError(f"no category {unknown[0]!r}; there are {', '.join(shipped)}")
+    category_of = {name: category for category, names in shipped.items() for name in names}
+    category_of |= {name.partition(MARK)[0]: category for name, (category, _) in _page_tasks().items() if MARK in name}
+    families: defaultdict[str, list[str]] = defaultdict(list)
+    for name in all_task_names():
+        if MARK in name and category_of[base := name.partition(MARK)[0]] in categories:
+            families[base].append(name)
+    between = {"easy": slice(0, 1), "medium": slice(1, -1), "hard": slice(-1, None)}
+    taken = slice(level, level + 1) if isinstance(level, int) else between[level]
+    return [name for family in families.values() for name in family[taken]]
 
 
 def needs_browser(name: str) -> bool:
@@ -87,22 +136,39 @@ def needs_sandbox(name: str) -> bool:
 
 def _page_tasks(max_steps: int | None = None) -> dict[str, tuple[str, Maker]]:
     """Tasks in a browser: their category, and how they are made of its pages."""
-    pages: dict[str, tuple[str, Maker]] = {
-        "grounding": (GroundingTask.category, lambda desk: GroundingTask(desk.documents)),
-        "perception": (PerceptionTask.category, lambda desk: PerceptionTask(desk.documents)),
-        "screenshot-to-html": (ScreenshotToHtmlTask.category, lambda desk: ScreenshotToHtmlTask(desk.documents)),
-        "design2code": (Design2CodeTask.category, lambda d: Design2CodeTask(d.designs, GeneratedDesigns(d.designs))),
-        "svg-code": (SvgCodeTask.category, lambda desk: SvgCodeTask(desk.documents, GeneratedDrawings())),
-        "ui-polish": (UiRepairTask.category, lambda desk: UiRepairTask(desk.documents, "polish")),
-        "ui-edit": (UiRepairTask.category, lambda desk: UiRepairTask(desk.documents, "edit")),
-    }
+    pages: dict[str, tuple[str, Maker]] = {}
+    for name, (category, (lowest, highest), make) in _RENDERED.items():
+        pages[name] = category, partial(_rendered, make, (lowest, highest), name)
+        for level in range(highest - lowest + 1):
+            one = f"{name}{MARK}{level}"
+            pages[one] = category, partial(_rendered, make, (lowest + level, lowest + level), one)
+    pages["svg-code"] = SvgCodeTask.category, partial(_drawings, None)
+    for level in range(DRAWING_LEVELS):
+        pages[f"svg-code{MARK}{level}"] = SvgCodeTask.category, partial(_drawings, level)
     for page in miniwob.RUNNING:
         pages[f"miniwob/{page}"] = MiniWobTask.category, partial(_miniwob, page, max_steps)
     for page in miniwob.TASKS:
         pages[f"step/{page}"] = SingleStepTask.category, partial(_single_step, page)
+    for level in range(miniwob.LEVELS):
+        pages[f"miniwob{MARK}{level}"] = MiniWobTask.category, partial(_miniwob_level, level, max_steps)
+        pages[f"step{MARK}{level}"] = SingleStepTask.category, partial(_step_level, level)
     for name in site_names():
         pages[f"{SITES}{name}"] = SiteTask.category, partial(_site, name)
+    for level in range(sites.LEVELS):
+        pages[f"{SITES}level-{level}"] = SiteTask.category, partial(_site_level, level)
     return pages
+
+
+def _rendered(make: Rendered, levels: Levels, name: str, desk: Desk) -> Task:
+    return make(desk, levels, name)
+
+
+def _drawings(level: int | None, desk: Desk) -> Task:
+    return SvgCodeTask(desk.documents, GeneratedDrawings(level), _of_level("svg-code", level))
+
+
+def _of_level(name: str, level: int | None) -> str:
+    return name if level is None else f"{name}{MARK}{level}"
 
 
 def _miniwob(page: str, max_steps: int | None, desk: Desk) -> Task:
@@ -117,16 +183,42 @@ def _site(name: str, desk: Desk) -> Task:
     return SiteTask(name, desk.sites)
 
 
+def _miniwob_level(level: int, max_steps: int | None, desk: Desk) -> Task:
+    pages = [MiniWobTask(page, desk.miniwob, max_steps) for page in miniwob.pages_of(level)]
+    return MixedTask(f"miniwob{MARK}{level}", pages)
+
+
+def _step_level(level: int, desk: Desk) -> Task:
+    return MixedTask(f"step{MARK}{level}", [SingleStepTask(page, desk.miniwob) for page in miniwob.pages_of(level)])
+
+
+def _site_level(level: int, desk: Desk) -> Task:
+    kinds = [SiteTask(name, desk.sites) for name in site_names() if level in sites.levels_of(*name.split("/"))]
+
+    def takes(task: Task, item: Item) -> bool:
+        assert isinstance(task, SiteTask)
+        return task.errand(item).level == level
+
+    return MixedTask(f"{SITES}level-{level}", kinds, takes)
+
+
 @once
 def _cell_tasks() -> dict[str, Callable[[Sandbox], Task]]:
     """Tasks whose answers are programs, which run in cells and need no browser."""
-    levels = {f"{ProgramTask.name}/level-{level}": level for level in range(ProgramTask.levels)}
-    programs = {name: partial(_program, level) for name, level in {ProgramTask.name: None, **levels}.items()}
-    return {**programs, CHARTS: lambda sandbox: ChartToCodeTask(sandbox, GeneratedCharts())}
+    found: dict[str, Callable[[Sandbox], Task]] = {}
+    for level in (None, *range(ProgramTask.levels)):
+        found[_of_level(ProgramTask.name, level)] = partial(_program, level)
+    for level in (None, *range(CHART_LEVELS)):
+        found[_of_level(CHARTS, level)] = partial(_charts, level)
+    return found
 
 
 def _program(level: int | None, sandbox: Sandbox) -> Task:
     return ProgramTask(sandbox, level)
+
+
+def _charts(level: int | None, sandbox: Sandbox) -> Task:
+    return ChartToCodeTask(sandbox, GeneratedCharts(level), _of_level(CHARTS, level))
 
 
 @once
@@ -139,7 +231,7 @@ def _plain_tasks() -> dict[str, Callable[[], Task]]:
         whole = family(None)
         out[whole.name] = partial(family, None)
         for level in range(whole.levels):
-            out[f"{whole.name}/level-{level}"] = partial(family, level)
+            out[_of_level(whole.name, level)] = partial(family, level)
     for world in search.worlds():  # small things in large pictures: as they are, and with a tool to look closer
         out |= {world.name: partial(WorldTask, world, name=world.name), f"{world.name}/crop": partial(CropTask, world)}
     return out

@@ -90,7 +90,13 @@ class Charts(Protocol):
 
 
 class GeneratedCharts:
-    """Plots of :mod:`mmagent.worlds.plots` as code: endless, levels in turn; splits never share a chart."""
+    """Plots of :mod:`mmagent.worlds.plots` as code: endless, of all levels in turn or of one ``level``; splits never
+    share a chart."""
+
+    def __init__(self, level: int | None = None):
+        if level is not None and not 0 <= level < LEVELS:
+            raise ValueError(f"charts have levels 0 to {LEVELS - 1}, not {level}")
+        self.level = level
 
     def items(self, task: str, split: str, seed: int) -> Iterator[Item]:
         for n in count():
@@ -100,7 +106,8 @@ class GeneratedCharts:
     def chart(self, item: Item) -> Chart:
         index, split = divmod(item.seed, len(SPLITS))
         random = generator("chart-to-code", index, tuple(SPLITS)[split])
-        return Chart(code_of(draw_plot(random, index % LEVELS), random))
+        level = index % LEVELS if self.level is None else self.level
+        return Chart(code_of(draw_plot(random, level), random))
 
 
 class PublishedCharts:

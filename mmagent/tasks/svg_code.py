@@ -48,7 +48,13 @@ class Drawings(Protocol):
 
 
 class GeneratedDrawings:
-    """Drawings of :mod:`mmagent.worlds.svg_questions`: endless, levels in turn; splits never share one."""
+    """Drawings of :mod:`mmagent.worlds.svg_questions`: endless, of all levels in turn or of one ``level``; splits never
+    share one."""
+
+    def __init__(self, level: int | None = None):
+        if level is not None and not 0 <= level < LEVELS:
+            raise ValueError(f"drawings have levels 0 to {LEVELS - 1}, not {level}")
+        self.level = level
 
     def items(self, task: str, split: str, seed: int) -> Iterator[Item]:
         for n in count():
@@ -57,7 +63,8 @@ class GeneratedDrawings:
 
     def svg(self, item: Item) -> str:
         index, split = divmod(item.seed, len(SPLITS))
-        return svg_of(draw_lines(generator("svg-code", index, tuple(SPLITS)[split]), index % LEVELS))
+        level = index % LEVELS if self.level is None else self.level
+        return svg_of(draw_lines(generator("svg-code", index, tuple(SPLITS)[split]), level))
 
 
 class PublishedDrawings:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import html
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from mmagent.worlds.sites import calendar, kanban, mail, shop, wiki
-from mmagent.worlds.sites.errand import Data, Draw, Errand, Kinds, told
+from mmagent.worlds.sites.errand import LEVELS, Data, Draw, Errand, Kinds, told
 
 WIDTH, HEIGHT = 800, 600
 SITES: Mapping[str, Kinds] = {
@@ -25,7 +26,9 @@ SITES: Mapping[str, Kinds] = {
 NAMES = {"shop": "Shop", "mail": "Mail", "calendar": "Calendar", "kanban": "Board", "wiki": "Wiki"}
 STATE = "site.db"
 """The JavaScript expression that tells a site's data."""
-__all__ = ["HEIGHT", "SITES", "STATE", "WIDTH", "Data", "Errand", "document", "make_errand", "told"]
+__all__ = [
+    "HEIGHT", "LEVELS", "SITES", "STATE", "WIDTH", "Data", "Errand", "document", "levels_of", "make_errand", "told",
+]  # fmt: skip
 
 
 def make_errand(site: str, kind: str, seed: int) -> Errand:
@@ -35,6 +38,13 @@ def make_errand(site: str, kind: str, seed: int) -> Errand:
         known = ", ".join(f"{name}/{kind}" for name, kinds in SITES.items() for kind in kinds)
         raise ValueError(f"no errand {site}/{kind}; there are {known}")
     return kinds[kind](Draw(f"{site} {kind} {seed}"))
+
+
+@cache
+def levels_of(site: str, kind: str) -> tuple[int, ...]:
+    """The levels that at least one in twenty errands of a kind are of, by a hundred of them."""
+    found = Counter(make_errand(site, kind, seed).level for seed in range(100))
+    return tuple(sorted(level for level, count in found.items() if count >= 5))
 
 
 def document(site: str, db: Data, seed: int) -> str:

@@ -12,6 +12,10 @@ from typing import Any
 from mmagent.worlds.pages.apps import Step
 from mmagent.worlds.words import Words
 
+LEVELS = 4
+"""Of errands, 0 the shortest."""
+BOUNDS = (3, 6, 10)
+"""Steps of the expert at which levels 1, 2 and 3 begin."""
 Data = dict[str, Any]
 """A site's database, as JSON has it."""
 ANSWER = " Answer with nothing but that."
@@ -35,6 +39,11 @@ class Errand:
     answer: str | None = None
     others: tuple[str, ...] = ()
     possible: bool = True
+
+    @property
+    def level(self) -> int:
+        """How long it is, by the steps that the expert takes: clicks, things typed, things dragged."""
+        return sum(len(self.steps) >= bound for bound in BOUNDS)
 
 
 class Draw:
