@@ -24,6 +24,7 @@ from mmagent.geometry import patchify, visual_tokens
 from tests.agent_kit import GEOMETRY, tiny_vocab
 
 ROWS = 336
+LOADING = ("/update_weights_from_disk", "/collective_rpc")
 SAMPLING = ("/generate", "/v1/completions", "/inference/v1/generate", "/v1/chat/completions")
 LAYERS, EXPERTS = 3, 2
 """Decoder layers that a server counts, and the experts of a token in each."""
@@ -67,8 +68,9 @@ def experts_of(place: int) -> np.ndarray:
 
 
 class TokenServer(http.server.ThreadingHTTPServer):
-    """``requests`` in order as (path, body); ``faults`` are for what samples; ``stop_after`` so many tokens the model
-    says the first stop id. ``weights``: the number of the folder that is loaded, and ``garbles`` more."""
+    """``requests`` in order as (path, body); ``faults`` are for what samples, ``load_faults`` for what loads weights,
+    which are then half written; ``stop_after`` so many tokens the model says the first stop id. ``weights``: the number
+    of the folder that is loaded, and ``garbles`` more."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -77,6 +79,8 @@ class TokenServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.faults: list[Fault] = []
+        self.load_faults: list[Fault] = []
+        self.half_written = False
         self.stop_after: int | None = None
         self.weights = 0
         self.gate = threading.Event()
@@ -105,7 +109,7 @@ class TokenServer(http.server.ThreadingHTTPServer):
     def say(self, ids: list[int], most: int, stops: Sequence[int], seed: int) -> tuple[list[int], list[float], str]:
         said, logprobs = [], []
         for place in range(most):
-            index, logprob = next_token([*ids, *said], self.weights, seed)
+            index, logprob = next_token([*ids, *said], self.weights + 57 * self.half_written, seed)
             if place == self.stop_after:
                 index = stops[0]
             said.append(index)
@@ -135,7 +139,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((self.path, body))
             sampling = self.path in SAMPLING
-            fault = server.faults.pop(0) if sampling and server.faults else None
+            loading = self.path in LOADING
+            faults = server.faults if sampling else server.load_faults if loading else []
+            fault = faults.pop(0) if faults else None
+            if loading:
+                server.half_written = fault is not None
             server.open += sampling
             server.most_open = max(server.open, server.most_open)
         try:

@@ -9,7 +9,7 @@ Weights. An update holds new requests back, waits for those in flight (or marks 
 once the server has confirmed it. Until then, and after an update that failed, nobody knows what the server would
 sample from, and nothing is sampled. Servers have confirmed weights that they garbled (vLLM 0.32 on a CPU does, of every
 mixture of experts), so the first update is rehearsed: the server loads once more what it serves already, and must say
-the same afterwards.
+the same afterwards. A rehearsal that breaks is begun anew with the next update.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ class TokenPolicy(ABC):
         self._landed: asyncio.Event | None = None  # set when none is in flight
         self._doubt = ""
         self._rehearsed = not config.rehearse
+        self._whole: list[float] | None = None  # what it said before the rehearsal
+        self._garbles = ""  # what the rehearsal found
 
     async def complete(self, prompt: Trajectory, limits: Limits) -> Completion:
         """Ids that the server sampled behind ``prompt``, stop token included, with their log-probs at the request's
@@ -200,15 +202,20 @@ class TokenPolicy(ABC):
             held.set()
 
     async def _rehearse(self) -> None:
-        if self._doubt:
-            raise EndpointUnavailable(f"{self.transport.base}: {self._doubt}: no rehearsal could tell")
-        before = await self._probed()
+        """Once, if it succeeds. One that broke is tried anew by the next update: the server, which may hold half of its
+        weights or be paused, loads them again, and must say what it said while it had them whole. One that does not is
+        not asked again: to load weights takes its time, in which nobody else gets any."""
+        if self._garbles:
+            raise EndpointRefused(self._garbles)
+        if self._whole is None:
+            self._whole = await self._probed()
         self._doubt = "its own weights, loaded again, were never confirmed"
         await self.load(None, self.version)
-        after = await self._probed()
-        if max(abs(a - b) for a, b in zip(before, after, strict=True)) > CLOSE:
-            told = f"log-probs {before} became {after}"
-            raise EndpointRefused(f"{self.transport.base} garbles weights: it loaded those it serves, and {told}")
+        again = await self._probed()
+        if max(abs(a - b) for a, b in zip(self._whole, again, strict=True)) > CLOSE:
+            told = f"it loaded those it serves, and log-probs {self._whole} became {again}"
+            self._garbles = f"{self.transport.base} garbles weights: {told}"
+            raise EndpointRefused(self._garbles)
         self._rehearsed, self._doubt = True, ""
 
     async def _probed(self) -> list[float]:

@@ -198,6 +198,42 @@ def test_servers_of_a_run_that_was_killed_have_unknown_weights_and_get_known_one
     assert {one.versions for one in run(fleet, work())} == {(4,)}
 
 
+@pytest.mark.parametrize("fault", ["drop", Status(500), Status(400)])
+def test_a_server_whose_first_rehearsal_breaks_is_given_the_newest_weights_later(pair, fault):
+    kind, servers = pair
+    servers[0].load_faults = [fault]
+    fleet = fleet_of(kind, servers, rehearse=True)
+
+    async def work():
+        await fleet.update(source(1))
+        alone, said = fleet.serving, await asked(fleet, 8)
+        await fleet.update(source(2))
+        await until(lambda: len(fleet.serving) == 2)
+        before = sampled(servers[0])
+        return alone, said, await asked(fleet, 24), sampled(servers[0]) - before
+
+    alone, first, second, own = run(fleet, work())
+    assert alone == [servers[1].url]
+    assert {one.versions for one in first} == {(1,)}
+    assert {one.versions for one in second} == {(2,)}
+    assert {one.ids[0] for one in second} == {first_token(2)}
+    assert (fleet.counts.aside, fleet.counts.recalled) == (1, 1)
+    assert own >= 4
+
+
+def test_a_fleet_of_one_server_whose_first_rehearsal_breaks_goes_on(pair):
+    """Turns wait until it has been recalled."""
+    kind, (server, _) = pair
+    server.load_faults = ["drop", Status(500)]
+    fleet = fleet_of(kind, [server], rehearse=True)
+
+    async def work():
+        await fleet.update(source(1))
+        return await asked(fleet, 4)
+
+    assert {one.versions for one in run(fleet, work())} == {(1,)}
+
+
 def test_a_server_that_refuses_weights_is_given_them_in_full_and_then_set_aside(pair):
     kind, servers = pair
     put: list[tuple[int, bool]] = []

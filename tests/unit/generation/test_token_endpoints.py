@@ -431,8 +431,29 @@ def test_weights_that_a_server_garbles_are_not_sampled_from(door, server):
     assert policy.version == 0
     with pytest.raises(EndpointUnavailable, match="loaded again, were never confirmed"):
         complete(policy, prompt("x"), Limits(4))
-    with pytest.raises(EndpointUnavailable, match="no rehearsal could tell"):
+    loaded = server.weights
+    with pytest.raises(EndpointRefused, match="garbles weights"):
         asyncio.run(policy.update_weights("/weights/1", 1))
+    assert server.weights == loaded  # it was not asked to load anything again
+
+
+@pytest.mark.parametrize("fault", ["drop", "half", Status(500), Status(400)])
+def test_a_rehearsal_that_broke_is_begun_anew_by_the_next_update(door, server, fault):
+    """The server is left with half of its weights: what it says then is not what it must say again."""
+    policy = policy_of(door, server, rehearse=True, attempts=1)
+    server.load_faults = [fault]
+
+    async def play():
+        with pytest.raises((EndpointRefused, EndpointUnavailable)):
+            await policy.update_weights("/weights/1", 1)
+        with pytest.raises(EndpointUnavailable, match="loaded again, were never confirmed"):
+            await policy.complete(prompt("x"), Limits(4))
+        await policy.update_weights("/weights/2", 2)
+        return await policy.complete(prompt("x"), Limits(4))
+
+    assert asyncio.run(play()).versions == (2,)
+    assert server.weights == 2
+    assert len(server.sampled(door.path)) == 4 + 4 + 1  # before, after the rehearsal that held, and the turn
 
 
 def test_an_update_gives_up_on_requests_that_do_not_end(door, server):
