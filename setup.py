@@ -42,6 +42,7 @@ setup(
         "scikit-learn>=1.6",
     ],
     extras_require={
+        "bench": ["playwright>=1.60,<2"],  # a peer of python tools/bench.py browser
         "datasets": ["datasets>=4.0,<6"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
         "evals": ["beautifulsoup4>=4.13,<5"],  # Design2Code reads pages as its authors do

@@ -15,14 +15,13 @@ import importlib
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # a script starts with its own folder there, not with the repository
     sys.path.insert(0, str(ROOT))
 
-from tools.benchmarks.row import Row, Settings, device_peak, table  # noqa: E402
+from tools.benchmarks.row import Row, Settings, as_json, device_peak, table, told  # noqa: E402
 
 
 def areas() -> list[str]:
@@ -59,10 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(args.repeats, args.quick, args.size, peak, args.part or "", args.agent)
     for row in module.rows(settings):
         rows.append(row)
-        told = f"{row.ratio:.2f}x +-{100 * row.spread:.0f} % of {row.peer_name}"
-        print(f"  {row.name}: {told}", file=sys.stderr, flush=True)
+        print(f"  {row.name}: {told(row)}", file=sys.stderr, flush=True)
         if args.json:  # row by row: what was measured before somebody stops it is not lost
-            args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
     print(table(rows))
     if args.plot:
         module.plot(rows, args.plot)

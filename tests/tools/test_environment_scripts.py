@@ -43,15 +43,17 @@ def test_entry_points_can_be_run():
 
 def test_every_requirement_is_pinned_inside_its_range():
     arguments = setup_arguments()
-    runtime, tests = pins("requirements.txt"), pins("requirements-test.txt")
+    runtime, tests, bench = (pins(f"requirements{kind}.txt") for kind in ("", "-test", "-bench"))
     wanted = [(r, runtime) for r in arguments["install_requires"]]
     wanted += [(r, runtime | tests) for r in arguments["extras_require"]["dev"]]
+    wanted += [(r, bench) for r in arguments["extras_require"]["bench"]]
     for text, pinned in wanted:
         requirement = Requirement(text)
         version = pinned.get(canonical(requirement.name))
         assert version, f"{requirement.name} of setup.py has no pin"
         assert requirement.specifier.contains(Version(version)), f"{text} of setup.py, pinned to {version}"
     assert not runtime.keys() & tests.keys()
+    assert not (runtime | tests).keys() & bench.keys()
 
 
 def test_no_fitting_python_is_said_clearly(tmp_path):

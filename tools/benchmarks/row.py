@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,8 @@ def device_peak() -> float | None:
 class Row:
     """``ours`` and ``peer`` in ``unit``; ``ratio`` above 1 means that ours is better, whichever way the unit points.
 
-    ``spread``: half the interquartile range of the ratio over turns, relative to the ratio.
+    ``spread``: half the interquartile range of the ratio over turns, relative to the ratio. ``missing``: what a peer
+    wants that is not here; its row has no figures, then, and they are NaN.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     ratio: float
     unit: str
     spread: float
+    missing: str = ""
 
 
 def throughput(
@@ -131,11 +134,31 @@ def smaller_is_better(name: str, ours: float, peer: float, peer_name: str, unit:
     return Row(name, ours, peer, peer_name, peer / ours if ours else float("inf"), unit, 0.0)
 
 
+def not_run(name: str, peer_name: str, unit: str, missing: str) -> Row:
+    """The row of a peer that is not here."""
+    return Row(name, math.nan, math.nan, peer_name, math.nan, unit, math.nan, missing)
+
+
+def as_json(row: Row) -> dict[str, str | float | None]:
+    """Its fields, None where there is no figure, for JSON has no NaN; ``missing`` where something is."""
+    fields = {key: value for key, value in vars(row).items() if key != "missing" or value}
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in fields.items()}
+
+
+def told(row: Row) -> str:
+    """A line for who waits."""
+    if row.missing:
+        return f"{row.peer_name} not run: {row.missing}"
+    return f"{row.ratio:.2f}x +-{100 * row.spread:.0f} % of {row.peer_name}"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns for people."""
     head = ("what", "ours", "peer", "", "unit", "ratio", "spread")
     body = [
-        (r.name, number(r.ours), number(r.peer), r.peer_name, r.unit, f"{r.ratio:.2f}x", f"±{100 * r.spread:.0f}%")
+        (r.name, "-", "-", f"{r.peer_name}: not run", r.unit, "-", "-")
+        if r.missing
+        else (r.name, number(r.ours), number(r.peer), r.peer_name, r.unit, f"{r.ratio:.2f}x", f"±{100 * r.spread:.0f}%")
         for r in rows
     ]
     widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
