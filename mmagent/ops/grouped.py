@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmagent.ops.few_rows import linear
+from mmagent.ops.few_rows import batched_linear, linear
 from mmagent.ops.function import apply
 from mmagent.ops.rows import permute_rows, row_blocks
 
@@ -209,10 +209,10 @@ def serve_few(x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Te
         x, gate_up, down = x_TD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
         inner_TEF = linear(x, gate_up.flatten(0, 1)).view(x.shape[0], gate_up.shape[0], -1)
         gate, up = inner_TEF.chunk(2, dim=-1)
-        y_ETD = torch.bmm(F.silu(gate).mul_(up).transpose(0, 1), down.transpose(1, 2))
+        y_ETD = batched_linear(F.silu(gate).mul_(up).transpose(0, 1), down)
         gates_TE = gates_TK.new_zeros(gates_TK.shape[0], gate_up.shape[0]).scatter_(1, chosen_TK, gates_TK)
         gates_ET1 = gates_TE.T.unsqueeze(2)
-        return (y_ETD * gates_ET1).masked_fill_(gates_ET1 == 0, 0).sum(0).to(dtype)
+        return (y_ETD * gates_ET1).masked_fill_(gates_ET1 == 0, 0).sum(0).to(dtype).contiguous()
 
 
 def few(x_TD: Tensor, gate_up_EFD: Tensor) -> bool:
