@@ -35,6 +35,7 @@ from mmagent.ops.grouped import (
     tally,
     unsort_by_expert,
 )
+from mmagent.ops.precision import no_autocast
 from mmagent.types import ParamRole, Segments
 
 
@@ -130,7 +131,7 @@ class Router(nn.Module):
         self, x_TD: Tensor, documents: Documents | None, replay_TK: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
         """Gates ``(T, K)`` fp32 and the routing. ``replay (T, K)`` int64 prescribes experts where not negative."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with no_autocast(x_TD.device.type):
             scores = F.linear(x_TD.float(), self.weight.float()).sigmoid()
             chosen = self._choose(scores.detach())
             replayed = scores.new_zeros(scores.shape[0], 2)

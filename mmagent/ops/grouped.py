@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmagent.ops.few_rows import batched_linear, linear
 from mmagent.ops.function import apply
+from mmagent.ops.precision import no_autocast
 from mmagent.ops.rows import permute_rows, row_blocks
 
 
@@ -205,7 +206,7 @@ def serve_few(x_TD: Tensor, chosen_TK: Tensor, gates_TK: Tensor, gate_up_EFD: Te
     dtype = gate_up_EFD.dtype
     if torch.is_autocast_enabled(x_TD.device.type):
         dtype = torch.get_autocast_dtype(x_TD.device.type)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with no_autocast(x_TD.device.type):
         x, gate_up, down = x_TD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
         inner_TEF = linear(x, gate_up.flatten(0, 1)).view(x.shape[0], gate_up.shape[0], -1)
         gate, up = inner_TEF.chunk(2, dim=-1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,9 +46,19 @@ class Rotation:
         return Rotation(*moved, interleaved=self.interleaved)
 
 
-def inverse_frequencies(pairs: int, base: float, device: torch.device | str = "cpu") -> Tensor:
-    """``base ** (-i / pairs)`` for ``i`` in ``range(pairs)``, fp32."""
-    return 1.0 / (base ** (torch.arange(0, 2 * pairs, 2, dtype=torch.float32, device=device) / (2 * pairs)))
+@cache
+def inverse_frequencies(pairs: int, base: float, device: torch.device) -> Tensor:
+    """``base ** (-i / pairs)`` for ``i`` in ``range(pairs)``, fp32; made once, so not to be written to."""
+    with torch.inference_mode(False):  # a generator may be the first to ask, and a trainer the next
+        return 1.0 / (base ** (torch.arange(0, 2 * pairs, 2, dtype=torch.float32, device=device) / (2 * pairs)))
+
+
+@cache
+def _axes(sections: tuple[int, ...], device: torch.device) -> Tensor:
+    """``(pairs,)``: the row of positions that each pair turns with; made once."""
+    with torch.inference_mode(False):
+        axes = torch.arange(len(sections), device=device) % 3
+        return torch.repeat_interleave(axes, torch.tensor(sections, device=device), output_size=sum(sections))
 
 
 def angles_1d(positions_T: Tensor, pairs: int, base: float) -> Tensor:
@@ -64,12 +75,9 @@ def angles_3d(positions_3T: Tensor, pairs: int, base: float, sections: Sequence[
     """``positions (3, T)``; section ``s`` of the pairs turns with ``positions[s % 3]``. Sections sum to ``pairs``."""
     if sum(sections) != pairs:
         raise ValueError(f"rotary sections {tuple(sections)} sum to {sum(sections)}, but {pairs} pairs turn")
-    axis = torch.repeat_interleave(
-        torch.arange(len(sections), device=positions_3T.device) % 3,
-        torch.tensor(tuple(sections), device=positions_3T.device),
-        output_size=pairs,
-    )
-    return positions_3T.float().T[:, axis] * inverse_frequencies(pairs, base, positions_3T.device)
+    axes = _axes(tuple(sections), positions_3T.device)
+    turning = positions_3T.float().T.index_select(1, axes)
+    return turning * inverse_frequencies(pairs, base, positions_3T.device)
 
 
 def default_sections(pairs: int) -> tuple[int, int, int]:

@@ -118,6 +118,16 @@ def test_three_equal_axes_are_one_axis_exactly():
     assert torch.equal(angles_3d(positions.expand(3, -1), 8, 1e4, sections), angles_1d(positions, 8, 1e4))
 
 
+def test_a_trainer_turns_with_what_a_generator_made():
+    """Tables of frequencies are made once; those of inference mode could not be used in a backward."""
+    positions = torch.tensor([3, 4])
+    with torch.inference_mode():
+        angles_3d(positions.expand(3, -1), 6, 77.0, (2, 2, 2))
+    base = torch.ones(3, 2, requires_grad=True)
+    (angles_3d(positions.expand(3, -1) * base, 6, 77.0, (2, 2, 2)).sum()).backward()
+    assert base.grad is not None
+
+
 def test_sections_turn_with_their_own_axis():
     positions = torch.tensor([[3], [5], [7]])
     angles = angles_3d(positions, 4, 1.0, (1, 1, 2))  # base 1: every frequency is 1
