@@ -27,12 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmagent.ops.attention import varlen_attention
+from mmagent.ops.precision import no_autocast
 from mmagent.types import Segments
 
 FEW = 16
 """New tokens a sequence up to which blocks are compared where they lie."""
 DENSE = 0.5
 """Blocks in use are read where they lie if they are at least this share of those between the first and the last."""
+MEETINGS = 4
+"""Of so many of the last forwards it is kept which rows met which blocks: the decoder's, with drafts and without, and
+those of the MTP head."""
 TILE = 512
 """Queries that are compared with a gathered history at a time: what lies behind them is not even looked at."""
 
@@ -49,6 +53,7 @@ class PagedKV:
         self.blocks, self.block_tokens, self.device = blocks, block_tokens, device
         self.head_major = device.type == "cpu"
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.meetings: dict[tuple[bytes, ...], _Meeting] = {}
 
     def places(self, blocks: Tensor, places: Tensor, groups: int) -> Tensor:
         """``(T * G,)``: rows of ``d`` numbers for the heads of T tokens, at ``places (T,)`` of ``blocks (T,)``."""
@@ -118,21 +123,22 @@ class PagedKV:
 
 class _Part(NamedTuple):
     """Blocks and the queries that are compared with them in one product: ``owners (n, m)`` are rows of queries for each
-    of ``n`` blocks. ``blocks`` is a slice where they are read where they lie. ``bias (n * m, 1, N, 1, block_tokens)``
-    is added to scores: minus infinity at places that a query of the row must not see, else 0."""
+    of ``n`` blocks. ``blocks`` is a slice where they are read where they lie."""
 
     blocks: slice | Tensor
     owners: Tensor
-    bias: Tensor
 
 
-class _Blocks(NamedTuple):
-    """How the rows of a forward meet their blocks. ``entry (S * W,)``: where a row's blocks stand among the results of
-    all parts, one after the other; ``dead (S, W, 1, 1)`` is true behind a row's last block."""
+class _Meeting(NamedTuple):
+    """How S rows meet their blocks, W at most. ``entry (S, W)``: where a row's blocks stand among the results of all
+    parts, one after the other; ``live (S, W)`` is false behind a row's last block. ``entries (S * W,)`` and ``dead (S,
+    W, 1, 1)`` are tensors of the same, None where the results lie in order and no row has fewer blocks."""
 
     parts: tuple[_Part, ...]
-    entry: Tensor
-    dead: Tensor
+    entry: np.ndarray
+    live: np.ndarray
+    entries: Tensor | None
+    dead: Tensor | None
 
 
 class PagedAttention:
@@ -145,7 +151,7 @@ class PagedAttention:
     def __init__(
         self,
         kv: PagedKV,
-        tables: Sequence[Sequence[int]],
+        tables: Sequence[Sequence[int]] | np.ndarray,
         history: np.ndarray,
         counts: np.ndarray,
         apart: bool = False,
@@ -157,21 +163,19 @@ class PagedAttention:
         self.kv, self.tables, self.history, self.counts = kv, tables, history, counts
         self.apart, self.first, self.reach = apart, first, reach
         size = kv.block_tokens
-        total = int(counts.sum())
-        starts = np.cumsum(counts) - counts
+        self._most, ends = int(counts.max()), np.cumsum(counts)
+        starts, total = ends - counts, int(ends[-1])
         self._rows = np.repeat(np.arange(len(counts)), counts)
         self._offsets = np.arange(total) - starts[self._rows]
         places = history[self._rows] + self._offsets
-        width = -(-int((history + counts).max()) // size)
-        table = np.zeros((len(tables), width), dtype=np.int64)
-        for row, blocks in enumerate(tables):
-            used = min(len(blocks), width)
-            table[row, :used] = blocks[:used]
-        self._table = table
-        self._write_blocks = torch.from_numpy(table[self._rows, places // size]).to(kv.device)
+        self._used = -(-(history + counts) // size)
+        self._table = _columns(tables, int(self._used.max()))
+        # a pack of documents: nothing is stored of any sequence, and something is there of each
+        self._all_new = reach is None and self._most > 1 and not history.any() and int(counts.min()) > first
+        self._not_there = int(history.min()) < first
+        self._write_blocks = torch.from_numpy(self._table[self._rows, places // size]).to(kv.device)
         self._write_places = torch.from_numpy(places % size).to(kv.device)
         self._starts = starts
-        self._prepared: _Blocks | None = None
         self._depths: dict[int, PagedAttention] = {}
         self._where: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -187,15 +191,14 @@ class PagedAttention:
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         kv = self.kv
-        with torch.autocast(q_THd.device.type, enabled=False):
+        with no_autocast(q_THd.device.type):
             kv.write(layer, self._written(k_TGd), k_TGd, v_TGd)
-            causal = self.reach is None
-            if causal and not self.history.any() and self.counts.min() > self.first and self.counts.max() > 1:
+            if self._all_new:
                 return self._fresh(q_THd, k_TGd, v_TGd)
             q_THd = q_THd.to(kv.layers[layer][0].dtype)
-            if kv.device.type == "cuda" and causal:
+            if kv.device.type == "cuda" and self.reach is None:
                 return self._by_kernel(layer, q_THd)
-            if self.apart or self.counts.max() > FEW or kv.device.type == "cuda":
+            if self.apart or self._most > FEW or kv.device.type == "cuda":
                 return self._by_rows(layer, q_THd)
             return self._by_blocks(layer, q_THd)
 
@@ -230,10 +233,8 @@ class PagedAttention:
     # ------------------------------------------------------------ blocks where they lie
 
     def _by_blocks(self, layer: int, q_THd: Tensor) -> Tensor:
-        if self._prepared is None:
-            self._prepared = self._prepare()
-        plan, (keys, values) = self._prepared, self.kv.layers[layer]
-        S, N = len(self.counts), int(self.counts.max())
+        plan, (keys, values) = self._meeting, self.kv.layers[layer]
+        S, N = len(self.counts), self._most
         T, H, d = q_THd.shape
         G = keys.shape[1]
         rows = q_THd.view(T, G, H // G, d)  # (S, G, M, d), M queries that share a key head
@@ -243,28 +244,32 @@ class PagedAttention:
             padded = rows.new_zeros(S * N, G, H // G, d).index_copy_(0, self._padded, rows)
             rows = padded.view(S, N, G, H // G, d).transpose(1, 2).reshape(S, G, N * (H // G), d)
         M = rows.shape[2]
-        rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, 1))  # one that nobody is, for blocks nobody owns
-        results = [self._meet(part, rows, keys, values, N) for part in plan.parts]
-        top, total, out = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
-        top = top.index_select(0, plan.entry).view(S, -1, G, M).masked_fill_(plan.dead, float("-inf"))
+        if plan.entries is not None:
+            rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, 1))  # one that nobody is, for blocks nobody owns
+        results = [self._meet(*meets, rows, keys, values, N) for meets in zip(plan.parts, self._biases, strict=True)]
+        found = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
+        top, total, out = (x if plan.entries is None else x.index_select(0, plan.entries) for x in found)
+        top = top.view(S, -1, G, M)
+        if plan.dead is not None:
+            top.masked_fill_(plan.dead, float("-inf"))
         share = top.sub_(top.amax(1, keepdim=True)).exp_()
-        share.div_(total.index_select(0, plan.entry).view_as(share).mul_(share).sum(1, keepdim=True))
-        parts = out.index_select(0, plan.entry).view(*share.shape, d)
-        joined = parts.mul_(share.unsqueeze(-1)).sum(1).to(values.dtype)
+        share.div_(total.view_as(share).mul_(share).sum(1, keepdim=True))
+        joined = out.view(*share.shape, d).mul_(share.unsqueeze(-1)).sum(1).to(values.dtype)
         if N > 1:
             joined = joined.view(S, G, N, H // G, d).transpose(1, 2).reshape(S * N, H, d)
             joined = joined if T == S * N else joined.index_select(0, self._padded)
         else:
             joined = joined.reshape(T, H, d)
-        if self.first:  # a token at a place that is not there sees none
+        if self._not_there:  # a token at such a place sees none
             joined[torch.from_numpy(self.history[self._rows] + self._offsets < self.first)] = 0
         return joined
 
     def _meet(
-        self, part: _Part, rows: Tensor, keys: Tensor, values: Tensor, queries: int
+        self, part: _Part, bias: Tensor, rows: Tensor, keys: Tensor, values: Tensor, queries: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What each of the part's blocks says to each of its owners, as entries: the largest score ``(E, G, M)``, the
-        sum of exponentials below it, and the values that these weigh ``(E, G, M, d)``, all in fp32."""
+        """What each of the part's blocks says to each of its owners, where ``bias`` is added to scores, as entries: the
+        largest score ``(E, G, M)``, the sum of exponentials below it, and the values that these weigh ``(E, G, M, d)``,
+        all in fp32."""
         n, many = part.owners.shape
         _, G, M, d = rows.shape
         size = self.kv.block_tokens
@@ -276,7 +281,7 @@ class PagedAttention:
         if many > 1:
             scores = scores.view(n, G, many, M, size).transpose(1, 2)
         scores = scores.reshape(n * many, G, M, size)
-        scores.view(n * many, G, queries, M // queries, size).add_(part.bias)
+        scores.view(n * many, G, queries, M // queries, size).add_(bias)
         top = scores.amax(-1)
         weights = scores.sub_(top.clamp_min(-1e30).unsqueeze(-1)).exp_()  # a block may show nothing
         total = weights.sum(-1)
@@ -290,13 +295,21 @@ class PagedAttention:
     @cached_property
     def _padded(self) -> Tensor:
         """Where each token stands among as many for every row as the one with the most has."""
-        return torch.from_numpy(self._rows * int(self.counts.max()) + self._offsets)
+        return torch.from_numpy(self._rows * self._most + self._offsets)
 
-    def _prepare(self) -> _Blocks:
-        size, S = self.kv.block_tokens, len(self.counts)
-        used = -(-(self.history + self.counts) // size)
-        width = int(used.max())
-        live = np.arange(width) < used[:, None]
+    @cached_property
+    def _meeting(self) -> _Meeting:
+        """The same at every step until a row comes, goes or begins another block."""
+        kept, what = self.kv.meetings, (self._used.tobytes(), self._table.tobytes())
+        meeting = kept.pop(what, None) or self._arrange()
+        while len(kept) >= MEETINGS:
+            del kept[next(iter(kept))]
+        kept[what] = meeting
+        return meeting
+
+    def _arrange(self) -> _Meeting:
+        S, width = self._table.shape
+        live = np.arange(width) < self._used[:, None]
         pair_row, pair_at = np.nonzero(live)
         pair_block = self._table[pair_row, pair_at]
         order = np.argsort(pair_block, kind="stable")
@@ -326,17 +339,18 @@ class PagedAttention:
         entry = np.zeros((S, width), dtype=np.int64)
         entry[pair_row, pair_at] = entry_of
         entry = np.where(live, entry, entry[:, :1])  # times zero, it must be its own: another's may not be finite
-        return _Blocks(
-            self._parts(met, live, entry),
-            torch.from_numpy(entry.ravel()),
-            torch.from_numpy(~live)[:, :, None, None],
-        )
+        parts = (_Part(x if isinstance(x, slice) else torch.from_numpy(x), torch.from_numpy(y)) for x, y in met)
+        in_order = done == entry.size and bool((entry.ravel() == np.arange(done)).all())
+        entries = None if in_order else torch.from_numpy(entry.ravel())
+        dead = None if live.all() else torch.from_numpy(~live)[:, :, None, None]
+        return _Meeting(tuple(parts), entry, live, entries, dead)
 
-    def _parts(
-        self, met: list[tuple[slice | np.ndarray, np.ndarray]], live: np.ndarray, entry: np.ndarray
-    ) -> tuple[_Part, ...]:
-        """With what each must not show."""
-        size, queries = self.kv.block_tokens, int(self.counts.max())
+    @cached_property
+    def _biases(self) -> list[Tensor]:
+        """Of each part ``(n * m, 1, N, 1, block_tokens)``: minus infinity at places that a query of the row must not
+        see, else 0."""
+        size, queries = self.kv.block_tokens, self._most
+        parts, entry, live = self._meeting[:3]
         begins = np.arange(live.shape[1]) * size
         row, at = np.nonzero(live & ((begins + size > self.history[:, None] + 1) | (begins < self.first)))
         cut = entry[row, at]
@@ -344,15 +358,15 @@ class PagedAttention:
         unseen = (places > self._last(queries)[row][:, :, None]) | (places < self.first)
         if self.reach is not None:
             unseen &= places != (self.history[:, None] + np.arange(queries))[row][:, :, None]
-        parts, done = [], 0
-        for blocks, owners in met:
-            own = (cut >= done) & (cut < done + owners.size)
-            bias = np.zeros((owners.size, 1, queries, 1, size), dtype=np.float32)
+        biases, done = [], 0
+        for part in parts:
+            many = part.owners.numel()
+            own = (cut >= done) & (cut < done + many)
+            bias = np.zeros((many, 1, queries, 1, size), dtype=np.float32)
             bias[cut[own] - done, 0, :, 0] = np.where(unseen[own], -np.inf, 0)
-            where = blocks if isinstance(blocks, slice) else torch.from_numpy(blocks)
-            parts.append(_Part(where, torch.from_numpy(owners), torch.from_numpy(bias)))
-            done += owners.size
-        return tuple(parts)
+            biases.append(torch.from_numpy(bias))
+            done += many
+        return biases
 
     def _last(self, queries: int) -> np.ndarray:
         """``(S, queries)``: the last place that each new token of a row sees; rows with fewer are padded."""
@@ -378,7 +392,7 @@ class PagedAttention:
             seen = torch.from_numpy(lengths).to(device, torch.int32)
             most = table.shape[1] * kv.block_tokens
             out = varlen_attn(
-                q_THd.to(dtype), keys.to(dtype), values.to(dtype), cu_q, None, int(self.counts.max()), most,
+                q_THd.to(dtype), keys.to(dtype), values.to(dtype), cu_q, None, self._most, most,
                 seqused_k=seen, block_table=table, **options,
             )  # fmt: skip
             return out.to(values.dtype)
@@ -390,8 +404,19 @@ class PagedAttention:
         k, v = (torch.cat(side).to(dtype) for side in zip(*both, strict=True))
         cu_k = F.pad(torch.from_numpy(np.cumsum(lengths)), (1, 0)).to(device, torch.int32)
         longest = int(lengths.max())
-        out = varlen_attn(q_THd.to(dtype), k, v, cu_q, cu_k, int(self.counts.max()), longest, **options)
+        out = varlen_attn(q_THd.to(dtype), k, v, cu_q, cu_k, self._most, longest, **options)
         return out.to(values.dtype)
+
+
+def _columns(tables: Sequence[Sequence[int]] | np.ndarray, width: int) -> np.ndarray:
+    """``(S, width)``: the first blocks of each row."""
+    if isinstance(tables, np.ndarray) and tables.shape[1] >= width:
+        return tables[:, :width]
+    table = np.zeros((len(tables), width), dtype=np.int64)
+    for row, blocks in enumerate(tables):
+        used = min(len(blocks), width)
+        table[row, :used] = blocks[:used]
+    return table
 
 
 @cache

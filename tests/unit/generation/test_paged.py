@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmagent.generation.blocks import BlockPool
-from mmagent.generation.paged import PagedAttention, PagedKV
+from mmagent.generation.paged import MEETINGS, PagedAttention, PagedKV
 from mmagent.ops.attention import varlen_attention_reference
 from mmagent.types import Segments
 from tests.examples import examples
@@ -97,6 +97,19 @@ def test_blocks_of_many_are_read_for_each_of_them():
     for counts in (dict.fromkeys((first, *others, one), 1), dict.fromkeys((*others[2:], first), 2)):
         got, want = them.forward(counts)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_which_blocks_rows_meet_is_found_once_while_it_stays(monkeypatch):
+    """Not at every step, and not for ever: of two that decode, one begins a block every four steps."""
+    them, arranged, arrange = Sequences((4, 2), 4, seed=3), [], PagedAttention._arrange
+    monkeypatch.setattr(PagedAttention, "_arrange", lambda self: arranged.append(1) or arrange(self))
+    a, b = them.begin(), them.begin()
+    them.forward({a: 4, b: 8})
+    for step in range(24):
+        got, want = them.forward({a: 1, b: 1})
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert len(arranged) == step // 4 + 1
+    assert len(them.kv.meetings) <= MEETINGS
 
 
 @settings(max_examples=examples(60), deadline=None)

@@ -193,13 +193,15 @@ def what_failed_leaves_its_blocks(patch: Patch) -> None:
 
 def another_answer_is_added_with_weight_zero(patch: Patch) -> None:
     """A short sequence beside a long one: behind its end stand zeros times what lies in block 0, finite or not."""
-    prepare = paged.PagedAttention._prepare
+    arrange = paged.PagedAttention._arrange
 
     def loose(self):
-        plan = prepare(self)
-        return plan._replace(entry=plan.entry.masked_fill(plan.dead.view_as(plan.entry), 0))
+        meeting = arrange(self)
+        if meeting.dead is None:
+            return meeting
+        return meeting._replace(entries=meeting.entries.masked_fill(meeting.dead.flatten(), 0))
 
-    patch.setattr(paged.PagedAttention, "_prepare", loose)
+    patch.setattr(paged.PagedAttention, "_arrange", loose)
 
 
 MISTAKES = (
