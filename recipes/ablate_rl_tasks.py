@@ -129,7 +129,7 @@ SIZES = {
         steps=40,
         prompts=20,
         fitted=40,
-        judged=("per_task=16",),
+        judged=("per_task=64",),  # of 16 counts seven were 1: who always said so counted well
         rl=LAPTOP_RL,
         sft=LAPTOP_SFT,
     ),
