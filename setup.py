@@ -45,7 +45,7 @@ setup(
         "bench": ["playwright>=1.60,<2"],  # a peer of python tools/bench.py browser
         "datasets": ["datasets>=4.0,<6"],
         "deepspeed": ["deepspeed>=0.19.8,<0.20", "accelerate>=1.15,<1.16"],
-        "evals": ["beautifulsoup4>=4.13,<5"],  # Design2Code reads pages as its authors do
+        "evals": ["beautifulsoup4>=4.13,<5", "av>=15"],  # Design2Code reads pages as its authors do; videos
         "clip": ["beautifulsoup4>=4.13,<5", "opencv-python-headless>=4.11,<6"],  # its fifth score, which inpaints text
         "ingest": ["datasets>=4.0,<6", "pyarrow>=20", "pypdfium2>=5,<6", "av>=15"],  # parquet, PDF pages and videos
         "quality": ["py3langid>=0.4,<0.5"],  # tells languages; its model comes with it (4.5 MB)

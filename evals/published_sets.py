@@ -24,6 +24,9 @@
               ``AI4Math/MathVista`` has the same, its pictures in ``decoded_image``
 ``mathvision``  MATH-Vision (Wang et al. 2024): ``data/test.jsonl`` of ``id``, ``question``, ``options``, ``answer``,
               ``level``, ``subject``, ``image``, beside ``images``; ``MathLLMs/MathVision``
+``videomme``  Video-MME (Fu et al. 2024): a clone of ``lmms-lab/Video-MME`` whose archives are unpacked, ``VIDEO.mp4``
+              in ``data`` (or ``videos``); columns ``videoID``, ``duration``, ``domain``, ``task_type``,
+              ``question_id``, ``question``, ``options``, ``answer``
 ============  =====================================================================================================
 
 Every set may also be a folder with ``test.jsonl``: a line a row, the columns of the hub, paths of pictures.
@@ -41,6 +44,10 @@ LETTER_DIRECTLY = "Answer with the option's letter from the given choices direct
 ONE_WORD = "Answer the question with a single word."
 PHRASE = "Answer the question using a single word or phrase."
 NUMBER = "Answer with a single number."
+BEST = (
+    "Select the best answer to the following multiple-choice question based on the video. Respond with only the letter "
+    "(A, B, C, or D) of the correct option."
+)
 BOXED = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
 _LINES = (Files("test.jsonl"),)
 
@@ -138,6 +145,20 @@ def _mathvision(row: Row) -> Question:
     return Question(str(row.get("id")), text, (answer,), row.picture("decoded_image", "image"), slices, options)
 
 
+def _videomme(row: Row) -> Question:
+    listed = row.texts("options", least=2)
+    options = dict(found.groups() for found in map(_LETTERED.fullmatch, listed) if found)
+    answer = row.text("answer")
+    if len(options) != len(listed) or answer not in options:
+        raise row.wrong(f"{answer!r:.60} is right, its options are {', '.join(map(repr, listed))[:200]}")
+    text = "\n".join([BEST, row.text("question"), *listed, LETTER_DIRECTLY])
+    name = row.text("videoID")
+    places = [f"{at}{name}.{ending}" for at in ("data/", "videos/", "") for ending in ("mp4", "MP4", "mkv")]
+    slices = {"duration": row.word("duration"), "domain": row.word("domain"), "task": row.word("task_type")}
+    return Question(str(row.get("question_id")), text, (answer,), row.video(*places), slices, options)
+
+
+_LETTERED = re.compile(r"([A-Z])\.\s*(\S.*)", re.DOTALL)
 _NUMERIC = re.compile(r"[-+]?\d{1,15}(?:\.\d{0,15})?|[-+]?\.\d{1,15}", re.ASCII)
 _LISTED = re.compile(r"\[[-+.,\d\s]*\d[-+.,\d\s]*\]", re.ASCII)
 
@@ -191,3 +212,4 @@ MATHVISTA = QuestionSet(
 MATHVISION = QuestionSet(
     "mathvision", _mathvision, ((Files("data/test.jsonl", pictures=("..", "")),), _LINES), splits=("test", "testmini")
 )
+VIDEOMME = QuestionSet("videomme", _videomme, (_LINES,), splits=("test",))

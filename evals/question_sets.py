@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from mmagent.geometry import frames_within
 from mmagent.records import decode_image
-from mmagent.tasks.published import HUB, is_saved, splits_of
+from mmagent.tasks.published import HUB, is_saved, parquet_splits, splits_of
+from mmagent.videos import VideoError, read_frames, shrunk
+
+FRAMES, FRAMES_TOKENS = 32, 6144
+"""Of a video that are shown, and the visual tokens that all of them may have: with the question they fit into 8192."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,14 @@ class QuestionSet:
 class Row:
     """One row: its ``values`` by column, its ``place`` for messages, its ``number``, the encoded pictures that are in
     it (``cells``, read when called), the folders in which its paths of pictures begin (``bases``, none where paths lead
-    nowhere), and the folder that the set lies in, ``root``, where there is one."""
+    nowhere), and the folder that it lies in, ``root``, where there is one. ``file``: the name of its file."""
 
     def __init__(
         self, values: Mapping[str, Any], place: str, number: int, *,
         cells: Mapping[str, Callable[[], bytes]] | None = None, bases: Sequence[Path] = (), root: Path | None = None,
+        file: str = "",
     ):  # fmt: skip
-        self.values, self.place, self.number = values, place, number
+        self.values, self.place, self.number, self.file = values, place, number, file
         self.cells, self.bases, self.root = cells or {}, bases, root
 
     def wrong(self, what: str) -> ValueError:
@@ -131,16 +138,49 @@ class Row:
             raise self.wrong(f"its column {columns[0]!r} holds no pictures; give the folder of a clone of the dataset")
         raise self.wrong(f"no object with the path of an image in {' or '.join(columns)}")
 
+    def video(self, *paths: str, clip: tuple[float, float] | None = None) -> Callable[[], Shown]:
+        """Reads frames of the first of ``paths`` within ``root`` that is there, when it is called; of the seconds from
+        the first to the last of ``clip`` alone, where it is given. Raises ``ValueError`` for a set without a folder."""
+        root = self.root
+        if root is None:
+            raise self.wrong("the hub has its videos in archives; give the folder of a clone where they are unpacked")
+        return lambda: watch(found_in([root], *paths), clip)
 
-def found_in(bases: Sequence[Path], name: str) -> Path:
-    """The file ``name`` in the first of the folders ``bases`` that has it. Raises ``ValueError`` where none has, and
-    for a name that leads out of them."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{bases[0]}: the path {name!r} leads out of the set")
-    paths = [base / name for base in bases]
+
+def watch(file: Path, clip: tuple[float, float] | None = None) -> Shown:
+    """:data:`FRAMES` of a video, evenly spaced from the first to the last (within the seconds of ``clip``), all of one
+    that has fewer, in sizes with which they keep within :data:`FRAMES_TOKENS`. Raises ``ValueError`` naming the file
+    where it is broken."""
+    first, last = clip or (0.0, math.inf)
+    tokens = 0
+
+    def choose(seconds: np.ndarray) -> list[int]:
+        nonlocal tokens
+        there = np.flatnonzero((seconds >= first) & (seconds <= last))
+        if there.size == 0:
+            raise VideoError(f"it ends at {seconds[-1]:g} seconds, before the clip from {first:g} to {last:g}")
+        even = np.unique(np.linspace(0, there.size - 1, min(FRAMES, there.size)).round().astype(int))
+        tokens, kept = frames_within(len(even), FRAMES_TOKENS)
+        return [int(there[even[n]]) for n in kept]
+
+    try:
+        frames = [(second, np.asarray(shrunk(image, tokens))) for second, image in read_frames(file, choose)]
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Shown(tuple(pixels for _, pixels in frames), tuple(second for second, _ in frames))
+
+
+def found_in(bases: Sequence[Path], *names: str) -> Path:
+    """The first file of ``names`` in the folders ``bases``. Raises ``ValueError`` where there is none, and for a name
+    that leads out of them."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{bases[0]}: the path {name!r} leads out of the set")
+    paths = [base / name for base in bases for name in names]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise ValueError(f"{' or '.join(map(str, paths))} is missing")
+        more = f", and so is what else it may be called ({len(paths) - 1} paths)" if len(paths) > 1 else ""
+        raise ValueError(f"{paths[0]} is missing{more}")
     return found
 
 
@@ -149,14 +189,14 @@ def load_questions(of: QuestionSet, where: str | Path) -> list[Question]:
     or wrong."""
     text, path = str(where), Path(where).expanduser()
     if text.startswith(HUB):
-        rows = _of_dataset(of, text)
+        rows = _of_dataset(of, text, splits_of(text))
     elif not path.exists():
         raise ValueError(f"{of.name}: {path} is missing")
     elif path.is_file():
         layout = (files for files in (one for each in of.layouts for one in each) if path.match(files.pattern))
         rows = _of_file(path, next(layout, Files(path.name)))
     elif is_saved(path):
-        rows = _of_dataset(of, str(path))
+        rows = _of_dataset(of, str(path), splits_of(str(path)))
     else:
         rows = _of_folder(of, path)
     met: dict[str, int] = {}
@@ -188,10 +228,11 @@ def _of_folder(of: QuestionSet, folder: Path) -> Iterator[Row]:
                 for path in paths:
                     yield from _of_file(path, files)
             return
-    if next(folder.rglob("*.parquet"), None) is None:
+    found = parquet_splits(folder)
+    if not found:
         wanted = " or ".join(" and ".join(files.pattern for files in layout) for layout in of.layouts)
         raise ValueError(f"{of.name}: {folder}: {wanted} is missing, and there is nothing that `datasets` saved")
-    yield from _of_dataset(of, str(folder))
+    yield from _of_dataset(of, str(folder), found)
 
 
 def _of_file(file: Path, files: Files) -> Iterator[Row]:
@@ -200,7 +241,7 @@ def _of_file(file: Path, files: Files) -> Iterator[Row]:
         if not isinstance(values, dict):
             raise ValueError(f"{place}: no object with the path of an image, but {values!r:.60}")
         bases = [file.parent / base for base in files.pictures]
-        yield Row({**files.values, **values}, place, number, bases=bases, root=file.parent)
+        yield Row({**files.values, **values}, place, number, bases=bases, root=file.parent, file=file.stem)
 
 
 def _objects(file: Path) -> Iterator[tuple[int, str, Any]]:
@@ -229,9 +270,8 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place}: no JSON: {error}") from error
 
 
-def _of_dataset(of: QuestionSet, where: str) -> Iterator[Row]:
+def _of_dataset(of: QuestionSet, where: str, found: Mapping[str, Any]) -> Iterator[Row]:
     """Rows of what `datasets` gives, pictures apart, names of classes in place of their numbers."""
-    found = splits_of(where)
     if of.splits and len(found) > 1:
         judged = next((split for split in of.splits if split in found), None)
         if judged is None:

@@ -22,7 +22,7 @@ PACKAGES = ("mmagent", "data_pipelines", "evals", "recipes")
 FLOORS = (
     ("types", "trajectories", "protocols", "config", "geometry", "vocab", "chat", "messages", "replies", "records",
      "packing", "packing_check", "balance", "actions", "prompts", "files", "retries", "signatures", "contamination",
-     "html", "leaving"),
+     "html", "leaving", "videos"),
     ("dist", "ops", "browser", "sandbox", "sparsity"),
     ("models", "losses", "worlds", "dealing"),
     ("interop", "objectives", "generation", "tasks"),

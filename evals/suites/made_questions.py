@@ -6,14 +6,19 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evals.published_sets import LETTER_DIRECTLY
+from mmagent.chat import Video
 from mmagent.files import write_text
 from mmagent.records import encode_image
 from mmagent.tasks.worlds import WorldTask
+from mmagent.videos import video_library
 from mmagent.worlds import search
 from mmagent.worlds.catalogue import choose_worlds
 from mmagent.worlds.examples import Example
@@ -164,6 +169,56 @@ def make_mathvision(folder: Path) -> None:
             rows.append({**row, "answer": answer, "level": example.level + 1, "subject": subject})
     (folder / "data").mkdir()
     _write_lines(folder / "data/test.jsonl", rows)
+
+
+def make_videomme(folder: Path) -> None:
+    """Video-MME; 16 questions about short clips."""
+    (folder / "data").mkdir()
+    rows = []
+    for world, task, choices in (
+        ("videos/direction", "Action Recognition", ("right", "left", "up", "down")),
+        ("videos/change", "Action Reasoning", ()),
+        ("videos/count", "Counting Problem", ("0", "1", "2", "3", "4", "5", "6")),
+    ):
+        asked = [(e, q) for e, q in _examples(world, 12) if not choices or e.answer in choices]
+        for example, question in asked[:6]:
+            question, _, told = question.partition(" Answer with one of: ")
+            rng = random.Random(example.key)
+            others = [words for words in choices or told.rstrip(".").split(", ") if words != example.answer]
+            words = [example.answer, *rng.sample(others, 3)]
+            rng.shuffle(words)
+            name = f"made_{len(rows):03}"
+            _write_video(folder / f"data/{name}.mp4", example)
+            row = {
+                "video_id": f"{len(rows) + 1:03}",
+                "duration": "short",
+                "domain": "Drawn Shapes",
+                "videoID": name,
+                "question_id": f"{len(rows) + 1:03}-1",
+                "task_type": task,
+                "question": question,
+                "options": [f"{letter}. {each}." for letter, each in zip("ABCD", words, strict=True)],
+                "answer": "ABCD"[words.index(example.answer)],
+            }
+            rows.append(row)
+    _write_lines(folder / "test.jsonl", rows)
+
+
+def _write_video(file: Path, example: Example) -> None:
+    """The frames of an example at their times. Raises ``ValueError`` without the library for it."""
+    av = video_library()
+    times = next(part.timestamps for part in example.prompt if isinstance(part, Video))
+    height, width = example.images[0].shape[:2]
+    with av.open(str(file), "w") as out:
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.qmin = stream.codec_context.qmax = 2  # nearly as it was drawn
+        for pixels, second in zip(example.images, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * second), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
 
 
 def _examples(world: str, count: int) -> Iterator[tuple[Example, str]]:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals import judges, published_sets
+from evals import judges, published_sets, question_sets
 from evals.baselines import WORDS
 from evals.question_sets import Question, QuestionSet, digest, load_questions
 from evals.suite import EVERY, Play, Suite
@@ -138,6 +138,19 @@ SETS = (
         RESULT,
         lambda rng: rng.choice((*"ABCDE", *map(str, range(20)))),
         1024,
+    ),
+    Asked(
+        published_sets.VIDEOMME,
+        "Answer questions about videos, by their length, domain and task (Video-MME, without subtitles)",
+        f"{question_sets.FRAMES} frames evenly spaced from the first to the last (all of a shorter video), within "
+        f"{question_sets.FRAMES_TOKENS} visual tokens together, each with its second; then {published_sets.BEST!r}, "
+        f"the question, its options and {published_sets.LETTER_DIRECTLY!r}",
+        judges.choice,
+        "the letter of the right option, alone or with its words, or those words alone; luck is 1/4",
+        made_questions.make_videomme,
+        f"drawn, seed {made_questions.SEED}",
+        LETTER,
+        lambda rng: rng.choice("ABCD"),
     ),
 )
 

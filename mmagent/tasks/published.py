@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 HUB = "datasets:"
@@ -26,19 +27,15 @@ def rows_of(source: str) -> Any:
 
 
 def splits_of(source: str) -> Mapping[str, Any]:
-    """The rows of every split of a set that was saved in folder ``source``, or of the one that the hub (or a clone of
-    it, a folder) has by that name, with ``datasets:`` before it or without and its configuration behind an ``@``; a set
-    without splits is one that is called "row". Raises ``ValueError`` where there is no such set."""
-    name, config = source.removeprefix(HUB), ""
-    if not Path(name).is_dir():  # whose name may hold anything
-        name, _, config = name.partition("@")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"{name}: no folder, and to load datasets wants pip install -e '.[datasets]'") from error
-    if is_saved(Path(name)):
+    """The rows of every split of a set that was saved in folder ``source``, or of the one that the hub has by that
+    name, with ``datasets:`` before it or without and its configuration behind an ``@``; a set without splits is one
+    that is called "row". Raises ``ValueError`` where there is no such set."""
+    name = source.removeprefix(HUB)
+    datasets = _library(name)
+    if Path(name).is_dir():
         found = datasets.load_from_disk(name)
     else:
+        name, _, config = name.partition("@")
         try:
             found = datasets.load_dataset(name, config or None)
         except (FileNotFoundError, ConnectionError) as error:
@@ -46,3 +43,26 @@ def splits_of(source: str) -> Mapping[str, Any]:
         except ValueError as error:  # more than one configuration, or none of that name
             raise ValueError(f"{name}: {error}; one is named as {HUB}{name}@CONFIG") from error
     return found if isinstance(found, Mapping) else {"row": found}
+
+
+def parquet_splits(folder: Path) -> Mapping[str, Any]:
+    """The rows of a clone of the hub by split, with which the names of its parquet files begin (``test-00000-of-...``);
+    none where there is no such file. Raises ``ValueError`` where they lie in several folders, as several sets do."""
+    files = sorted(folder.rglob("*.parquet"))
+    if not files:
+        return {}
+    folders = sorted({str(file.parent) for file in files})
+    if len(folders) > 1:
+        raise ValueError(f"{folder} holds parquet files in several folders, {', '.join(folders)}; give one of them")
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        splits.setdefault(file.stem.partition("-")[0], []).append(str(file))
+    return _library(str(folder)).load_dataset("parquet", data_files=splits)
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{name}: no folder, and to load datasets wants pip install -e '.[datasets]'") from error
+    return datasets

@@ -283,7 +283,7 @@ def test_videos_within_tars_and_tables_are_read_as_files_are(tmp_path, video, mo
 
 
 def test_a_video_of_too_many_frames_is_refused_before_it_is_decoded(video, monkeypatch):
-    monkeypatch.setattr("data_pipelines.ingest.video.MAX_FRAMES", 10)
+    monkeypatch.setattr("mmagent.videos.MAX_FRAMES", 10)
     with pytest.raises(RefusedError, match="more than 10 frames"):
         clip(video)
 
