@@ -1,11 +1,12 @@
 """Signatures of everything the suites judge by, in one file for who cleans training data.
 
-    python -m evals fingerprint evals.npz [SUITE ...] [--seeds 0 1 ...]
+    python -m evals fingerprint evals.npz [SUITE[=WHERE] ...] [--seeds 0 1 ...]
 
 An item is signed by its first observation, the words and the screens that its prompt shows; by the later screens that
 the expert sees, where its suite allows more than one step; and by the expert's answers that are long enough to convict
-alone (:data:`mmagent.contamination.TELLING`). Suites of one's own go through :func:`fingerprint`, which takes them as
-values.
+alone (:data:`mmagent.contamination.TELLING`). ``WHERE`` are published data, as ``--data`` takes them; without, what is
+signed is the split that a suite makes of its own. Suites of one's own go through :func:`fingerprint`, which takes them
+as values.
 
 To act as the expert takes about 1.5 times as long again as the first screens do: on two busy cores 0.12 s an item of
 MiniWoB++, two to three minutes for all of it, and nothing to speak of for suites of one step.
@@ -23,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from evals.suite import Suite, item_key
-from evals.suites import SUITES
+from evals.suites import SUITES, named_suite
 from mmagent.contamination import TELLING, WORDS, Fingerprint, Judged, Signed, alike
 from mmagent.protocols import Task
 from mmagent.signatures import shingles
@@ -116,12 +117,15 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser("python -m evals fingerprint", description="Sign what the suites judge by.")
     parser.add_argument("out", type=Path, metavar="FILE", help="such as evals.npz")
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}; all without")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        metavar="SUITE[=WHERE]",
+        help=f"of {', '.join(SUITES)}, with its published data; all without",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="seeds of the suites (default: their own)")
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.suites) - set(SUITES)):
-        raise ValueError(f"no suite {unknown[0]!r}; see: {', '.join(SUITES)}")
-    chosen = [SUITES[name]() for name in args.suites or SUITES]
+    chosen = [named_suite(name, SUITES) for name in args.suites or SUITES]
     if args.seeds:
         chosen = [dataclasses.replace(suite, seed=seed) for suite in chosen for seed in args.seeds]
     made = fingerprint(chosen)

@@ -4,10 +4,10 @@
         suites=[miniwob,worlds] rules.least_score=0.2 image_text=runs/align/image_text
 
 It is ``data_pipelines.curate``, which see, with two things that data pipelines may not know. Items of ``suites`` (all
-of them with ``suites=[all]``) are signed, once, into ``TO/judged.npz`` and not trained on. A picture is scored against
-what is said of it by the cosine of ``image_text``: the folder that recipes.align_encoder leaves behind, or a CLIP or
-SigLIP of transformers. What a good score is depends on the model: ``python tools/benchmarks/quality.py score`` measures
-it on pairs of yours.
+of them with ``suites=[all]``, published ones with ``chartqa=FOLDER``) are signed, once, into ``TO/judged.npz`` and not
+trained on. A picture is scored against what is said of it by the cosine of ``image_text``: the folder that
+recipes.align_encoder leaves behind, or a CLIP or SigLIP of transformers. What a good score is depends on the model:
+``python tools/benchmarks/quality.py score`` measures it on pairs of yours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data_pipelines.curated import JUDGED, check_free
 from data_pipelines.making import BuildError
 from evals.fingerprint import SIGNED, fingerprint
 from evals.suite import Suite
-from evals.suites import SUITES
+from evals.suites import SUITES, named_suite
 from mmagent.config import ConfigError, parse_cli
 from mmagent.files import write_text
 from mmagent.interop.image_text import ImageTextModel, load_image_text
@@ -43,7 +43,7 @@ class Config(CurateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := sorted(set(self.suites) - {*SUITES, "all"}):
+        if unknown := sorted({name.partition("=")[0] for name in self.suites} - {*SUITES, "all"}):
             raise ValueError(f"suites: there is no {unknown[0]!r}; there are all, {', '.join(SUITES)}")
         if (self.rules.least_score is None) != (not self.image_text):
             raise ValueError("rules.least_score and image_text need each other")
@@ -63,7 +63,7 @@ class TowerScorer:
 def _sign(suites: Sequence[Suite], known: Path) -> None:
     """Write ``known``, unless it holds these suites already: as many items of the same tasks, signed as we do now."""
     told = known.with_suffix(".json")
-    of = [[s.name, s.version, s.seed, s.per_task, list(s.tasks)] for s in suites]
+    of = [[s.name, s.version, s.seed, s.per_task, list(s.tasks), s.data] for s in suites]
     wanted = json.dumps({"signed": SIGNED, "suites": of}) + "\n"
     if known.is_file() and told.is_file() and told.read_text(encoding="utf-8") == wanted:
         return
@@ -95,8 +95,10 @@ def clean(config: Config) -> Curation:
     if config.suites:
         check_free(Path(config.to))
         known = Path(config.to) / JUDGED[0]
-        chosen = [SUITES[name]() for name in (SUITES if "all" in config.suites else dict.fromkeys(config.suites))]
-        _sign(chosen, known)
+        given = dict.fromkeys(name for name in config.suites if name != "all")
+        held = {name.partition("=")[0] for name in given}
+        rest = [name for name in SUITES if name not in held] if "all" in config.suites else []
+        _sign([named_suite(name, SUITES) for name in (*rest, *given)], known)
         rules = replace(plain.rules, evaluations=[*plain.rules.evaluations, str(known)])
         plain = replace(plain, rules=rules)
     scorer = None

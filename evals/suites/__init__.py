@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from evals.suite import Suite
 from evals.suites.androidworld import androidworld
@@ -52,3 +52,14 @@ WITH_DATA = frozenset(
     }
 )
 """Suites whose builder takes where published data are."""
+
+
+def named_suite(text: str, known: Mapping[str, Callable[..., Suite]] = SUITES) -> Suite:
+    """The suite of ``known`` that ``NAME`` is, or ``NAME=WHERE`` with its published data. Raises ``ValueError`` for an
+    unknown one, and for data that it does not take."""
+    name, given, where = text.partition("=")
+    if name not in known:
+        raise ValueError(f"no suite {name!r}; see: {', '.join(known)}")
+    if given and (not where or name not in WITH_DATA):
+        raise ValueError(f"{text}: suite {name} takes no data" if where else f"{text}: where are the data?")
+    return known[name](where) if where else known[name]()

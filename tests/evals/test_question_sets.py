@@ -18,6 +18,7 @@ from evals.store import read_run
 from evals.suites import SUITES, WITH_DATA
 from evals.suites.questions import SETS, question_suites
 from evals.summary import summarise
+from mmagent.contamination import Fingerprint, Signed
 
 OPTIONS = Options(progress=False)
 HUMAN = {"imgname": "1.png", "query": "What share is blue?", "label": "14"}
@@ -309,3 +310,18 @@ def _judged(asked, question, said: str) -> float:
 def test_every_set_is_a_suite_that_takes_data():
     assert question_suites().keys() <= WITH_DATA
     assert all(question_suites()[name]().play.max_steps == 1 for name in question_suites())
+
+
+def test_published_questions_are_signed_and_found(charts, tmp_path, capsys):
+    """`python -m evals fingerprint` (and recipes.curate, which takes the same names) reads published data, too."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)).save(charts / "test/png/1.png")
+    assert main(["fingerprint", str(tmp_path / "judged.npz"), f"chartqa={charts}"]) == 0
+    assert "2 items with 2 pictures of 1 suites" in capsys.readouterr().out
+    known = Fingerprint.load(tmp_path / "judged.npz")
+    assert sorted(known.names) == ["chartqa-0/chartqa/augmented-1", "chartqa-0/chartqa/human-1"]
+    (human,) = (q for q in load_questions(CHARTQA, charts) if q.key == "human-1")
+    assert known.find([""], [Signed.of(human.load().images[0])]).item == "chartqa-0/chartqa/human-1"
+    assert main(["fingerprint", str(tmp_path / "j.npz"), "worlds=x"]) == 2
+    assert "worlds=x: suite worlds takes no data" in capsys.readouterr().err
+    assert main(["fingerprint", str(tmp_path / "j.npz"), "chartqa="]) == 2
+    assert "chartqa=: where are the data?" in capsys.readouterr().err

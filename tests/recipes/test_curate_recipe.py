@@ -110,7 +110,7 @@ def test_more_items_of_the_same_suite_are_signed_anew(tmp_path, monkeypatch):
     assert clean(config).left_out == {}
     signed: list[Sequence[Suite]] = []
     monkeypatch.setattr(recipe, "fingerprint", lambda suites: signed.append(suites) or fingerprint(suites))
-    changes = ({"per_task": 5}, {"version": suite.version + 1})
+    changes = ({"per_task": 5}, {"version": suite.version + 1}, {"data": "2 questions, 0123456789ab"})
     for n, change in enumerate(changes):
         monkeypatch.setattr(recipe, "SUITES", {"worlds": lambda change=change: replace(suite, **change)})
         with contextlib.suppress(BuildError):  # other items are another curation
@@ -164,3 +164,5 @@ def test_what_lacks_its_other_half_is_refused(towers):
         Config(rules=ScanRules(least_score=0.1))
     with pytest.raises(ValueError, match="there is no 'nothing'"):
         Config(suites=["nothing"])
+    with pytest.raises(ValueError, match="there is no 'nothing'"):
+        Config(suites=["chartqa=data/ChartQA", "nothing=data/x"])
