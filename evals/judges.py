@@ -7,6 +7,7 @@ and is wrong gives 0. Each rule names its source.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 
@@ -232,6 +233,20 @@ def stated(answer: str) -> tuple[str, bool]:
         if behind:
             return behind, True
     return said.split("\n")[-1].strip(), False
+
+
+def picked(question: Question, answer: str) -> float:
+    """Whether the option is right that all of an answer names, or its first line, or its result (:func:`stated`), which
+    must not name different ones. Video-MME's script (Fu et al. 2024, arXiv 2405.21075) takes the first letter that it
+    finds, in whatever sentence it stands."""
+    said = read(answer, REASONED)
+    found: set[str] = set()
+    for piece in dict.fromkeys((said, said.split("\n")[0], stated(said)[0])):
+        with contextlib.suppress(ValueError):  # it may name none as long as another does
+            found.add(_option(question.options, piece))
+    if len(found) != 1:
+        raise ValueError(f"{answer[:60]!r} names {', '.join(sorted(found)) or 'none'} of {', '.join(question.options)}")
+    return float(found == {question.answers[0]})
 
 
 def mathvista(question: Question, answer: str) -> float:

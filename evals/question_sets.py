@@ -247,7 +247,10 @@ def _of_file(file: Path, files: Files) -> Iterator[Row]:
 def _objects(file: Path) -> Iterator[tuple[int, str, Any]]:
     """Rows of a file, their numbers and what they are called: lines of JSON (``.jsonl``), or a list, an object of rows
     by their name, or either of them as its "data"."""
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no UTF-8: {error}") from error
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():

@@ -145,8 +145,10 @@ SETS = (
         f"{question_sets.FRAMES} frames evenly spaced from the first to the last (all of a shorter video), within "
         f"{question_sets.FRAMES_TOKENS} visual tokens together, each with its second; then {published_sets.BEST!r}, "
         f"the question, its options and {published_sets.LETTER_DIRECTLY!r}",
-        judges.choice,
-        "the letter of the right option, alone or with its words, or those words alone; luck is 1/4",
+        judges.picked,
+        "the letter of the right option, alone or with its words, or those words alone: all of the answer, its first "
+        "line or its result (in a box, behind 'answer is', in the last line), or the only letter in brackets; the "
+        "published script takes any first letter; luck is 1/4",
         made_questions.make_videomme,
         f"drawn, seed {made_questions.SEED}",
         LETTER,

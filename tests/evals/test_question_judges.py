@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 
 from evals import judges
@@ -190,3 +193,54 @@ def test_mathvision_with_options():
     assert judges.mathvision(question, "Answer: A") == 0
     with pytest.raises(ValueError, match="names none of the options"):
         judges.mathvision(question, "0")
+
+
+CLIP = {"A": "Apples.", "B": "Candles.", "C": "Berries."}
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("C", 1), ("(C)", 1), ("C.", 1), ("C. Berries.", 1), ("berries", 1), ("The answer is (C).", 1),
+        (r"\boxed{C}", 1),
+        ("C\nbecause they come last", 1), ("They come last.\nC", 1), ("The best one is (C), as they come last", 1),
+        ("B", 0), ("Berries come last.\nAnswer: B", 0),
+    ],
+)  # fmt: skip
+def test_an_option_that_is_picked(said, score):
+    assert judges.picked(asked("C", options=CLIP), said) == score
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["", "E", "A or C", "C. Apples.", "(A) Apples.\n(B) Candles.\n(C) Berries.", "A\nB\nC", "I think C is right", "0"],
+)
+def test_what_picks_no_option(said):
+    with pytest.raises(ValueError, match=r"empty|names"):
+        judges.picked(asked("C", options=CLIP), said)
+
+
+HOSTILE = (
+    "\\boxed{" * 2500, "answer is " * 1900, "[" * 19_000, "(" * 19_000, "\\text{" * 3000, "1," * 9000, "{" * 19_000,
+    "\\frac{1}{" * 1500, "-" * 19_000, "9" * 19_000, "a-" * 9000, ". " * 9000, "\n" * 19_000, "'s" * 9000, "1/" * 900,
+    "\\boxed{" + "(" * 190 + "}", "\\boxed{" + "9^" * 90 + "9}", "9" * 1999, "a b " * 490,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("judge", "question"),
+    [
+        (judges.relaxed, asked("14")), (judges.contained, asked("q=2", kind=judges.FORMULAS)),
+        (judges.anls, asked("the right words " * 20)), (judges.consensus, asked(*["a"] * 10)),
+        (judges.count, asked("7")),
+        (judges.mathvista, asked("5", kind="integer")), (judges.mathvista, asked("[1]", kind="list")),
+        (judges.mathvista, asked("C", options=FOUR, kind="multi_choice")), (judges.mathvision, asked("2\\sqrt{3}")),
+        (judges.picked, asked("C", options=CLIP)), (judges.choice, asked("C", options=CLIP)),
+    ],
+)  # fmt: skip
+def test_hostile_answers_cost_little_and_raise_nothing_else(judge, question):
+    started = time.process_time()
+    for said in HOSTILE:
+        with contextlib.suppress(ValueError):  # malformed
+            assert judge(question, said) < 1
+    assert time.process_time() - started < 2.0  # all of them; milliseconds each

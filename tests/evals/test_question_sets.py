@@ -11,6 +11,7 @@ from PIL import Image
 
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
+from evals.bridges.exam import Exam
 from evals.published_sets import CHARTQA, VSTAR
 from evals.question_sets import digest, load_questions
 from evals.runner import Options, evaluate_now
@@ -140,6 +141,9 @@ def test_folders_that_are_none_are_named(charts, tmp_path):
         load_questions(CHARTQA, charts)
     (charts / "test/test_human.json").write_text("{")
     with pytest.raises(ValueError, match=r"test_human\.json: no JSON"):
+        load_questions(CHARTQA, charts)
+    (charts / "test/test_human.json").write_bytes(b"[\xff]")
+    with pytest.raises(ValueError, match=r"test_human\.json: no UTF-8"):
         load_questions(CHARTQA, charts)
 
 
@@ -325,3 +329,14 @@ def test_published_questions_are_signed_and_found(charts, tmp_path, capsys):
     assert "worlds=x: suite worlds takes no data" in capsys.readouterr().err
     assert main(["fingerprint", str(tmp_path / "j.npz"), "chartqa="]) == 2
     assert "chartqa=: where are the data?" in capsys.readouterr().err
+
+
+def test_other_harnesses_may_ask_them(charts):
+    """Pictures and text go over the bridges as they are shown here, and the judge stays ours."""
+    exam = Exam(SUITES["chartqa"](charts))
+    asked = exam.question("chartqa/human-1")
+    pixels, words = asked.pieces
+    assert pixels.shape == (30, 45, 3)
+    assert words == "What share is blue?\nAnswer the question with a single word."
+    assert [exam.judge(asked.key, said).value for said in ("14.5", "<think>14</think>15", "")] == [1.0, 0.0, 0.0]
+    exam.close()
