@@ -1,33 +1,36 @@
 """The published sets that are known, and how a row of each is read.
 
-============  =====================================================================================================
-``vstar``     V*Bench (Wu and Xie 2023), a clone of ``craigwu/vstar_bench``: ``test_questions.jsonl``, a line an item
-              with ``image`` (a path), ``text`` (question, a line ``(A) ...`` an option, how to answer), ``label``,
-              ``category``, ``question_id``; ``lmms-lab/vstar-bench`` has the same columns
-``chartqa``   ChartQA (Masry et al. 2022): ``test/test_human.json`` and ``test/test_augmented.json``, lists of
-              ``imgname``, ``query``, ``label``, beside ``test/png``; ``HuggingFaceM4/ChartQA`` (``query``, ``label``,
-              ``human_or_machine``), ``lmms-lab/ChartQA`` (``question``, ``answer``, ``type``)
-``ocrbench``  OCRBench (Liu et al. 2023): ``OCRBench/OCRBench.json``, a list of ``dataset_name``, ``type``,
-              ``question``, ``answers``, ``image_path``, beside ``OCRBench_Images``; ``echo840/OCRBench`` (``dataset``,
-              ``question_type``, ``question``, ``answer``)
-``docvqa``    DocVQA (Mathew et al. 2020), its validation split, as the answers of test are not published:
-              ``val/val_v1.0_withQT.json`` (or ``val_v1.0.json``), ``{"data": [...]}`` of ``questionId``, ``question``,
-              ``image``, ``answers`` beside ``documents``; ``datasets:lmms-lab/DocVQA@DocVQA``
-``textvqa``   TextVQA (Singh et al. 2019), its validation split: ``TextVQA_0.5.1_val.json``, ``{"data": [...]}`` of
-              ``question_id``, ``question``, ``image_id``, ten ``answers``, beside ``train_images``;
-              ``lmms-lab/textvqa``
+==============  ========================================================================================================
+``vstar``       V*Bench (Wu and Xie 2023), a clone of ``craigwu/vstar_bench``: ``test_questions.jsonl``, a line an item
+                with ``image`` (a path), ``text`` (question, a line ``(A) ...`` an option, how to answer), ``label``,
+                ``category``, ``question_id``; ``lmms-lab/vstar-bench`` has the same columns
+``chartqa``     ChartQA (Masry et al. 2022): ``test/test_human.json`` and ``test/test_augmented.json``, lists of
+                ``imgname``, ``query``, ``label``, beside ``test/png``; ``HuggingFaceM4/ChartQA`` (``query``, ``label``,
+                ``human_or_machine``), ``lmms-lab/ChartQA`` (``question``, ``answer``, ``type``)
+``ocrbench``    OCRBench (Liu et al. 2023): ``OCRBench/OCRBench.json``, a list of ``dataset_name``, ``type``,
+                ``question``, ``answers``, ``image_path``, beside ``OCRBench_Images``; ``echo840/OCRBench``
+                (``dataset``, ``question_type``, ``question``, ``answer``)
+``docvqa``      DocVQA (Mathew et al. 2020), its validation split, as the answers of test are not published:
+                ``val/val_v1.0_withQT.json`` (or ``val_v1.0.json``), ``{"data": [...]}`` of ``questionId``,
+                ``question``, ``image``, ``answers`` beside ``documents``; ``datasets:lmms-lab/DocVQA@DocVQA``
+``textvqa``     TextVQA (Singh et al. 2019), its validation split: ``TextVQA_0.5.1_val.json``, ``{"data": [...]}`` of
+                ``question_id``, ``question``, ``image_id``, ten ``answers``, beside ``train_images``;
+                ``lmms-lab/textvqa``
 ``countbench``  CountBenchQA (Beyer et al. 2024): ``vikhyatk/CountBenchQA`` (``image``, ``question``, ``number``; its
-              ``text``, which tells the number, is not shown)
-``mathvista``  MathVista (Lu et al. 2023), testmini, as the answers of test are not published: ``data/testmini.json`` or
-              ``annot_testmini.json``, an object of ``query``, ``choices``, ``answer``, ``question_type``,
-              ``answer_type``, ``precision``, ``metadata``, ``image`` by number, beside ``images``;
-              ``AI4Math/MathVista`` has the same, its pictures in ``decoded_image``
+                ``text``, which tells the number, is not shown)
+``mathvista``   MathVista (Lu et al. 2023), testmini, as the answers of test are not published: ``data/testmini.json``
+                or ``annot_testmini.json``, an object of ``query``, ``choices``, ``answer``, ``question_type``,
+                ``answer_type``, ``precision``, ``metadata``, ``image`` by number, beside ``images``;
+                ``AI4Math/MathVista`` has the same, its pictures in ``decoded_image``
 ``mathvision``  MATH-Vision (Wang et al. 2024): ``data/test.jsonl`` of ``id``, ``question``, ``options``, ``answer``,
-              ``level``, ``subject``, ``image``, beside ``images``; ``MathLLMs/MathVision``
-``videomme``  Video-MME (Fu et al. 2024): a clone of ``lmms-lab/Video-MME`` whose archives are unpacked, ``VIDEO.mp4``
-              in ``data`` (or ``videos``); columns ``videoID``, ``duration``, ``domain``, ``task_type``,
-              ``question_id``, ``question``, ``options``, ``answer``
-============  =====================================================================================================
+                ``level``, ``subject``, ``image``, beside ``images``; ``MathLLMs/MathVision``
+``videomme``    Video-MME (Fu et al. 2024): a clone of ``lmms-lab/Video-MME`` whose archives are unpacked, ``VIDEO.mp4``
+                in ``data`` (or ``videos``); columns ``videoID``, ``duration``, ``domain``, ``task_type``,
+                ``question_id``, ``question``, ``options``, ``answer``
+``mvbench``     MVBench (Li et al. 2023), a clone of ``OpenGVLab/MVBench`` of either branch, its archives unpacked:
+                ``json/TASK.json``, lists of ``video``, ``question``, ``candidates``, ``answer`` (some ``start``,
+                ``end``), videos in ``video`` or beside it, as their sources call the folders
+==============  ========================================================================================================
 
 Every set may also be a folder with ``test.jsonl``: a line a row, the columns of the hub, paths of pictures.
 """
@@ -35,9 +38,11 @@ Every set may also be a folder with ``test.jsonl``: a line a row, the columns of
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 from evals.judges import FORMULAS, spoken
-from evals.question_sets import Files, Question, QuestionSet, Row
+from evals.question_sets import Files, Question, QuestionSet, Row, Shown, found_in, leaf_through, watch
 
 _OPTION = re.compile(r"^[ \t]*\(([A-Z])\)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 LETTER_DIRECTLY = "Answer with the option's letter from the given choices directly."
@@ -48,6 +53,7 @@ BEST = (
     "Select the best answer to the following multiple-choice question based on the video. Respond with only the letter "
     "(A, B, C, or D) of the correct option."
 )
+ONLY_BEST = "Only give the best option."
 BOXED = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
 _LINES = (Files("test.jsonl"),)
 
@@ -155,7 +161,67 @@ def _videomme(row: Row) -> Question:
     name = row.text("videoID")
     places = [f"{at}{name}.{ending}" for at in ("data/", "videos/", "") for ending in ("mp4", "MP4", "mkv")]
     slices = {"duration": row.word("duration"), "domain": row.word("domain"), "task": row.word("task_type")}
-    return Question(str(row.get("question_id")), text, (answer,), row.video(*places), slices, options)
+    root = row.folder()
+    shown: Callable[[], Shown] = lambda: watch(found_in([root], *places))  # noqa: E731
+    return Question(str(row.get("question_id")), text, (answer,), shown, slices, options)
+
+
+_WHOLE, _CUT, _STILLS = "whole", "cut", "stills"
+_STAR = (("star/Charades_segment", _CUT), ("star/Charades_v1_480", _WHOLE))
+_PERCEPTION, _CLEVRER = (("perception/videos", _CUT),), (("clevrer/video_validation", _CUT),)
+_MVBENCH = {
+    "action_sequence": _STAR, "action_prediction": _STAR, "object_interaction": _STAR,
+    "action_localization": (("sta/sta_video_segment", _CUT), ("sta/sta_video", _WHOLE)),
+    "action_antonym": (("ssv2_video_mp4", _CUT), ("ssv2_video", _CUT)),
+    "fine_grained_action": (("Moments_in_Time_Raw/videos", _CUT),), "unexpected_action": (("FunQA_test/test", _CUT),),
+    "scene_transition": (("scene_qa/video", _CUT),), "egocentric_navigation": (("vlnqa", _CUT),),
+    "fine_grained_pose": (("nturgbd_convert", _CUT), ("nturgbd", _CUT)),
+    "episodic_reasoning": (("tvqa/video_fps3_hq_segment", _CUT), ("tvqa/frames_fps3_hq", _STILLS)),
+    "object_shuffle": _PERCEPTION, "action_count": _PERCEPTION, "state_change": _PERCEPTION,
+    "character_order": _PERCEPTION, "object_existence": _CLEVRER, "moving_direction": _CLEVRER,
+    "moving_count": _CLEVRER, "moving_attribute": _CLEVRER, "counterfactual_inference": _CLEVRER,
+}  # fmt: skip
+"""Where the videos of a task lie, by the branches of its repository; of those that are not cut out a row's seconds are
+shown. Stills are three a second."""
+
+
+def _mvbench(row: Row) -> Question:
+    task, root = row.file, row.folder()
+    if task not in _MVBENCH:
+        raise row.wrong(f"{task!r} is none of the tasks {', '.join(_MVBENCH)}")
+    listed, answer = row.get("candidates"), str(row.get("answer"))
+    if not isinstance(listed, list) or not all(isinstance(one, str | int | float) for one in listed):
+        raise row.wrong(f"candidates must be a list of texts or numbers, not {listed!r:.60}")
+    options = dict(zip("ABCDEFGHIJ", map(str, listed), strict=False))
+    right = [letter for letter, words in options.items() if words == answer]
+    if len(options) < 2 or not right:
+        raise row.wrong(f"answer {answer!r:.60} is none of the candidates {', '.join(options.values())}")
+    lines = [f"({letter}) {words}" for letter, words in options.items()]
+    text = "\n".join([f"Question: {row.text('question')}", "Options:", *lines, ONLY_BEST])
+    clip, name = _seconds(row), row.text("video")
+    slices = {"task": task.replace("_", " ")}
+    shown: Callable[[], Shown] = lambda: _watched(root.parent, task, name, clip)  # noqa: E731
+    return Question(f"{task}-{row.number}", text, (right[0],), shown, slices, options)
+
+
+def _seconds(row: Row) -> tuple[float, float] | None:
+    told = [row.values.get(name) for name in ("start", "end")]
+    if told == [None, None]:
+        return None
+    if not all(isinstance(second, int | float) for second in told) or told[0] > told[1]:
+        raise row.wrong(f"start and end must be seconds, one before the other, not {told!r:.60}")
+    return told[0], told[1]
+
+
+def _watched(folder: Path, task: str, name: str, clip: tuple[float, float] | None) -> Shown:
+    """A video of MVBench, under either branch's name of its folder; what was converted is an MP4 now."""
+    bases = [(folder / top / at, how) for at, how in _MVBENCH[task] for top in ("video", "")]
+    for base, how in bases:
+        if how == _STILLS and (base / name).is_dir() and ".." not in name:
+            return leaf_through(base / name, 3.0, clip)
+    file = found_in([base for base, _ in bases], name, str(Path(name).with_suffix(".mp4")))
+    whole = any(how == _WHOLE and file.is_relative_to(base) for base, how in bases)
+    return watch(file, clip if whole else None)
 
 
 _LETTERED = re.compile(r"([A-Z])\.\s*(\S.*)", re.DOTALL)
@@ -213,3 +279,4 @@ MATHVISION = QuestionSet(
     "mathvision", _mathvision, ((Files("data/test.jsonl", pictures=("..", "")),), _LINES), splits=("test", "testmini")
 )
 VIDEOMME = QuestionSet("videomme", _videomme, (_LINES,), splits=("test",))
+MVBENCH = QuestionSet("mvbench", _mvbench, ((Files("json/*.json"),),))

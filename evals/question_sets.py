@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image as PILImage
 
 from mmagent.geometry import frames_within
 from mmagent.records import decode_image
@@ -138,36 +139,54 @@ class Row:
             raise self.wrong(f"its column {columns[0]!r} holds no pictures; give the folder of a clone of the dataset")
         raise self.wrong(f"no object with the path of an image in {' or '.join(columns)}")
 
-    def video(self, *paths: str, clip: tuple[float, float] | None = None) -> Callable[[], Shown]:
-        """Reads frames of the first of ``paths`` within ``root`` that is there, when it is called; of the seconds from
-        the first to the last of ``clip`` alone, where it is given. Raises ``ValueError`` for a set without a folder."""
-        root = self.root
-        if root is None:
+    def folder(self) -> Path:
+        """``root``. Raises ``ValueError`` where there is none: videos are never in the rows themselves."""
+        if self.root is None:
             raise self.wrong("the hub has its videos in archives; give the folder of a clone where they are unpacked")
-        return lambda: watch(found_in([root], *paths), clip)
+        return self.root
 
 
 def watch(file: Path, clip: tuple[float, float] | None = None) -> Shown:
     """:data:`FRAMES` of a video, evenly spaced from the first to the last (within the seconds of ``clip``), all of one
     that has fewer, in sizes with which they keep within :data:`FRAMES_TOKENS`. Raises ``ValueError`` naming the file
     where it is broken."""
-    first, last = clip or (0.0, math.inf)
     tokens = 0
 
     def choose(seconds: np.ndarray) -> list[int]:
         nonlocal tokens
-        there = np.flatnonzero((seconds >= first) & (seconds <= last))
-        if there.size == 0:
-            raise VideoError(f"it ends at {seconds[-1]:g} seconds, before the clip from {first:g} to {last:g}")
-        even = np.unique(np.linspace(0, there.size - 1, min(FRAMES, there.size)).round().astype(int))
-        tokens, kept = frames_within(len(even), FRAMES_TOKENS)
-        return [int(there[even[n]]) for n in kept]
+        tokens, chosen = _spread(seconds, clip)
+        return chosen
 
     try:
         frames = [(second, np.asarray(shrunk(image, tokens))) for second, image in read_frames(file, choose)]
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: {error}") from error
     return Shown(tuple(pixels for _, pixels in frames), tuple(second for second, _ in frames))
+
+
+def leaf_through(folder: Path, rate: float, clip: tuple[float, float] | None = None) -> Shown:
+    """The same of a video that is a folder of pictures, ``rate`` a second, in the order of their names."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".jpg", ".png"))
+    if not files:
+        raise ValueError(f"{folder} holds no frames")
+    seconds = np.arange(len(files)) / rate
+    try:
+        tokens, chosen = _spread(seconds, clip)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    images = [PILImage.fromarray(decode_image(files[n].read_bytes(), str(files[n]))) for n in chosen]
+    return Shown(tuple(np.asarray(shrunk(image, tokens)) for image in images), tuple(float(seconds[n]) for n in chosen))
+
+
+def _spread(seconds: np.ndarray, clip: tuple[float, float] | None) -> tuple[int, list[int]]:
+    """The visual tokens that a frame may have, and the frames that are shown of those at ``seconds``."""
+    first, last = clip or (0.0, math.inf)
+    there = np.flatnonzero((seconds >= first) & (seconds <= last))
+    if there.size == 0:
+        raise VideoError(f"no frame of its {seconds[-1]:g} seconds is between {first:g} and {last:g}")
+    even = np.unique(np.linspace(0, there.size - 1, min(FRAMES, there.size)).round().astype(int))
+    tokens, kept = frames_within(len(even), FRAMES_TOKENS)
+    return tokens, [int(there[even[n]]) for n in kept]
 
 
 def found_in(bases: Sequence[Path], *names: str) -> Path:

@@ -172,29 +172,19 @@ def make_mathvision(folder: Path) -> None:
 
 
 def make_videomme(folder: Path) -> None:
-    """Video-MME; 16 questions about short clips."""
-    (folder / "data").mkdir()
-    rows = []
-    for world, task, choices in (
-        ("videos/direction", "Action Recognition", ("right", "left", "up", "down")),
-        ("videos/change", "Action Reasoning", ()),
-        ("videos/count", "Counting Problem", ("0", "1", "2", "3", "4", "5", "6")),
-    ):
-        asked = [(e, q) for e, q in _examples(world, 12) if not choices or e.answer in choices]
-        for example, question in asked[:6]:
-            question, _, told = question.partition(" Answer with one of: ")
-            rng = random.Random(example.key)
-            others = [words for words in choices or told.rstrip(".").split(", ") if words != example.answer]
-            words = [example.answer, *rng.sample(others, 3)]
-            rng.shuffle(words)
-            name = f"made_{len(rows):03}"
+    """Video-MME; six questions about short clips of each of three kinds."""
+    tasks = {"direction": "Action Recognition", "change": "Action Reasoning", "count": "Counting Problem"}
+    rows: list[dict[str, Any]] = []
+    for world, task in tasks.items():
+        for example, question, words in _about_clips(world):
+            name, number = f"made_{len(rows):03}", f"{len(rows) + 1:03}"
             _write_video(folder / f"data/{name}.mp4", example)
             row = {
-                "video_id": f"{len(rows) + 1:03}",
+                "video_id": number,
                 "duration": "short",
                 "domain": "Drawn Shapes",
                 "videoID": name,
-                "question_id": f"{len(rows) + 1:03}-1",
+                "question_id": f"{number}-1",
                 "task_type": task,
                 "question": question,
                 "options": [f"{letter}. {each}." for letter, each in zip("ABCD", words, strict=True)],
@@ -204,9 +194,42 @@ def make_videomme(folder: Path) -> None:
     _write_lines(folder / "test.jsonl", rows)
 
 
+def make_mvbench(folder: Path) -> None:
+    """MVBench; six questions of each of three tasks."""
+    for world, task, source in (
+        ("direction", "moving_direction", "clevrer/video_validation"),
+        ("change", "state_change", "perception/videos"),
+        ("count", "action_count", "perception/videos"),
+    ):
+        rows = []
+        for example, question, words in _about_clips(world):
+            name = f"{task}_{len(rows)}.mp4"
+            _write_video(folder / "video" / source / name, example)
+            rows.append({"video": name, "question": question, "candidates": words, "answer": example.answer})
+        _write_json(folder / f"json/{task}.json", rows)
+
+
+_CLIPS = {"direction": ("right", "left", "up", "down"), "change": (), "count": tuple(map(str, range(7)))}
+"""What may be answered about clips of a world; that of "change" stands in its questions."""
+
+
+def _about_clips(world: str) -> Iterator[tuple[Example, str, list[str]]]:
+    """Six examples, each with its question and four options in random order, the right one among them."""
+    choices = _CLIPS[world]
+    asked = [pair for pair in _examples(f"videos/{world}", 12) if not choices or pair[0].answer in choices]
+    for example, question in asked[:6]:
+        question, _, told = question.partition(" Answer with one of: ")
+        rng = random.Random(example.key)
+        others = [words for words in choices or told.rstrip(".").split(", ") if words != example.answer]
+        words = [example.answer, *rng.sample(others, 3)]
+        rng.shuffle(words)
+        yield example, question, words
+
+
 def _write_video(file: Path, example: Example) -> None:
     """The frames of an example at their times. Raises ``ValueError`` without the library for it."""
     av = video_library()
+    file.parent.mkdir(parents=True, exist_ok=True)
     times = next(part.timestamps for part in example.prompt if isinstance(part, Video))
     height, width = example.images[0].shape[:2]
     with av.open(str(file), "w") as out:

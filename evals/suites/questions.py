@@ -30,6 +30,17 @@ RESULT = "Work it out, then write the result alone in a last line, after 'Answer
 SHORT = "Answer with the answer alone, without a sentence around it."
 
 
+FRAMES = (
+    f"{question_sets.FRAMES} frames evenly spaced from the first to the last (all of a shorter video), within "
+    f"{question_sets.FRAMES_TOKENS} visual tokens together, each with its second"
+)
+PICKED = (
+    "the letter of the right option, alone or with its words, or those words alone: all of the answer, its first line "
+    "or its result (in a box, behind 'answer is', in the last line), or the only letter in brackets; the published script "
+    "takes any first letter"
+)
+
+
 @dataclass(frozen=True)
 class Asked:
     """How a set is asked and judged. ``summary`` ends with the set's name; ``prompt``, ``judged`` and ``made`` (the
@@ -142,14 +153,22 @@ SETS = (
     Asked(
         published_sets.VIDEOMME,
         "Answer questions about videos, by their length, domain and task (Video-MME, without subtitles)",
-        f"{question_sets.FRAMES} frames evenly spaced from the first to the last (all of a shorter video), within "
-        f"{question_sets.FRAMES_TOKENS} visual tokens together, each with its second; then {published_sets.BEST!r}, "
-        f"the question, its options and {published_sets.LETTER_DIRECTLY!r}",
+        f"{FRAMES}; then {published_sets.BEST!r}, the question, its options and {published_sets.LETTER_DIRECTLY!r}",
         judges.picked,
-        "the letter of the right option, alone or with its words, or those words alone: all of the answer, its first "
-        "line or its result (in a box, behind 'answer is', in the last line), or the only letter in brackets; the "
-        "published script takes any first letter; luck is 1/4",
+        f"{PICKED}; luck is 1/4",
         made_questions.make_videomme,
+        f"drawn, seed {made_questions.SEED}",
+        LETTER,
+        lambda rng: rng.choice("ABCD"),
+    ),
+    Asked(
+        published_sets.MVBENCH,
+        "Answer questions about time in short videos, by task (MVBench)",
+        f"{FRAMES}, of the seconds that a row names where the video is not cut; then the question, its options by "
+        f"letter and {published_sets.ONLY_BEST!r}",
+        judges.picked,
+        f"{PICKED}; luck is between 1/5 and 1/2",
+        made_questions.make_mvbench,
         f"drawn, seed {made_questions.SEED}",
         LETTER,
         lambda rng: rng.choice("ABCD"),

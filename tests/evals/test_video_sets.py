@@ -12,7 +12,7 @@ import pytest
 from evals.baselines import BaselineAgent
 from evals.bridges.exam import Exam
 from evals.endpoint import OwnTalk
-from evals.published_sets import VIDEOMME
+from evals.published_sets import MVBENCH, VIDEOMME
 from evals.question_sets import FRAMES, FRAMES_TOKENS, Row, load_questions, watch
 from evals.runner import Options, evaluate_now
 from evals.suites import SUITES
@@ -20,6 +20,7 @@ from evals.suites.made_questions import _examples, make_videomme
 from mmagent.chat import Text, Video
 from mmagent.geometry import GeometryConfig
 from mmagent.prompts import shown
+from mmagent.records import encode_image
 from mmagent.trajectories import Item
 
 av = pytest.importorskip("av")
@@ -76,7 +77,7 @@ def test_a_short_video_is_shown_whole_and_a_large_one_small(tmp_path):
     assert max(tokens) <= 640
     assert sum(tokens) <= FRAMES_TOKENS
     assert watch(tmp_path / "a.mp4", (0.15, 0.3)).times == (0.2, 0.3)
-    with pytest.raises(ValueError, match=r"a\.mp4: it ends at 0.4 seconds, before the clip from 7 to 9"):
+    with pytest.raises(ValueError, match=r"a\.mp4: no frame of its 0.4 seconds is between 7 and 9"):
         watch(tmp_path / "a.mp4", (7.0, 9.0))
 
 
@@ -161,3 +162,60 @@ def test_rows_that_are_wrong_are_named(clone, changes, says):
 def test_the_hub_alone_has_no_videos():
     with pytest.raises(ValueError, match=r"here, test 0: .*give the folder of a clone where they are unpacked"):
         VIDEOMME.read(Row(ROW, "here, test 0", 0))
+
+
+def question_of_mvbench(folder, task: str, **values):
+    row = {
+        "video": "a.avi",
+        "question": "Which way?",
+        "candidates": ["left", "right", "up"],
+        "answer": "right",
+        **values,
+    }
+    (folder / "json").mkdir(parents=True, exist_ok=True)
+    (folder / f"json/{task}.json").write_text(json.dumps([row]))
+    (found,) = (q for q in load_questions(MVBENCH, folder) if q.slices["task"] == task.replace("_", " "))
+    return found
+
+
+def test_mvbench_of_either_branch(tmp_path):
+    """Seconds of a row count where a video is whole, and not where it was cut already."""
+    for name in ("video/star/Charades_v1_480", "star/Charades_segment"):
+        (tmp_path / name).mkdir(parents=True)
+    film(tmp_path / "video/star/Charades_v1_480/a.avi", 50)
+    question = question_of_mvbench(tmp_path, "action_sequence", start=1.0, end=2.05)
+    assert question.text == ("Question: Which way?\nOptions:\n(A) left\n(B) right\n(C) up\nOnly give the best option.")
+    assert (question.key, question.answers) == ("action_sequence-1", ("B",))
+    assert question.load().times == pytest.approx([1.0 + n / 10 for n in range(11)])
+    film(tmp_path / "star/Charades_segment/a.mp4", 20)  # converted
+    assert len(question.load().times) == 20
+    with pytest.raises(ValueError, match=r"Moments_in_Time_Raw/videos/a\.avi is missing"):
+        question_of_mvbench(tmp_path, "fine_grained_action").load()
+
+
+def test_mvbench_has_videos_of_stills(tmp_path):
+    folder = tmp_path / "video/tvqa/frames_fps3_hq/friends_1"
+    folder.mkdir(parents=True)
+    for n in range(30):
+        (folder / f"{n + 1:05}.png").write_bytes(encode_image(np.full((56, 84, 3), 8 * n, np.uint8)).data)
+    seen = question_of_mvbench(tmp_path, "episodic_reasoning", video="friends_1", start=2.0, end=4.0).load()
+    assert seen.times == pytest.approx([n / 3 for n in range(6, 13)])
+    assert [image.mean() for image in seen.images] == [8.0 * n for n in range(6, 13)]
+    with pytest.raises(ValueError, match=r"friends_1: no frame of its 9\.66667 seconds is between 60 and 70"):
+        question_of_mvbench(tmp_path, "episodic_reasoning", video="friends_1", start=60, end=70).load()
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "says"),
+    [
+        ("cooking", {}, "'cooking' is none of the tasks"),
+        ("state_change", {"answer": "down"}, "none of the candidates"),
+        ("state_change", {"candidates": "left"}, "candidates must be a list"),
+        ("state_change", {"start": 3, "end": 2}, "one before the other"),
+        ("state_change", {"start": 3}, "must be seconds"),
+        ("state_change", {"video": None}, "there is no video"),
+    ],
+)  # fmt: skip
+def test_rows_of_mvbench_that_are_wrong_are_named(tmp_path, task, values, says):
+    with pytest.raises(ValueError, match=rf"^mvbench, .*{task}\.json, row 1: .*{says}"):
+        question_of_mvbench(tmp_path, task, **values)
