@@ -36,8 +36,8 @@ FRAMES = (
 )
 PICKED = (
     "the letter of the right option, alone or with its words, or those words alone: all of the answer, its first line "
-    "or its result (in a box, behind 'answer is', in the last line), or the only letter in brackets; the published script "
-    "takes any first letter"
+    "or its result (in a box, behind 'answer is', in the last line), or the only letter in brackets; the published "
+    "script takes any first letter"
 )
 
 
