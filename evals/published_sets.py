@@ -32,7 +32,8 @@
                 ``end``), videos in ``video`` or beside it, as their sources call the folders
 ==============  ========================================================================================================
 
-Every set but the first and the last may also be a folder with ``test.jsonl``: a line a row, the columns of the hub, paths of pictures.
+Every set but the first and the last may also be a folder with ``test.jsonl``: a line a row, the columns of the hub,
+paths of pictures.
 """
 
 from __future__ import annotations

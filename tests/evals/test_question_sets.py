@@ -340,3 +340,24 @@ def test_other_harnesses_may_ask_them(charts):
     assert words == "What share is blue?\nAnswer the question with a single word."
     assert [exam.judge(asked.key, said).value for said in ("14.5", "<think>14</think>15", "")] == [1.0, 0.0, 0.0]
     exam.close()
+
+
+def test_the_hub_is_asked_for_a_configuration(charts, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    row, (key, *_), _ = HUB_ROWS["docvqa"]
+    rows = datasets.Dataset.from_list([{**row, "image": str(charts / "test/png/1.png")}])
+    rows = rows.cast_column("image", datasets.Image())
+    asked = []
+
+    def load_dataset(name: str, config: str | None = None):
+        asked.append((name, config))
+        if config is None:
+            raise ValueError("Config name is missing. Please pick one among: DocVQA, InfographicVQA")
+        return datasets.DatasetDict({"validation": rows, "test": rows.select([0, 0])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (docvqa,) = (one.of for one in SETS if one.of.name == "docvqa")
+    assert [q.key for q in load_questions(docvqa, "datasets:lmms-lab/DocVQA@DocVQA")] == [key]
+    with pytest.raises(ValueError, match=r"pick one among: .*; one is named as datasets:lmms-lab/DocVQA@CONFIG"):
+        load_questions(docvqa, "datasets:lmms-lab/DocVQA")
+    assert asked == [("lmms-lab/DocVQA", "DocVQA"), ("lmms-lab/DocVQA", None)]
