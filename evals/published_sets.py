@@ -11,17 +11,18 @@
                 ``question``, ``answers``, ``image_path``, beside ``OCRBench_Images``; ``echo840/OCRBench``
                 (``dataset``, ``question_type``, ``question``, ``answer``)
 ``docvqa``      DocVQA (Mathew et al. 2020), its validation split, as the answers of test are not published:
-                ``val/val_v1.0_withQT.json`` (or ``val_v1.0.json``), ``{"data": [...]}`` of ``questionId``,
-                ``question``, ``image``, ``answers`` beside ``documents``; ``datasets:lmms-lab/DocVQA@DocVQA``
+                ``spdocvqa_qas/val_v1.0_withQT.json`` beside ``spdocvqa_images``, or ``val/val_v1.0.json`` beside
+                ``documents``, ``{"data": [...]}`` of ``questionId``, ``question``, ``image``, ``answers``;
+                ``datasets:lmms-lab/DocVQA@DocVQA``
 ``textvqa``     TextVQA (Singh et al. 2019), its validation split: ``TextVQA_0.5.1_val.json``, ``{"data": [...]}`` of
                 ``question_id``, ``question``, ``image_id``, ten ``answers``, beside ``train_images``;
                 ``lmms-lab/textvqa``
 ``countbench``  CountBenchQA (Beyer et al. 2024): ``vikhyatk/CountBenchQA`` (``image``, ``question``, ``number``; its
                 ``text``, which tells the number, is not shown)
-``mathvista``   MathVista (Lu et al. 2023), testmini, as the answers of test are not published: ``data/testmini.json``
-                or ``annot_testmini.json``, an object of ``query``, ``choices``, ``answer``, ``question_type``,
-                ``answer_type``, ``precision``, ``metadata``, ``image`` by number, beside ``images``;
-                ``AI4Math/MathVista`` has the same, its pictures in ``decoded_image``
+``mathvista``   MathVista (Lu et al. 2023), testmini, as the answers of test are not published: ``data/testmini.json``,
+                an object of ``choices``, ``answer``, ``question_type``, ``answer_type``, ``precision``, ``metadata``,
+                ``image`` by number, beside ``query.json``, what is asked by number, and ``images``;
+                ``AI4Math/MathVista`` has the same, with ``query`` and ``decoded_image``
 ``mathvision``  MATH-Vision (Wang et al. 2024): ``data/test.jsonl`` of ``id``, ``question``, ``options``, ``answer``,
                 ``level``, ``subject``, ``image``, beside ``images``; ``MathLLMs/MathVision``
 ``videomme``    Video-MME (Fu et al. 2024): a clone of ``lmms-lab/Video-MME`` whose archives are unpacked, ``VIDEO.mp4``
@@ -38,6 +39,8 @@ paths of pictures.
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +58,10 @@ BEST = (
     "(A, B, C, or D) of the correct option."
 )
 ONLY_BEST = "Only give the best option."
-BOXED = 'Please solve the problem step by step and put your answer in one "\\boxed{}".'
+BOXED = (
+    'Please solve the problem step by step and put your answer in one "\\boxed{}". '
+    'If it is a multiple choice question, only one letter is allowed in the "\\boxed{}".'
+)
 _LINES = (Files("test.jsonl"),)
 
 
@@ -102,7 +108,7 @@ def _docvqa(row: Row) -> Question:
 
 
 def _textvqa(row: Row) -> Question:
-    answers = row.texts("answers")
+    answers = row.texts("answers", blank=True)
     if len(answers) != 10:
         raise row.wrong(f"answers of ten people are expected, not {len(answers)}")
     text = f"{row.text('question').capitalize()}\n{PHRASE}"
@@ -139,21 +145,36 @@ def _mathvista(row: Row) -> Question:
     slices = {name: str(meta.get(name) or "other") for name in ("task", "category", "context")}
     slices |= {"answer": kind.split()[0]}
     picture = row.picture("decoded_image", "image")
-    return Question(str(row.get("pid")), row.text("query"), (answer,), picture, slices, options, kind)
+    number = str(row.get("pid"))
+    if row.values.get("query") is None and row.root is not None and (row.root / "query.json").is_file():
+        row.values = {**row.values, "query": _queries(row.root / "query.json").get(number)}
+    return Question(number, row.text("query"), (answer,), picture, slices, options, kind)
+
+
+@functools.lru_cache(maxsize=1)
+def _queries(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: an object of texts by number is expected")
+    return found
 
 
 def _mathvision(row: Row) -> Question:
     answer, options = row.text("answer"), row.choices("options")
     if options and answer not in options:
         raise row.wrong(f"answer {answer!r:.60} is none of the options {', '.join(options)}")
-    lines = "".join(f"\n({letter}) {words}" for letter, words in options.items())
-    text = f"{BOXED}\n{row.text('question')}{lines and chr(10) + 'Choices:'}{lines}"
+    told = {letter: words for letter, words in options.items() if list(options) != list(options.values())}
+    lines = "".join(f"({letter}) {words}\n" for letter, words in told.items())  # none where they stand in the picture
+    text = f"{BOXED}\n{row.text('question')}\n{lines}"
     slices = {"subject": row.word("subject"), "level": row.word("level"), "answer": "option" if options else "free"}
     return Question(str(row.get("id")), text, (answer,), row.picture("decoded_image", "image"), slices, options)
 
 
 def _videomme(row: Row) -> Question:
-    listed = row.texts("options", least=2)
+    listed = row.texts("options", least=2, blank=True)
     options = dict(found.groups() for found in map(_LETTERED.fullmatch, listed) if found)
     answer = row.text("answer")
     if len(options) != len(listed) or answer not in options:
@@ -257,7 +278,14 @@ OCRBENCH = QuestionSet(
 )  # fmt: skip
 DOCVQA = QuestionSet(
     "docvqa", _docvqa,
-    (*((Files(f"{at}{name}.json"),) for name in ("val_v1.0_withQT", "val_v1.0") for at in ("val/", "")), _LINES),
+    (
+        *(
+            (Files(f"{at}{name}.json", pictures=("", "../spdocvqa_images", "spdocvqa_images")),)
+            for name in ("val_v1.0_withQT", "val_v1.0")
+            for at in ("spdocvqa_qas/", "val/", "")
+        ),
+        _LINES,
+    ),
     splits=("validation",),
 )  # fmt: skip
 TEXTVQA = QuestionSet(
@@ -270,7 +298,6 @@ MATHVISTA = QuestionSet(
     "mathvista", _mathvista,
     (
         (Files("data/testmini.json", pictures=("..", "")),),
-        (Files("annot_testmini.json"),),
         (Files("testmini.json"),),
         _LINES,
     ),

@@ -9,6 +9,7 @@ Nothing is decoded before it is asked for.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -40,9 +41,9 @@ class Shown:
 
 @dataclass(frozen=True)
 class Question:
-    """One item: ``text`` as it is asked; ``answers`` as published, the first of which must score 1; ``options`` by
-    letter, where it has some; ``kind``: what a judge must know beside. ``slices`` name the groups that its score is
-    shown by."""
+    """One item: ``text`` as it is asked; ``answers`` as published, the first of which scores best (1, but where people
+    were asked and disagree); ``options`` by letter, where it has some; ``kind``: what a judge must know beside.
+    ``slices`` name the groups that its score is shown by."""
 
     key: str
     text: str
@@ -51,6 +52,17 @@ class Question:
     slices: Mapping[str, str]
     options: Mapping[str, str] = field(default_factory=dict)
     kind: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is decoded when it is called; ``encoded`` reads it as it is stored."""
+
+    encoded: Callable[[], bytes]
+    place: str
+
+    def __call__(self) -> Shown:
+        return Shown((decode_image(self.encoded(), self.place),))
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,10 @@ class QuestionSet:
     read: Callable[[Row], Question]
     layouts: tuple[tuple[Files, ...], ...]
     splits: tuple[str, ...] = ()
+
+
+SAMPLED = 64
+"""Pictures of a set, evenly chosen, whose bytes its digest holds: all of them may be gigabytes."""
 
 
 class Row:
@@ -105,36 +121,38 @@ class Row:
             raise self.wrong(f"{' or '.join(columns)} must be a text, not {value!r:.60}")
         return value
 
-    def texts(self, *columns: str, least: int = 1) -> tuple[str, ...]:
-        """A list of at least so many texts; a text alone is a list of one. Raises ``ValueError`` for anything else."""
+    def texts(self, *columns: str, least: int = 1, blank: bool = False) -> tuple[str, ...]:
+        """A list of at least so many texts, one of them not ``blank``, which the others may be or are left out; a text
+        alone is a list of one. Raises ``ValueError`` for anything else."""
         value = self.get(*columns)
         listed = (value,) if isinstance(value, str) else value
         whole = isinstance(listed, Sequence) and all(isinstance(one, str) for one in listed)
-        if not whole or len(listed) < least or not any(one.strip() for one in listed[:least]):
+        kept = tuple(one for one in listed if blank or one.strip()) if whole else ()
+        if len(kept) < least or not any(one.strip() for one in kept):
             raise self.wrong(f"{' or '.join(columns)} must be a list of texts, not {value!r:.60}")
-        return tuple(listed)
+        return kept
 
     def choices(self, column: str) -> dict[str, str]:
         """Options by letter; none where the column is empty. Raises ``ValueError`` for what is no list of texts."""
         value = self.values.get(column)
         if value is None or (isinstance(value, Sequence) and len(value) == 0):
             return {}
-        return dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", self.texts(column), strict=False))
+        return dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", self.texts(column, blank=True), strict=False))
 
     def word(self, column: str) -> str:
         """What a slice is called: the column's value, or "other"."""
         return str(self.values.get(column) or "other")
 
-    def picture(self, *columns: str, suffix: str = "") -> Callable[[], Shown]:
-        """Reads the picture of the first of ``columns`` that has one, itself or by its path, when it is called;
-        ``suffix`` goes behind a path without one. Raises ``ValueError`` where none has."""
+    def picture(self, *columns: str, suffix: str = "") -> Picture:
+        """The picture of the first of ``columns`` that has one, itself or by its path; ``suffix`` goes behind a path
+        without one, and what lies elsewhere under the same name is taken. Raises ``ValueError`` where none has."""
         for name in columns:
             cell, path = self.cells.get(name), self.values.get(name)
             if cell is not None:
-                return lambda: Shown((decode_image(cell(), self.place),))
+                return Picture(cell, self.place)
             if self.bases and isinstance(path, str) and path:
                 file = path if Path(path).suffix else path + suffix
-                return lambda: Shown((decode_image(found_in(self.bases, file).read_bytes(), self.place),))
+                return Picture(functools.partial(_stored, self.bases, file), self.place)
         if any(isinstance(self.values.get(name), str) for name in columns):
             raise self.wrong(f"its column {columns[0]!r} holds no pictures; give the folder of a clone of the dataset")
         raise self.wrong(f"no object with the path of an image in {' or '.join(columns)}")
@@ -144,6 +162,10 @@ class Row:
         if self.root is None:
             raise self.wrong("the hub has its videos in archives; give the folder of a clone where they are unpacked")
         return self.root
+
+
+def _stored(bases: Sequence[Path], file: str) -> bytes:
+    return found_in(bases, file, Path(file).name).read_bytes()
 
 
 def watch(file: Path, clip: tuple[float, float] | None = None) -> Shown:
@@ -195,7 +217,7 @@ def found_in(bases: Sequence[Path], *names: str) -> Path:
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{bases[0]}: the path {name!r} leads out of the set")
-    paths = [base / name for base in bases for name in names]
+    paths = list(dict.fromkeys(base / name for base in bases for name in names))
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         more = f", and so is what else it may be called ({len(paths) - 1} paths)" if len(paths) > 1 else ""
@@ -232,9 +254,15 @@ def load_questions(of: QuestionSet, where: str | Path) -> list[Question]:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """Of all that is asked and of what is right."""
-    told = [[q.key, q.text, *q.answers, *((q.kind,) if q.kind else ())] for q in questions]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+    """Of all that is asked and of what is right, and of :data:`SAMPLED` pictures as they are stored (of videos only the
+    names are told). Raises ``ValueError`` where one of those is missing."""
+    told = [[q.key, q.text, *q.answers, *q.options.values(), *((q.kind,) if q.kind else ())] for q in questions]
+    found = hashlib.sha256(json.dumps(told).encode())
+    chosen = np.unique(np.linspace(0, len(questions) - 1, min(SAMPLED, len(questions))).round().astype(int))
+    for picture in (questions[n].load for n in chosen):
+        if isinstance(picture, Picture):
+            found.update(hashlib.sha256(picture.encoded()).digest())
+    return found.hexdigest()[:12]
 
 
 def _of_folder(of: QuestionSet, folder: Path) -> Iterator[Row]:
@@ -271,7 +299,7 @@ def _objects(file: Path) -> Iterator[tuple[int, str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: no UTF-8: {error}") from error
     if file.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # texts may hold other signs that end lines
             if line.strip():
                 yield number, f"line {number}", _parsed(line, f"{file}, line {number}")
         return
@@ -294,7 +322,7 @@ def _parsed(text: str, place: str) -> Any:
 
 def _of_dataset(of: QuestionSet, where: str, found: Mapping[str, Any]) -> Iterator[Row]:
     """Rows of what `datasets` gives, pictures apart, names of classes in place of their numbers."""
-    if of.splits and len(found) > 1:
+    if of.splits and tuple(found) != ("row",):
         judged = next((split for split in of.splits if split in found), None)
         if judged is None:
             wanted = f"{of.name} is judged on {' or '.join(of.splits)}"

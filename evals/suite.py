@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from math import gcd
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from mmagent.geometry import FRAME
 from mmagent.protocols import Task
 from mmagent.trajectories import Item, Observation, Trajectory
 
+T = TypeVar("T")
 _GOLDEN = 0.6180339887
 EVERY = 10**6
 """``Suite.per_task`` of a set that is judged whole."""
@@ -150,7 +151,7 @@ class Suite:
     def items(self, tasks: Sequence[Task], limit: int | None = None) -> list[tuple[Task, Item]]:
         """The first items of every task in turn, so that any ``limit`` leaves the tasks balanced. With one, tasks come
         in strides: where it does not reach all it takes some from everywhere, and a larger one these and more."""
-        order = tasks if limit is None else _strided(tasks)
+        order = tasks if limit is None else strided(tasks)
         columns = [[(task, i) for i in islice(task.items("test", self.seed), self.per_task)] for task in order]
         rows: Iterator = (entry for row in zip_longest(*columns) for entry in row if entry is not None)
         chosen = list(islice(rows, limit))
@@ -161,13 +162,13 @@ class Suite:
         return chosen
 
 
-def _strided(tasks: Sequence[Task]) -> list[Task]:
+def strided(things: Sequence[T]) -> list[T]:
     """All of them, any first few at nearly even distances: strides of the golden section leave gaps of at most three
     sizes."""
-    count = len(tasks)
+    count = len(things)
     coprime = (n for n in range(1, count + 1) if gcd(n, count) == 1)
     stride = min(coprime, key=lambda n: abs(n - _GOLDEN * count), default=1)
-    return [tasks[n * stride % count] for n in range(count)]
+    return [things[n * stride % count] for n in range(count)]
 
 
 def choose_tasks(suite: Suite, wanted: Sequence[str]) -> Suite:

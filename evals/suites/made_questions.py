@@ -120,6 +120,7 @@ def make_countbench(folder: Path) -> None:
 def make_mathvista(folder: Path) -> None:
     """MathVista; six questions each with options, whole numbers and decimals."""
     rows: dict[str, dict[str, Any]] = {}
+    queries: dict[str, str] = {}
     for world, task, kind in (
         ("scenes/attribute", "visual question answering", "text"),
         ("geometry/angle", "geometry problem solving", "integer"),
@@ -141,10 +142,11 @@ def make_mathvista(folder: Path) -> None:
                 "question_type": "multi_choice" if choices else "free_form",
                 "answer_type": kind,
                 "metadata": {"category": "made", "context": "synthetic scene", "task": task, "split": "testmini"},
-                "query": f"{_HINTS[kind]}\nQuestion: {question}{lines and chr(10) + 'Choices:'}{lines}",
             }
             rows[row["pid"]] = row
+            queries[row["pid"]] = f"{_HINTS[kind]}\nQuestion: {question}{lines and chr(10) + 'Choices:'}{lines}"
     _write_json(folder / "data/testmini.json", rows)
+    _write_json(folder / "data/query.json", queries)
 
 
 _HINTS = {"text": "Give the letter of the right choice.", "integer": "Give a whole number.", "float": "One decimal."}

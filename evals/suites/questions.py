@@ -19,7 +19,7 @@ from pathlib import Path
 from evals import judges, published_sets, question_sets
 from evals.baselines import WORDS
 from evals.question_sets import Question, QuestionSet, digest, load_questions
-from evals.suite import EVERY, Play, Suite
+from evals.suite import EVERY, Play, Suite, strided
 from evals.suites import made_questions
 from mmagent.chat import Text, Video
 from mmagent.tasks.base import malformed, score_of
@@ -139,7 +139,7 @@ SETS = (
     Asked(
         published_sets.MATHVISION,
         "Solve problems of competitions with their figures, by subject and level (MATH-Vision)",
-        f"the picture, then {published_sets.BOXED!r}, the problem and its choices by letter",
+        f"the picture, then {published_sets.BOXED!r}, the problem and its choices by letter, where they are words",
         judges.mathvision,
         "the result (in the last box, else behind the last 'answer is' or 'answer:', else in the last line) is the "
         "right option by letter or words, else the same text or, to two decimals, the same value; formulas are read by "
@@ -221,7 +221,8 @@ class QuestionTask:
         self.name, self.questions, self.judge = name, asked, judge
 
     def items(self, split: str, seed: int) -> Iterator[Item]:
-        for number, question in enumerate(self.questions if split == "test" else ()):
+        """The first of them are spread over the set, which may be ordered by kind."""
+        for number, question in strided(list(enumerate(self.questions))) if split == "test" else ():
             yield Item(self.name, question.key, number, question)
 
     def environment(self, item: Item) -> QuestionEnvironment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from evals.__main__ import main
 from evals.baselines import BaselineAgent
 from evals.bridges.exam import Exam
-from evals.published_sets import CHARTQA, VSTAR
+from evals.published_sets import CHARTQA, COUNTBENCH, DOCVQA, MATHVISION, MATHVISTA, VSTAR
 from evals.question_sets import digest, load_questions
 from evals.runner import Options, evaluate_now
 from evals.store import read_run
@@ -26,9 +27,9 @@ HUMAN = {"imgname": "1.png", "query": "What share is blue?", "label": "14"}
 MACHINE = {"imgname": "2.png", "query": "Which year was best?", "label": "2010"}
 
 
-def picture(path: Path, grey: int = 90) -> Path:
+def picture(path: Path, grey: int = 90, size: tuple[int, int] = (45, 30)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((30, 45, 3), grey, np.uint8)).save(path)
+    Image.new("RGB", size, (grey,) * 3).save(path)
     return path
 
 
@@ -218,8 +219,8 @@ HUB_ROWS = {  # as the hub has them, without pictures; key, text, answers and sl
     "mathvision": (
         {"id": "4", "question": "Which piece fits?\n<image1>", "options": ["A", "B", "C", "D", "E"], "answer": "B",
          "level": 1, "subject": "combinatorial geometry"},
-        ("4", 'Please solve the problem step by step and put your answer in one "\\boxed{}".\nWhich piece fits?\n'
-         "<image1>\nChoices:\n(A) A\n(B) B\n(C) C\n(D) D\n(E) E", ("B",)),
+        ("4", 'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a multiple '
+         'choice question, only one letter is allowed in the "\\boxed{}".\nWhich piece fits?\n<image1>\n', ("B",)),
         {"subject": "combinatorial geometry", "level": "1", "answer": "option"},
     ),
 }  # fmt: skip
@@ -256,6 +257,83 @@ def test_rows_of_the_hub(name, tmp_path):
         (tmp_path / "test.jsonl").write_text(json.dumps(less) + "\n")
         with pytest.raises(ValueError, match=rf"{name}, .*test\.jsonl, line 1: .*{missing[:-1]}"):
             load_questions(asked.of, tmp_path)
+
+
+def test_what_mathvista_asks_lies_beside_its_rows(tmp_path):
+    """As in its repository: rows by number, queries by number."""
+    picture(tmp_path / "images/a.png")
+    (tmp_path / "data").mkdir()
+    row = _math(image="images/a.png")
+    del row["query"]
+    (tmp_path / "data/testmini.json").write_text(json.dumps({"1": row}))
+    with pytest.raises(ValueError, match="there is no query"):
+        load_questions(MATHVISTA, tmp_path)
+    (tmp_path / "data/query.json").write_text(json.dumps({"1": "Hint: a number.\nQuestion: ?", "2": "another"}))
+    (question,) = load_questions(MATHVISTA, tmp_path)
+    assert question.text == "Hint: a number.\nQuestion: ?"
+    assert question.load().images[0].shape == (30, 45, 3)
+
+
+def test_choices_of_mathvision_are_told_where_they_are_words(tmp_path):
+    picture(tmp_path / "images/a.png")
+    row = {"id": "1", "question": "How far?", "options": ["$1$", "$2$"], "answer": "B", "image": "images/a.png"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = load_questions(MATHVISION, tmp_path)
+    assert question.text.endswith("How far?\n(A) $1$\n(B) $2$\n")
+
+
+def test_docvqa_as_it_is_downloaded_today(tmp_path):
+    """Questions in one folder, pages in another, which their paths do not name."""
+    picture(tmp_path / "spdocvqa_images/a_1.png")
+    (tmp_path / "spdocvqa_qas").mkdir()
+    row = {"questionId": 7, "question": "What date?", "image": "documents/a_1.png", "answers": ["May 1"]}
+    (tmp_path / "spdocvqa_qas/val_v1.0_withQT.json").write_text(json.dumps({"data": [row]}))
+    for where in (tmp_path, tmp_path / "spdocvqa_qas"):
+        (question,) = load_questions(DOCVQA, where)
+        assert question.load().images[0].shape == (30, 45, 3)
+
+
+def test_the_digest_knows_pictures_and_choices(tmp_path):
+    def told(options=("1", "2"), size=(45, 30)) -> str:
+        picture(tmp_path / "images/a.png", size=size)
+        row = {"id": "1", "question": "?", "options": options, "answer": "B", "image": "images/a.png"}
+        (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+        return digest(load_questions(MATHVISION, tmp_path))
+
+    assert len({told(), told(("1", "3")), told(size=(22, 15))}) == 3
+    assert told() == told()
+
+
+def test_a_split_that_is_not_judged_is_refused_though_it_is_the_only_one(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    picture(tmp_path / "a.png")
+    row = {"query": "?", "label": ["1"], "human_or_machine": "human", "image": str(tmp_path / "a.png")}
+    rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="has the splits train; chartqa is judged on test"):
+        load_questions(CHARTQA, tmp_path / "saved")
+
+
+def test_texts_may_hold_any_sign_that_ends_lines(tmp_path):
+    picture(tmp_path / "images/a.png")
+    row = {"question": "One\u2028two?", "number": 3, "image": "images/a.png"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    (question,) = load_questions(COUNTBENCH, tmp_path)
+    assert question.text.startswith("One\u2028two?")
+
+
+def test_any_first_questions_are_spread_over_the_set(tmp_path):
+    """Sets are ordered by kind; a limit is to take some of each."""
+    picture(tmp_path / "images/a.png")
+    rows = [{"question": "?", "number": n // 50, "image": "images/a.png"} for n in range(100)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = question_suites()["countbench"](tmp_path)
+
+    async def first() -> list[str]:
+        async with suite.open(suite.tasks) as tasks:
+            return [item.payload.answers[0] for _, item in suite.items(tasks, 10)]
+
+    assert 4 <= asyncio.run(first()).count("1") <= 6
 
 
 def _math(**changes) -> dict:

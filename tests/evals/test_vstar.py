@@ -126,11 +126,16 @@ def test_a_folder_without_questions_is_named(tmp_path):
         load_questions(VSTAR, tmp_path)
 
 
-def test_a_picture_that_is_missing_is_an_error_and_no_zero(folder, tmp_path):
+def test_a_picture_that_is_missing_is_said_before_anybody_is_asked(folder, tmp_path):
+    """One of those that are looked at beforehand; another is an error of its item, and no zero."""
+    suite = SUITES["vstar"](folder)
     (folder / SIDES["image"]).unlink()
-    run = evaluate_now(SUITES["vstar"](folder), BaselineAgent("gold"), tmp_path / "out", OPTIONS)
+    run = evaluate_now(suite, BaselineAgent("gold"), tmp_path / "out", OPTIONS)
     assert len(run.judged) == 1
-    assert [row.error for row in run.errors] == [f"ValueError: {folder / SIDES['image']} is missing"]
+    (row,) = run.errors
+    assert row.error.startswith(f"ValueError: {folder / SIDES['image']} is missing")
+    with pytest.raises(ValueError, match="is missing"):
+        SUITES["vstar"](folder)
 
 
 def test_the_drawn_set_is_of_the_published_form_and_each_answer_is_there_once(tmp_path):
