@@ -19,6 +19,7 @@ from mmagent.config import ConfigError, to_yaml
 from mmagent.engine.config import EngineConfig
 from mmagent.interop.agent_folder import load_agent, new_agent, save_agent
 from mmagent.models import presets
+from mmagent.objectives import block_policy
 from mmagent.train.hooks import read_jsonl
 from recipes import rl
 from recipes.grade_items import recorded
@@ -216,14 +217,14 @@ def test_a_loss_that_is_not_finite_is_recovered_from_by_every_policy(agent, tmp_
         drawn[0] = self.items.number
         return await collect(self, *arguments)
 
-    class Spoiled(rl.PolicyGradient):
+    class Spoiled(block_policy.PolicyGradient):
         def forward(self, batch):
             output = super().forward(batch)
             factor = float("nan") if drawn[0] == bad else 1.0
             return replace(output, sums={name: value * factor for name, value in output.sums.items()})
 
     monkeypatch.setattr(Collector, "collect", watched)
-    monkeypatch.setattr(rl, "PolicyGradient", Spoiled)
+    monkeypatch.setattr(block_policy, "PolicyGradient", Spoiled)
     rows = {}
     for action in ("skip", "rollback", "merge"):
         how = [f"health.on_not_finite={action}", "health.leave_out=1", "keep=4", "save_every=2"]
