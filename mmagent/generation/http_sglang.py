@@ -125,7 +125,10 @@ class SGLangPolicy(TokenPolicy):
 
     async def load(self, folder: str | None, version: int) -> None:
         """SGLang itself waits for what is in flight, and flushes its cache."""
-        folder = folder or str((await self._info())["model_path"])
+        if folder is None:
+            folder = (await self._info()).get("model_path")
+            if not isinstance(folder, str) or not folder:
+                raise EndpointRefused(f"{self.transport.base}: /get_model_info names no model_path to load again")
         body = {"model_path": folder, "weight_version": str(version), "flush_cache": True, "abort_all_requests": False}
         answer = read_object(
             await self.transport.tell("/update_weights_from_disk", body, self.config.update_timeout),

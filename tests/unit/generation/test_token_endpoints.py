@@ -537,6 +537,22 @@ def test_sglang_is_told_of_what_broke_and_not_of_what_it_refused():
         assert len({*broken}) == 2
 
 
+def test_a_server_that_does_not_name_its_own_weights_cannot_rehearse(monkeypatch):
+    """It is set aside for that, by whoever has others; no mistake of ours ends the run."""
+    answer = SGLangServer.answer
+
+    def nameless(self, path, body):
+        said = answer(self, path, body)
+        return {"weight_version": "default"} if path == "/get_model_info" else said
+
+    monkeypatch.setattr(SGLangServer, "answer", nameless)
+    with running(SGLangServer()) as server:
+        policy = policy_of(SGLangDoor, server, rehearse=True)
+        with pytest.raises(EndpointRefused, match="/get_model_info names no model_path to load again"):
+            asyncio.run(policy.update_weights("/weights/1", 1))
+    assert "/update_weights_from_disk" not in [path for path, _ in server.requests]
+
+
 def test_sglang_tells_whose_weights_each_token_is_of():
     with running(SGLangServer()) as server:
         server.spans = True
