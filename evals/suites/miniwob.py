@@ -11,7 +11,7 @@ from mmagent.actions import PROMPT
 from mmagent.tasks import open_tasks
 from mmagent.tasks.miniwob import MiniWobTask
 from mmagent.trajectories import Item
-from mmagent.worlds.miniwob import RUNNING, TASKS, group_of
+from mmagent.worlds.miniwob import RUNNING, TASKS, efforts, group_of
 
 MAX_STEPS = 24
 """An outer bound; each page's own is smaller (`mmagent.tasks.miniwob`)."""
@@ -41,4 +41,5 @@ def miniwob_all(pages: Sequence[str] = RUNNING, per_task: int = 10, seed: int = 
 
 
 def _slices(task: MiniWobTask, item: Item) -> Mapping[str, str]:
-    return {"group": group_of(task.page)}
+    graded = efforts().get(task.page)
+    return {"group": group_of(task.page), "level": "ungraded" if graded is None else str(graded.level)}

@@ -36,4 +36,4 @@ def sites(names: Sequence[str] = (), per_task: int = 4, seed: int = 0) -> Suite:
 
 
 def _slices(task: SiteTask, item: Item) -> Mapping[str, str]:
-    return {"site": task.site}
+    return {"site": task.site, "level": str(task.errand(item).level)}

@@ -7,6 +7,8 @@ from itertools import islice
 
 import pytest
 
+from evals.suites.miniwob import miniwob_all
+from evals.suites.sites import sites as sites_suite
 from mmagent.browser import find_chromium
 from mmagent.tasks import CATEGORIES, all_task_names, all_tasks, open_tasks, task_names
 from mmagent.tasks.catalogue import Desk, _page_tasks
@@ -135,6 +137,16 @@ def test_errands_are_of_the_level_of_their_length():
         steps = [len(errand.steps) for errand in errands]
         assert max(steps) < (*BOUNDS, 99)[level]
     assert seen == {name for name in all_task_names() if name.startswith("sites/") and "/level-" not in name}
+
+
+def test_suites_show_scores_by_level():
+    suite = miniwob_all()
+    found = {page: suite.slices(made(f"miniwob/{page}"), None) for page in ("click-test", "login-user", "click-menu")}
+    assert {page: groups["level"] for page, groups in found.items()} == {
+        "click-test": "0", "login-user": "2", "click-menu": "ungraded",
+    }  # fmt: skip
+    suite, task = sites_suite(), made("sites/shop/buy")
+    assert suite.slices(task, next(task.items("test", 0))) == {"site": "shop", "level": "3"}
 
 
 def test_levels_of_drawn_pages_drawings_and_charts_are_those_of_their_scenes():
