@@ -351,6 +351,8 @@ class VLLMServer(TokenServer):
                 return self.generate(body)
             case "/weight_info":
                 return {"weight_version": self.name}
+            case "/is_paused":
+                return {"is_paused": self.paused}
         self.steps.append(path)
         match path:
             case "/pause?mode=keep":

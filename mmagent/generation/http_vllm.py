@@ -136,6 +136,16 @@ class VLLMPolicy(TokenPolicy):
             raise EndpointRefused(f"{self.transport.base}: serves {info}, not version {version}")
         await self._told("/resume")
 
+    async def rehearse(self) -> None:
+        """Not with a server that somebody else left paused, as a killed run does: it may hold half of its weights, and
+        keeps whoever asks it waiting."""
+        if self._whole is None:
+            answer = f"{self.transport.base}/is_paused: the answer"
+            if read_object(await self.transport.get("/is_paused"), answer).get("is_paused") is not False:
+                told = "an update broke off there, and nobody knows what it holds; start it again"
+                raise EndpointRefused(f"{self.transport.base} is paused: {told}")
+        await super().rehearse()
+
     async def _told(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         said = await self.transport.tell(path, body, self.config.update_timeout)
         return read_object(said, f"{self.transport.base}{path}: the answer")

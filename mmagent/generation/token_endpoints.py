@@ -182,7 +182,7 @@ class TokenPolicy(ABC):
             if wait:
                 await self._land()
             if not self._rehearsed:
-                await self._rehearse()
+                await self.rehearse()
         except BaseException:
             self._held = None
             held.set()
@@ -201,7 +201,7 @@ class TokenPolicy(ABC):
         if held is not None:
             held.set()
 
-    async def _rehearse(self) -> None:
+    async def rehearse(self) -> None:
         """Once, if it succeeds. One that broke is tried anew by the next update: the server, which may hold half of its
         weights or be paused, loads them again, and must say what it said while it had them whole. One that does not is
         not asked again: to load weights takes its time, in which nobody else gets any."""

@@ -221,6 +221,29 @@ def test_a_server_whose_first_rehearsal_breaks_is_given_the_newest_weights_later
     assert own >= 4
 
 
+def test_a_server_that_a_killed_run_left_paused_is_used_once_it_was_started_again():
+    """It would keep whoever asks it waiting."""
+    with running(VLLMServer()) as server, running(VLLMServer()) as other:
+        server.paused, server.half_written = True, True
+        fleet = fleet_of(VLLMPolicy, [server, other], rehearse=True)
+
+        async def work():
+            started = time.monotonic()
+            await fleet.update(source(1))
+            took, alone = time.monotonic() - started, fleet.serving
+            reasons = [seat.aside for seat in fleet._seats if seat.aside]
+            server.paused, server.half_written = False, False
+            await until(lambda: len(fleet.serving) == 2)
+            return took, alone, reasons, await asked(fleet, 24)
+
+        took, alone, reasons, said = run(fleet, work())
+    assert took < 4
+    assert alone == [other.url]
+    assert ["is paused: an update broke off there" in reason for reason in reasons] == [True]
+    assert {one.versions for one in said} == {(1,)}
+    assert sampled(server) > 8
+
+
 def test_a_fleet_of_one_server_whose_first_rehearsal_breaks_goes_on(pair):
     """Turns wait until it has been recalled."""
     kind, (server, _) = pair
