@@ -6,63 +6,19 @@ The world it tells of is drawn from a seed, so that nobody knows it beforehand, 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from mmagent.chat import JSON
-from mmagent.tasks.tools import Result, ToolError, ToolTask, tool, whole_numbers, write_call
+from mmagent.tasks.index import Entry, Index, IndexSession, index_tools
+from mmagent.tasks.tools import ToolTask, write_call
 from mmagent.trajectories import Observation, Score
 from mmagent.worlds.canvas import SHAPES, Canvas, draw_shape, grounds, palette
 from mmagent.worlds.drawing import COLOURS, generator
 from mmagent.worlds.grading import plain
 from mmagent.worlds.passages import pick
 from mmagent.worlds.words import FIRST_NAMES, LAST_NAMES
-
-HITS = 3
-"""What a search brings."""
-LONGEST_QUERY = 300
-_WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A passage, or a picture with what is written below it."""
-
-    title: str
-    text: str
-    picture: np.ndarray | None = None
-
-
-class Index:
-    """Entries found by their words: BM25 (Robertson and Zaragoza 2009, k1 = 1.2, b = 0.75) over title and text."""
-
-    def __init__(self, entries: Sequence[Entry]):
-        self.entries = tuple(entries)
-        self._words = [Counter(_terms(f"{entry.title} {entry.text}")) for entry in self.entries]
-        self._often = Counter(word for words in self._words for word in words)
-        self._mean = sum(words.total() for words in self._words) / max(len(self._words), 1)
-
-    def search(self, query: str, count: int = HITS) -> list[int]:
-        """Numbers of the best entries that share a word with ``query``, best first; of equals the earlier first."""
-        asked = set(_terms(query[:LONGEST_QUERY]))
-        scored = [(self._score(asked, words), -n) for n, words in enumerate(self._words)]
-        return [-n for score, n in sorted(scored, reverse=True)[:count] if score > 0.0]
-
-    def _score(self, asked: set[str], words: Counter[str]) -> float:
-        total, length = 0.0, 0.25 + 0.75 * words.total() / self._mean
-        for word in sorted(asked & words.keys()):  # in one order: sums of floats are not the same in every one
-            often = self._often[word]
-            weight = math.log(1 + (len(self.entries) - often + 0.5) / (often + 0.5))
-            total += weight * words[word] * 2.2 / (words[word] + 1.2 * length)
-        return total
-
-
-def _terms(text: str) -> list[str]:
-    return [word.casefold() for word in _WORD.findall(text)]
 
 
 @dataclass(frozen=True)
@@ -114,29 +70,16 @@ def _emblem(city: City) -> np.ndarray:
     return canvas.pixels()
 
 
-class SearchSession:
+class SearchSession(IndexSession):
     """The index of one land."""
 
     def __init__(self, land: Land):
-        self.land, self.index = land, Index(land.entries())
-
-    def call(self, name: str, arguments: Mapping[str, JSON]) -> Result:
-        if name == "search":
-            hits = self.index.search(str(arguments["query"]))
-            return Result("\n".join(self._line(n) for n in hits) or "nothing found")
-        if name == "open":
-            (number,) = whole_numbers(name, arguments, ["number"], 0, len(self.index.entries) - 1)
-            entry = self.index.entries[number]
-            return Result(f"{entry.title}: {entry.text}", () if entry.picture is None else (entry.picture,))
-        raise ToolError(f"no tool {name!r}")
+        super().__init__(Index(land.entries()))
+        self.land = land
 
     def judge(self, answer: str) -> Score:
         right = plain(answer).casefold() == self.land.answer.casefold()
         return Score(float(right), {"right": float(right)})
-
-    def _line(self, n: int) -> str:
-        entry = self.index.entries[n]
-        return f"{n}: {entry.title} ({'passage' if entry.picture is None else 'picture'})"
 
 
 class SearchTask(ToolTask[Land]):
@@ -144,10 +87,7 @@ class SearchTask(ToolTask[Land]):
     picture."""
 
     name, category, levels = "index-search", "multimodal-search", 4
-    tools = (
-        tool("search", f"The {HITS} entries that fit the words of a query best.", query="string"),
-        tool("open", "An entry, by the number that search gives it: its text and its picture.", number="integer"),
-    )
+    tools = index_tools()
 
     def draw(self, random: np.random.Generator, level: int) -> Land | None:
         cities = self._cities(random, 6 + 2 * level)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -14,8 +16,9 @@ from mmagent.agent.rollout import RolloutConfig, roll_out
 from mmagent.geometry import GeometryConfig
 from mmagent.tasks.functions import FunctionTask
 from mmagent.tasks.image_tools import SHOWN, SIDE, WRITING, ImageToolTask, distance_to_line
-from mmagent.tasks.search import Entry, Index, SearchTask
-from mmagent.tasks.tools import MOST_CALLS, read_call, write_call
+from mmagent.tasks.index import LONGEST_TEXT, Entry, Index, IndexSession, terms
+from mmagent.tasks.search import SearchTask
+from mmagent.tasks.tools import MOST_CALLS, ToolError, read_call, write_call
 from mmagent.testing import check_environment, check_task
 from mmagent.trajectories import Completion, Limits, Status, Trajectory
 from mmagent.vocab import Vocab
@@ -137,7 +140,57 @@ def test_the_index_is_bm25():
     index = Index([Entry("x", "a a b"), Entry("y", "a"), Entry("z", "c d")])
     mean = 9 / 3
     expected = np.log(1 + 1.5 / 2.5) * 2 * 2.2 / (2 + 1.2 * (0.25 + 0.75 * 4 / mean))
-    assert index._score({"a"}, index._words[0]) == pytest.approx(expected)
+    assert index.scores("a") == pytest.approx([expected, np.log(1.6) * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 2 / 3)), 0.0])
+
+
+def scanned(entries: list[Entry], query: str, count: int) -> list[tuple[int, float]]:
+    """Every entry scored by itself, word by word in plain Python."""
+    bags = [Counter(terms(f"{entry.title} {entry.text}")) for entry in entries]
+    often, mean = Counter(word for bag in bags for word in bag), sum(bag.total() for bag in bags) / len(bags)
+    scores = []
+    for bag in bags:
+        total, length = 0.0, 0.25 + 0.75 * bag.total() / mean
+        for word in sorted(set(terms(query)) & bag.keys()):
+            weight = math.log(1 + (len(bags) - often[word] + 0.5) / (often[word] + 0.5))
+            total += weight * bag[word] * 2.2 / (bag[word] + 1.2 * length)
+        scores.append(total)
+    ranked = sorted(((score, -n) for n, score in enumerate(scores)), reverse=True)[:count]
+    return [(-n, score) for score, n in ranked if score > 0.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_index_finds_what_a_scan_of_all_entries_finds(seed):
+    """The same entries in the same order with the same bits of score; few words, so that many entries are equal."""
+    random = np.random.default_rng(seed)
+    words = [f"w{n}" for n in range(12 + 40 * seed)]
+    entries = [
+        Entry(str(random.choice(words)), " ".join(random.choice(words, random.integers(0, 9)))) for _ in range(300)
+    ]
+    index = Index(entries)
+    for _ in range(60):
+        query = " ".join([*random.choice(words, random.integers(0, 6)), "unheard"])
+        for count in (1, 3, 50):
+            expected = scanned(entries, query, count)
+            assert [(n, index.scores(query)[n]) for n in index.search(query, count)] == expected
+
+
+def test_an_entry_is_read_when_it_is_opened():
+    read = []
+
+    def picture() -> np.ndarray:
+        read.append(1)
+        return np.zeros((4, 5, 3), np.uint8)
+
+    session = IndexSession(Index([Entry("", "long " * 10_000), Entry("Pond", "blue", picture)]), hits=1)
+    assert session.call("search", {"query": "pond"}).text == "1: Pond (picture)"
+    assert (read, session.opened) == ([], set())
+    assert session.call("open", {"number": 1}).images[0].shape == (4, 5, 3)
+    assert session.call("search", {"query": "long"}).text == f"0: {'long ' * 20}(passage)"
+    told = session.call("open", {"number": 0}).text
+    assert told.endswith(f"... {50_000 - LONGEST_TEXT} more characters")
+    assert session.opened == {0, 1}
+    with pytest.raises(ToolError, match="number must be a whole number from 0 to 1"):
+        session.call("open", {"number": 2})
 
 
 def test_search_brings_pictures_that_the_question_needs():
