@@ -9,6 +9,7 @@ from evals.suites.androidworld import androidworld
 from evals.suites.browsergym import browsergym
 from evals.suites.calls import function_calls
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
+from evals.suites.corpus import corpus_search
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.osworld import osworld
 from evals.suites.pages import page_grounding, screenshot_to_html
@@ -23,6 +24,7 @@ SUITES: dict[str, Callable[..., Suite]] = {
     "androidworld": androidworld,
     "browsergym": browsergym,
     "chart_to_code": chart_to_code,
+    "corpus_search": corpus_search,
     "design2code": design2code,
     "function_calls": function_calls,
     "miniwob": miniwob,
@@ -45,7 +47,7 @@ FOREIGN = frozenset({"androidworld", "browsergym", "osworld"})
 """Suites that drive environments of other houses: they have tasks only where ``--data`` says where those are."""
 WITH_DATA = frozenset(
     {
-        *("chart_to_code", "design2code", "function_calls", "svg_code", "vstar_crop"),
+        *("chart_to_code", "corpus_search", "design2code", "function_calls", "svg_code", "vstar_crop"),
         *screen_suites(),
         *question_suites(),
         *FOREIGN,

@@ -12,6 +12,7 @@ from evals.suite import Suite
 from evals.suites import FOREIGN, SUITES
 from evals.suites.calls import function_calls
 from evals.suites.coding import chart_to_code, design2code, svg_code, ui_repair
+from evals.suites.corpus import corpus_search
 from evals.suites.miniwob import miniwob, miniwob_all
 from evals.suites.pages import page_grounding, screenshot_to_html
 from evals.suites.questions import question_suites
@@ -39,6 +40,7 @@ SMALL = {
     "design2code": lambda: design2code(per_task=2),
     "svg_code": lambda: svg_code(per_task=4),
     "ui_repair": lambda: ui_repair(per_task=1),
+    "corpus_search": corpus_search,
     "function_calls": function_calls,
     "miniwob": lambda: miniwob(("click-test-2", "enter-text", "click-checkboxes", "drag-box"), per_task=2),
     "miniwob_all": lambda: miniwob_all(("click-test", "enter-text", "drag-box"), per_task=1),
@@ -58,6 +60,7 @@ CEILING = {
     "design2code": 0.35,
     "svg_code": 0.25,
     "ui_repair": 0.01,
+    "corpus_search": 0.1,
     "function_calls": 0.0,
     "miniwob": 0.3,
     "miniwob_all": 0.3,
