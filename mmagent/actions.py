@@ -5,7 +5,7 @@ Text form, one action a line and nothing else in it::
     click(x,y)  double_click(x,y)  triple_click(x,y)  right_click(x,y)  middle_click(x,y)  move(x,y)
     drag(x1,y1,x2,y2)  scroll(x,y,dx,dy)  type("text")  key("Enter")  hotkey("ctrl+a")
     wait()  finished("answer")  fail("reason")
-    long_press(x,y)  open_app("name")  go_back()  go_home()                                  # phones alone
+    long_press(x,y)  replace("text")  open_app("name")  go_back()  go_home()                 # phones alone
 
 Coordinates are thousandths of the image's width and height, in [0, 1000); :class:`mmagent.geometry.ImageView` converts
 them from and to pixels, and nothing else does. An integer names a cell, which is what a model is taught. A number with
@@ -236,6 +236,19 @@ class LongPress(Click):
 
 
 @dataclass(frozen=True)
+class Replace:
+    """Clear the field of a phone that has the focus, then type text into it: there is no key that selects it all."""
+
+    name: ClassVar[str] = "replace"
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_text(self.name, self.text)
+        if not self.text:
+            raise ActionError(f"{self.name}: the text is empty")
+
+
+@dataclass(frozen=True)
 class OpenApp:
     """Start an app of a phone by its name."""
 
@@ -264,7 +277,7 @@ class GoHome:
 
 Action = (
     Click | DoubleClick | TripleClick | RightClick | MiddleClick | Move | Drag | Scroll | Type | Key | Hotkey | Wait
-    | Finished | Fail | LongPress | OpenApp | GoBack | GoHome
+    | Finished | Fail | LongPress | Replace | OpenApp | GoBack | GoHome
 )  # fmt: skip
 ACTIONS: tuple[type, ...] = (
     Click, DoubleClick, TripleClick, RightClick, MiddleClick, Move, Drag, Scroll, Type, Key, Hotkey, Wait, Finished,
@@ -272,7 +285,7 @@ ACTIONS: tuple[type, ...] = (
 )  # fmt: skip
 """What a mouse and a keyboard can do."""
 PHONE_ACTIONS: tuple[type, ...] = (
-    Click, DoubleClick, LongPress, Drag, Scroll, Type, Key, OpenApp, GoBack, GoHome, Wait, Finished, Fail,
+    Click, DoubleClick, LongPress, Drag, Scroll, Type, Replace, Key, OpenApp, GoBack, GoHome, Wait, Finished, Fail,
 )  # fmt: skip
 """What a finger can do; ``drag`` is a swipe."""
 ENDINGS = (Finished, Fail)
@@ -372,6 +385,7 @@ long_press(x,y)
 drag(x1,y1,x2,y2)  a swipe
 scroll(x,y,dx,dy)  positive dy shows what is below
 type("text")  into the focused field
+replace("text")  the same, after what stands there is cleared
 key("Enter")  one key
 open_app("name")
 go_back()

@@ -4,7 +4,7 @@ The protocol is that of ``server/android_server.py`` of google-research/android_
 the tests; no emulator was ever at the other end. What the server cannot be told is not made up:
 
 - a scroll or a swipe goes through the middle of the screen in one of four directions, whatever its point and length;
-- of all keys it has Enter alone, and presses it by itself behind every text that is typed;
+- of all keys it has Enter alone, and presses it by itself behind every text that is typed or put in another's place;
 - a task's budget of steps (ten times its complexity) is not told: it is read from a file, or the same for all.
 """
 
@@ -36,6 +36,7 @@ from mmagent.actions import (
     Key,
     LongPress,
     OpenApp,
+    Replace,
     Scroll,
     Type,
     Wait,
@@ -232,6 +233,8 @@ def command(action: Action, view: ImageView) -> dict[str, Any] | None:
             return {"action_type": "keyboard_enter"}
         case Type(text):  # the Enter that submits it is pressed anyway
             return {"action_type": "input_text", "text": text.removesuffix("\n")}
+        case Replace(text) if text != "\n":  # without a text the server clears nothing
+            return {"action_type": "input_text", "text": text.removesuffix("\n"), "clear_text": True}
         case Key("Enter"):
             return {"action_type": "keyboard_enter"}
         case OpenApp(app):

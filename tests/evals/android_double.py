@@ -69,6 +69,7 @@ class Phone:
                 self.done.append(kind)
         elif kind == "input_text":
             if self.done[-1:] == ["click"] and said.get("text"):
+                self.typed = "" if said.get("clear_text") else self.typed
                 self.typed += said["text"] + "\n"  # press_enter_button follows every text
         elif kind == "keyboard_enter":
             self.typed += "\n" if self.done[-1:] == ["click"] else ""

@@ -159,6 +159,8 @@ def test_each_task_has_the_actions_that_a_file_says(server, tmp_path):
         ('type("café")', {"action_type": "input_text", "text": "café"}),
         ('type("milk\\n")', {"action_type": "input_text", "text": "milk"}),  # the server's own Enter submits it
         ('type("\\n")', {"action_type": "keyboard_enter"}),
+        ('replace("oat milk\\n")', {"action_type": "input_text", "text": "oat milk", "clear_text": True}),
+        ('replace("\\n")', None),
         ('key("Enter")', {"action_type": "keyboard_enter"}),
         ('key("Tab")', None),
         ('open_app("Clock")', {"action_type": "open_app", "app_name": "Clock"}),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evals.dialects import CENTRE, PHONE_STYLES, STYLES, Turn, look, moved, style_of
+from evals.dialects import CENTRE, NO_PHONE, PHONE_STYLES, STYLES, Turn, look, moved, style_of
 from evals.dialects.base import press, read_call, split_keys
 from mmagent.actions import ACTIONS, PHONE_ACTIONS, ActionError, format_action, parse_action
 from mmagent.geometry import ImageView
@@ -121,6 +121,10 @@ def swiped(**arguments) -> str:
     return f"<tool_call>\n{json.dumps({'name': 'mobile_use', 'arguments': arguments})}\n</tool_call>"
 
 
+def said_of(**arguments) -> str:
+    return f"Memory: None\nReason: It is there.\nAction: {json.dumps(arguments)}"
+
+
 SAID_TO_PHONES = [
     # UI-TARS 1.0: thousandths; a scroll says where the finger goes
     ("ui-tars", "Action: click(start_box='<|box_start|>(100,200)<|box_end|>')", ["click(100.0,200.0)"]),
@@ -154,6 +158,26 @@ SAID_TO_PHONES = [
     ("qwen2.5-vl", swiped(action="open", text="Clock"), ['open_app("Clock")']),
     ("qwen2.5-vl", swiped(action="wait", time=2), ["wait()"]),
     ("qwen2.5-vl", swiped(action="terminate", status="failure"), ["fail()"]),
+    # GLM-4.5V: boxes in thousandths; a swipe is named by where the finger goes
+    ("glm-4.5v", said_of(action_type="click", box_2d=[[100, 200, 300, 400]]), ["click(200.0,300.0)"]),
+    ("glm-4.5v", said_of(action_type="long_press", box_2d=[[0, 0, 999, 999]]), ["long_press(499.5,499.5)"]),
+    ("glm-4.5v", said_of(action_type="input_text", text="oat milk", box_2d=[[0, 10, 20, 30]], override=True),
+     ["click(10.0,20.0)", 'replace("oat milk")']),
+    ("glm-4.5v", said_of(action_type="input_text", text="café", box_2d=[[0, 10, 20, 30]], override=False),
+     ["click(10.0,20.0)", 'type("café")']),
+    ("glm-4.5v", said_of(action_type="keyboard_enter"), ['key("Enter")']),
+    ("glm-4.5v", said_of(action_type="navigate_home"), ["go_home()"]),
+    ("glm-4.5v", said_of(action_type="navigate_back"), ["go_back()"]),
+    ("glm-4.5v", said_of(action_type="swipe", direction="up"), ["scroll(500.0,500.0,0,500)"]),
+    ("glm-4.5v", said_of(action_type="swipe", direction="left", box_2d=[[0, 100, 400, 300]]),
+     ["scroll(200.0,200.0,200,0)"]),
+    ("glm-4.5v", said_of(action_type="open_app", app_name="Broccoli"), ['open_app("Broccoli")']),
+    ("glm-4.5v", said_of(action_type="wait"), ["wait()"]),
+    ("glm-4.5v", said_of(action_type="answer", text="42"), ['finished("42")']),
+    ("glm-4.5v", said_of(action_type="status", goal_status="complete"), ["finished()"]),
+    ("glm-4.5v", said_of(action_type="status", goal_status="infeasible"), ["fail()"]),
+    ("glm-4.5v", "<think>Action: {}</think><answer>Memory: None\nReason: Not this:\nAction: tap.\n"
+     'Action: <|begin_of_box|>{"action_type": "wait"}<|end_of_box|></answer>', ["wait()"]),
     ("qwen3-vl", swiped(action="click", coordinate=[500, 250]), ["click(500.0,250.0)"]),
     ("qwen3-vl", swiped(action="answer", text="7"), ['finished("7")']),
 ]  # fmt: skip
@@ -185,6 +209,21 @@ def test_answers_to_a_phones_screen_as_their_houses_write_them(style, text, ours
         ("qwen2.5-vl", swiped(action="swipe", coordinate=[1, 1]), "coordinate2 None is no point"),
         ("qwen2.5-vl", swiped(action="system_button", button="Menu"), "'Menu' cannot be pressed here"),
         ("qwen2.5-vl", swiped(action="key", text="volume_up"), "'volume_up' cannot be pressed here"),
+        ("glm-4.5v", "left_click(start_box='[1,2]')", "no line of .* begins with Action:"),
+        ("glm-4.5v", "Action: {'action_type': 'wait'}", "is no JSON"),
+        ("glm-4.5v", "Action: []", "is no object"),
+        ("glm-4.5v", said_of(action_type="wait") + "\nThen on.", "'.nThen on.' follows the action"),
+        ("glm-4.5v", said_of(action_type="left_click"), "'left_click' is no action of glm-4.5v on a phone"),
+        ("glm-4.5v", said_of(action_type="click", box_2d=[1, 2, 3, 4]), r"is not \[\[xmin, ymin, xmax, ymax\]\]"),
+        ("glm-4.5v", said_of(action_type="click", box_2d=[[1, 2, 3, 1000]]), r"is outside 0\.\.999"),
+        ("glm-4.5v", said_of(action_type="swipe", direction="on"), "swipe: 'on' is no direction; there are up, down"),
+        ("glm-4.5v", said_of(action_type="swipe", direction=["up"]), "is no direction"),
+        ("glm-4.5v", said_of(action_type=["wait"]), "is no action of glm-4.5v"),
+        ("glm-4.5v", "Action: " + "[" * 30_000, "is no JSON"),
+        ("glm-4.5v", said_of(action_type="input_text", text="x", box_2d=[[1, 2, 3, 4]]), "override None is neither"),
+        ("glm-4.5v", said_of(action_type="input_text", text="", box_2d=[[1, 2, 3, 4]], override=True), "is empty"),
+        ("glm-4.5v", said_of(action_type="open_app", app_name=3), "open_app: app_name 3 is no text"),
+        ("glm-4.5v", said_of(action_type="status", goal_status="done"), "'done' is neither complete nor infeasible"),
     ],
 )
 def test_what_a_phone_cannot_be_told_is_named(style, text, says):
@@ -203,14 +242,46 @@ def test_models_are_told_what_they_may_do_on_a_phone_and_nothing_of_a_mouse(styl
     for words in ("left_double", "right_single", "hotkey", "mouse", "left_click", "direction" * (style == "ui-tars")):
         assert not words or words not in told, words
     for words in {"ui-tars": ("end_box='<|box_start|>(x3,y3)<|box_end|>')",), "ui-tars-1.5": ("open_app", "press_back"),
+                  "glm-4.5v": ("[[xmin,ymin,xmax,ymax]]", "navigate_home"),
                   "qwen2.5-vl": ("coordinate2", "system_button"), "qwen3-vl": ("1000x1000",)}[style]:  # fmt: skip
         assert words in told
 
 
 def test_a_style_without_a_phone_is_refused_there():
+    """And no style is without one that is not said to have none."""
     assert style_of("openai", phone=False) is STYLES["openai"]
-    with pytest.raises(ValueError, match="has no actions of a phone; those of ui-tars, "):
-        style_of("glm-4.5v", phone=True)
+    for name, words in (("openai", "knows windows, mac, linux, ubuntu and browser"), ("anthropic", "is for a desktop")):
+        with pytest.raises(ValueError, match=f"{name} has no actions of a phone: its house publishes none .*{words}"):
+            style_of(name, phone=True)
+    assert NO_PHONE.keys() == STYLES.keys() - PHONE_STYLES.keys()
+
+
+def test_glm_on_a_phone_is_told_every_step_in_order_and_shown_the_last_screen():
+    dialect = style_of("glm-4.5v", phone=True)
+    image, view = look(np.zeros((240, 108, 3), np.uint8), dialect)
+    answers = [
+        "<think>Hm.</think>Memory: None\nReason: The app is not open.\n"
+        'Action: {"action_type": "open_app", "app_name": "Broccoli"}',
+        "Memory: Two pizzas.\nReason: It's twice there.\n"
+        'Action: <|begin_of_box|>{"action_type": "click", "box_2d": [[1, 2, 3, 4]]}<|end_of_box|>',
+    ]
+    turns = [Turn("Delete duplicates.", image, view, answers[0]), Turn("", image, view, answers[1])]
+    (message,) = dialect.messages([*turns, Turn("", image, view)])
+    assert [part["type"] for part in message["content"]] == ["text", "image_url"]
+    words = message["content"][0]["text"]
+    # as in the published example: steps from 0, actions as Python writes them, between the actions and the format
+    assert (
+        "# Historical Actions and Current Memory\n"
+        "Step 0:\nMemory: None\nReason: The app is not open.\n"
+        "Action: {'action_type': 'open_app', 'app_name': 'Broccoli'}\n"
+        "Step 1:\nMemory: Two pizzas.\nReason: It's twice there.\n"
+        "Action: {'action_type': 'click', 'box_2d': [[1, 2, 3, 4]]}\n\n# Output Format\n"
+    ) in words
+    heads = ["# Task:\nDelete duplicates.\n", "# Task Platform\nMobile\n", "# Action Space\n", "# Historical Actions"]
+    places = [words.index(head) for head in heads]
+    assert places == sorted(places)
+    (first,) = dialect.messages([Turn("Delete duplicates.", image, view)])
+    assert "Current Memory\nNone\n\n# Output Format" in first["content"][0]["text"]
 
 
 @pytest.mark.parametrize(

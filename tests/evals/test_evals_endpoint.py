@@ -309,7 +309,7 @@ def test_a_foreign_model_is_told_of_a_phone_where_there_is_one(stub, tmp_path, c
         suite = choose_tasks(androidworld(phone.url), ["ClockStopWatchRunning"])
         agent = EndpointAgent(EndpointConfig(stub.url, "some-model", style="ui-tars-1.5"))
         (row,) = evaluate_now(suite, agent, tmp_path / "ui-tars", OPTIONS).rows
-        who = ["--url", stub.url, "--model", "m", "--style", "glm-4.5v", "--out", str(tmp_path / "refused")]
+        who = ["--url", stub.url, "--model", "m", "--style", "anthropic", "--out", str(tmp_path / "refused")]
         refused = main(["androidworld", "--data", phone.url, *who])
         phone.shutdown()
     assert (row.value, row.error) == (1.0, None)
@@ -318,5 +318,30 @@ def test_a_foreign_model_is_told_of_a_phone_where_there_is_one(stub, tmp_path, c
     assert "open_app(app_name='')" in asked
     assert "right_single" not in asked
     assert refused == 2  # before a single request
-    assert "style glm-4.5v has no actions of a phone" in capsys.readouterr().err
+    assert "style anthropic has no actions of a phone: its house publishes none" in capsys.readouterr().err
     assert len(stub.requests) == 3
+
+
+def test_glm_clears_a_field_of_a_phone_and_types(stub, tmp_path):
+    """Its one action is two of ours, after each of which the phone is looked at; the end is its own."""
+    told = [
+        {"action_type": "open_app", "app_name": "clock"},
+        {"action_type": "input_text", "text": "milk", "box_2d": [[280, 420, 660, 540]], "override": False},
+        {"action_type": "input_text", "text": "oats", "box_2d": [[280, 420, 660, 540]], "override": True},
+        {"action_type": "status", "goal_status": "complete"},
+    ]
+    stub.faults[""] = [f"Memory: None\nReason: So.\nAction: {json.dumps(action)}" for action in told]
+    with AndroidDouble() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        suite = choose_tasks(androidworld(server.url), ["ClockStopWatchRunning"])
+        agent = EndpointAgent(EndpointConfig(stub.url, "some-model", style="glm-4.5v"))
+        typed = []
+        execute = server.phone.execute
+        server.phone.execute = lambda said: (execute(said), typed.append(server.phone.typed))
+        (row,) = evaluate_now(suite, agent, tmp_path, OPTIONS).rows
+        server.shutdown()
+    assert (row.value, row.error) == (1.0, None)
+    assert typed == ["", "", "milk\n", "milk\n", "oats\n"]
+    assert len(stub.requests) == 4
+    words = stub.requests[-1]["messages"][0]["content"][0]["text"]
+    assert [f"Step {n}:" in words for n in range(4)] == [True, True, True, False]

@@ -29,6 +29,7 @@ from mmagent.actions import (
     MiddleClick,
     Move,
     OpenApp,
+    Replace,
     RightClick,
     Scroll,
     TripleClick,
@@ -65,6 +66,7 @@ actions = st.one_of(
 )
 phone_actions = st.one_of(
     st.builds(LongPress, coordinate, coordinate),
+    st.builds(Replace, text.filter(bool)),
     st.builds(OpenApp, text.filter(bool)),
     st.builds(GoBack),
     st.builds(GoHome),
@@ -189,6 +191,8 @@ def test_construction_refuses_what_has_no_text():
         Click(True, 2)
     with pytest.raises(ActionError, match="name is empty"):
         OpenApp("")
+    with pytest.raises(ActionError, match="replace: the text is empty"):
+        Replace("")
 
 
 def test_schema_and_prompt_name_every_action():
