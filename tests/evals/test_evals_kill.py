@@ -3,6 +3,7 @@ happened."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -72,12 +73,13 @@ def test_a_stop_is_quick_and_quiet_and_the_same_command_goes_on(tmp_path: Path, 
     """With a browser that is busy for many episodes; the gold answers come from browsers of other threads, too."""
     environment = {**os.environ, "PYTHONPATH": str(Path(evals.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "evals", "miniwob", "--baseline", baseline, "--tasks", "click-button", "drag-box",
-               "--limit", "16", "--quiet", "--out", str(tmp_path)]  # fmt: skip
+               "--limit", "10", "--quiet", "--out", str(tmp_path)]  # fmt: skip
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=environment, **told)
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    process = subprocess.Popen(command, env=environment, preexec_fn=listening, **told)
     folder, path = tmp_path / "miniwob", tmp_path / "miniwob" / "items.jsonl"
     deadline = time.monotonic() + 120
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 3):
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 1):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -89,9 +91,9 @@ def test_a_stop_is_quick_and_quiet_and_the_same_command_goes_on(tmp_path: Path, 
     assert said.strip() == "stopped; the same command goes on where it was"  # of broken pages not a word
     assert took < 8  # 2 to 3 s on a busy machine; 7 to 9 while the pages that closing broke were tried again
     before = lines(folder)
-    assert len(read_run(folder).rows) == len(before) < 16
+    assert len(read_run(folder).rows) == len(before) < 10
 
     done = subprocess.run(command, env=environment, timeout=300, **told)
     assert done.returncode == 0, done.stderr
     assert lines(folder)[: len(before)] == before
-    assert len({row.key for row in read_run(folder).judged}) == 16
+    assert len({row.key for row in read_run(folder).judged}) == 10
