@@ -372,7 +372,7 @@ class Generator:
         assert self.drafter is not None
         shape = self.drafter.shape(run, wanted, drafts)
         fed = self.runner.decode(shape.ids, shape.positions, run.table, run.fed, shape.counts, shape.reach)
-        self._advance(run, fed, wanted, self.drafter.judge(run, drafts, shape, fed))
+        self._advance(run, fed, wanted.drafts, self.drafter.judge(run, drafts, shape, fed))
 
     def _advance(self, run: Running, fed: Fed, made: np.ndarray, verdict: Verdict) -> None:
         """Take in what stays of the drafts that were ``made``, and the token behind."""

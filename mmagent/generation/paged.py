@@ -93,10 +93,13 @@ class PagedKV:
 
     def move(self, layers: int, sources: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> None:
         """In the first ``layers``, what lies at ``sources`` to ``targets``, both ``(blocks (n,), places (n,))``."""
+        where: dict[tuple[int, torch.device], list[Tensor]] = {}
         for layer in range(layers):
             for x in self.layers[layer]:
-                groups = x.shape[1 if self.head_major else 2]
-                at, to = (self.places(*place, groups).to(x.device) for place in (sources, targets))
+                here = groups, device = x.shape[1 if self.head_major else 2], x.device
+                if here not in where:
+                    where[here] = [self.places(*place, groups).to(device) for place in (sources, targets)]
+                at, to = where[here]
                 rows = x.view(-1, x.shape[-1])
                 rows.index_copy_(0, to, rows.index_select(0, at))
 

@@ -137,8 +137,10 @@ class Runner:
         total = len(ids)
         attend = PagedAttention(self.kv, table, history, counts, apart=self.steady, reach=reach)
         count, led = self.led(attend, total)
-        places = torch.from_numpy(np.pad(positions, (0, count - total))).to(self.device).expand(3, -1)
-        embeddings = self.model.embed_tokens(torch.from_numpy(np.pad(ids, (0, count - total))).to(self.device))
+        if count > total:
+            ids, positions = (np.pad(x, (0, count - total)) for x in (ids, positions))
+        places = torch.from_numpy(positions).to(self.device).expand(3, -1)
+        embeddings = self.model.embed_tokens(torch.from_numpy(ids).to(self.device))
         out = self.model.decoder(embeddings, places, led)
         hidden, routed = (x.to(embeddings.device)[:total] for x in (out.hidden, out.routed()))
         return Fed(hidden, routed, embeddings[:total], places[:, :total], counts, attend)

@@ -16,7 +16,7 @@ from mmagent.generation.blocks import BlockPool
 from mmagent.generation.paged import PagedKV
 from mmagent.generation.running import Running
 from mmagent.generation.sequences import Sequence
-from mmagent.generation.speculation import Drafter
+from mmagent.generation.speculation import Drafter, Wanted
 from mmagent.trajectories import Completion
 
 
@@ -168,17 +168,14 @@ class Scheduler:
         self.kv.copy(sources, targets)
         return members
 
-    def extend(self) -> np.ndarray:
+    def extend(self) -> Wanted:
         """Room for the next token of every running sequence, and for its drafts, of which it returns how many there are
         to be; who came last or matters least steps back if there is none."""
         run = self.running
         while True:
-            wanted = room = np.zeros(len(run), dtype=np.int64)
-            if self.drafter is not None:
-                wanted = self.drafter.wanted(run)
-                room = wanted * (1 + self.drafter.beside(run, wanted))
+            wanted = Wanted.none(len(run)) if self.drafter is None else self.drafter.wanted(run)
             have = np.array([len(s.blocks) for s in run.sequences])
-            need = -(-(run.fed + 1 + room) // self.pool.block_tokens) - have
+            need = -(-(run.fed + 1 + wanted.room) // self.pool.block_tokens) - have
             if self.have(int(need.clip(0).sum())):
                 for row in np.flatnonzero(need > 0).tolist():
                     run.give(row, self.pool.take(int(need[row])))

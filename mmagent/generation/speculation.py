@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -47,13 +48,29 @@ ROWS = LEAST_ROWS - 1
 computes some more for little. With twice as many, eight requests took a quarter longer than without any drafts."""
 
 
-class Shape(NamedTuple):
-    """What the decoder is fed to judge drafts: of each row the token before them, the ``made (S,)`` drafts, and
-    ``beside (S,)`` others that are tried in place of each, ``counts (S,)`` in all. ``ids`` and ``positions (T,)``, and
-    ``reach (T,)`` as in :class:`~mmagent.generation.paged.PagedAttention`: None where there are only drafts."""
+class Wanted(NamedTuple):
+    """How many ``drafts (S,)`` each row is to have, and how many others are tried ``beside (S,)`` each of them."""
 
-    made: np.ndarray
+    drafts: np.ndarray
     beside: np.ndarray
+
+    @staticmethod
+    def none(rows: int) -> Wanted:
+        nothing = np.zeros(rows, dtype=np.int64)
+        return Wanted(nothing, nothing)
+
+    @property
+    def room(self) -> np.ndarray:
+        """``(S,)``: tokens that they are in all."""
+        return self.drafts * (1 + self.beside)
+
+
+class Shape(NamedTuple):
+    """What the decoder is fed to judge drafts: of each row the token before them, the drafts that were ``wanted`` and
+    the others that are tried in place of each, ``counts (S,)`` in all. ``ids`` and ``positions (T,)``, and ``reach
+    (T,)`` as in :class:`~mmagent.generation.paged.PagedAttention`: None where there are only drafts."""
+
+    wanted: Wanted
     counts: np.ndarray
     ids: np.ndarray
     positions: np.ndarray
@@ -62,7 +79,7 @@ class Shape(NamedTuple):
     def rows(self) -> Iterator[tuple[list[int], int, int]]:
         """Ids, drafts, and others for each of them."""
         ids, start = self.ids.tolist(), 0
-        for made, beside, count in zip(self.made.tolist(), self.beside.tolist(), self.counts.tolist(), strict=True):
+        for made, beside, count in zip(*(x.tolist() for x in (*self.wanted, self.counts)), strict=True):
             yield ids[start : start + count], made, beside
             start += count
 
@@ -169,11 +186,14 @@ class Drafter:
         self, depth: int, before: Tensor, embeddings: Tensor, positions: Tensor, attend: PagedAttention
     ) -> Tensor:
         """``(T, D)`` states of one depth, from those of the depth before at the token before."""
-        count, led = self.runner.led(attend, before.shape[0])
-        before, embeddings = (F.pad(x, (0, 0, 0, count - x.shape[0])) for x in (before, embeddings))
-        rotation = self.runner.model.config.decoder.rotation(F.pad(positions, (0, count - positions.shape[1])))
+        total, device = positions.shape[1], positions.device
+        count, led = self.runner.led(attend, total)
+        if missing := count - total:
+            before, embeddings = (F.pad(x, (0, 0, 0, missing)) for x in (before, embeddings))
+            positions = F.pad(positions, (0, missing))
+        rotation = self.runner.model.config.decoder.rotation(positions)
         out, _ = self.mtp.module_for(depth)(before, embeddings, rotation, led, self.layers + depth - 1)
-        return out[: positions.shape[1]].to(positions.device)  # where the model is spread, it may be on another
+        return out[:total].to(device)  # where the model is spread, it may be on another
 
     def _set_tails(self, sequences: list[Sequence], states: list[Tensor], ends: np.ndarray) -> None:
         if self.depths > 1:
@@ -199,77 +219,77 @@ class Drafter:
 
     # ------------------------------------------------------------ drafts
 
-    def wanted(self, run: Running) -> np.ndarray:
-        """How many drafts each row is to have: what its past lets hope for, and no more than its limit can use."""
-        out = np.empty(len(run), dtype=np.int64)
-        for row, sequence in enumerate(run.sequences):
-            depth = sequence.hopes.depth(self.least)
-            out[row] = min(depth, sequence.most - len(sequence.ids) - 1)
-        return out
+    def wanted(self, run: Running) -> Wanted:
+        """As many drafts as a row's past lets hope for, and no more than its limit can use."""
+        drafts = [min(s.hopes.depth(self.least), s.most - len(s.ids) - 1) for s in run.sequences]
+        return Wanted(np.array(drafts, dtype=np.int64), np.array(self._beside(run, drafts), dtype=np.int64))
 
-    def beside(self, run: Running, wanted: np.ndarray) -> np.ndarray:
-        """``(S,)``: how many others are tried in place of each of the ``wanted`` drafts of a row. Fewer beside more
-        rows, which alters no token: of what is greedy, drafts change only the time it takes."""
-        out = np.zeros_like(wanted)
+    def _beside(self, run: Running, drafts: list[int]) -> list[int]:
+        """How many others are tried in place of each draft of a row. Fewer beside more rows, which alters no token: of
+        what is greedy, drafts change only the time it takes."""
         if run.sampled or self.width == 1 or self.runner.device.type != "cpu":
-            return out
+            return [0] * len(drafts)
         size, most = self.runner.kv.block_tokens, FEW
         if not self.runner.steady:  # what a steady row gets must not hang on the others
             most = min(FEW, ROWS // len(run))
-        for row, (sequence, drafts) in enumerate(zip(run.sequences, wanted.tolist(), strict=True)):
-            if drafts:
-                room = min(most, -(-sequence.most // size) * size - sequence.fed)  # in the last block that it may have
-                out[row] = min(max((room - 1) // drafts - 1, 0), self.width - 1)
+        out = []
+        for sequence, count in zip(run.sequences, drafts, strict=True):
+            room = min(most, -(-sequence.most // size) * size - sequence.fed)  # in the last block that it may have
+            out.append(min(max((room - 1) // count - 1, 0), self.width - 1) if count else 0)
         return out
 
-    def draft(self, run: Running, wanted: np.ndarray) -> Drafts | None:
+    def draft(self, run: Running, wanted: Wanted) -> Drafts | None:
         """Drafts behind the token that each row is to be fed next; None where nobody wants any."""
-        most = int(wanted.max())
+        most = int(wanted.drafts.max())
         behind = max(len(s.ids) - s.headed for s in run.sequences)
         if not most and behind < FEW and not self.runner.steady:  # how many at a time must not hang on the others
             return None
         state = self._catch_up(run)
         if not most:
             return None
-        sampled, wide = run.sampled, int(self.beside(run, wanted).max())
+        sampled, wide = run.sampled, int(wanted.beside.max())
         rows = torch.arange(len(run), device=self.runner.device)
         others = torch.zeros(len(run), most, wide, dtype=torch.int64) if wide else None
         ids = torch.zeros(len(run), most, dtype=torch.int64, device=self.runner.device)
         shares: list[Tensor] = []
         for at in range(most):
             if at:
-                chosen = np.flatnonzero(wanted > at)
+                chosen = np.flatnonzero(wanted.drafts > at)
                 state = {
                     k: x[torch.searchsorted(rows, torch.from_numpy(chosen).to(rows.device))] for k, x in state.items()
                 }
                 rows = torch.from_numpy(chosen).to(self.runner.device)
                 state = self._further(run, chosen, at, ids[rows, at - 1], state)
             said, share = self._say(run, rows.cpu().numpy(), at, state[min(at + 1, self.depths)], sampled)
-            ids[rows, at] = said
+            here = rows if at else slice(None)
+            ids[here, at] = said
             if others is not None:
-                others[rows, at] = share.topk(wide + 1).indices[:, 1:]
+                others[here, at] = share.topk(wide + 1).indices[:, 1:]
             if sampled:
                 whole = share.new_zeros(len(run), share.shape[1])
                 shares.append(whole.index_copy_(0, rows, share))
-        counts = torch.from_numpy(wanted).to(ids.device)
+        counts = torch.from_numpy(wanted.drafts).to(ids.device)
         return Drafts(ids, counts, torch.stack(shares, dim=1) if sampled else None, others)
 
-    def shape(self, run: Running, wanted: np.ndarray, drafts: Drafts) -> Shape:
+    def shape(self, run: Running, wanted: Wanted, drafts: Drafts) -> Shape:
         """What the decoder is fed to judge them."""
-        S, K = drafts.ids.shape
-        ids = np.concatenate([run.last[:, None], drafts.ids.cpu().numpy()], axis=1)
-        there, ahead = np.arange(1 + K) <= wanted[:, None], np.arange(1 + K)
-        if drafts.others is None:
-            positions = (run.positions[:, None] + ahead)[there]
-            return Shape(wanted, np.zeros_like(wanted), 1 + wanted, ids[there], positions, None)
-        W, beside = drafts.others.shape[2], self.beside(run, wanted)
-        tried = there[:, 1:, None] & (np.arange(W) < beside[:, None, None])
-        there = np.concatenate([there, tried.reshape(S, -1)], axis=1)
-        ids = np.concatenate([ids, drafts.others.flatten(1).numpy()], axis=1)
-        before = np.repeat(np.arange(K), W)  # what stands in for a draft sees the token in front of that
-        positions = (run.positions[:, None] + np.concatenate([ahead, before + 1]))[there]
-        reach = (run.fed[:, None] + np.concatenate([ahead, before]))[there]
-        return Shape(wanted, beside, there.sum(1), ids[there], positions, reach)
+        ids, counts, ahead, reach = [], [], [], []  # the last two behind what each row was fed
+        tried = drafts.others.tolist() if drafts.others is not None else [[]] * len(run)
+        columns = (run.last, *wanted, drafts.ids.cpu())
+        for last, made, beside, said, others in zip(*(x.tolist() for x in columns), tried, strict=True):
+            ids += [last, *said[:made]]
+            ahead += range(1 + made)
+            reach += range(1 + made)
+            if beside:
+                ids += chain.from_iterable(instead[:beside] for instead in others[:made])
+                for draft in range(made):  # what stands in for it sees the token in front of it
+                    ahead += [draft + 1] * beside
+                    reach += [draft] * beside
+            counts.append(1 + made * (1 + beside))
+        sizes = np.array(counts)
+        positions = np.repeat(run.positions, sizes) + ahead
+        seen = None if drafts.others is None else np.repeat(run.fed, sizes) + reach
+        return Shape(wanted, sizes, np.array(ids), positions, seen)
 
     def _catch_up(self, run: Running) -> dict[int, Tensor]:
         """Feed the head all tokens of every row that it has not had; the state of every depth at the last of them."""
@@ -279,7 +299,7 @@ class Drafter:
         ends = np.cumsum(counts) - 1
         starts = ends - counts + 1
         ids = [token for s in sequences for token in s.ids[s.headed :]]
-        positions = np.concatenate([run.positions[n] - counts[n] + 1 + np.arange(counts[n]) for n in range(len(run))])
+        positions = np.repeat(run.positions - ends, counts) + np.arange(len(ids))
         places = torch.from_numpy(positions).to(self.runner.device).expand(3, -1)
         embeddings = self.runner.model.embed_tokens(torch.tensor(ids, device=self.runner.device))
         before = self._cat([part for s in sequences for part in s.unheaded], embeddings)

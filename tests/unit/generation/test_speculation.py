@@ -61,8 +61,8 @@ def recorded(generator: Generator) -> list[tuple[list[int], int, list[int]]]:
     def spy(run, wanted):
         made = draft(run, wanted)
         for row, sequence in enumerate(run.sequences):
-            if made is not None and wanted[row]:
-                out.append((list(sequence.ids), int(run.fed[row]), made.ids[row, : wanted[row]].tolist()))
+            if made is not None and wanted.drafts[row]:
+                out.append((list(sequence.ids), int(run.fed[row]), made.ids[row, : wanted.drafts[row]].tolist()))
         return made
 
     generator.drafter.draft = spy
