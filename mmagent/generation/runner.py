@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmagent.generation.dispatch import computes_on, present
+from mmagent.generation.dispatch import present
 from mmagent.generation.features import ImageFeatures
 from mmagent.generation.paged import PagedAttention, PagedKV
 from mmagent.generation.running import Running
@@ -82,7 +82,8 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        return computes_on(self.model.embedding)
+        """Where the cache was made, which is where the model computes; asked a dozen times a step, so not of that."""
+        return self.kv.device
 
     def feed(self, pieces: Sequence_[Piece]) -> Fed:
         """One forward over pieces of prompts, each behind what is stored of its sequence."""

@@ -173,12 +173,11 @@ class Drafter:
         ends: np.ndarray,
     ) -> list[Tensor]:
         """``(T, D)`` states of every depth. ``tails (S, B - 1, D)``: those of each depth at the token before."""
-        first = torch.from_numpy(starts).to(before_TD.device)
         states = []
         for depth in range(1, self.depths + 1):
             if depth > 1:
                 before_TD = states[-1].roll(1, 0)
-                before_TD[first] = tails[:, depth - 2].to(before_TD.dtype)
+                before_TD[torch.from_numpy(starts).to(before_TD.device)] = tails[:, depth - 2].to(before_TD.dtype)
             states.append(self._depth(depth, before_TD, embeddings_TD, positions_3T, attend.behind(depth)))
         return states
 
