@@ -73,7 +73,7 @@ def test_gold_scores_one_and_empty_and_random_answers_nothing(suite, tmp_path):
     assert [(row.key, row.error) for row in gold.rows if row.error] == []
     assert {row.task: row.value for row in gold.rows} == dict.fromkeys(only(suite, *PAGE).tasks, 1.0)
     assert {row.slices["benchmark"] for row in gold.rows} == {"page"}
-    assert re.fullmatch(r"gym_page \(gymnasium [0-9.]+\)", gold.pins["suite.data"])
+    assert re.fullmatch(r"gym_page \((playwright [0-9.]+, )?gymnasium [0-9.]+\)", gold.pins["suite.data"])
     for kind in ("null", "random"):
         run = evaluate_now(only(suite, *PAGE), BaselineAgent(kind), tmp_path / kind, OPTIONS)
         assert [row.error for row in run.rows if row.error] == []

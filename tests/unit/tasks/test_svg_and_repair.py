@@ -125,7 +125,8 @@ def test_drawings_that_datasets_saved_or_loads(tmp_path, monkeypatch):
     })  # fmt: skip
     whole.save_to_disk(tmp_path / "whole")  # as load_dataset gives it, with its splits
     whole["train"].save_to_disk(tmp_path / "one")
-    monkeypatch.setattr(datasets, "load_dataset", {"starvector/svg-emoji": whole}.__getitem__)
+    known = {("starvector/svg-emoji", None): whole}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: known[name, config])
     for source, split in ((tmp_path / "whole", "test"), (tmp_path / "one", "train"),
                           ("datasets:starvector/svg-emoji", "test")):  # fmt: skip
         drawings = PublishedDrawings(source)
