@@ -166,7 +166,8 @@ def read_run(folder: Path) -> Run:
     head = _read_head(folder)
     rows, _ = _read_rows(folder / "items.jsonl")
     asked = head.get("asked")
-    wanted = rows if asked is None else [row for row in rows if row.key in set(asked)]
+    keys = set(asked or ())
+    wanted = rows if asked is None else [row for row in rows if row.key in keys]
     return Run(folder, head["pins"], head["facts"], tuple(wanted), len(rows) - len(wanted))
 
 
