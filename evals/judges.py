@@ -12,54 +12,79 @@ import re
 from collections.abc import Callable, Mapping
 
 from evals.question_sets import Question
-from mmagent.worlds.expressions import Unreadable, value_of
-from mmagent.worlds.grading import edit_distance, narrow, read_number
+from evals.results import (
+    LONGEST,
+    REASONED,
+    alike,
+    list_in,
+    pieces,
+    read,
+    result,
+    same_value,
+    small,
+    stated,
+    unset,
+    value_in,
+    words,
+)
+from mmagent.worlds.grading import edit_distance
 
-LONGEST = 2000
-"""Characters of a short answer that are read."""
 LEEWAY = 0.05
 Judge = Callable[[Question, str], float]
 _LEAD = re.compile(r"(?:the )?(?:correct |best |right )?(?:answer|option)(?: is)?[ ]?:?[ ]?", re.IGNORECASE)
-_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])\)?)[.:]?(?:\s+(\S.*))?", re.DOTALL)
-
-
-def read(answer: str, longest: int = LONGEST) -> str:
-    """An answer without space around it. Raises ``ValueError`` for one that is empty or too long."""
-    if len(answer) > longest:
-        raise ValueError(f"an answer of {len(answer)} characters, at most {longest} are read")
-    if not answer.strip():
-        raise ValueError("an empty answer")
-    return answer.strip()
+_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?:\)|(?!\w)))[.:,]?\s*(\S.*)?", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------ options
 
 
 def choice(question: Question, answer: str) -> float:
-    """Whether the option is right that an answer names (:func:`chosen`)."""
-    return float(chosen(question.options, answer) == question.answers[0])
+    """Whether the option is right that an answer names (:func:`chosen`). The rule is ours: the authors of V* take the
+    option whose words are the likeliest, which needs the model's probabilities."""
+    return _right(question, chosen(question.options, answer))
 
 
-def chosen(options: Mapping[str, str], answer: str) -> str:
-    """The letter that an answer names: a letter, alone or before the words of its option, or those words alone. Raises
-    ``ValueError`` for anything else."""
+def chosen(options: Mapping[str, str], answer: str, *, values: bool = False) -> str:
+    """The letter that an answer names: a letter, alone or before the words of its option; else the words of an option
+    alone, capitals counting where they make a difference. With ``values`` an option may be named by its value, too,
+    where no other has it. Of options with the same words the first. Raises ``ValueError`` for anything else."""
     if len(answer) > LONGEST:
         raise ValueError(f"an answer of {len(answer)} characters, at most {LONGEST} are read")
-    said = answer.strip().strip("*").strip()
+    said = " ".join(unset(answer).split()).strip("* ")
     if lead := _LEAD.match(said):
         said = said[lead.end() :].strip("* ")
-    by_words = {_plain(words): letter for letter, words in options.items()}
-    if _plain(said) in by_words:
-        return by_words[_plain(said)]
-    found = _LETTER.fullmatch(said)
+    found = _LETTER.fullmatch(said) or _LETTER.fullmatch(words(said))
     letter = (found[1] or found[2]).upper() if found else ""
-    if found is None or letter not in options or (found[3] and by_words.get(_plain(found[3])) != letter):
+    behind = words(found[3] or "") if found else ""
+    if letter in options and not behind:
+        return letter
+    named = _named(options, said, values)
+    if named is None and letter in options:
+        again = _named(options, behind, values)
+        named = letter if again and words(options[again]) == words(options[letter]) else None
+    if named is None:
         raise ValueError(f"{answer[:60]!r} names none of the options {', '.join(options)}")
-    return letter
+    return named
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).rstrip(".")
+def _named(options: Mapping[str, str], said: str, values: bool) -> str | None:
+    """The option of these words, else of these words but for capitals, else of this value; None where there is none,
+    or several that differ."""
+    value = value_in(said) if values else None
+    worth = {letter: value_in(text) for letter, text in options.items()} if value else {}
+    for found in (
+        [letter for letter, text in options.items() if words(said) and words(text) == words(said)],
+        [letter for letter, text in options.items() if words(said) and small(text) == small(said)],
+        [letter for letter, one in worth.items() if value and one and same_value(value, one)],
+    ):
+        if found:
+            return found[0] if len({words(options[letter]) for letter in found}) == 1 else None
+    return None
+
+
+def _right(question: Question, letter: str) -> float:
+    """Whether an option is the right one or has its words: published scripts compare texts."""
+    return float(words(question.options[letter]) == words(question.options[question.answers[0]]))
 
 
 # ------------------------------------------------------------------------------------------ short answers
@@ -98,14 +123,14 @@ FORMULAS = "HME100k"
 
 def contained(question: Question, answer: str) -> float:
     """OCRBench's rule (Liu et al. 2023, arXiv 2305.07895, and its authors' script): one of the answers stands somewhere
-    in what was said, line breaks as spaces, capitals and full-width signs as plain ones; for handwritten formulas
-    capitals count and spaces do not. So a list of guesses passes where one of them is right."""
+    in what was said, line breaks as spaces and capitals as small letters; for handwritten formulas capitals count and
+    spaces do not. So a list of guesses passes where one of them is right."""
     if question.kind == FORMULAS:
         said = "".join(read(answer, CONTAINED).replace("\n", " ").split(" "))
         truths = ["".join(truth.strip().replace("\n", " ").split(" ")) for truth in question.answers]
     else:
-        said = narrow(read(answer, CONTAINED)).lower().strip().replace("\n", " ")
-        truths = [narrow(truth).lower().strip().replace("\n", " ") for truth in question.answers]
+        said = read(answer, CONTAINED).lower().strip().replace("\n", " ")
+        truths = [truth.lower().strip().replace("\n", " ") for truth in question.answers]
     return float(any(truth and truth in said for truth in truths))
 
 
@@ -181,7 +206,6 @@ _SHORTENED = _shortened()
 
 SENTENCE = 200
 """Characters of an answer that is to be a count."""
-_COUNT = re.compile(r"(?<![\w.,])-?\d+(?:[.,]\d+)*|[a-z]+(?:-[a-z]+)?", re.ASCII)
 _TEENS = ("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _NAMES = {word: n for n, word in enumerate((*_WORDS, *_TEENS))}
@@ -189,8 +213,16 @@ _NAMES |= {f"{ten}{one}": 20 + 10 * t + n for t, ten in enumerate(_TENS) for n, 
            enumerate(("", *(f"-{word}" for word in _WORDS[1:10])))}  # fmt: skip
 
 
+_COUNT = re.compile(
+    r"(?:(?<![\w)])-)?(?<![\w.])(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    rf"|\b(?:{'|'.join(_TENS)})[ -](?:{'|'.join(_WORDS[1:10])})\b|[a-z]+(?:-[a-z]+)?",
+    re.ASCII,
+)
+
+
 def count(question: Question, answer: str) -> float:
-    """Whether the only number in a sentence, in digits or as a word up to ninety-nine, is the right one."""
+    """Whether the only number in a sentence, in digits or as a word up to ninety-nine, is the right one. The rule is
+    ours, as CountBenchQA is published without one: "5 of them, one is red" names two numbers and is malformed."""
     said = read(answer, SENTENCE).lower()
     found = {_counted(word) for word in _COUNT.findall(said)} - {None}
     if len(found) != 1:
@@ -199,142 +231,81 @@ def count(question: Question, answer: str) -> float:
 
 
 def _counted(word: str) -> str | None:
-    if word in _NAMES:
-        return str(_NAMES[word])
+    if word.replace(" ", "-") in _NAMES:
+        return str(_NAMES[word.replace(" ", "-")])
     if word[-1].isdigit():
         whole, _, rest = word.replace(",", "").partition(".")
         return str(int(whole)) + (f".{rest}" if rest.strip("0") else "")
     return None
 
 
-REASONED = 20_000
-"""Characters of an answer that ends in its result."""
-_STATED = re.compile(r"\banswer(?: is\b:?|:| =)", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,18})(?:\.\d{1,18})?|[-+]?\.\d{1,18}", re.ASCII)
+# ------------------------------------------------------------------------------------------ worked answers
+
 _PICKED = re.compile(r"\(([A-Z])\)")
-_LIST = re.compile(r"\[([^\[\]]{0,300})\]")
-_MANTLE = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]{0,200})\}|[$*]|\\[,!;()\[\]]|\\(?:left|right)\b")
-
-
-def stated(answer: str) -> tuple[str, bool]:
-    """What a worked answer gives as its result: what its last ``\\boxed{}`` holds; else the line behind its last
-    "answer is" or "answer:"; else its last line. And whether it said so, which a last line does not."""
-    said = read(answer, REASONED)
-    at = said.rfind("\\boxed{")
-    if at >= 0:
-        depth, start = 0, at + len("\\boxed{")
-        for place in range(start, min(len(said), start + SENTENCE)):
-            depth += {"{": 1, "}": -1}.get(said[place], 0)
-            if depth < 0:
-                return said[start:place].strip(), True
-    marks = list(_STATED.finditer(said))
-    if marks:
-        behind = said[marks[-1].end() :].strip().split("\n")[0].strip()
-        if behind:
-            return behind, True
-    return said.split("\n")[-1].strip(), False
 
 
 def picked(question: Question, answer: str) -> float:
-    """Whether the option is right that all of an answer names, or its first line, or its result (:func:`stated`), which
-    must not name different ones. Video-MME's script (Fu et al. 2024, arXiv 2405.21075) takes the first letter that it
-    finds, in whatever sentence it stands."""
+    """Whether the option is right that all of an answer names, or its first line, or its result
+    (:func:`~evals.results.stated`), which must not name different ones. Video-MME's script (Fu et al. 2024,
+    arXiv 2405.21075) takes the first letter that it finds, in whatever sentence it stands."""
     said = read(answer, REASONED)
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for piece in dict.fromkeys((said, said.split("\n")[0], stated(said)[0])):
         with contextlib.suppress(ValueError):  # it may name none as long as another does
-            found.add(_option(question.options, piece))
+            letter = _option(question.options, piece)
+            found[words(question.options[letter])] = letter
     if len(found) != 1:
-        raise ValueError(f"{answer[:60]!r} names {', '.join(sorted(found)) or 'none'} of {', '.join(question.options)}")
-    return float(found == {question.answers[0]})
+        named = ", ".join(sorted(found.values())) or "none"
+        raise ValueError(f"{answer[:60]!r} names {named} of {', '.join(question.options)}")
+    return _right(question, *found.values())
 
 
 def mathvista(question: Question, answer: str) -> float:
     """MathVista's comparison (Lu et al. 2023, arXiv 2310.02255) without the language model that its script asks to find
-    the answer: what :func:`stated` finds is read by rule. ``kind`` is "multi_choice", "integer", "list" or "float N",
-    N the decimals that both sides are rounded to; of whole numbers the decimals are cut. Nor is the most similar option
-    taken for one that was not named."""
+    the answer: what :func:`~evals.results.stated` finds is read by rule (:func:`~evals.results.result`). ``kind`` is
+    "multi_choice", "integer", "list" or "float N", N the decimals that both sides are rounded to; of whole numbers the
+    decimals are cut. Nor is the most similar option taken for one that was not named."""
     said, sure = stated(answer)
     if question.kind == "multi_choice":
-        return float(_option(question.options, said) == question.answers[0])
+        return _right(question, _option(question.options, said, values=True))
     if question.kind == "list":
-        lists = [_numbers(inside) for inside in _LIST.findall(said)]
-        if not lists:
-            raise ValueError(f"{said[:60]!r} holds no list")
-        return float(lists[-1] == _numbers(question.answers[0]))
-    number, truth = _value(said, first=sure), float(question.answers[0])
+        found, wanted = list_in(said), list_in(question.answers[0])
+        if None in found:
+            raise ValueError(f"{said[:60]!r} holds a list of what are no numbers")
+        pairs = zip(found, wanted, strict=False)
+        return float(len(found) == len(wanted) and all(a and b and same_value(a, b) for a, b in pairs))
+    number, truth = result(said, sure).number, float(question.answers[0])
+    if abs(number.imag) > 1e-9:
+        raise ValueError(f"{said[:60]!r} is no real number")
     if question.kind == "integer":
-        return float(int(number) == int(truth))
+        return float(int(round(number.real, 9)) == int(truth))
     places = int(question.kind.removeprefix("float "))
-    return float(round(number, places) == round(truth, places))
+    return float(round(number.real, places) == round(truth, places))
 
 
 def mathvision(question: Question, answer: str) -> float:
     """MATH-Vision's comparison (Wang et al. 2024, arXiv 2402.14804): the letter or the words of the right option; else
-    the same text or, to two decimals, the same value. Formulas are read by our own grammar, not by latex2sympy."""
+    the same text or, to two decimals, the same value, of tuples and lists element by element. Formulas are read by our
+    own grammar, not by latex2sympy, and what is stated must be a value as a whole; mixed numbers, units and percent
+    are read, a ratio is a text, and so is a single letter."""
     said, sure = stated(answer)
     if question.options:
-        return float(_option(question.options, said) == question.answers[0])
-    bare, truth = _bare(said), _bare(question.answers[0])
-    if bare == truth:
+        return _right(question, _option(question.options, said, values=True))
+    truth = question.answers[0]
+    if any(alike(piece, truth) for piece in pieces(said, sure)):
         return 1.0
-    try:
-        wanted = value_of(truth)
-    except Unreadable:
+    wanted = value_in(truth)
+    if wanted is None:
         return 0.0  # a text, and another one
-    try:
-        found = value_of(bare)
-    except Unreadable:
-        found = complex(_value(said, first=sure))
-    return float(round(found.real, 2) == round(wanted.real, 2) and abs(found.imag - wanted.imag) < 0.005)
+    return float(same_value(result(said, sure), wanted, places=2))
 
 
-def _bare(text: str) -> str:
-    """A result without what is written around it: dollar signs, stars, spaces, commands that only set it, and whatever
-    it is said to equal."""
-    plain = _unset(text).lower()
-    for written, meant in _WRITTEN.items():
-        plain = plain.replace(written, meant)
-    return "".join(plain.split("=")[-1].split()).rstrip(".").lstrip(":").replace(":", "/")
-
-
-_WRITTEN = {
-    "\\approx": "=",
-    "≈": "=",
-    "^{\\circ}": "",
-    "^\\circ": "",
-    "°": "",
-    "π": "\\pi ",
-    "dfrac": "frac",
-    "tfrac": "frac",
-}
-
-
-def _unset(text: str) -> str:
-    return _MANTLE.sub(lambda found: found[1] or "", text)
-
-
-def _option(options: Mapping[str, str], said: str) -> str:
+def _option(options: Mapping[str, str], said: str, *, values: bool = False) -> str:
     """The letter that a result names (:func:`chosen`), or the only letter in brackets in it."""
     try:
-        return chosen(options, _unset(said))
+        return chosen(options, said, values=values)
     except ValueError:
         letters = set(_PICKED.findall(said)) & set(options)
         if len(letters) != 1:
             raise
         return letters.pop()
-
-
-def _value(said: str, *, first: bool) -> float:
-    """The number that a result is, or the first or last one in it. Raises ``ValueError`` where there is none."""
-    whole = read_number(_unset(said))
-    if whole is not None:
-        return float(whole)
-    found = _numbers(said)
-    if not found:
-        raise ValueError(f"{said[:60]!r} holds no number")
-    return found[0] if first else found[-1]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number.replace(",", "")) for number in _NUMBER.findall(text.replace("−", "-")[:LONGEST])]

@@ -1,4 +1,7 @@
-"""Published questions about pictures and videos, asked as they are published and judged by the published rules.
+"""Published questions about pictures and videos, asked as they are published and judged by the published rules, or by
+ours where those want a model's help (`evals.judges` says it of each): V* and CountBenchQA have no rule for texts,
+MathVista's asks a language model to find the answer, MATH-Vision's reads formulas by latex2sympy, and Video-MME's and
+MVBench's take a first letter wherever it stands. What a suite's pins say of its judge is what counts.
 
 Without data there is a small split made from our own worlds, written as the set is published and read back by the same
 loader, so that a suite can be tried where nothing can be downloaded; it says so in its pins, and its scores are not
@@ -35,9 +38,9 @@ FRAMES = (
     f"{question_sets.FRAMES_TOKENS} visual tokens together, each with its second"
 )
 PICKED = (
-    "the letter of the right option, alone or with its words, or those words alone: all of the answer, its first line "
-    "or its result (in a box, behind 'answer is', in the last line), or the only letter in brackets; the published "
-    "script takes any first letter"
+    "the letter of the right option, alone or with its words, or those words where they are no letter: all of the "
+    "answer, its first line or its result (in a box, behind 'answer is', in the last line), or the only letter in "
+    "brackets; an option of the same words is as right; the published script takes any first letter"
 )
 
 
@@ -65,7 +68,8 @@ SETS = (
         "Find a small thing in a large picture: its attribute, or where it lies from another (V*Bench)",
         "the picture, then the question with its options and how to answer, as published",
         judges.choice,
-        "the letter of the right option, alone or with its words, or those words alone; luck is 1/4 and 1/2",
+        "the letter of the right option, alone or with its words, or those words where they are no letter (a rule of "
+        "ours, the published one takes probabilities); luck is 1/4 and 1/2",
         made_questions.make_vstar,
         f"drawn, seed {made_questions.SEED}",
         LETTER,
@@ -87,8 +91,8 @@ SETS = (
         "the picture, then the question as published",
         judges.contained,
         "one of the answers stands somewhere in the answer, of which 1000 characters are read (line breaks as spaces, "
-        "capitals and full-width signs as plain ones; for HME100k's formulas capitals count and spaces do not): so a "
-        "list of guesses passes where one is right",
+        "capitals as small letters; for HME100k's formulas capitals count and spaces do not): so a list of guesses "
+        "passes where one is right",
         made_questions.make_ocrbench,
         f"drawn, seed {made_questions.SEED}",
     ),
@@ -116,7 +120,8 @@ SETS = (
         "Count things, by their number (CountBenchQA)",
         f"the picture, then the question (without its caption) and {published_sets.NUMBER!r}",
         judges.count,
-        "the only number in a sentence of at most 200 characters, in digits or as a word, is the right one",
+        "the only number in a sentence of at most 200 characters, in digits or as a word, is the right one (a rule of "
+        "ours)",
         made_questions.make_countbench,
         f"drawn, seed {made_questions.SEED}",
         guess=lambda rng: str(rng.randrange(2, 11)),
@@ -127,9 +132,10 @@ SETS = (
         "the picture, then the query as published",
         judges.mathvista,
         "the result (in the last box, else behind the last 'answer is' or 'answer:', else in the last line) is the "
-        "right option by letter or words, or the number (the first of what is stated, the last of a last line), whole "
-        "ones cut, others rounded to their precision, or the list. Read by this rule, not by the language model of the "
-        "published script, and no option is taken for the most similar one: scores may be lower than published ones",
+        "right option by letter, words or value, or the number, whole ones cut, others rounded to their precision, or "
+        "the list. What is stated must be one value as a whole, with its unit; of a last line the last number counts "
+        "that stands free. Read by this rule, not by the language model of the published script, and no option is "
+        "taken for the most similar one: scores may be lower than published ones",
         made_questions.make_mathvista,
         f"drawn, seed {made_questions.SEED}",
         RESULT,
@@ -142,8 +148,10 @@ SETS = (
         f"the picture, then {published_sets.BOXED!r}, the problem and its choices by letter, where they are words",
         judges.mathvision,
         "the result (in the last box, else behind the last 'answer is' or 'answer:', else in the last line) is the "
-        "right option by letter or words, else the same text or, to two decimals, the same value; formulas are read by "
-        "a grammar of our own where the published script has latex2sympy",
+        "right option by letter, words or value, else the same text or, to two decimals, the same value (of lists and "
+        "tuples element by element). What is stated must be one value as a whole, with its unit; of a last line the "
+        "last number counts that stands free; formulas are read by a grammar of our own where the published script "
+        "has latex2sympy",
         made_questions.make_mathvision,
         f"drawn, seed {made_questions.SEED}",
         RESULT,
