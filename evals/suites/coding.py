@@ -60,13 +60,15 @@ def design2code(
     data: str | Path | None = None, per_task: int = 100, seed: int = 0, clip: str | Path | None = None
 ) -> Suite:
     """Design2Code on its own pages (``data``: :class:`~mmagent.tasks.design2code.PublishedDesigns`; all of them), or on
-    ``per_task`` generated ones; with ``clip``, a folder of CLIP's weights, its five scores are the published ones."""
+    ``per_task`` generated ones; with ``clip``, a folder of CLIP's weights, its five scores are the published ones where
+    these are ViT-B/32's."""
     published = PublishedDesigns(data) if data is not None else None
     looks = _clip(clip) if clip is not None else None
     fifth = (
         "of a perceptual score (mmagent.tasks.visual at 320 pixels width) in place of CLIP's"
         if looks is None
-        else f"of CLIP's likeness, as published, by weights {looks.name}"
+        else f"of CLIP's likeness, {'as published' if looks.published else 'not of the published size'}, by "
+        f"{looks.size}, weights {looks.name}"
     )
 
     @contextlib.asynccontextmanager

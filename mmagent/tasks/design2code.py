@@ -281,7 +281,8 @@ class Judged:
 
 class Design2CodeTask:
     """Pages of ``designs``, asked for with the benchmark's words. A page that cannot be shown, read or compared within
-    bounds scores 0: its author's fault, as the reference was. With ``clip`` the five scores are the published ones."""
+    bounds scores 0: its author's fault, as the reference was. With ``clip`` the fifth score is CLIP's, as published
+    where :attr:`~mmagent.tasks.clip_likeness.ClipLikeness.published`; a reference too large for it is an error."""
 
     category = "ui-to-code"
 
@@ -349,11 +350,21 @@ class Design2CodeTask:
         if self.clip is None:
             looks = {"visual": await asyncio.to_thread(likeness, reference.image, seen.image)}
         else:
-            right = await self._embedded.get(item.key, lambda: self._embed(reference))
-            looks = {"clip": float(await self._embed(seen) @ right)}
+            right = await self._embedded.get(item.key, lambda: self._embed_reference(item, reference))
+            try:
+                looks = {"clip": float(await self._embed(seen) @ right)}
+            except TooMuchWork:
+                return Judged(Score(0.0, {"too_large": 1.0}), seen, scores)
         parts = {**scores.parts(), **looks}
         value = max(sum(parts.values()) / len(parts), 0.0)  # a cosine may be less
         return Judged(Score(value, parts), seen, scores)
+
+    async def _embed_reference(self, item: Item, page: Looked) -> torch.Tensor:
+        """Raises ``ValueError`` naming the item where its page is too large: no answer is to blame for that."""
+        try:
+            return await self._embed(page)
+        except TooMuchWork as error:
+            raise ValueError(f"{self.name} {item.key}: CLIP cannot be shown the reference: {error}") from error
 
     async def _embed(self, page: Looked) -> torch.Tensor:
         assert self.clip is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from mmagent.tasks.base import Screens
 from mmagent.tasks.design2code import SIZE, Design2CodeTask, GeneratedDesigns
 
 pytest.importorskip("cv2")
+from mmagent.tasks import clip_likeness
 from mmagent.tasks.clip_likeness import ClipLikeness, masked
+from mmagent.tasks.page_blocks import TooMuchWork
 
 BOXES = [(0.25, 0.5, 0.5, 0.25)]
 
@@ -101,8 +105,64 @@ def test_the_mean_is_of_the_five_published_scores(folder):
 
 def test_the_weights_are_pinned(folder):
     clip = ClipLikeness(folder)
-    assert clip.name in design2code(clip=folder).judge
+    judge = design2code(clip=folder).judge
+    assert clip.name in judge
+    assert clip.size == "ViT/8, 32 wide, 2 layers, 32 pixels to 16 features"
+    assert f"not of the published size, by {clip.size}" in judge
+    assert "CLIP's likeness, as published" not in judge
     assert "in place of CLIP's" in design2code().judge
+
+
+def test_only_vit_b_32_is_the_published_model(folder, monkeypatch):
+    monkeypatch.setattr(clip_likeness, "PUBLISHED", "ViT/8, 32 wide, 2 layers, 32 pixels to 16 features")
+    assert "CLIP's likeness, as published, by ViT/8, 32 wide" in design2code(clip=folder).judge
+    from transformers import CLIPConfig
+
+    base = CLIPConfig()  # transformers' defaults are those of openai/clip-vit-base-patch32
+    vision = base.vision_config
+    sizes = vision.patch_size, vision.hidden_size, vision.num_hidden_layers, vision.image_size, base.projection_dim
+    monkeypatch.undo()
+    assert tuple(map(int, re.findall(r"\d+", clip_likeness.PUBLISHED))) == sizes
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [[(0.0, 0.0, 1.0, 1.0)], [(0.0, n / 10, 1.0, 0.1) for n in range(10)], [(0.1, 0.1, 0.8, 0.8)] * 4096],
+    ids=["one", "many", "upon one another"],
+)
+def test_too_much_text_is_not_painted_over(boxes):
+    """Painting over takes a second or more a million pixels: an answer must not hold an evaluation up for minutes."""
+    started = time.process_time()
+    with pytest.raises(TooMuchWork, match="pixels"):
+        masked(np.zeros((16384, 1920, 3), np.uint8), boxes)
+    assert time.process_time() - started < 1.0
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
+def test_too_large_an_answer_scores_0_and_too_large_a_reference_is_an_error(folder, monkeypatch):
+    clip = ClipLikeness(folder)
+
+    async def work():
+        async with BrowserPool() as pool:
+            screens = Screens(pool, *SIZE, 2, scripts=False)
+            task = Design2CodeTask(screens, GeneratedDesigns(screens), clip=clip)
+            item = next(iter(task.items("test", 3)))
+            reference = await task.reference(item)
+            height, width = reference.image.shape[:2]
+            area = sum(block.box[2] * block.box[3] for block in reference.blocks) * height * width
+            monkeypatch.setattr(clip_likeness, "MOST_MASKED", int(2 * area))
+            written = "<html><body>" + "<p style='font-size:80px'>Words that fill it</p>" * 20 + "</body></html>"
+            large = await task.judge(item, written)
+            monkeypatch.setattr(clip_likeness, "MOST_MASKED", 10)
+            task = Design2CodeTask(screens, GeneratedDesigns(screens), clip=clip)
+            with pytest.raises(ValueError, match=f"{item.key}: CLIP cannot be shown the reference: .* at most 10 are"):
+                await task.judge(item, written)
+            await screens.close()
+            return large
+
+    large = asyncio.run(work())
+    assert (large.score.value, large.score.parts) == (0.0, {"too_large": 1.0})
+    assert large.seen is not None
 
 
 def test_what_is_no_clip_is_refused(folder, tmp_path, capsys):
