@@ -58,7 +58,7 @@ CHARTS = "chart-to-code"
 SITES = "sites/"
 """Before the name of an errand at a local site: ``sites/shop/buy``."""
 GRADES = ("easy", "medium", "hard")
-"""Of a family of levels: the first, all between, and the last."""
+"""Of a family of levels: the first, all between, and the last; of two levels the last is medium and hard."""
 MARK = "/level-"
 Maker = Callable[["Desk"], Task]
 Levels = tuple[int, int]
@@ -99,12 +99,14 @@ def all_tasks() -> dict[str, tuple[str, ...]]:
     return {category: tuple(found[category]) for category in (*CATEGORIES, *others)}
 
 
-def task_names(level: int | str, categories: Sequence[str] = CATEGORIES) -> list[str]:
+def task_names(level: int | str | None, categories: Sequence[str] = CATEGORIES) -> list[str]:
     """Names of the tasks of one level in ``categories``, for :func:`open_tasks`: ``games/maze/level-0``, and
     ``miniwob/level-0``, ``step/level-0`` and ``sites/level-0`` for the pages and errands of that level in turn.
 
     ``level`` counts from 0, the easiest, and families that do not go so far are left out; or it is one of
-    :data:`GRADES`. Raises ``ValueError`` for another one, and for a category that there is none of.
+    :data:`GRADES`, which every family has. Tasks without levels (the search for small things, MiniWoB++ pages that
+    nobody has graded) are in none of these: None names them. Raises ``ValueError`` for another level, for one that no
+    family of ``categories`` has, and for a category that there is none of.
     """
     if isinstance(level, str) and level not in GRADES:
         raise ValueError(f"level {level!r} is neither a number nor one of {', '.join(GRADES)}")
@@ -119,9 +121,26 @@ def task_names(level: int | str, categories: Sequence[str] = CATEGORIES) -> list
     for name in all_task_names():
         if MARK in name and category_of[base := name.partition(MARK)[0]] in categories:
             families[base].append(name)
+    if level is None:
+        graded = families.keys() | _in_levels()
+        return [name for name in category_of if name not in graded and category_of[name] in categories]
     between = {"easy": slice(0, 1), "medium": slice(1, -1), "hard": slice(-1, None)}
     taken = slice(level, level + 1) if isinstance(level, int) else between[level]
-    return [name for family in families.values() for name in family[taken]]
+    found = [
+        name for family in families.values() for name in family[taken] or (family[-1:] if level == "medium" else [])
+    ]
+    if not found:
+        highest = max(map(len, families.values()), default=0) - 1
+        there = f"level {highest} is the highest" if families else "none has levels"
+        raise ValueError(f"no task of level {level!r} in {', '.join(categories)}: {there}")
+    return found
+
+
+def _in_levels() -> set[str]:
+    """Tasks of one page or errand, which the levels of all of them hold."""
+    pages = [page for level in range(miniwob.LEVELS) for page in miniwob.pages_of(level)]
+    held = {f"{family}/{page}" for family in ("miniwob", "step") for page in pages}
+    return held | {f"{SITES}{name}" for name in site_names()}
 
 
 def needs_browser(name: str) -> bool:

@@ -46,8 +46,7 @@ def test_levels_are_asked_for_by_number_or_grade():
     assert task_names(3, ["gui-trajectory", "gui-step"]) == ["sites/level-3"]
     assert task_names(2, ["gui-step"]) == ["step/level-2"] == task_names("hard", ["gui-step"])
     assert len(task_names(0)) > len(task_names(3)) > 0
-    assert task_names(9) == []
-    every = [name for level in range(9) for name in task_names(level, list(all_tasks()))]
+    every = [name for level in range(5) for name in task_names(level, list(all_tasks()))]
     assert sorted(every) == sorted(name for name in all_task_names() if "/level-" in name)
     with pytest.raises(ValueError, match="level 'middling' is neither a number nor one of easy, medium, hard"):
         task_names("middling")
@@ -55,6 +54,35 @@ def test_levels_are_asked_for_by_number_or_grade():
         task_names(-1)
     with pytest.raises(ValueError, match="no category 'maths'; there are math, "):
         task_names(0, ["maths"])
+    with pytest.raises(ValueError, match=r"no task of level 9 in math, .*: level 4 is the highest"):
+        task_names(9)
+    with pytest.raises(ValueError, match="no task of level 3 in gui-step: level 2 is the highest"):
+        task_names(3, ["gui-step"])
+
+
+def test_every_family_has_all_three_grades():
+    """One of two levels was in no list of medium ones."""
+    everything = list(all_tasks())
+    families = {name.partition("/level-")[0] for name in all_task_names() if "/level-" in name}
+    for grade in ("easy", "medium", "hard"):
+        assert {name.partition("/level-")[0] for name in task_names(grade, everything)} == families
+    two = "screenshot-to-html"
+    named = [name for name in task_names("medium", everything) if name.startswith(two)]
+    assert named == [f"{two}/level-1"] == [name for name in task_names("hard", everything) if name.startswith(two)]
+
+
+def test_tasks_without_levels_can_be_named():
+    """So that nothing that ships is silently left out."""
+    everything = list(all_tasks())
+    none = task_names(None, everything)
+    assert {"search/read", "search/read/crop"} <= set(none) <= set(all_task_names())
+    graded = {page for level in range(miniwob.LEVELS) for page in miniwob.pages_of(level)}
+    assert {name for name in none if name.startswith("miniwob/")} == {
+        f"miniwob/{page}" for page in miniwob.RUNNING if page not in graded
+    }
+    assert not [name for name in none if "/level-" in name or name.startswith("sites/")]
+    assert "games/maze" not in none
+    assert set(task_names(None, ["gui-step"])) == {name for name in none if name.startswith("step/")}
 
 
 def test_a_mixture_gives_the_items_of_its_tasks_in_turn():
