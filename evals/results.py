@@ -331,7 +331,7 @@ def _end_of_group(text: str, start: int) -> int:
 
 
 _FREE = re.compile(r"(?:(?<![\w)\]}.%°])[-+])?(?<![\w.])(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?", re.ASCII)
-_GLUE = "\\^_{}/√"
+_GLUE = "\\^_{}/√²³"
 _RATIO = re.compile(r"\d\s?:\s?\Z", re.ASCII)
 
 
