@@ -3,7 +3,7 @@
 From the command line: ``python -m evals SUITE... --checkpoint DIR`` (``--help`` says the rest). As functions::
 
     suite = SUITES["miniwob"]()                                     # evals.suites
-    run = evaluate_now(suite, LocalAgent.load(folder), out)         # evals.runner, evals.local
+    run = evaluate_now(suite, LocalAgent.load(folder), out, Options(limit=20))    # evals.runner, evals.local
     summarise(run.rows).score                                       # evals.summary
     write_report([run], out / "report.html")                        # evals.report.runs
 

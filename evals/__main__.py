@@ -192,7 +192,7 @@ def _agent(args: argparse.Namespace) -> Agent:
     if args.style and not args.url:
         raise ValueError("--style is for an endpoint: it wants --url and --model")
     if sum(map(bool, (args.checkpoint, args.url, args.baseline))) != 1:
-        raise ValueError("who is judged? give --checkpoint DIR, or --url URL with --model NAME, or --baseline")
+        raise ValueError("who is judged? one of --checkpoint DIR, --url URL with --model NAME, and --baseline")
     if args.baseline:
         return BaselineAgent(args.baseline)
     if args.url:

@@ -261,7 +261,10 @@ def digest(questions: Sequence[Question]) -> str:
     chosen = np.unique(np.linspace(0, len(questions) - 1, min(SAMPLED, len(questions))).round().astype(int))
     for picture in (questions[n].load for n in chosen):
         if isinstance(picture, Picture):
-            found.update(hashlib.sha256(picture.encoded()).digest())
+            try:
+                found.update(hashlib.sha256(picture.encoded()).digest())
+            except ValueError as error:
+                raise ValueError(f"{picture.place}: {error}") from error
     return found.hexdigest()[:12]
 
 
@@ -273,7 +276,12 @@ def _of_folder(of: QuestionSet, folder: Path) -> Iterator[Row]:
                 if not paths:
                     raise ValueError(f"{of.name}: {folder / files.pattern} is missing")
                 for path in paths:
-                    yield from _of_file(path, files)
+                    empty = True
+                    for row in _of_file(path, files):
+                        empty = False
+                        yield row
+                    if empty:
+                        raise ValueError(f"{of.name}: {path} holds no questions")
             return
     found = parquet_splits(folder)
     if not found:

@@ -115,7 +115,9 @@ async def evaluate(suite: Suite, agent: Agent, folder: Path, options: Options | 
 
 
 def evaluate_now(suite: Suite, agent: Agent, folder: Path, options: Options | None = None) -> Run:
-    """:func:`evaluate` for callers without an event loop."""
+    """:func:`evaluate` for callers without an event loop. Raises ``RuntimeError`` where one runs, as in notebooks."""
+    if asyncio._get_running_loop() is not None:
+        raise RuntimeError("an event loop runs here already, as in a notebook: `await evaluate(...)` (evals.runner)")
     return asyncio.run(evaluate(suite, agent, folder, options))
 
 

@@ -14,13 +14,13 @@ from mmagent.sandbox import SandboxUnavailable
 
 DESCRIPTION = """Write the questions of a suite of ours for another harness, which then asks our judge.
 
-  python -m evals.bridges lmms-eval worlds FOLDER --limit 100
+  python -m evals.bridges lmms-eval worlds FOLDER --tasks motion value --limit 100
   lmms-eval --include_path FOLDER --tasks mmagent_worlds --model mmagent --model_args checkpoint=DIR
 
-  python -m evals.bridges vlmeval worlds FOLDER --limit 100
+  python -m evals.bridges vlmeval worlds FOLDER --tasks motion value --limit 100
   LMUData=FOLDER python -m evals.bridges.vlmeval --data mmagent_worlds --checkpoint DIR --work-dir OUT
 
-Suites of one turn only. The harness must run where this library is installed."""
+Suites of one turn only, and no videos. The harness must run where this library is installed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

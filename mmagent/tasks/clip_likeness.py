@@ -37,14 +37,16 @@ class ClipLikeness:
     ``ImportError`` where OpenCV, which paints the text over, is not installed."""
 
     def __init__(self, folder: str | Path):
-        ensure_torchvision()
-        from transformers import CLIPModel
-
-        _inpainting()
         path = Path(folder).expanduser()
+        if not path.is_dir():
+            raise ValueError(f"{path} is no folder; CLIP is wanted in transformers' form, with safetensors")
         for name in ("config.json", "model.safetensors"):
             if not (path / name).is_file():
                 raise ValueError(f"{path}: no {name}; CLIP is wanted in transformers' form, with safetensors")
+        _inpainting()
+        ensure_torchvision()
+        from transformers import CLIPModel
+
         model, told = CLIPModel.from_pretrained(
             path, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )

@@ -31,6 +31,8 @@ def splits_of(source: str) -> Mapping[str, Any]:
     name, with ``datasets:`` before it or without and its configuration behind an ``@``; a set without splits is one
     that is called "row". Raises ``ValueError`` where there is no such set."""
     name = source.removeprefix(HUB)
+    if not name:
+        raise ValueError(f"{source!r} names no set: {HUB}ID, or {HUB}ID@CONFIG")
     datasets = _library(name)
     if Path(name).is_dir():
         found = datasets.load_from_disk(name)

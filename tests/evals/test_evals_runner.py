@@ -38,6 +38,14 @@ def test_gold_scores_one_and_null_zero(tmp_path):
     assert len(null.judged) == 12
 
 
+def test_who_has_a_loop_already_is_told_what_to_do(tmp_path):
+    async def notebook() -> None:
+        evaluate_now(guess_suite(), RuleAgent(gold), tmp_path, QUIET)
+
+    with pytest.raises(RuntimeError, match=r"await evaluate\("):
+        asyncio.run(notebook())
+
+
 def test_rows_carry_what_happened(tmp_path):
     run = evaluate_now(guess_suite(2), RuleAgent(gold), tmp_path, QUIET)
     row = next(r for r in run.rows if r.key == "bright/test-1")

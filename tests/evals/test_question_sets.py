@@ -293,6 +293,15 @@ def test_docvqa_as_it_is_downloaded_today(tmp_path):
         assert question.load().images[0].shape == (30, 45, 3)
 
 
+def test_a_half_without_rows_is_no_whole(tmp_path):
+    picture(tmp_path / "test/png/a.png")
+    row = {"imgname": "a.png", "query": "?", "label": "1"}
+    (tmp_path / "test/test_human.json").write_text(json.dumps([row]))
+    (tmp_path / "test/test_augmented.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"test_augmented\.json holds no questions"):
+        load_questions(CHARTQA, tmp_path)
+
+
 def test_the_digest_knows_pictures_and_choices(tmp_path):
     def told(options=("1", "2"), size=(45, 30)) -> str:
         picture(tmp_path / "images/a.png", size=size)

@@ -13,7 +13,7 @@ from mmagent.sandbox import SandboxUnavailable
 from tests.interop.hub_kit import tiny_agent
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"README.md": 5, "recipes/ENCODER.md": 1, "recipes/RL.md": 1}
+PAGES = {"README.md": 6, "recipes/ENCODER.md": 1, "recipes/RL.md": 1}
 """And how many examples in Python each has."""
 
 
