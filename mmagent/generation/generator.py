@@ -57,8 +57,10 @@ class GeneratorConfig:
 
     ``speculate``: tokens at most that the model's MTP head drafts at a time (0: none), for one forward of the decoder
     to check; one is drafted while the chance that it is accepted, reckoned from its sequence's own past, is at least
-    ``speculate_least``. Where nothing is sampled, and on CPUs, that forward also tries the next likeliest in place of
-    each draft, ``speculate_width`` tokens in all (1: the draft alone), and fewer beside many sequences. Greedy tokens
+    ``speculate_least`` (greedy: and from what the head gives to the drafts before it). Where nothing is sampled, and on
+    CPUs, that forward also tries the next likeliest in place of each draft, while the head gives them something,
+    ``speculate_width`` tokens at most (1: the draft alone), and fewer beside many sequences; while more than
+    ``speculate_requests`` are decoded, which keep a CPU busy enough, it tries none. Greedy tokens
     are those without drafts, sampled ones have the same distribution; which ones they are depends on the first two
     settings and on the sequence alone.
 
@@ -76,8 +78,9 @@ class GeneratorConfig:
     dtype: str = "float32"
     record_routing: bool = False
     speculate: int = 0
-    speculate_least: float = 0.35
-    speculate_width: int = 4
+    speculate_least: float = 0.5
+    speculate_width: int = 8
+    speculate_requests: int = 8
     steady: bool = False
     health: HealthConfig = field(default_factory=HealthConfig)
 
@@ -86,10 +89,11 @@ class GeneratorConfig:
             raise ValueError(f"generator dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
         if min(self.max_sequences, self.prefill_tokens, self.cache_tokens) < 1 or self.feature_tokens < 0:
             raise ValueError(f"generator: sizes must be positive, got {self}")
-        if self.speculate < 0 or not 0 <= self.speculate_least < 1 or self.speculate_width < 1:
+        counts = self.speculate_width, self.speculate_requests
+        if self.speculate < 0 or not 0 <= self.speculate_least < 1 or min(counts) < 1:
             raise ValueError(
-                f"generator: speculate must not be negative, speculate_least be in [0, 1) and speculate_width at least "
-                f"1, got {self.speculate}, {self.speculate_least} and {self.speculate_width}"
+                "generator: speculate must not be negative, speculate_least be in [0, 1), speculate_width and "
+                f"speculate_requests at least 1, got {self.speculate}, {self.speculate_least} and {counts}"
             )
 
 
@@ -129,8 +133,8 @@ class Generator:
         self.runner = Runner(model, self.kv, self.features, self.config.steady)
         self.drafter: Drafter | None = None
         if self.config.speculate:
-            least, width = self.config.speculate_least, self.config.speculate_width
-            self.drafter = Drafter(self.runner, self.config.speculate, least, width, self._barred)
+            settings = self.config.speculate_least, self.config.speculate_width, self.config.speculate_requests
+            self.drafter = Drafter(self.runner, self.config.speculate, *settings, self._barred)
         self.scheduler = Scheduler(
             self.pool, self.kv, self.drafter, max_sequences=self.config.max_sequences, most_blocks=most_blocks,
             finds=self.config.reuse and not self.config.steady, steady=self.config.steady,
@@ -370,9 +374,9 @@ class Generator:
             none, path = np.zeros_like(ones), np.arange(len(run))[:, None]
             return self._advance(run, fed, none, Verdict(none, none > 0, ones, path, tokens, logprobs))
         assert self.drafter is not None
-        shape = self.drafter.shape(run, wanted, drafts)
+        shape = self.drafter.shape(run, drafts)
         fed = self.runner.decode(shape.ids, shape.positions, run.table, run.fed, shape.counts, shape.reach)
-        self._advance(run, fed, wanted.drafts, self.drafter.judge(run, drafts, shape, fed))
+        self._advance(run, fed, drafts.counts.cpu().numpy(), self.drafter.judge(run, drafts, fed))
 
     def _advance(self, run: Running, fed: Fed, made: np.ndarray, verdict: Verdict) -> None:
         """Take in what stays of the drafts that were ``made``, and the token behind."""

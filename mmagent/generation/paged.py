@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from copy import copy
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ DENSE = 0.5
 MEETINGS = 4
 """Of so many of the last forwards it is kept which rows met which blocks: the decoder's, with drafts and without, and
 those of the MTP head."""
+_NOTHING, _ALL = np.float32("-inf"), np.float32(0)
 TILE = 512
 """Queries that are compared with a gathered history at a time: what lies behind them is not even looked at."""
 
@@ -133,13 +135,14 @@ class _Part(NamedTuple):
 
 
 class _Meeting(NamedTuple):
-    """How S rows meet their blocks, W at most. ``entry (S, W)``: where a row's blocks stand among the results of all
-    parts, one after the other; ``live (S, W)`` is false behind a row's last block. ``entries (S * W,)`` and ``dead (S,
-    W, 1, 1)`` are tensors of the same, None where the results lie in order and no row has fewer blocks."""
+    """How S rows meet their blocks, W at most. The results of all parts are E entries, one after the other: ``rows
+    (E,)`` whose each is, ``places (E, 1, block_tokens)`` of that row's sequence (where nobody owns it, those of some
+    row). ``entries (S * W,)``: where the blocks of each row stand among them, None where they lie in order; ``dead (S,
+    W, 1, 1)`` is true behind a row's last block, None where no row has fewer."""
 
     parts: tuple[_Part, ...]
-    entry: np.ndarray
-    live: np.ndarray
+    rows: np.ndarray
+    places: np.ndarray
     entries: Tensor | None
     dead: Tensor | None
 
@@ -191,6 +194,19 @@ class PagedAttention:
                 self.kv, self.tables, self.history, self.counts, self.apart, first, self.reach
             )
         return self._depths[first]
+
+    def of_last(self) -> PagedAttention:
+        """What is stored looked at by the last new token of each sequence alone. It lies in the same blocks, so nothing
+        of how rows meet those is found out again."""
+        last, rows = copy(self), len(self.counts)
+        last.history, last.counts = self.history + self.counts - 1, np.ones_like(self.counts)
+        last.reach, last._most, last._all_new = None, 1, False
+        last._starts = last._rows = np.arange(rows)
+        last._offsets = np.zeros(rows, dtype=np.int64)
+        last._not_there = int(last.history.min()) < last.first
+        for of_all in ("_padded", "_biases"):
+            last.__dict__.pop(of_all, None)
+        return last
 
     def __call__(self, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         with no_autocast(q_THd.device.type):
@@ -352,30 +368,24 @@ class PagedAttention:
         in_order = done == entry.size and bool((entry.ravel() == np.arange(done)).all())
         entries = None if in_order else torch.from_numpy(entry.ravel())
         dead = None if live.all() else torch.from_numpy(~live)[:, :, None, None]
-        return _Meeting(tuple(parts), entry, live, entries, dead)
+        rows, at = np.zeros((2, done), dtype=np.int64)
+        rows[entry_of], at[entry_of] = pair_row, pair_at
+        size = self.kv.block_tokens
+        return _Meeting(tuple(parts), rows, at[:, None, None] * size + np.arange(size), entries, dead)
 
     @cached_property
     def _biases(self) -> list[Tensor]:
         """Of each part ``(n * m, 1, N, 1, block_tokens)``: minus infinity at places that a query of the row must not
         see, else 0."""
-        size, queries = self.kv.block_tokens, self._most
-        parts, entry, live = self._meeting[:3]
-        begins = np.arange(live.shape[1]) * size
-        row, at = np.nonzero(live & ((begins + size > self.history[:, None] + 1) | (begins < self.first)))
-        cut = entry[row, at]
-        places = begins[at][:, None, None] + np.arange(size)
-        unseen = (places > self._last(queries)[row][:, :, None]) | (places < self.first)
+        parts, rows, places = self._meeting[:3]
+        last = self._last(self._most)[rows][:, :, None]
+        unseen = places > last
         if self.reach is not None:
-            unseen &= places != (self.history[:, None] + np.arange(queries))[row][:, :, None]
-        biases, done = [], 0
-        for part in parts:
-            many = part.owners.numel()
-            own = (cut >= done) & (cut < done + many)
-            bias = np.zeros((many, 1, queries, 1, size), dtype=np.float32)
-            bias[cut[own] - done, 0, :, 0] = np.where(unseen[own], -np.inf, 0)
-            biases.append(torch.from_numpy(bias))
-            done += many
-        return biases
+            unseen &= places != (self.history[:, None] + np.arange(self._most))[rows][:, :, None]
+        if self.first:
+            unseen |= places < self.first
+        whole = torch.from_numpy(np.where(unseen, _NOTHING, _ALL))[:, None, :, None]
+        return [whole] if len(parts) == 1 else list(whole.split([part.owners.numel() for part in parts]))
 
     def _last(self, queries: int) -> np.ndarray:
         """``(S, queries)``: the last place that each new token of a row sees; rows with fewer are padded."""
@@ -422,10 +432,7 @@ class OfLast:
     it sees (or, with ``asks=False``, none does)."""
 
     def __init__(self, attend: PagedAttention, asks: bool):
-        self.attend, self.last = attend, None
-        if asks:
-            before, ones = attend.history + attend.counts - 1, np.ones_like(attend.counts)
-            self.last = PagedAttention(attend.kv, attend.tables, before, ones, attend.apart, attend.first)
+        self.attend, self.last = attend, attend.of_last() if asks else None
 
     def __call__(self, layer: int, q_SHd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         with no_autocast(q_SHd.device.type):

@@ -291,14 +291,18 @@ class Drafts:
     How many drafts a row has may depend on all that came before, its earlier drafts included. Whether one is *kept*
     must not depend on that draft itself: it would no longer have the distribution that it was drawn from.
 
-    ``others (S, K, W)`` are tried in place of each draft: where it is refused, and one of them is what comes in its
+    ``others``, by row and draft, are tried in place of it: where it is refused, and one of them is what comes in its
     stead, then what comes behind that is known, too.
     """
 
     ids: Tensor
     counts: Tensor
     probabilities: Tensor | None = None
-    others: Tensor | None = None
+    others: list[list[list[int]]] | None = None
+
+    def listed(self) -> list[list[int]]:
+        """The drafts of each row."""
+        return [ids[:count] for ids, count in zip(self.ids.tolist(), self.counts.tolist(), strict=True)]
 
 
 def accept(target_SKV: Tensor, drafts: Drafts, uniform_SK: Tensor, uniform_S: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,7 @@ ones are the drafts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -48,8 +47,13 @@ ROWS = LEAST_ROWS - 1
 computes some more for little. With twice as many, eight requests took a quarter longer than without any drafts."""
 
 
+BESIDE = 0.05
+"""What the head gives to another token at least, for it to be tried in place of a draft: each is a row more to compute,
+a fiftieth of a step, and saves half of one where it is right."""
+
+
 class Wanted(NamedTuple):
-    """How many ``drafts (S,)`` each row is to have, and how many others are tried ``beside (S,)`` each of them."""
+    """How many ``drafts (S,)`` each row is to have at most, and how many others are tried ``beside (S,)`` each."""
 
     drafts: np.ndarray
     beside: np.ndarray
@@ -66,22 +70,14 @@ class Wanted(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the decoder is fed to judge drafts: of each row the token before them, the drafts that were ``wanted`` and
-    the others that are tried in place of each, ``counts (S,)`` in all. ``ids`` and ``positions (T,)``, and ``reach
-    (T,)`` as in :class:`~mmagent.generation.paged.PagedAttention`: None where there are only drafts."""
+    """What the decoder is fed to judge drafts: of each row the token before them, the drafts and the others that are
+    tried in place of each, ``counts (S,)`` in all. ``ids`` and ``positions (T,)``, and ``reach (T,)`` as in
+    :class:`~mmagent.generation.paged.PagedAttention`: None where there are only drafts."""
 
-    wanted: Wanted
     counts: np.ndarray
     ids: np.ndarray
     positions: np.ndarray
     reach: np.ndarray | None
-
-    def rows(self) -> Iterator[tuple[list[int], int, int]]:
-        """Ids, drafts, and others for each of them."""
-        ids, start = self.ids.tolist(), 0
-        for made, beside, count in zip(*(x.tolist() for x in (*self.wanted, self.counts)), strict=True):
-            yield ids[start : start + count], made, beside
-            start += count
 
 
 class Verdict(NamedTuple):
@@ -100,25 +96,29 @@ class Verdict(NamedTuple):
     def none(rows: int, most: int) -> Verdict:
         """To be filled in."""
         accepted, path = np.zeros(rows, dtype=np.int64), np.zeros((rows, most), dtype=np.int64)
-        return Verdict(accepted, accepted > 0, accepted + 1, path, path, path)
+        return Verdict(
+            accepted, accepted > 0, accepted + 1, path, path.copy(), np.zeros((rows, most), dtype=np.float32)
+        )
 
 
 class Drafter:
     """Keeps the MTP head's part of the cache and asks it for drafts: at most ``depth`` at a time, and one while the
-    chance that it and all before it are accepted, reckoned from the sequence's own past, is at least ``least``. Where
-    nothing is sampled, and on CPUs, up to ``width - 1`` others are tried in place of each: the next likeliest.
+    chance that it and all before it are accepted, reckoned from the sequence's own past, is at least ``least``; where
+    nothing is sampled, also by what the head itself gives to those before it. There, and on CPUs, up to ``width - 1``
+    others are tried in place of each: the next likeliest, from :data:`BESIDE` on (trees that follow what a drafter is
+    sure of: EAGLE-2, arXiv 2406.16858); of more than ``most_rows`` nothing is drafted there.
 
     ``ends (blocks, B, D)`` has, for every known block, what the head needs to go on behind it: the decoder's state at
     its last token, and those of all depths but the last.
     """
 
-    def __init__(self, runner: Runner, depth: int, least: float, width: int, barred: Tensor):
+    def __init__(self, runner: Runner, depth: int, least: float, width: int, most_rows: int, barred: Tensor):
         if runner.model.mtp is None:
             raise ValueError("generator.speculate: the model has no MTP head to make drafts; leave it 0")
         if depth >= FEW:
             raise ValueError(f"generator.speculate: at most {FEW - 1} drafts at a time, got {depth}")
         self.runner, self.depth, self.least, self.mtp, self.barred = runner, depth, least, runner.model.mtp, barred
-        self.width = min(width, runner.model.config.vocab_size)
+        self.width, self.most_rows = min(width, runner.model.config.vocab_size), most_rows
         self.layers = runner.model.config.decoder.layers
         self.depths = min(self.mtp.config.depths, depth)
         width, dtype = runner.model.config.decoder.width, runner.model.embedding.weight.dtype
@@ -235,14 +235,21 @@ class Drafter:
     # ------------------------------------------------------------ drafts
 
     def wanted(self, run: Running) -> Wanted:
-        """As many drafts as a row's past lets hope for, and no more than its limit can use."""
+        """As many drafts as a row's past lets hope for, and no more than its limit can use. None where every token
+        costs and many are decoded already: which tokens come does not hang on that where all are greedy."""
+        if len(run) > self.most_rows and self._free(run) and not self.runner.steady:
+            return Wanted.none(len(run))
         drafts = [min(s.hopes.depth(self.least), s.most - len(s.ids) - 1) for s in run.sequences]
         return Wanted(np.array(drafts, dtype=np.int64), np.array(self._beside(run, drafts), dtype=np.int64))
+
+    def _free(self, run: Running) -> bool:
+        """Whether how much is tried is a question of time alone, and of a CPU's."""
+        return not run.sampled and self.runner.device.type == "cpu"
 
     def _beside(self, run: Running, drafts: list[int]) -> list[int]:
         """How many others are tried in place of each draft of a row. Fewer beside more rows, which alters no token: of
         what is greedy, drafts change only the time it takes."""
-        if run.sampled or self.width == 1 or self.runner.device.type != "cpu":
+        if self.width == 1 or not self._free(run):
             return [0] * len(drafts)
         size, most = self.runner.kv.block_tokens, FEW
         if not self.runner.steady:  # what a steady row gets must not hang on the others
@@ -263,48 +270,61 @@ class Drafter:
         if not most:
             return None
         sampled, wide = run.sampled, int(wanted.beside.max())
-        rows = torch.arange(len(run), device=self.runner.device)
-        others = torch.zeros(len(run), most, wide, dtype=torch.int64) if wide else None
+        rows, sure, served = np.arange(len(run)), np.ones(len(run)), np.array([s.hopes.served for s in run.sequences])
         ids = torch.zeros(len(run), most, dtype=torch.int64, device=self.runner.device)
+        others: list[list[list[int]]] | None = [[] for _ in rows] if wide else None
         shares: list[Tensor] = []
+        made = np.zeros(len(run), dtype=np.int64)
         for at in range(most):
             if at:
-                chosen = np.flatnonzero(wanted.drafts > at)
-                state = {
-                    k: x[torch.searchsorted(rows, torch.from_numpy(chosen).to(rows.device))] for k, x in state.items()
-                }
-                rows = torch.from_numpy(chosen).to(self.runner.device)
-                state = self._further(run, chosen, at, ids[rows, at - 1], state)
-            said, share = self._say(run, rows.cpu().numpy(), at, state[min(at + 1, self.depths)], sampled)
-            here = rows if at else slice(None)
+                going = (wanted.drafts[rows] > at) & (sure[rows] * served[rows, at] >= self.least)
+                if not going.any():
+                    break
+                left = torch.from_numpy(np.flatnonzero(going)).to(ids.device)
+                rows, state = rows[going], {k: x[left] for k, x in state.items()}
+                state = self._further(run, rows, at, ids[torch.from_numpy(rows).to(ids.device), at - 1], state)
+            said, share = self._say(run, rows, at, state[min(at + 1, self.depths)], sampled)
+            here = torch.from_numpy(rows).to(ids.device)
             ids[here, at] = said
-            if others is not None:
-                others[here, at] = share.topk(wide + 1).indices[:, 1:]
+            made[rows] += wanted.drafts[rows] > at  # at first some may want none
             if sampled:
                 whole = share.new_zeros(len(run), share.shape[1])
-                shares.append(whole.index_copy_(0, rows, share))
-        counts = torch.from_numpy(wanted.drafts).to(ids.device)
-        return Drafts(ids, counts, torch.stack(shares, dim=1) if sampled else None, others)
+                shares.append(whole.index_copy_(0, here, share))
+            elif wide or at + 1 < most:
+                sure[rows] *= self._likely(share, rows, wanted.beside, others)
+        counts = torch.from_numpy(made).to(ids.device)
+        return Drafts(ids[:, : at + 1], counts, torch.stack(shares, dim=1) if sampled else None, others)
 
-    def shape(self, run: Running, wanted: Wanted, drafts: Drafts) -> Shape:
+    def _likely(
+        self, scores: Tensor, rows: np.ndarray, beside: np.ndarray, others: list[list[list[int]]] | None
+    ) -> np.ndarray:
+        """What the head gives to the draft of each of ``rows``, by ``scores (R, V)``. To their ``others`` come those
+        that are tried in its place."""
+        top = scores.softmax(-1).topk(1 + int(beside.max()))
+        likely, which = top.values.cpu().numpy(), top.indices.tolist()
+        if others is not None:
+            for row, said, found in zip(rows.tolist(), likely >= BESIDE, which, strict=True):
+                tried = min(int(said[1:].sum()), int(beside[row]))  # the likeliest come first
+                others[row].append(found[1 : 1 + tried])
+        return likely[:, 0]
+
+    def shape(self, run: Running, drafts: Drafts) -> Shape:
         """What the decoder is fed to judge them."""
         ids, counts, ahead, reach = [], [], [], []  # the last two behind what each row was fed
-        tried = drafts.others.tolist() if drafts.others is not None else [[]] * len(run)
-        columns = (run.last, *wanted, drafts.ids.cpu())
-        for last, made, beside, said, others in zip(*(x.tolist() for x in columns), tried, strict=True):
-            ids += [last, *said[:made]]
-            ahead += range(1 + made)
-            reach += range(1 + made)
-            if beside:
-                ids += chain.from_iterable(instead[:beside] for instead in others[:made])
-                for draft in range(made):  # what stands in for it sees the token in front of it
-                    ahead += [draft + 1] * beside
-                    reach += [draft] * beside
-            counts.append(1 + made * (1 + beside))
+        for last, said, others in zip(run.last.tolist(), drafts.listed(), drafts.others or repeat([]), strict=False):
+            before = len(ids)
+            ids += [last, *said]
+            ahead += range(1 + len(said))
+            reach += range(1 + len(said))
+            for draft, instead in enumerate(others):  # what stands in for it sees the token in front of it
+                ids += instead
+                ahead += [draft + 1] * len(instead)
+                reach += [draft] * len(instead)
+            counts.append(len(ids) - before)
         sizes = np.array(counts)
         positions = np.repeat(run.positions, sizes) + ahead
         seen = None if drafts.others is None else np.repeat(run.fed, sizes) + reach
-        return Shape(wanted, sizes, np.array(ids), positions, seen)
+        return Shape(sizes, np.array(ids), positions, seen)
 
     def _catch_up(self, run: Running, asks: bool) -> dict[int, Tensor]:
         """Feed the head all tokens of every row that it has not had; the state of every depth at the last of them, of
@@ -319,7 +339,7 @@ class Drafter:
         places = torch.from_numpy(positions).to(self.runner.device).expand(3, -1)
         embeddings = self.runner.model.embed_tokens(torch.tensor(ids, device=self.runner.device))
         before = self._cat([part for s in sequences for part in s.unheaded], embeddings)
-        tails = torch.stack([s.tails for s in sequences])
+        tails = torch.stack([s.tails for s in sequences]) if self.depths > 1 else before
         attend = PagedAttention(self.runner.kv, run.table, headed, counts, self.runner.steady, first=1)
         states = self._feed(before, embeddings, places, attend, tails, starts, ends, asks)
         for row, sequence in enumerate(sequences):
@@ -363,36 +383,49 @@ class Drafter:
 
     # ------------------------------------------------------------ verdicts
 
-    def judge(self, run: Running, drafts: Drafts, shape: Shape, fed: Fed) -> Verdict:
+    def judge(self, run: Running, drafts: Drafts, fed: Fed) -> Verdict:
         """By what the decoder said of them (``fed``)."""
-        scores, sick = (x[: len(fed.hidden)] for x in self.runner.scores(fed.hidden, self.barred))
         if run.sampled:
-            return self._judge_sampled(run, drafts, fed, scores, sick)
-        best = scores.argmax(-1)
-        said = scores.log_softmax(-1).gather(1, best[:, None]).squeeze(1).masked_fill(sick, float("nan"))
-        found, logprobs = best.cpu().numpy(), said.cpu().numpy()
-        verdict = Verdict.none(len(run), int(shape.counts.max()))
-        known, start, moved = found.tolist(), 0, []
-        for row, (fed_ids, made, beside) in enumerate(shape.rows()):
+            return self._judge_sampled(run, drafts, fed)
+        said, others = drafts.listed(), drafts.others
+        starts = (np.cumsum(fed.counts) - fed.counts).tolist()
+        own = [start + draft for start, ids in zip(starts, said, strict=True) for draft in range(1 + len(ids))]
+        tokens, logprobs = self._greedy(fed.hidden, own)
+        verdict = Verdict.none(len(run), int(max(drafts.counts)) + 1)
+        known, at, instead, moved = tokens.tolist(), 0, [], []
+        for row, (start, ids) in enumerate(zip(starts, said, strict=True)):
             stays = 0
-            while stays < made and known[start + stays] == fed_ids[1 + stays]:
+            while stays < len(ids) and known[at + stays] == ids[stays]:
                 stays += 1
-            path = list(range(start, start + stays + 1))
-            if stays < made and beside:
-                first = 1 + made + stays * beside
-                others = fed_ids[first : first + beside]
-                if known[start + stays] in others:
-                    at = first + others.index(known[start + stays])
-                    path.append(start + at)
-                    moved.append((row, int(run.fed[row]) + at, int(run.fed[row]) + 1 + stays))
-            verdict.accepted[row], verdict.instead[row] = stays, len(path) > stays + 1
-            verdict.taken[row], verdict.path[row, : len(path)] = len(path), path
-            start += len(fed_ids)
+            path = slice(at, at + stays + 1)
+            verdict.accepted[row], verdict.taken[row] = stays, stays + 1
+            verdict.path[row, : stays + 1] = own[path]
+            verdict.tokens[row, : stays + 1], verdict.logprobs[row, : stays + 1] = tokens[path], logprobs[path]
+            if others and stays < len(ids) and known[at + stays] in others[row][stays]:
+                before = sum(map(len, others[row][:stays]))
+                place = 1 + len(ids) + before + others[row][stays].index(known[at + stays])
+                instead.append((row, stays + 1, start + place))
+                moved.append((row, int(run.fed[row]) + place, int(run.fed[row]) + 1 + stays))
+            at += 1 + len(ids)
         if moved:
             self._move(run.table, np.array(moved).T)
-        return verdict._replace(tokens=found[verdict.path], logprobs=logprobs[verdict.path])
+            rows, ends, places = (list(x) for x in zip(*instead, strict=True))
+            verdict.instead[rows], verdict.path[rows, ends] = True, places
+            verdict.taken[rows] += 1
+            verdict.tokens[rows, ends], verdict.logprobs[rows, ends] = self._greedy(fed.hidden, places)
+        return verdict
 
-    def _judge_sampled(self, run: Running, drafts: Drafts, fed: Fed, scores: Tensor, sick: Tensor) -> Verdict:
+    def _greedy(self, hidden_TD: Tensor, places: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest token, and its log-prob, behind each of these rows: what nobody will read is not computed."""
+        if len(places) < len(hidden_TD):
+            hidden_TD = hidden_TD[torch.tensor(places, device=hidden_TD.device)]
+        scores, sick = (x[: len(places)] for x in self.runner.scores(hidden_TD, self.barred))
+        best = scores.argmax(-1)
+        said = scores.log_softmax(-1).gather(1, best[:, None]).squeeze(1).masked_fill(sick, float("nan"))
+        return best.cpu().numpy(), said.cpu().numpy()
+
+    def _judge_sampled(self, run: Running, drafts: Drafts, fed: Fed) -> Verdict:
+        scores, sick = (x[: len(fed.hidden)] for x in self.runner.scores(fed.hidden, self.barred))
         K, device = drafts.ids.shape[1], self.runner.device
         starts = torch.from_numpy(np.cumsum(fed.counts) - fed.counts).to(device)
         places = starts[:, None] + torch.minimum(torch.arange(K + 1, device=device), drafts.counts[:, None])

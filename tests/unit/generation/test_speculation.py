@@ -311,6 +311,77 @@ def test_what_is_sampled_has_drafts_alone():
     assert not any(count for (*_, kind), count in generator.drafter.stats.items() if kind == "instead")
 
 
+def test_more_is_tried_the_less_the_head_is_sure(monkeypatch):
+    """With all it says on one token there is nothing to try beside that, and another draft behind it; with little on
+    each, others beside the first and nothing behind."""
+    model, tried = model_with(MTPConfig(depths=2, tied=False)), {}
+    row, plain = prompts()[0], None
+    for factor in (1e4, 0.1):
+        sharp = model_with(MTPConfig(depths=2, tied=False))
+        sharp.load_state_dict(model.state_dict())
+        with torch.no_grad():  # of the head's own states, so that what is answered stays
+            for depth in (1, 2):
+                sharp.mtp.module_for(depth).norm.weight.mul_(factor)
+        generator = Generator(sharp, tiny_vocab(), GeneratorConfig(speculate=2, speculate_least=0.25))
+        monkeypatch.setattr(speculation, "BESIDE", 0.05 if factor > 1 else 1e-6)
+        monkeypatch.setattr(Hopes, "judged", lambda *_: None)  # by what the head says alone
+        made, judge = [], generator.drafter.judge
+        generator.drafter.judge = lambda run, drafts, fed, made=made, judge=judge: (
+            made.append((int(drafts.counts), sum(map(len, drafts.others[0])), fed.hidden.shape[0]))
+            or judge(run, drafts, fed)
+        )
+        (done,) = generator.generate([(row, Limits(24, 0.0))])
+        plain = plain or done.ids
+        assert done.ids == plain
+        assert all(rows == 1 + drafts + others for drafts, others, rows in made)
+        tried[factor] = made[:-2]  # at the end there is no use for two
+    assert {(drafts, others) for drafts, others, _ in tried[1e4]} == {(2, 0)}
+    assert {drafts for drafts, *_ in tried[0.1]} == {1}
+    assert min(others for _, others, _ in tried[0.1]) > 3
+
+
+def test_scores_are_computed_of_what_is_read_alone(monkeypatch):
+    """Of what was tried in place of drafts, only of the one that was right."""
+    monkeypatch.setattr(speculation, "BESIDE", 0.0)
+    config = GeneratorConfig(speculate=1, speculate_least=0.0, speculate_width=12)
+    generator = Generator(model_with(MTPConfig(depths=1)), tiny_vocab(), config)
+    counted, scores, verdicts, judge = [], generator.runner.scores, [], generator.drafter.judge
+    generator.runner.scores = lambda hidden, barred: counted.append(len(hidden)) or scores(hidden, barred)
+
+    def watched(run, drafts, fed):
+        before = len(counted)
+        verdict = judge(run, drafts, fed)
+        verdicts.append((counted[before:], int(drafts.counts), bool(verdict.instead)))
+        return verdict
+
+    generator.drafter.judge = watched
+    for row in prompts():
+        generator.generate([(row, Limits(60, 0.0))])
+    assert {instead for *_, instead in verdicts} == {True, False}
+    assert all(rows == [made + 1] + [1] * instead for rows, made, instead in verdicts)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_beside_many_greedy_requests_nothing_is_drafted(temperature):
+    """Until some of them have ended; what is sampled must not hang on its company, so it keeps its drafts."""
+    model = model_with(MTPConfig(depths=1))
+    limits = [Limits(12 + 8 * n, temperature, seed=n) for n in range(4)]
+    settings = {"speculate": 2, "speculate_least": 0.0}
+    generator = Generator(model, tiny_vocab(), GeneratorConfig(speculate_requests=2, **settings))
+    beside, draft = [], generator.drafter.draft
+    generator.drafter.draft = lambda run, wanted: (
+        beside.append((len(run), int(wanted.drafts.max()))) or draft(run, wanted)
+    )
+    done = generator.generate(list(zip(prompts(), limits, strict=True)))
+    drafted = {rows for rows, most in beside if most}
+    assert drafted == ({1, 2} if temperature == 0 else {1, 2, 3, 4})
+    assert {rows for rows, _ in beside} == {1, 2, 3, 4}
+    plenty = ask(model, limits, **settings)
+    assert [c.ids for c in done] == [c.ids for c in plenty]
+    if temperature == 0:
+        assert [c.ids for c in done] == [c.ids for c in ask(model, limits)]
+
+
 def test_a_draft_is_made_where_others_beside_it_are_right():
     wrong = Hopes(2)
     for _ in range(60):
@@ -340,7 +411,8 @@ def test_what_cannot_draft_says_so():
         Generator(model_with(MTPConfig(depths=0)), tiny_vocab(), GeneratorConfig(speculate=1))
     with pytest.raises(ValueError, match="at most 15 drafts"):
         Generator(tiny_model(), tiny_vocab(), GeneratorConfig(speculate=16))
-    with pytest.raises(ValueError, match="speculate_width at least 1"):
-        GeneratorConfig(speculate=1, speculate_width=0)
+    for count in ("speculate_width", "speculate_requests"):
+        with pytest.raises(ValueError, match="speculate_width and speculate_requests at least 1"):
+            GeneratorConfig(speculate=1, **{count: 0})
     with pytest.raises(ValueError, match="speculate_least"):
         GeneratorConfig(speculate=1, speculate_least=1.0)
